@@ -1,0 +1,52 @@
+"""Errors a user can act on, each with the exit code that the command line returns.
+
+Every message is one line: what was expected, what came, where, and what to try.
+"""
+
+
+class SvfError(Exception):
+    """Base of all expected errors; `exit_code` is what the process returns."""
+
+    exit_code = 70
+
+
+class UsageError(SvfError):
+    """The command line asks for something that does not exist or does not fit together."""
+
+    exit_code = 2
+
+
+class InputError(SvfError):
+    """A file or value is malformed, refused, or not comparable with the other side."""
+
+    exit_code = 3
+
+
+class NotFoundError(SvfError):
+    """A file, tensor, model or hub repository is not there, or the hub is out of reach."""
+
+    exit_code = 4
+
+
+class IncompleteError(SvfError):
+    """Nothing, or not everything, was compared."""
+
+    exit_code = 5
+
+
+class OutputError(SvfError):
+    """A result cannot be written where it was asked for."""
+
+    exit_code = 6
+
+
+class ResourceError(SvfError):
+    """The work would not fit the memory or disk it may use."""
+
+    exit_code = 7
+
+
+def shown(text: object, limit: int = 120) -> str:
+    """`text` from a file, safe to print: control characters escaped, long text cut."""
+    printable = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    return printable if len(printable) <= limit else printable[: limit - 1] + "…"

@@ -1,0 +1,118 @@
+"""JSON files, read with suspicion and written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from stages.errors import InputError, NotFoundError, OutputError, shown
+
+# A manifest of 100,000 tensors is about 30 MB; more than this is not a manifest.
+MAX_JSON_BYTES = 256 * 1024 * 1024
+
+
+def parse_json(data: bytes, where: str) -> Any:
+    """The JSON value in `data`; a duplicate key, bad UTF-8 or bad syntax is an `InputError` naming `where`."""
+
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in result:
+                raise InputError(
+                    f"{where}: duplicate key '{shown(key)}'; a file with two values for one key cannot be trusted"
+                )
+            result[key] = value
+        return result
+
+    try:
+        return json.loads(data.decode("utf-8"), object_pairs_hook=no_duplicates)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, ValueError) as error:
+        raise InputError(f"{where}: expected JSON, got {shown(error)}") from None
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """The JSON value in the file at `path`."""
+    return parse_json(read_bytes(path, MAX_JSON_BYTES), str(path))
+
+
+def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The JSON object in the file at `path`; another kind of value is an `InputError`."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def read_bytes(path: str | os.PathLike[str], limit: int) -> bytes:
+    """All bytes of a regular file of at most `limit` bytes."""
+    try:
+        if not Path(path).is_file():
+            reason = "is not a regular file" if Path(path).exists() else "does not exist"
+            raise NotFoundError(f"{path}: {reason}")
+        size = Path(path).stat().st_size
+        if size > limit:
+            raise InputError(f"{path}: {size} bytes, more than the {limit} that such a file may have")
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise NotFoundError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def write_atomic(path: str | os.PathLike[str], write: Callable[[int], None]) -> None:
+    """Create `path` by a temporary name in its folder: `write(fd)`, fsync, rename, fsync of the folder.
+
+    At no moment does `path` hold a part of the file. `OutputError` when it cannot be written.
+    """
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        try:
+            write(fd)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.replace(temporary, target)
+        fsync_folder(target.parent)
+    except OSError as error:
+        raise OutputError(f"{target}: cannot be written: {error.strerror}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make a rename inside `folder` durable."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_all(fd: int, data: bytes | memoryview) -> None:
+    """Write every byte of `data`; `os.write` may write fewer."""
+    view = memoryview(data).cast("B")
+    while view.nbytes:
+        view = view[os.write(fd, view) :]
+
+
+def to_json(value: Any) -> str:
+    """`value` as one JSON document with a stable layout; NaN and infinity become null (JSON has neither)."""
+    return json.dumps(_finite(value), indent=1, ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write `value` to `path` atomically."""
+    write_atomic(path, lambda fd: write_all(fd, (to_json(value) + "\n").encode()))
