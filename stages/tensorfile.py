@@ -121,7 +121,7 @@ class TensorFile:
 
     def _bytes(self, offset: int, count: int, info: TensorInfo) -> np.ndarray:
         out = np.empty(count, np.uint8)
-        view = memoryview(out)
+        view = out.data
         while view.nbytes:
             got = os.preadv(self._fd, [view], offset)
             if got == 0:
@@ -244,16 +244,14 @@ class TensorWriter:
             if axis == 0:
                 row = info.nbytes // max(1, info.shape[0]) if info.shape else 0
                 flat = data.reshape(-1).view(np.uint8)
-                _pwrite_all(self._fd, memoryview(flat), info.offset + start * row)
+                _pwrite_all(self._fd, flat.data, info.offset + start * row)
                 if self._hashes is not None:
-                    self._hashes[info.name].update(flat)
+                    self._hashes[info.name].update(flat.data)
             else:
                 self._columnwise.add(info.name)
                 size, columns = info.dtype.itemsize, info.shape[1]
                 for r in range(info.shape[0]):
-                    _pwrite_all(
-                        self._fd, memoryview(data[r].view(np.uint8)), info.offset + (r * columns + start) * size
-                    )
+                    _pwrite_all(self._fd, data[r].view(np.uint8).data, info.offset + (r * columns + start) * size)
         except OSError as error:
             self._failure = error
 
@@ -353,7 +351,7 @@ def dtype_name(dtype: np.dtype | type) -> str:
 
 def sha256(array: np.ndarray) -> str:
     """sha256 over the raw little-endian, row-major bytes of `array`."""
-    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8)).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
 
 
 __all__ = [
