@@ -1,0 +1,363 @@
+"""The command line: parse, call one function, render, exit. No numerics, and no framework until a command needs it."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+import traceback
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from stages.backend import Backend
+
+# One row per backend: where its class is. Nothing else here names a framework.
+BACKENDS = {
+    "torch": "svf_torch.backend:TorchBackend",
+    "jax": "svf_jax.backend:JaxBackend",
+    "reference": "stages.reference:ReferenceBackend",
+}
+BOTH = ("torch", "jax")
+
+BackendName = StrEnum("BackendName", [*BACKENDS, "both"])  # type: ignore[misc]
+ON_BOTH = BackendName("both")
+LayoutName = StrEnum("LayoutName", ["declared", "torch_v", "nx", "vh", "all"])
+DumpMode = StrEnum("DumpMode", ["full", "hash", "none"])
+Preset = StrEnum("Preset", {"tiny": "tiny", "qwen3_06b": "qwen3-0.6b", "qwen25_05b": "qwen2.5-0.5b"})
+Dtype = StrEnum("Dtype", ["bfloat16", "float32"])
+SvdMethod = StrEnum("SvdMethod", ["float64", "torch"])
+
+
+class App(typer.Typer):
+    """Typer, with every expected error as one line and its documented exit code."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        signal.signal(signal.SIGTERM, _terminated)
+        try:
+            code = super().__call__(*args, **kwargs, standalone_mode=False)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # The reader of a pipe left; a second complaint at interpreter exit helps nobody.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(0)
+        except (KeyboardInterrupt, typer.Abort):
+            sys.exit(_fail("interrupted", 130))
+        except Exception as error:
+            sys.exit(_report(error))
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _terminated(_signal: int, _frame: object) -> None:
+    sys.exit(_fail("terminated", 143))
+
+
+def _fail(line: str, code: int) -> int:
+    print(f"svf: {line}", file=sys.stderr)
+    return code
+
+
+def _report(error: Exception) -> int:
+    """One line on stderr; a traceback only when asked for."""
+    if STATE.debug:
+        traceback.print_exc()
+    if hasattr(error, "show"):  # a usage error of typer's own
+        error.show()
+        return int(getattr(error, "exit_code", 2))
+    from stages.errors import SvfError
+
+    if isinstance(error, SvfError):
+        return _fail(str(error), error.exit_code)
+    if isinstance(error, MemoryError):
+        return _fail("out of memory; try a smaller --chunk-rows", 7)
+    hint = "" if STATE.debug else "; 'svf --debug COMMAND' shows where, please report it"
+    return _fail(f"internal error: {type(error).__name__}: {error}{hint}", 70)
+
+
+class State:
+    """Global flags, set once by the callback."""
+
+    debug = False
+    progress = True
+
+
+STATE = State()
+
+EXIT_CODES = """Exit codes: 0 agree, 1 diverged or a strict gate failed, 2 usage, 3 input malformed, refused or not
+comparable, 4 not found or offline, 5 nothing or not everything compared, 6 output cannot be written, 7 resource
+guard, 70 internal error, 130/143 interrupted."""
+
+app = App(
+    name="svf",
+    help="Replay SVF components in PyTorch and JAX stage by stage, and say where and why they differ.\n\n" + EXIT_CODES,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
+Layers = Annotated[str | None, typer.Option(help="Layers the selection rule takes, such as 26 or 0,3-5.")]
+StrictStages = Annotated[
+    bool, typer.Option("--strict-stage-tolerances", help="Fail unless every required stage is within its tolerance.")
+]
+StrictCurrent = Annotated[
+    bool,
+    typer.Option(
+        "--strict-current-python", help="Fail unless a final bf16 hash equals the reference side's current one."
+    ),
+]
+StrictReference = Annotated[
+    bool, typer.Option("--strict-reference", help="Fail unless both sides reproduce the historical hash.")
+]
+
+
+@app.callback()
+def main(
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")] = False,
+    no_progress: Annotated[bool, typer.Option("--no-progress", help="Nothing but errors on stderr.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    STATE.debug = debug or bool(os.environ.get("SVF_DEBUG"))
+    STATE.progress = not no_progress
+    if version:
+        from importlib.metadata import version as installed
+
+        print(f"svf {installed('svf')}")
+        raise typer.Exit
+
+
+def load_backend(name: str, device: str) -> Backend:
+    """The backend called `name`, its framework imported now."""
+    module, _, attribute = BACKENDS[name].partition(":")
+    backend: Backend = getattr(importlib.import_module(module), attribute)(device=device)
+    return backend
+
+
+def emit(document: Any) -> None:
+    """Print a document as JSON."""
+    from stages.jsonio import to_json
+
+    print(to_json(document))
+
+
+@app.command(
+    epilog="Example: svf synth /tmp/tiny --preset tiny        "
+    "Example: svf synth /tmp/qwen --preset qwen3-0.6b --dtype float32 --seed 1"
+)
+def synth(
+    out: Annotated[Path, typer.Argument(help="New folder for the checkpoint.")],
+    preset: Annotated[Preset, typer.Option(help="Shape of the model.")] = Preset.tiny,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of the weights.")] = Dtype.bfloat16,
+    json: Json = False,
+) -> None:
+    """Write a random, seeded, byte-reproducible Qwen checkpoint with a byte-level tokenizer."""
+    from stages import render
+    from stages.progress import Progress
+    from stages.synth import synthesize
+
+    with Progress(STATE.progress) as progress:
+        document = synthesize(
+            out,
+            preset.value,
+            seed,
+            dtype.value,
+            lambda done, total, name: progress(f"writing {name}", done / max(total, 1)),
+        )
+    emit(document) if json else render.synth_document(document)
+
+
+@app.command(
+    epilog="Example: svf decompose MODEL --vector router.npy --manifest reference_manifest.json --out components "
+    "--all-selected-tensors --decompose-all-selected-if-missing --report reference.json        "
+    "Example: svf decompose Qwen/Qwen3-0.6B --vector router.safetensors --layers 26 --out components"
+)
+def decompose(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder, or hub id org/name[@revision].")],
+    vector: Annotated[Path, typer.Option(help="Router vector: .npy, or safetensors.")],
+    out: Annotated[Path, typer.Option(help="New folder for the component bundle.")],
+    manifest: Annotated[Path | None, typer.Option(help="Reference manifest that names the tensors.")] = None,
+    layers: Layers = None,
+    report: Annotated[Path | None, typer.Option(help="Write the reference side's report here.")] = None,
+    svd: Annotated[
+        SvdMethod,
+        typer.Option(help="float64: accurate, the same on any thread count; torch: legacy torch.svd."),
+    ] = SvdMethod.float64,
+    svd_weights: Annotated[
+        Path | None, typer.Option(help="Original svd_weights.pt; read weights-only in a process of its own.")
+    ] = None,
+    all_selected_tensors: Annotated[
+        bool, typer.Option("--all-selected-tensors", help="All selected tensors, not the sample alone.")
+    ] = False,
+    decompose_all_selected_if_missing: Annotated[
+        bool,
+        typer.Option("--decompose-all-selected-if-missing", help="Allow decomposing them without --svd-weights."),
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Decompose a model's selected weights and record every stage: the reference side of a parity run."""
+    from stages import render
+    from stages.decompose import DecomposeOptions
+    from stages.errors import UsageError
+    from stages.selection import parse_layers
+
+    if (manifest is None) == (layers is None):
+        raise UsageError("give either --manifest FILE or --layers N")
+    if all_selected_tensors and svd_weights is None and not decompose_all_selected_if_missing:
+        raise UsageError(
+            "--all-selected-tensors decomposes embedding and LM head too: give --svd-weights FILE.pt, or allow it with "
+            "--decompose-all-selected-if-missing"
+        )
+    options = DecomposeOptions(
+        model, vector, manifest, parse_layers(layers), out, report, all_selected_tensors, svd_weights
+    )
+    document = _decompose(options, svd.value)
+    emit(document) if json else render.decompose_document(document)
+
+
+def _decompose(options: Any, svd: str) -> Any:
+    from stages import decompose as job
+    from stages.progress import Progress
+
+    with Progress(STATE.progress) as progress:
+        backend = load_backend("torch", "cpu")
+        if options.svd_weights is not None:
+            from svf_torch.weights_file import load_svd_weights
+
+            return job.decompose_stored(options, load_svd_weights, backend, progress)
+        if svd == "torch":
+            from svf_torch.svd import TORCH_SVD
+
+            return job.decompose(options, TORCH_SVD, backend, progress)
+        return job.decompose(options, job.FLOAT64, backend, progress)
+
+
+@app.command(
+    epilog="Example: svf replay --backend jax --layout torch_v        "
+    "Example: svf replay components --backend both --layout all        "
+    "Example: svf replay components --backend jax --reference-report reference.json --strict-stage-tolerances"
+)
+def replay(
+    components: Annotated[
+        Path | None, typer.Argument(help="Component bundle; without it, a built-in tiny one.")
+    ] = None,
+    backend: Annotated[BackendName, typer.Option(help="Which side computes.")] = ON_BOTH,
+    layout: Annotated[LayoutName, typer.Option(help="How V is contracted; declared: as the bundle says.")] = (
+        LayoutName.declared
+    ),
+    model: Annotated[str | None, typer.Option(help="Source weights, for a bundle without source_f32.")] = None,
+    reference_report: Annotated[
+        Path | None,
+        typer.Option("--reference-report", "--python-report", help="Report of the reference side, for the gates."),
+    ] = None,
+    source_from_stage: Annotated[
+        bool, typer.Option("--source-from-stage", help="Take the source from the recorded source_f32.")
+    ] = False,
+    all_selected_tensors: Annotated[
+        bool, typer.Option("--all-selected-tensors", help="Demand every selected tensor's recorded stages.")
+    ] = False,
+    select: Annotated[
+        list[str] | None,
+        typer.Option("--select", "--selected-source-filter", help="Only tensors whose name contains this."),
+    ] = None,
+    chunk_rows: Annotated[int | None, typer.Option(help="Rows at a time; default from a memory budget.")] = None,
+    dump: Annotated[DumpMode | None, typer.Option(help="full with --out, otherwise none.")] = None,
+    out: Annotated[Path | None, typer.Option(help="New folder for the dump.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write the replaying side's report here.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, or a GPU: cuda, gpu, gpu:1.")] = "cpu",
+    top: Annotated[int, typer.Option(min=0, help="Largest differences kept per stage.")] = 5,
+    strict_stage_tolerances: StrictStages = False,
+    strict_current_python: StrictCurrent = False,
+    strict_reference: StrictReference = False,
+    json: Json = False,
+    verdicts: Annotated[bool, typer.Option(hidden=True)] = True,
+) -> None:
+    """Replay U, S, V and offsets stage by stage, and check every stage against its bound and the recorded one."""
+    from stages.diff import Gates
+    from stages.replay_command import ReplayCommand
+
+    command = ReplayCommand(
+        components=components,
+        backend=backend.value,
+        layout=layout.value,
+        model=model,
+        reference_report=reference_report,
+        source_from_stage=source_from_stage,
+        all_selected=all_selected_tensors,
+        select=tuple(select or ()),
+        chunk_rows=chunk_rows,
+        dump=dump.value if dump else ("full" if out else "none"),
+        out=out,
+        report=report,
+        device=device,
+        top=top,
+        gates=Gates(strict_stage_tolerances, strict_current_python, strict_reference),
+        verdicts=verdicts,
+    )
+    _finish_diff(_replay(command), json)
+
+
+def _replay(command: Any) -> Any:
+    from stages import replay_command
+    from stages.progress import Progress
+
+    with Progress(STATE.progress) as progress:
+        if command.backend == "both":
+            return replay_command.replay_both(command, BOTH, progress)
+        return replay_command.replay_one(command, lambda: load_backend(command.backend, command.device), progress)
+
+
+@app.command(
+    epilog="Example: svf diff dumps/torch dumps/jax        "
+    "Example: svf diff a/stages.safetensors b/stages.safetensors --components bundle        "
+    "Example: svf diff reference.json replay.json --strict-stage-tolerances"
+)
+def diff(
+    a: Annotated[Path, typer.Argument(help="Dump, component bundle, stage file or report: the reference side.")],
+    b: Annotated[Path, typer.Argument(help="The other one.")],
+    components: Annotated[Path | None, typer.Option(help="Bundle with U, S and V, to judge products.")] = None,
+    top: Annotated[int | None, typer.Option(min=0, help="Print the largest differences of every stage.")] = None,
+    strict_stage_tolerances: StrictStages = False,
+    strict_current_python: StrictCurrent = False,
+    strict_reference: StrictReference = False,
+    json: Json = False,
+) -> None:
+    """Compare two dumps, two stage bundles or two reports, stage by stage; loads no framework."""
+    from stages.diff import Gates
+    from stages.diff_job import diff_any
+    from stages.progress import Progress
+
+    gates = Gates(strict_stage_tolerances, strict_current_python, strict_reference)
+    with Progress(STATE.progress) as progress:
+        document = diff_any(a, b, components=components, top=5 if top is None else top, gates=gates, progress=progress)
+    _finish_diff(document, json, top=top is not None)
+
+
+def _finish_diff(document: Any, json: bool, *, top: bool = False) -> None:
+    from stages import render
+    from stages.diff import EXIT_CODES as outcomes
+
+    emit(document) if json else render.diff_document(document, top=top)
+    raise typer.Exit(outcomes[document["outcome"]])
+
+
+@app.command(epilog="Example: svf demo        Example: svf demo --json")
+def demo(json: Json = False) -> None:
+    """The whole chain on a tiny model: decompose, replay in PyTorch and JAX, compare stage by stage."""
+    from stages import demo as chain
+    from stages.progress import Progress
+
+    with Progress(STATE.progress) as progress:
+        document = chain.run(BOTH, progress)
+    if not json:
+        chain.explain(document)
+    _finish_diff(document, json)
+
+
+if __name__ == "__main__":
+    app()

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from stages.errors import InputError, NotFoundError, OutputError, SvfError, shown
+from stages.errors import InputError, NotFoundError, OutputError, shown
 from stages.jsonio import fsync_folder, parse_json
 
 DTYPES: dict[str, np.dtype] = {
@@ -41,6 +41,7 @@ DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_BY_NAME = {dtype.name: dtype for dtype in DTYPES.values()}
 
 # Fixed by the format: a longer header is refused by every reader.
 MAX_HEADER_BYTES = 100_000_000
@@ -119,6 +120,13 @@ class TensorFile:
         ]
         return np.concatenate(parts).view(info.dtype).reshape(rows, stop - start)
 
+    def sha256(self, name: str) -> str:
+        """sha256 of the tensor's raw bytes, read a block at a time."""
+        info, digest, block = self.info(name), hashlib.sha256(), 1 << 24
+        for at in range(0, info.nbytes, block):
+            digest.update(self._bytes(info.offset + at, min(block, info.nbytes - at), info).data)
+        return digest.hexdigest()
+
     def _bytes(self, offset: int, count: int, info: TensorInfo) -> np.ndarray:
         out = np.empty(count, np.uint8)
         view = out.data
@@ -188,7 +196,8 @@ class TensorWriter:
 
     Slices of one tensor along axis 0 come in order and leave no gap. Writing happens on a thread, so the
     caller may compute the next chunk meanwhile and must not change an array that it handed over. With
-    `commit()` the file takes its name; without it nothing remains. `hashes=True` computes each tensor's sha256.
+    `commit()` the file takes its name; without it nothing remains. `hashes` asks for sha256: of all tensors (True)
+    or of those named.
     """
 
     def __init__(
@@ -196,13 +205,14 @@ class TensorWriter:
         path: str | os.PathLike[str],
         specs: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
         *,
-        hashes: bool = False,
+        hashes: bool | Collection[str] = False,
         metadata: Mapping[str, str] | None = None,
     ):
         self.path = Path(path)
         self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         header, self._tensors, self.nbytes = _layout(specs, metadata)
-        self._hashes = {name: hashlib.sha256() for name in specs} if hashes else None
+        wanted = (specs if hashes else ()) if isinstance(hashes, bool) else hashes
+        self._hashes = {name: hashlib.sha256() for name in wanted}
         self._columnwise: set[str] = set()
         self._written = dict.fromkeys(specs, 0)
         self._pending: list[tuple[Future[None], int]] = []
@@ -245,7 +255,7 @@ class TensorWriter:
                 row = info.nbytes // max(1, info.shape[0]) if info.shape else 0
                 flat = data.reshape(-1).view(np.uint8)
                 _pwrite_all(self._fd, flat.data, info.offset + start * row)
-                if self._hashes is not None:
+                if info.name in self._hashes:
                     self._hashes[info.name].update(flat.data)
             else:
                 self._columnwise.add(info.name)
@@ -263,7 +273,7 @@ class TensorWriter:
         if short:
             raise RuntimeError(f"{self.path}: tensors not written in full: {short[:3]}")
         try:
-            digests = {name: self._digest(name) for name in self._tensors} if self._hashes is not None else {}
+            digests = {name: self._digest(name) for name in self._hashes}
             os.fsync(self._fd)
             os.replace(self._temporary, self.path)
             fsync_folder(self.path.parent)
@@ -274,7 +284,6 @@ class TensorWriter:
         return digests
 
     def _digest(self, name: str) -> str:
-        assert self._hashes is not None
         if name in self._columnwise:  # written by columns: the row-major bytes exist only in the file
             info, block = self._tensors[name], 1 << 24
             ends = range(info.offset, info.offset + info.nbytes, block)
@@ -344,6 +353,11 @@ def write_tensors(
         return writer.commit()
 
 
+def stored_dtype(name: str) -> np.dtype:
+    """The dtype called `float32`, `bfloat16`, ... in declarations and manifests."""
+    return _BY_NAME[name]
+
+
 def dtype_name(dtype: np.dtype | type) -> str:
     """The name used in manifests and reports: `float32`, `bfloat16`."""
     return np.dtype(dtype).name
@@ -352,15 +366,3 @@ def dtype_name(dtype: np.dtype | type) -> str:
 def sha256(array: np.ndarray) -> str:
     """sha256 over the raw little-endian, row-major bytes of `array`."""
     return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
-
-
-__all__ = [
-    "DTYPES",
-    "SvfError",
-    "TensorFile",
-    "TensorInfo",
-    "TensorWriter",
-    "dtype_name",
-    "sha256",
-    "write_tensors",
-]

@@ -1,0 +1,194 @@
+"""Comparing two sides of the component replay, tensor by tensor, chunk by chunk, stage by stage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from stages.metrics import Difference, PairHash, Residual
+from stages.noise import U32, Noise
+from stages.replay import REPLAY
+from stages.replay_run import Chunk
+from stages.selection import layer_of
+from stages.stage import Stage
+from stages.verdict import Oracle, SideVerdict, Verdict, consult, worst
+
+
+def residual_bound(rank: int) -> float:
+    """Largest relative residual |W - USV^T|_F / |W|_F of a float32 decomposition contracted the right way.
+
+    Each of `rank` terms carries a few float32 roundings that add up like random steps: 16 u sqrt(rank).
+    Seen: 3e-7 (float64 SVD) to 2e-6 (float32 gesdd) at ranks 64 to 1,024; a wrong layout gives about 1.
+    """
+    return 16 * U32 * float(np.sqrt(rank))
+
+
+@dataclass
+class StageComparison:
+    """One row in the making: metrics of a against b and both sides' verdicts."""
+
+    stage: Stage
+    difference: Difference
+    hashes: PairHash = field(default_factory=PairHash)
+    side_a: SideVerdict | None = None
+    side_b: SideVerdict | None = None
+    shape_note: str | None = None
+
+
+@dataclass(frozen=True)
+class ChunkCheck:
+    """What one chunk of rows of one tensor showed, per stage: for `large_tensor_chunk_checks`."""
+
+    start: int
+    stop: int
+    differences: Mapping[str, Difference]
+
+
+class TensorComparison:
+    """Both sides of one tensor; feed it chunks of the same rows, then ask for rows.
+
+    `options` say what the oracle computes (layout, transpose). `verdicts=False` skips the oracle.
+    """
+
+    def __init__(self, source_name: str, key: str, options: Mapping[str, Any], *, top: int = 5, verdicts: bool = True):
+        self.source_name, self.key, self.options = source_name, key, options
+        self.verdicts, self.top = verdicts, top
+        self.stages: dict[str, StageComparison] = {}
+        self.missing: dict[str, Verdict] = {}
+        self.chunks: list[ChunkCheck] = []
+        self.residual_a, self.residual_b = Residual(), Residual()
+        self.rank = 1
+
+    def expect(self, stages_a: set[str], stages_b: set[str]) -> None:
+        """Note the stages that one side lacks: missing in b, or extra in b."""
+        for name in REPLAY:
+            if name in stages_a - stages_b:
+                self.missing[name] = Verdict.MISSING
+            elif name in stages_b - stages_a:
+                self.missing[name] = Verdict.EXTRA
+            elif name not in stages_a and REPLAY[name].required:
+                self.missing[name] = Verdict.MISSING
+
+    def add(self, a: Chunk, b: Chunk) -> None:
+        """Compare and judge one chunk of rows."""
+        differences: dict[str, Difference] = {}
+        for stage in REPLAY.values():
+            if stage.name in a.values and stage.name in b.values and stage.name not in self.missing:
+                row = self.stages.setdefault(stage.name, StageComparison(stage, Difference(self.top)))
+                difference = self._compare(row, a, b)
+                if difference is not None:
+                    differences[stage.name] = difference
+                self._judge(row, a, b)
+        for residual, chunk in ((self.residual_a, a), (self.residual_b, b)):
+            if "source_f32" in chunk.values and "zero_source_f32" in chunk.values:
+                residual.add(chunk.values["source_f32"], chunk.values["zero_source_f32"])
+        self.rank = {**a.shared, **b.shared}.get("scaled_s", np.empty(1)).size
+        self.chunks.append(ChunkCheck(a.start, a.stop, differences))
+
+    def _compare(self, row: StageComparison, a: Chunk, b: Chunk) -> Difference | None:
+        x, y = a.values[row.stage.name], b.values[row.stage.name]
+        if x.shape != y.shape or x.dtype != y.dtype:
+            row.shape_note = f"a has {x.dtype} {list(x.shape)}, b has {y.dtype} {list(y.shape)}; {_turned(x, y, row)}"
+            return None
+        transposed = self.options["transpose"] and row.stage.name.startswith("final_")
+        difference = Difference(self.top)
+        difference.add(x, y, a.start if row.stage.by_rows else 0, int(transposed))
+        row.difference.merge(difference)
+        row.hashes.add(x, y, equal=difference.byte_match)
+        return difference
+
+    def _judge(self, row: StageComparison, a: Chunk, b: Chunk) -> None:
+        if not self.verdicts or row.shape_note is not None:
+            return
+        options = {name: self.options[name] for name in row.stage.options}
+        arguments_a, arguments_b = a.arguments(row.stage), b.arguments(row.stage)
+        oracle: Oracle | None = None
+        if arguments_a is not None:
+            oracle = consult(row.stage, arguments_a, options)
+            row.side_a = row.side_a or SideVerdict()
+            row.side_a.add(oracle, a.values[row.stage.name])
+        if arguments_b is not None:
+            if oracle is None or arguments_a is None or not _same(arguments_a, arguments_b):
+                oracle = consult(row.stage, arguments_b, options)
+            row.side_b = row.side_b or SideVerdict()
+            row.side_b.add(oracle, b.values[row.stage.name])
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One `svf.diff/1` row per stage that either side has, in execution order."""
+        result = []
+        for stage in REPLAY.values():
+            if stage.name in self.missing:
+                result.append(empty_row(self.source_name, self.key, stage, self.missing[stage.name]))
+            elif stage.name in self.stages:
+                result.append(self._compared_row(self.stages[stage.name]))
+        return result
+
+    def _compared_row(self, row: StageComparison) -> dict[str, Any]:
+        if row.shape_note is not None:
+            return {**empty_row(self.source_name, self.key, row.stage, Verdict.SHAPE), "note": row.shape_note}
+        d, tolerance = row.difference, row.stage.tolerance
+        finite = not (d.nonfinite_a or d.nonfinite_b)
+        sides = [side for side in (row.side_a, row.side_b) if side is not None]
+        verdict = worst(*(side.verdict for side in sides)) if sides else Verdict.EXACT
+        if not finite:
+            verdict = Verdict.NONFINITE
+        elif not d.byte_match and row.stage.noise is Noise.EXACT and not row.stage.inputs:
+            verdict = Verdict.BUG  # a copy of what both sides were given: they were given different things
+        elif len(sides) < 2 and not d.byte_match:
+            verdict = worst(verdict, Verdict.UNJUDGED)
+        digest_a, digest_b = row.hashes.digests()
+        return {
+            **empty_row(self.source_name, self.key, row.stage, verdict),
+            "verdict_a": row.side_a.verdict.value if row.side_a else None,
+            "verdict_b": row.side_b.verdict.value if row.side_b else None,
+            "ratio_a": row.side_a.ratio if row.side_a else None,
+            "ratio_b": row.side_b.ratio if row.side_b else None,
+            "tolerance_passed": finite and d.max_abs <= tolerance.max_abs and d.mean_abs <= tolerance.mean_abs,
+            "sha256_a": digest_a,
+            "sha256_b": digest_b,
+            **d.result(),
+        }
+
+    def zero_offset(self) -> dict[str, Any]:
+        """How well each side's zero-offset replay gives the source back: the test of a layout."""
+        bound = residual_bound(self.rank)
+        return {
+            "tensor": self.source_name,
+            "layout": self.options["layout"],
+            "max_abs_a": self.residual_a.max_abs,
+            "max_abs_b": self.residual_b.max_abs,
+            "relative_a": self.residual_a.relative,
+            "relative_b": self.residual_b.relative,
+            "bound": bound,
+            "fits_a": self.residual_a.relative <= bound if self.residual_a.known else None,
+            "fits_b": self.residual_b.relative <= bound if self.residual_b.known else None,
+        }
+
+
+def empty_row(source_name: str, key: str, stage: Stage, verdict: Verdict) -> dict[str, Any]:
+    """A row with a verdict and no metrics."""
+    return {
+        "key": f"tensor.{key}.{stage.name}",
+        "layer": layer_of(source_name),
+        "tensor": source_name,
+        "stage": stage.name,
+        "required": stage.required,
+        "verdict": verdict.value,
+        "verdict_a": None,
+        "verdict_b": None,
+        "ratio_a": None,
+        "ratio_b": None,
+        "tolerance_passed": False,
+    }
+
+
+def _same(a: tuple[np.ndarray, ...], b: tuple[np.ndarray, ...]) -> bool:
+    return all(x is y or (x.shape == y.shape and np.array_equal(x, y)) for x, y in zip(a, b, strict=True))
+
+
+def _turned(x: np.ndarray, y: np.ndarray, row: StageComparison) -> str:
+    turned = x.shape == y.shape[::-1] and x.shape != y.shape
+    return f'is one side transposed? expected "{row.stage.shape}"' if turned else f'expected "{row.stage.shape}"'

@@ -1,0 +1,608 @@
+"""`svf decompose`: a model and a router vector into a component bundle, stage bundles and the reference report.
+
+The reference side of a parity run, as the original Python tool wrote it: decompose, write, read back, replay.
+Every file but the manifest is in place before the manifest names it.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from stages import bundle as bundles
+from stages import svd
+from stages.backend import Backend
+from stages.bundle import component_keys, offsets_key, sample_stage_key, tensor_stage_key
+from stages.checkpoint import Checkpoint, open_checkpoint
+from stages.errors import InputError, UsageError
+from stages.jsonio import write_json
+from stages.layouts import LAYOUTS
+from stages.metrics import Residual
+from stages.output import ensure_space, prepare_folder
+from stages.qwen import parameter_shapes
+from stages.replay import REPLAY
+from stages.replay_run import Replayer, ReplayTask, default_chunk_rows
+from stages.selection import RouterVector, SelectedTensor, Selection, load_manifest, load_router_vector, select_by_rule
+from stages.tensorfile import TensorFile, TensorWriter, sha256, stored_dtype, write_tensors
+from stages.trinity_report import REFERENCE_SCHEMA, summary
+
+Progress = Callable[[str, float], None]
+_F32 = np.dtype(np.float32)
+
+
+class Factors(Protocol):
+    """U by rows in order, S and V (layout `torch_v`) of one weight."""
+
+    @property
+    def s(self) -> np.ndarray: ...
+
+    @property
+    def v(self) -> np.ndarray: ...
+
+    def u_chunks(self) -> Iterator[tuple[int, int, np.ndarray]]: ...
+
+
+# Where components come from: `rows(start, stop)` of the float32 source, its shape and name.
+Decomposer = Callable[[str, Callable[[int, int], np.ndarray], tuple[int, int]], Factors]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to get U, S and V, and the names that the original's reports give it.
+
+    `vh` is the same from the framework's other entry point, which returns V^H; None: the same V, transposed.
+    """
+
+    component_source: str
+    label: str
+    decompose: Decomposer
+    vh_source: str
+    vh_label: str
+    vh: Decomposer | None = None
+    stored: bool = False
+
+
+@dataclass(frozen=True)
+class DecomposeOptions:
+    """What `svf decompose` was asked to do; see its `--help`."""
+
+    model: str
+    vector: Path
+    manifest: Path | None
+    layers: tuple[int, ...]
+    out: Path
+    report: Path | None
+    all_selected: bool
+    svd_weights: Path | None = None
+
+
+def float64_svd(_name: str, rows: Callable[[int, int], np.ndarray], shape: tuple[int, int]) -> Factors:
+    """Accurate, and the same bits on any thread count: stages/svd.py."""
+    return svd.decompose(rows, shape)
+
+
+FLOAT64 = Method(
+    "recomputed_float64_svd",
+    "python_recomputed_float64_svd_v_final_bf16",
+    float64_svd,
+    "recomputed_float64_svd",
+    "python_recomputed_float64_svd_vh_final_bf16",
+)
+
+
+@dataclass(frozen=True)
+class StoredFactors:
+    """U, S and V from a safetensors file with keys `<parameter>.U / .S / .V`."""
+
+    file: TensorFile
+    name: str
+    shape: tuple[int, int]
+
+    @property
+    def s(self) -> np.ndarray:
+        return self.file.read(f"{self.name}.S")
+
+    @property
+    def v(self) -> np.ndarray:
+        return self.file.read(f"{self.name}.V")
+
+    def u_chunks(self) -> Iterator[tuple[int, int, np.ndarray]]:
+        step = default_chunk_rows(self.shape)
+        for start in range(0, self.shape[0], step):
+            stop = min(start + step, self.shape[0])
+            yield start, stop, self.file.read(f"{self.name}.U", start, stop)
+
+
+def stored_weights(file: TensorFile) -> Method:
+    """Components from an original `svd_weights.pt`, already converted by svf_torch.weights_file."""
+
+    def decompose(name: str, _rows: Callable[[int, int], np.ndarray], shape: tuple[int, int]) -> Factors:
+        rank = min(shape)
+        found = {part: file.info(f"{name}.{part}").shape for part in ("U", "S", "V")}
+        expected = {"U": (shape[0], rank), "S": (rank,), "V": (shape[1], rank)}
+        if found != expected:
+            raise InputError(f"{file.path}: '{name}': expected {expected}, got {found}")
+        return StoredFactors(file, name, shape)
+
+    return Method(
+        "svd_weights_pt",
+        "python_svd_weights_torch_v_final_bf16",
+        decompose,
+        "svd_weights_pt",
+        "python_svd_weights_vh_final_bf16",
+        stored=True,
+    )
+
+
+def select(options: DecomposeOptions, checkpoint: Checkpoint) -> Selection:
+    """The manifest's selection, checked against the model, or the selection rule's."""
+    shapes = parameter_shapes(checkpoint.config)
+    if options.manifest is None:
+        return select_by_rule(shapes, options.layers)
+    selection = load_manifest(options.manifest)
+    for tensor in selection.tensors:
+        stored = checkpoint.info(checkpoint.resolve(tensor.source_name)).shape
+        if stored != tensor.shape:
+            raise InputError(
+                f"{options.manifest}: '{tensor.source_name}' is {list(tensor.shape)} in the manifest and "
+                f"{list(stored)} in {options.model}"
+            )
+    return selection
+
+
+def decompose(
+    options: DecomposeOptions, method: Method, backend: Backend, progress: Progress = lambda _l, _d: None
+) -> dict[str, Any]:
+    """Write the bundle into the new folder `options.out`; returns a summary (`svf.decompose/1`).
+
+    `backend` computes the recorded stages and variants: PyTorch, as the reference side.
+    """
+    with ExitStack() as stack:
+        checkpoint = stack.enter_context(open_checkpoint(options.model))
+        checkpoint.check()
+        selection = select(options, checkpoint)
+        vector = load_router_vector(options.vector, selection, checkpoint.config.hidden_size)
+        sample = next(t for t in selection.tensors if t.source_name == selection.sample.source_name)
+        tensors = selection.tensors if options.all_selected else (sample,)
+        if options.report is not None and not options.report.parent.is_dir():
+            raise UsageError(f"--report {options.report}: its folder does not exist")
+        folder = prepare_folder(options.out)
+        ensure_space(folder, _output_bytes(tensors))
+        writer = _BundleWriter(folder, checkpoint, vector, backend, method)
+        writer.components(tensors, progress)
+        with _Readback(folder, tensors, checkpoint) as readback:
+            hashes = writer.stages(tensors, readback, options.all_selected, progress)
+            variants = writer.variants(sample, selection, readback, progress)
+            writer.sample_stages(sample, selection, readback)
+            report = writer.report(options, selection, tensors, variants, hashes)
+            write_json(folder / bundles.MANIFEST_FILE, writer.manifest(options, selection, tensors, variants, hashes))
+        if options.report is not None:
+            write_json(options.report, report)
+        return {
+            "schema": "svf.decompose/1",
+            "out": str(folder),
+            "report": str(options.report) if options.report else None,
+            "component_source": method.component_source,
+            "tensors": [t.source_name for t in tensors],
+            "reference": report["reference"],
+            "variants": [{k: v[k] for k in ("label", "observed_bf16_sha256", *_ZERO)} for v in variants],
+        }
+
+
+class LoadWeights(Protocol):
+    """svf_torch.weights_file.load_svd_weights: named `.U/.S/.V` tensors of a pickle into a safetensors file."""
+
+    def __call__(self, path: Path, names: list[str], out: Path) -> Any: ...
+
+
+def decompose_stored(
+    options: DecomposeOptions, load: LoadWeights, backend: Backend, progress: Progress = lambda _l, _d: None
+) -> dict[str, Any]:
+    """`decompose` with the components of an original `svd_weights.pt`, which `load` reads in a child process."""
+    assert options.svd_weights is not None
+    with open_checkpoint(options.model) as checkpoint:
+        selection = select(options, checkpoint)
+    chosen = [t.source_name for t in selection.tensors]
+    names = chosen if options.all_selected else [selection.sample.source_name]
+    with tempfile.TemporaryDirectory(prefix="svf-weights-") as scratch:
+        converted = Path(scratch) / "weights.safetensors"
+        load(options.svd_weights, names, converted)
+        with TensorFile(converted) as file:
+            return decompose(options, stored_weights(file), backend, progress)
+
+
+_ZERO = ("zero_offset_max_abs_error_vs_source",)
+
+
+def _output_bytes(tensors: Sequence[SelectedTensor]) -> int:
+    per_stage = sum(stored_dtype(s.dtype).itemsize for s in REPLAY.values() if s.by_rows)
+    return sum(t.shape[0] * t.shape[1] * per_stage + 4 * min(t.shape) * sum(t.shape) for t in tensors)
+
+
+class _Source:
+    """Float32 rows of a weight; NaN and infinity refused by name and place."""
+
+    def __init__(self, checkpoint: Checkpoint, tensor: SelectedTensor):
+        self._checkpoint, self._name = checkpoint, checkpoint.resolve(tensor.source_name)
+        self.shape = tensor.shape
+
+    def __call__(self, start: int, stop: int) -> np.ndarray:
+        rows = self._checkpoint.read(self._name, start, stop).astype(np.float32)
+        if not np.isfinite(rows).all():
+            r, c = (int(i) for i in np.argwhere(~np.isfinite(rows))[0])
+            raise InputError(f"{self._checkpoint.source}: '{self._name}' has NaN or infinity at [{start + r}, {c}]")
+        return rows
+
+
+class _Readback:
+    """The components as written: what the recorded stages are computed from."""
+
+    def __init__(self, folder: Path, tensors: Sequence[SelectedTensor], checkpoint: Checkpoint):
+        self._components = TensorFile(folder / bundles.COMPONENTS_FILE)
+        self._offsets = TensorFile(folder / bundles.OFFSETS_FILE)
+        self._checkpoint = checkpoint
+        self._names = {t.source_name: component_keys(t.source_name) for t in tensors}
+
+    def task(self, tensor: SelectedTensor, layout: str = "torch_v", *, transpose: bool = False) -> ReplayTask:
+        keys, file = self._names[tensor.source_name], self._components
+        return ReplayTask(
+            tensor.source_name,
+            tensor.shape,
+            lambda start, stop: file.read(keys["u"], start, stop),
+            file.read(keys["s"]),
+            file.read(keys["v"]),
+            self._offsets.read(offsets_key(tensor.source_name)),
+            _Source(self._checkpoint, tensor),
+            layout,
+            transpose,
+        )
+
+    def __enter__(self) -> _Readback:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._components.close()
+        self._offsets.close()
+
+
+@dataclass(frozen=True)
+class _Hashes:
+    """sha256 of the float32 source and the offsets of each tensor."""
+
+    source: Mapping[str, str]
+    offsets: Mapping[str, str]
+
+
+class _BundleWriter:
+    """Writes the files of one bundle, in the order in which each can be trusted."""
+
+    def __init__(self, folder: Path, checkpoint: Checkpoint, vector: RouterVector, backend: Backend, method: Method):
+        self.folder, self.checkpoint, self.vector, self.method = folder, checkpoint, vector, method
+        self.replayer = Replayer(backend)
+        self.in_memory: dict[str, np.ndarray] = {}
+
+    def components(self, tensors: Sequence[SelectedTensor], progress: Progress) -> None:
+        """Decompose each distinct weight once and write U, S, V under the key of every tensor that has its values."""
+        specs: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
+        for t in tensors:
+            keys, rank = component_keys(t.source_name), min(t.shape)
+            specs[keys["u"]] = (_F32, (t.shape[0], rank))
+            specs[keys["s"]] = (_F32, (rank,))
+            specs[keys["v"]] = (_F32, (t.shape[1], rank))
+        groups: dict[str, list[SelectedTensor]] = {}
+        for t in tensors:  # tied tensors resolve to one stored weight; stored components are each their own
+            one = t.source_name if self.method.stored else self.checkpoint.resolve(t.source_name)
+            groups.setdefault(one, []).append(t)
+        # Leaving and entering per tensor would make OpenBLAS restart its threads each time (stages/svd.py).
+        writing = TensorWriter(self.folder / bundles.COMPONENTS_FILE, specs)
+        with svd.single_threaded_blas(), writing as writer:
+            for members in groups.values():
+                self._decompose(members, writer, progress)
+            writer.commit()
+        offsets = {offsets_key(t.source_name): self.vector.offsets(t) for t in tensors}
+        write_tensors(self.folder / bundles.OFFSETS_FILE, offsets)
+
+    def _decompose(self, members: Sequence[SelectedTensor], writer: TensorWriter, progress: Progress) -> None:
+        first = members[0]
+        label = f"decomposing {first.source_name}"
+        progress(label, 0.0)
+        factors = self.method.decompose(first.source_name, _Source(self.checkpoint, first), first.shape)
+        for t in members:
+            keys = component_keys(t.source_name)
+            writer.write(keys["s"], factors.s)
+            writer.write(keys["v"], factors.v)
+        for start, stop, rows in factors.u_chunks():
+            for t in members:
+                writer.write(component_keys(t.source_name)["u"], rows, start)
+            progress(label, stop / first.shape[0])
+
+    def stages(
+        self, tensors: Sequence[SelectedTensor], readback: _Readback, all_selected: bool, progress: Progress
+    ) -> _Hashes:
+        """The all-selected stage file, source-oriented; returns hashes of sources and offsets."""
+        if not all_selected:
+            return self._hashes_of(tensors)
+        specs = {}
+        tasks = [readback.task(t) for t in tensors]
+        for task in tasks:
+            for stage in REPLAY.values():
+                key = tensor_stage_key(task.source_name, stage.name)
+                specs[key] = (stored_dtype(stage.dtype), task.stage_shape(stage))
+        hashed = {tensor_stage_key(t.source_name, n) for t in tensors for n in ("source_f32", "offsets_f32")}
+        with TensorWriter(self.folder / bundles.ALL_STAGES_FILE, specs, hashes=hashed) as writer:
+            for task in tasks:
+                for chunk in self.replayer.run(task):
+                    for name, array in chunk.values.items():
+                        start = chunk.start if REPLAY[name].by_rows else 0
+                        writer.write(tensor_stage_key(task.source_name, name), array, start)
+                    progress(f"replaying {task.source_name}", chunk.stop / task.shape[0])
+            digests = writer.commit()
+        names = [t.source_name for t in tensors]
+        return _Hashes(
+            {n: digests[tensor_stage_key(n, "source_f32")] for n in names},
+            {n: digests[tensor_stage_key(n, "offsets_f32")] for n in names},
+        )
+
+    def _hashes_of(self, tensors: Sequence[SelectedTensor]) -> _Hashes:
+        return _Hashes(
+            {t.source_name: sha256(_Source(self.checkpoint, t)(0, t.shape[0])) for t in tensors},
+            {t.source_name: sha256(self.vector.offsets(t)) for t in tensors},
+        )
+
+    def sample_stages(self, sample: SelectedTensor, selection: Selection, readback: _Readback) -> None:
+        """The sample's stage file, its final stages in the target's orientation."""
+        values = self._sample_values(readback.task(sample, transpose=_turned(sample, selection)))
+        tensors = {sample_stage_key(name): array for name, array in values.items()}
+        write_tensors(self.folder / bundles.SAMPLE_STAGES_FILE, tensors)
+
+    def _sample_values(self, task: ReplayTask) -> dict[str, np.ndarray]:
+        """All stages of one tensor at once, whole: the sample is a layer's weight, tens of megabytes."""
+        parts: dict[str, list[np.ndarray]] = {}
+        for chunk in self.replayer.run(task):
+            for name, array in chunk.values.items():
+                parts.setdefault(name, []).append(array)
+        return {n: np.concatenate(a, axis=task.row_axis(REPLAY[n])) if len(a) > 1 else a[0] for n, a in parts.items()}
+
+    def variants(
+        self, sample: SelectedTensor, selection: Selection, readback: _Readback, progress: Progress
+    ) -> list[dict[str, Any]]:
+        """The sample replayed from memory and from the files, with V contracted as `torch_v` and as `vh`."""
+        progress(f"variants of {sample.source_name}", 0.0)
+        turned = _turned(sample, selection)
+        read = readback.task(sample, transpose=turned)
+        memory = _with(read, **self._held(sample, self.method.decompose))
+        self.in_memory = {"u": memory.u(0, sample.shape[0]), "s": memory.s, "v": memory.v, "offsets": read.offsets}
+        other = _with(read, **self._held(sample, self.method.vh)) if self.method.vh else memory
+        tasks = [
+            (self.method.label, self.method.component_source, memory),
+            # V^H of the right kind: the contraction must not matter when the layout is told right.
+            (self.method.vh_label, self.method.vh_source, _with(other, v=other.v.T, layout="vh")),
+            (BASELINE_LABEL, "safetensors_readback", read),
+            # torch_v components read as vh: the mistake that the original was written to find.
+            ("python_safetensors_readback_vh_final_bf16", "safetensors_readback", _with(read, layout="vh")),
+        ]
+        expected = selection.sample.expected_bf16_sha256
+        result = []
+        for label, component_source, task in tasks:
+            if task.v.shape == LAYOUTS[task.layout].expected_shape(sample.shape[1], task.s.size):
+                result.append(_variant(label, component_source, task, self._sample_values(task), expected))
+        progress(f"variants of {sample.source_name}", 1.0)
+        return result
+
+    def _held(self, sample: SelectedTensor, decomposer: Decomposer) -> dict[str, Any]:
+        """The sample's U, S and V in memory."""
+        factors = decomposer(sample.source_name, _Source(self.checkpoint, sample), sample.shape)
+        u = np.concatenate([rows for _, _, rows in factors.u_chunks()])
+        return {"u": lambda start, stop: u[start:stop], "s": factors.s, "v": factors.v}
+
+    def manifest(
+        self,
+        options: DecomposeOptions,
+        selection: Selection,
+        tensors: Sequence[SelectedTensor],
+        variants: Sequence[Mapping[str, Any]],
+        hashes: _Hashes,
+    ) -> dict[str, Any]:
+        """The debug manifest, which commits the bundle."""
+        expected = selection.sample.expected_bf16_sha256
+        return {
+            "all_selected_tensors": options.all_selected,
+            "baseline_label": variants[0]["label"],
+            "baseline_observed_bf16_sha256": variants[0]["observed_bf16_sha256"],
+            "component_source": self.method.component_source,
+            "component_v_layout": "torch_v",
+            "decomposed_all_selected_if_missing": options.all_selected and options.svd_weights is None,
+            "schema": bundles.SELECTED_SCHEMA if options.all_selected else bundles.SAMPLE_SCHEMA,
+            "selected_tensor_count": len(tensors),
+            "selected_tensors": self._entries(selection, tensors, hashes, options.all_selected),
+            "source_name": selection.sample.source_name,
+            "stored_reference_bf16_sha256": expected or "",
+            "stored_reference_hash_reproducible": any(v["matches_expected"] for v in variants),
+            "svd_weights_path": str(options.svd_weights) if options.svd_weights else None,
+            "warning": None,
+        }
+
+    def _entries(
+        self, selection: Selection, tensors: Sequence[SelectedTensor], hashes: _Hashes, all_selected: bool
+    ) -> list[dict[str, Any]]:
+        entries = []
+        for t in tensors:
+            key = tensor_stage_key if all_selected else lambda _name, stage: sample_stage_key(stage)
+            turned = not all_selected and _turned(t, selection)
+            entries.append(
+                {
+                    "component_source": self.method.component_source,
+                    "component_tensors": component_keys(t.source_name),
+                    "component_v_layout": "torch_v",
+                    "elixir_name": t.elixir_name,
+                    "index": selection.tensors.index(t),
+                    "offset_end": t.offset_end,
+                    "offset_start": t.offset_start,
+                    "offsets_sha256": hashes.offsets[t.source_name],
+                    "s_shape": [min(t.shape)],
+                    "safe_key": t.safe_key,
+                    "scale_tensor": offsets_key(t.source_name),
+                    "singular_values": t.singular_values,
+                    "source_dtype": "float32",
+                    "source_name": t.source_name,
+                    "source_sha256_as_f32": hashes.source[t.source_name],
+                    "source_shape": list(t.shape),
+                    "stage_final_orientation": "target" if turned else "source",
+                    "stage_final_shape": list(t.shape[::-1] if turned else t.shape),
+                    "stage_tensors": {stage: key(t.source_name, stage) for stage in REPLAY},
+                    "u_shape": [t.shape[0], min(t.shape)],
+                    "v_shape": [t.shape[1], min(t.shape)],
+                }
+            )
+        return entries
+
+    def report(
+        self,
+        options: DecomposeOptions,
+        selection: Selection,
+        tensors: Sequence[SelectedTensor],
+        variants: Sequence[Mapping[str, Any]],
+        hashes: _Hashes,
+    ) -> dict[str, Any]:
+        """The reference side's report in its schema."""
+        sample = next(t for t in tensors if t.source_name == selection.sample.source_name)
+        source = _Source(self.checkpoint, sample)(0, sample.shape[0])
+        entries = self._entries(selection, tensors, hashes, options.all_selected)
+        brief = ["elixir_name", "index", "offset_end", "offset_start", "safe_key", "source_name"]
+        brief += ["stage_final_orientation", "stage_final_shape", "stage_tensors"]
+        memory, prefixes = self.in_memory, {"offsets": 16, "s": 16, "u": 4, "v": 4}
+        written = _written(self.folder, sample)
+        return {
+            "schema": REFERENCE_SCHEMA,
+            "inputs": self._inputs(options),
+            "reference": _reference(options, selection, sample, variants),
+            "source_tensor": summary(source, 16),
+            "source_tensor_f32_svd_input": summary(source, 16),
+            "scale_offsets": summary(memory["offsets"], 16),
+            "component_bundle_before_write": {part: summary(memory[part], n) for part, n in prefixes.items()},
+            "component_bundle_readback": {part: summary(written[part], n) for part, n in prefixes.items()},
+            "selected_tensor_components": entries,
+            "selected_tensor_stage_debug": [{k: e[k] for k in brief} for e in entries] if options.all_selected else [],
+            "stage_debug": self._stage_debug(options, tensors),
+            "variants": list(variants),
+        }
+
+    def _inputs(self, options: DecomposeOptions) -> dict[str, Any]:
+        place = options.report.parent if options.report is not None else Path.cwd()
+        relative = os.path.relpath(self.folder, place)
+        return {
+            "all_selected_stage_tensor_file": f"{relative}/{bundles.ALL_STAGES_FILE}" if options.all_selected else None,
+            "all_selected_tensors_written": options.all_selected,
+            "component_source_written": self.method.component_source,
+            "model_name": options.model,
+            "model_torch_dtype_arg": "float32",
+            "readback_components_dir": relative,
+            "router_vector": str(options.vector),
+            "router_vector_dtype_after_load": "float32",
+            "router_vector_sha256": self.vector.sha256,
+            "source_tensor_dtype": "float32",
+            "stage_tensor_file": f"{relative}/{bundles.SAMPLE_STAGES_FILE}",
+            "svd_weights": str(options.svd_weights) if options.svd_weights else None,
+            "write_components_dir": relative,
+        }
+
+    def _stage_debug(self, options: DecomposeOptions, tensors: Sequence[SelectedTensor]) -> dict[str, Any]:
+        inputs = self._inputs(options)
+        keys = sorted(tensor_stage_key(t.source_name, stage) for t in tensors for stage in REPLAY)
+        return {
+            "all_selected_stage_keys": keys if options.all_selected else [],
+            "all_selected_stage_tensor_file": inputs["all_selected_stage_tensor_file"],
+            "baseline_label": BASELINE_LABEL,
+            "interpretation": "Stages of the components as read back: the baseline of stage-by-stage parity.",
+            "schema": "trinity_sakana_stage_debug.v1",
+            "stage_keys": sorted(sample_stage_key(stage) for stage in REPLAY),
+            "stage_tensor_file": inputs["stage_tensor_file"],
+        }
+
+
+BASELINE_LABEL = "python_safetensors_readback_torch_v_final_bf16"
+
+
+def _written(folder: Path, tensor: SelectedTensor) -> dict[str, np.ndarray]:
+    """U, S, V and offsets of one tensor as they are in the written files."""
+    with TensorFile(folder / bundles.COMPONENTS_FILE) as file:
+        parts = {part: file.read(key) for part, key in component_keys(tensor.source_name).items()}
+    with TensorFile(folder / bundles.OFFSETS_FILE) as file:
+        return {**parts, "offsets": file.read(offsets_key(tensor.source_name))}
+
+
+def _turned(sample: SelectedTensor, selection: Selection) -> bool:
+    """Whether the sample's target is the source's transpose; a square one is taken as it is."""
+    return sample.shape != selection.sample.target_shape
+
+
+def _with(task: ReplayTask, **changes: Any) -> ReplayTask:
+    return ReplayTask(**{**vars(task), **changes})
+
+
+def _variant(
+    label: str, component_source: str, task: ReplayTask, values: Mapping[str, np.ndarray], expected: str | None
+) -> dict[str, Any]:
+    observed = sha256(values["final_bf16"])
+    s, scaled = task.s, values["scaled_s"]
+    source, zero = values["source_f32"], values["zero_source_f32"]
+    residual, roundtrip = Residual(), Residual()
+    residual.add(source, zero)
+    roundtrip.add(source.astype(stored_dtype("bfloat16")).astype(np.float32), zero)
+    return {
+        "component_source": component_source,
+        "expected_bf16_sha256": expected or "",
+        "final": summary(values["final_bf16"], 16),
+        "final_f32_before_bf16": summary(values["final_f32"], 16),
+        "label": label,
+        "matches_expected": observed == expected,
+        "observed_bf16_sha256": observed,
+        "s": {
+            "normalization": float(values["normalization"][0]),
+            "scaled_s": summary(scaled, 16),
+            "singular_values": summary(s, 16),
+            "sum_s": float(s.sum(dtype=np.float64)),
+            "sum_scaled_s": float(scaled.sum(dtype=np.float64)),
+            "typed_offsets": summary(task.offsets, 16),
+        },
+        "v_layout": task.layout,
+        "zero_offset_max_abs_error_vs_source": residual.max_abs,
+        "zero_offset_max_abs_error_vs_source_bf16_roundtrip": roundtrip.max_abs,
+    }
+
+
+def _reference(
+    options: DecomposeOptions, selection: Selection, sample: SelectedTensor, variants: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    expected = selection.sample.expected_bf16_sha256
+    reproducible = any(v["matches_expected"] for v in variants)
+    baseline = next((v for v in variants if v["matches_expected"]), None)
+    baseline = baseline or next(v for v in variants if v["label"] == BASELINE_LABEL)
+    if expected is None:
+        diagnosis = "there is no stored reference hash; compare with current_python_baseline_bf16_sha256"
+    elif reproducible:
+        diagnosis = "stored reference hash was reproduced"
+    else:
+        diagnosis = (
+            "stored reference hash was not reproduced; use current_python_baseline_bf16_sha256 for same-run parity, "
+            "or provide the original svd_weights.pt"
+        )
+    return {
+        "current_python_baseline_bf16_sha256": baseline["observed_bf16_sha256"],
+        "current_python_baseline_label": baseline["label"],
+        "diagnosis": diagnosis,
+        "elixir_name": sample.elixir_name,
+        "expected_bf16_sha256": expected or "",
+        "expected_hash_reproducible": reproducible,
+        "path": str(options.manifest) if options.manifest else None,
+        "sample_reconstructed_shape": list(selection.sample.target_shape),
+        "source_name": sample.source_name,
+        "source_shape": list(sample.shape),
+    }

@@ -1,0 +1,128 @@
+"""The diff command on the component replay: two recorded sides, read chunk by chunk; needs no framework."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from stages import diff
+from stages.compare import TensorComparison, empty_row
+from stages.errors import UsageError
+from stages.replay import REPLAY
+from stages.replay_run import chunk_plan, default_chunk_rows
+from stages.sides import Side, SideTensor, check_comparable, open_side, pair_samples
+from stages.trinity_report import diff_reports, is_report
+from stages.verdict import Verdict
+
+Progress = Callable[[str, float], None]
+
+
+def diff_recorded(
+    path_a: Path,
+    path_b: Path,
+    *,
+    components: Path | None = None,
+    top: int = 5,
+    gates: diff.Gates | None = None,
+    runs: tuple[Any, Any] = (None, None),
+    progress: Progress = lambda _label, _done: None,
+) -> dict[str, Any]:
+    """The `svf.diff/1` document of two dumps, component bundles or stage files.
+
+    `runs` are the documents of the runs that made them. `InputError` when the two replayed different weights.
+    """
+    with open_side(path_a, components) as a, open_side(path_b, components) as b:
+        a, b = _same_kind(a, b, path_a, path_b, components)
+        check_comparable(a, b)
+        pair_samples(a, b)
+        comparisons: list[TensorComparison] = []
+        hash_rows: list[dict[str, Any]] = []
+        keys = [*a.tensors, *(key for key in b.tensors if key not in a.tensors)]
+        for key in keys:
+            one, other = a.tensors.get(key), b.tensors.get(key)
+            if one and other and (_hashes_only(one) or _hashes_only(other)):
+                hash_rows += _hash_rows(key, one, other)
+            else:
+                comparisons.append(_compare(key, one, other, top, progress))
+        if gates is not None and gates.current_python and gates.current is None:
+            gates = _gates_of_pair(gates, comparisons)
+        return diff.document(
+            comparisons,
+            diff.side(a.label, a.facts, runs[0]),
+            diff.side(b.label, b.facts, runs[1]),
+            gates=gates,
+            expected_tensors=len(keys),
+            more_rows=hash_rows,
+        )
+
+
+def diff_any(
+    path_a: Path, path_b: Path, *, components: Path | None, top: int, gates: diff.Gates, progress: Progress
+) -> dict[str, Any]:
+    """The `svf.diff/1` document of two recorded sides, or of two reports."""
+    if is_report(path_a) and is_report(path_b):
+        return diff_reports(path_a, path_b, gates)
+    if is_report(path_a) or is_report(path_b):
+        raise UsageError("a report is compared with a report; name two reports, or two dumps or bundles")
+    return diff_recorded(path_a, path_b, components=components, top=top, gates=gates, progress=progress)
+
+
+def _same_kind(a: Side, b: Side, path_a: Path, path_b: Path, components: Path | None) -> tuple[Side, Side]:
+    """A bundle's all-selected stages face another's; where one side is a sample alone, both show the sample."""
+    if len(a.tensors) > 1 and len(b.tensors) == 1 and path_a.is_dir() and _turned(b):
+        return a._stack.enter_context(open_side(path_a, components, sample=True)), b
+    if len(b.tensors) > 1 and len(a.tensors) == 1 and path_b.is_dir() and _turned(a):
+        return a, b._stack.enter_context(open_side(path_b, components, sample=True))
+    return a, b
+
+
+def _turned(side: Side) -> bool:
+    return any(tensor.transpose for tensor in side.tensors.values())
+
+
+def _compare(key: str, a: SideTensor | None, b: SideTensor | None, top: int, progress: Progress) -> TensorComparison:
+    known = a or b
+    assert known is not None
+    # Two sides that contracted V alike are judged by what they did; otherwise by what the components declare.
+    same = a is None or b is None or a.layout == b.layout
+    declared = known.components.entry.layout if known.components else known.layout
+    options = {"layout": known.layout if same else declared, "transpose": known.transpose}
+    comparison = TensorComparison(known.source_name, key, options, top=top)
+    comparison.expect(set(a.stages) if a else set(), set(b.stages) if b else set())
+    if a is None or b is None:
+        return comparison
+    rows = a.rows
+    plan = chunk_plan(rows, default_chunk_rows(a.shape)) if rows == b.rows else [(0, rows)]
+    for one, other in zip(a.chunks(plan), b.chunks(plan if rows == b.rows else [(0, b.rows)]), strict=True):
+        comparison.add(one, other)
+        progress(known.source_name, one.stop / rows)
+    return comparison
+
+
+def _hashes_only(tensor: SideTensor) -> bool:
+    return not tensor.stages and bool(tensor.hashes)
+
+
+def _hash_rows(key: str, a: SideTensor, b: SideTensor) -> list[dict[str, Any]]:
+    """Rows of a dump that kept hashes alone: equal bytes are known to be equal, nothing more can be said."""
+    rows = []
+    for stage in REPLAY.values():
+        one, other = a.sha256(stage.name), b.sha256(stage.name)
+        if one is None and other is None:
+            continue
+        equal = one == other
+        verdict = Verdict.EXACT if equal else Verdict.UNJUDGED
+        verdict = Verdict.EXTRA if one is None else Verdict.MISSING if other is None else verdict
+        row = empty_row(a.source_name, key, stage, verdict)
+        row.update(byte_match=equal, sha256_a=one, sha256_b=other, tolerance_passed=equal)
+        rows.append(row)
+    return rows
+
+
+def _gates_of_pair(gates: diff.Gates, comparisons: list[TensorComparison]) -> diff.Gates:
+    """Without a report the reference side is a: every tensor's final bf16 hash must be a's."""
+    finals = [c.stages["final_bf16"].hashes.digests() for c in comparisons if "final_bf16" in c.stages]
+    equal = bool(finals) and all(one == other for one, other in finals)
+    one = finals[0][0] if finals else None
+    return diff.Gates(**{**vars(gates), "current": one, "replayed_hashes": (one,) if equal and one else ()})

@@ -1,0 +1,152 @@
+"""Dumps: every stage tensor of one run, committed by a manifest that is written last."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stages.bundle import tensor_stage_key
+from stages.errors import InputError, NotFoundError, UsageError, shown
+from stages.jsonio import read_object, write_json
+from stages.output import ensure_space, prepare_folder
+from stages.replay import REPLAY
+from stages.replay_run import Chunk, ReplayTask
+from stages.selection import layer_of
+from stages.stage import Stage
+from stages.tensorfile import TensorFile, TensorWriter, stored_dtype
+
+SCHEMA = "svf.dump/1"
+MANIFEST_FILE = "manifest.json"
+MODES = ("full", "hash", "none")
+
+
+def dump_file(source_name: str) -> str:
+    """File of a tensor's stages: one per layer, one for whole-model tensors."""
+    layer = layer_of(source_name)
+    return "model.safetensors" if layer is None else f"layer-{layer}.safetensors"
+
+
+class ReplayDump:
+    """A replay dump being written, chunk by chunk; nothing counts until `commit`.
+
+    Mode `full` writes tensors and their sha256, `hash` the sha256 alone.
+    """
+
+    def __init__(self, folder: Path, tasks: Sequence[ReplayTask], mode: str = "full"):
+        if mode not in ("full", "hash"):
+            raise UsageError(f"--dump {mode}: expected {', '.join(MODES)}")
+        self.folder, self.mode = prepare_folder(folder), mode
+        self._specs = {
+            tensor_stage_key(task.source_name, stage.name): (
+                dump_file(task.source_name),
+                stage,
+                task.stage_shape(stage),
+            )
+            for task in tasks
+            for stage in REPLAY.values()
+        }
+        self._writers: dict[str, TensorWriter] = {}
+        self._hashes = {key: hashlib.sha256() for key in self._specs} if mode == "hash" else {}
+        if mode == "full":
+            self._open()
+
+    def _open(self) -> None:
+        files: dict[str, dict[str, tuple[np.dtype, tuple[int, ...]]]] = {}
+        for key, (file, stage, shape) in self._specs.items():
+            files.setdefault(file, {})[key] = (stored_dtype(stage.dtype), shape)
+        sizes = [np.prod(s, dtype=object) * d.itemsize for f in files.values() for d, s in f.values()]
+        ensure_space(self.folder, int(sum(sizes)))
+        for file, specs in files.items():
+            self._writers[file] = TensorWriter(self.folder / file, specs, hashes=True)
+
+    def add(self, task: ReplayTask, chunk: Chunk) -> None:
+        """Write the stages of one chunk."""
+        for name, array in chunk.values.items():
+            key, stage = tensor_stage_key(task.source_name, name), REPLAY[name]
+            if self.mode == "hash":
+                self._hash(key, task, stage, array)
+                continue
+            axis = task.row_axis(stage)
+            self._writers[dump_file(task.source_name)].write(key, array, chunk.start if stage.by_rows else 0, axis)
+
+    def _hash(self, key: str, task: ReplayTask, stage: Stage, array: np.ndarray) -> None:
+        if task.row_axis(stage) == 1 and array.shape != task.stage_shape(stage):
+            raise UsageError(
+                f"{task.source_name}: the sha256 of a transposed tensor needs all its rows at once; "
+                "use --dump full, or a larger --chunk-rows"
+            )
+        self._hashes[key].update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+    def commit(self, manifest: Mapping[str, Any]) -> dict[str, str]:
+        """Commit the files, then the manifest; returns every tensor's sha256."""
+        digests = {key: h.hexdigest() for key, h in self._hashes.items()}
+        for writer in self._writers.values():
+            digests.update(writer.commit())
+        tensors = {
+            key: {
+                "file": file if self.mode == "full" else None,
+                "dtype": stage.dtype,
+                "shape": list(shape),
+                "sha256": digests[key],
+            }
+            for key, (file, stage, shape) in self._specs.items()
+        }
+        write_json(self.folder / MANIFEST_FILE, {"schema": SCHEMA, **manifest, "tensors": tensors})
+        return digests
+
+    def close(self) -> None:
+        """Stop; files not committed disappear."""
+        for writer in self._writers.values():
+            writer.close()
+
+    def __enter__(self) -> ReplayDump:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class Dump:
+    """A committed dump open for reading."""
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise NotFoundError(f"{folder}: no such folder")
+        path = self.folder / MANIFEST_FILE
+        if not path.is_file():
+            raise InputError(f"{folder}: no {MANIFEST_FILE}: this dump was not written to its end; run it again")
+        self.manifest = read_object(path)
+        if self.manifest.get("schema") != SCHEMA:
+            raise InputError(f"{path}: schema is {shown(self.manifest.get('schema'))}, expected {SCHEMA}")
+        tensors = self.manifest.get("tensors")
+        if not isinstance(tensors, dict):
+            raise InputError(f"{path}: expected an object 'tensors'")
+        self.tensors: dict[str, Any] = tensors
+        self._files: dict[str, TensorFile] = {}
+        self._check(path)
+
+    def _check(self, path: Path) -> None:
+        for key, entry in self.tensors.items():
+            file = entry.get("file") if isinstance(entry, dict) else self
+            if file is not None and (not isinstance(file, str) or Path(file).name != file):
+                raise InputError(f"{path}: tensor '{shown(key)}' names no file of this folder: {shown(file)}")
+            if file is None:
+                continue
+            info = self.file(file).info(key)
+            if info.dtype.name != entry.get("dtype") or list(info.shape) != entry.get("shape"):
+                raise InputError(f"{path}: tensor '{shown(key)}' is not what {file} holds; the dump was changed")
+
+    def file(self, name: str) -> TensorFile:
+        """The open tensor file called `name` in this dump."""
+        if name not in self._files:
+            self._files[name] = TensorFile(self.folder / name)
+        return self._files[name]
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()

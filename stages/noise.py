@@ -1,0 +1,82 @@
+"""Rounding noise of each kind of stage: how far a right float32 result may lie from the exact one.
+
+`../shared/numerics.md` holds the derivation and measurements; docs/findings/ what was measured again.
+All bounds are per element, in the units of the result, against the *unrounded* float64 value.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import numpy as np
+
+# Unit roundoff of float32.
+U32 = 2.0**-24
+# Unit roundoff of bfloat16 (8 significant bits).
+U_BF16 = 2.0**-8
+
+
+class Noise(StrEnum):
+    """Where a stage's rounding error comes from; decides which bound it is judged by."""
+
+    EXACT = "exact"  # one correctly rounded operation, a copy or a cast: no error beyond that rounding
+    SUM_RATIO = "sum ratio"  # a quotient of two float32 sums
+    PRODUCT = "product"  # sums of K products
+
+
+# Largest |error| / bound seen on correct kernels is 2.1 for products (numerics.md), in 12.6M elements.
+LAMBDA = {Noise.EXACT: 1.0, Noise.SUM_RATIO: 4.0, Noise.PRODUCT: 4.0}
+
+
+def rounding_unit(dtype: np.dtype) -> float:
+    """Unit roundoff of a stage's stored dtype."""
+    return U_BF16 if dtype.name == "bfloat16" else U32
+
+
+def exact_bound(result: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Half an ulp of the stored dtype: a correctly rounded result is never further away."""
+    # The smallest normal number covers results below it, where half an ulp stops shrinking.
+    return rounding_unit(dtype) * np.maximum(np.abs(result), 2.0**-126)
+
+
+def product_bound(a: np.ndarray, b: np.ndarray, result: np.ndarray) -> np.ndarray:
+    """Noise scale of `a @ b` over length K: u (sqrt(K) sqrt((a*a) @ (b*b)) + |result|), at lambda 1.
+
+    Shapes: a `[rows, K]`, b `[K, cols]`, both the float32 operands. A sum in any sensible order walks like
+    random steps: sqrt(K) steps of the size of the partial sums, themselves at most the root of summed squares.
+    """
+    spread = np.sqrt((a * a) @ (b * b)).astype(np.float64)  # float32 is ample for a scale
+    return U32 * (np.sqrt(a.shape[-1]) * spread + np.abs(result))
+
+
+def product_rigorous(a: np.ndarray, b: np.ndarray, result: np.ndarray) -> np.ndarray:
+    """No float32 summation order errs by more: gamma_K |a| |b| with gamma_K = K u / (1 - K u).
+
+    N. Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., eq. 3.5. Half an ulp is added
+    for the final rounding of a result summed in higher precision.
+    """
+    k = a.shape[-1] * U32
+    # float32 products of absolute values may fall short by their own gamma; hence the factor.
+    return k / (1 - k) * (1 + 2 * k) * (np.abs(a) @ np.abs(b)).astype(np.float64) + U32 * np.abs(result)
+
+
+def sum_ratio_bound(numerator: np.ndarray, denominator: np.ndarray, result: np.ndarray) -> np.ndarray:
+    """Noise scale of `sum(numerator) / sum(denominator)`: both sums' scales and the division, at lambda 1."""
+    relative = _sum_noise(numerator) + _sum_noise(denominator) + 1
+    return U32 * relative * np.abs(result)
+
+
+def sum_ratio_rigorous(numerator: np.ndarray, denominator: np.ndarray, result: np.ndarray) -> np.ndarray:
+    """gamma_K of both sums and the division's rounding; a sum of mixed signs is amplified by its cancellation."""
+    relative = _sum_worst(numerator) + _sum_worst(denominator) + U32
+    return relative / (1 - relative) * np.abs(result)
+
+
+def _sum_noise(x: np.ndarray) -> float:
+    x = x.astype(np.float64)
+    return 1 + float(np.sqrt(x.size) * np.sqrt(np.sum(x * x)) / np.abs(np.sum(x)))
+
+
+def _sum_worst(x: np.ndarray) -> float:
+    x, k = x.astype(np.float64), x.size * U32
+    return float(k / (1 - k) * np.sum(np.abs(x)) / np.abs(np.sum(x)))

@@ -1,0 +1,195 @@
+"""What `svf replay` does around a job: the default source, the gates' report, children for both sides, files."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from stages.backend import Backend
+from stages.bundle import Bundle
+from stages.children import ChildResult, run_svf
+from stages.defaults import default_source
+from stages.diff import Gates
+from stages.diff_job import diff_recorded
+from stages.errors import SvfError, UsageError
+from stages.jsonio import write_json
+from stages.output import prepare_folder
+from stages.progress import Progress
+from stages.replay_job import ReplayJob, ReplayOptions
+from stages.trinity_report import reference_hashes, replay_report
+
+
+@dataclass(frozen=True)
+class ReplayCommand:
+    """The parsed command; fields as in `svf replay --help`."""
+
+    components: Path | None
+    backend: str
+    layout: str
+    model: str | None
+    reference_report: Path | None
+    source_from_stage: bool
+    all_selected: bool
+    select: tuple[str, ...]
+    chunk_rows: int | None
+    dump: str
+    out: Path | None
+    report: Path | None
+    device: str
+    top: int
+    gates: Gates = field(default_factory=Gates)
+    verdicts: bool = True
+
+
+def with_source(command: ReplayCommand, progress: Progress) -> ReplayCommand:
+    """The command with the built-in bundle filled in when it names none."""
+    if command.components is not None:
+        return command
+    folder, fresh = default_source()
+    progress.say(f"no bundle given: using the built-in tiny one {'made now ' if fresh else ''}in {folder}")
+    report = command.reference_report or folder / "reference.json"
+    return replace(command, components=folder / "components", reference_report=report)
+
+
+def _gates(command: ReplayCommand) -> Gates:
+    """The gates asked for, with the hashes of the reference side's report."""
+    asked = command.gates
+    if command.reference_report is None:
+        if asked.reference:
+            raise UsageError("--strict-reference needs --reference-report: the historical hash stands there")
+        if asked.current_python and command.backend != "both":
+            raise UsageError("--strict-current-python needs --reference-report, or --backend both")
+        return asked
+    known = reference_hashes(command.reference_report)
+    return replace(
+        known,
+        stage_tolerances=asked.stage_tolerances,
+        current_python=asked.current_python,
+        reference=asked.reference,
+    )
+
+
+def _check_files(command: ReplayCommand) -> None:
+    if command.dump != "none" and command.out is None:
+        raise UsageError(f"--dump {command.dump} needs --out DIR")
+    if command.report is not None and not command.report.parent.is_dir():
+        raise UsageError(f"--report {command.report}: its folder does not exist")
+
+
+def replay_one(command: ReplayCommand, backend: Callable[[], Backend], progress: Progress) -> dict[str, Any]:
+    """Replay on one backend, in this process; the `svf.diff/1` document against the recorded stages."""
+    _check_files(command)
+    command = with_source(command, progress)
+    assert command.components is not None
+    gates = _gates(command)
+    options = ReplayOptions(
+        components=command.components,
+        layout=command.layout,
+        model=command.model,
+        source_from_stage=command.source_from_stage,
+        all_selected=command.all_selected,
+        select=command.select,
+        chunk_rows=command.chunk_rows,
+        dump=command.dump,
+        out=command.out,
+        top=command.top,
+        verdicts=command.verdicts,
+        gates=gates,
+    )
+    with ExitStack() as stack:
+        job = ReplayJob(options, stack)
+        if command.out is not None and command.dump != "none":
+            prepare_folder(command.out)
+        side = backend()
+        result = job.run(side, progress)
+    if command.report is not None:
+        stage_file = str(command.out) if command.out else None
+        write_json(command.report, replay_report(result, gates, side.name, stage_file))
+    return result.document
+
+
+def replay_both(command: ReplayCommand, names: Sequence[str], progress: Progress) -> dict[str, Any]:
+    """Replay on each backend in a process of its own, then compare their dumps: a is the first, b the second."""
+    _check_files(command)
+    if command.report is not None:
+        raise UsageError("--report is one side's: use --backend torch or --backend jax")
+    command = with_source(command, progress)
+    assert command.components is not None
+    with Bundle(command.components) as bundle:
+        declared = bundle.entries[0].layout
+    with ExitStack() as stack:
+        out = prepare_folder(command.out) if command.out is not None else _scratch(stack)
+        gates = _gates(command)
+        children = [_child(command, name, out / name, progress) for name in names]
+        for name, child in zip(names, children, strict=True):
+            _check_child(name, child)
+        runs = (children[0].document, children[1].document)
+        layouts = [declared] if command.layout == "declared" else [command.layout]
+        folders = [out / name / declared if command.layout == "all" else out / name for name in names]
+        document = diff_recorded(
+            folders[0],
+            folders[1],
+            components=command.components,
+            top=command.top,
+            gates=_pair_gates(gates, runs, command),
+            runs=runs,
+            progress=progress,
+        )
+        document["a"]["source"], document["b"]["source"] = (f"{name} replay" for name in names)
+        document["layouts"] = _layouts(names, runs)
+        document["out"] = str(out) if command.out is not None else None
+        document["layout"] = layouts[0]
+        return document
+
+
+def _scratch(stack: ExitStack) -> Path:
+    return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="svf-replay-")))
+
+
+def _child(command: ReplayCommand, name: str, out: Path, progress: Progress) -> ChildResult:
+    progress.say(f"replaying on {name}")
+    mode = "full" if command.dump == "none" else command.dump
+    arguments = ["replay", str(command.components), "--backend", name, "--layout", command.layout]
+    arguments += ["--out", str(out), "--dump", mode, "--device", command.device, "--top", str(command.top), "--json"]
+    arguments += ["--no-verdicts"]  # the parent judges both dumps
+    for flag, value in (("--model", command.model), ("--chunk-rows", command.chunk_rows)):
+        arguments += [flag, str(value)] if value is not None else []
+    for flag, given in (
+        ("--source-from-stage", command.source_from_stage),
+        ("--all-selected-tensors", command.all_selected),
+    ):
+        arguments += [flag] if given else []
+    for part in command.select:
+        arguments += ["--select", part]
+    return run_svf(arguments if progress.enabled else ["--no-progress", *arguments])
+
+
+def _check_child(name: str, child: ChildResult) -> None:
+    """An `SvfError` with the child's own exit code unless it ran to its end."""
+    if child.document is not None:
+        return
+    error = SvfError(f"the {name} side stopped with exit code {child.returncode}; its message stands above")
+    error.exit_code = child.returncode if child.returncode > 1 else 70
+    raise error
+
+
+def _pair_gates(gates: Gates, runs: tuple[Any, Any], command: ReplayCommand) -> Gates:
+    """Without a report, this run's first side is the reference side."""
+    if command.reference_report is None or not (gates.current_python or gates.reference):
+        return gates
+    replayed = tuple(run["sample_sha256"] for run in runs if run["sample_sha256"])
+    return replace(gates, replayed_hashes=replayed)
+
+
+def _layouts(names: Sequence[str], runs: tuple[Any, Any]) -> list[dict[str, Any]]:
+    """Both sides' layout rows: a layout fits a tensor when it does on both."""
+    merged = []
+    for one, other in zip(runs[0]["layouts"], runs[1]["layouts"], strict=True):
+        pair = [row for row in (one, other) if row["relative"] is not None]
+        worst = max(pair, key=lambda row: row["relative"]) if pair else one
+        merged.append({**worst, "fits": one["fits"] and other["fits"], "backends": list(names)})
+    return merged

@@ -1,0 +1,375 @@
+"""The replay command: a bundle through one backend, checked against the recorded stages, dumped and reported."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stages import diff
+from stages.backend import Backend
+from stages.bundle import Bundle, BundleEntry, RecordedStages
+from stages.checkpoint import Checkpoint, open_checkpoint
+from stages.compare import TensorComparison, empty_row, residual_bound
+from stages.dump import ReplayDump
+from stages.errors import InputError, UsageError, shown
+from stages.layouts import LAYOUTS
+from stages.replay import REPLAY
+from stages.replay_run import Chunk, Replayer, ReplayTask, chunk_plan, default_chunk_rows
+from stages.selection import safe_key
+from stages.sides import SideTensor
+from stages.tensorfile import sha256
+from stages.verdict import Verdict
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class ReplayOptions:
+    """What `svf replay` was asked to do with one backend; see its `--help`."""
+
+    components: Path
+    layout: str = "declared"
+    model: str | None = None
+    source_from_stage: bool = False
+    all_selected: bool = False
+    select: tuple[str, ...] = ()
+    chunk_rows: int | None = None
+    dump: str = "none"
+    out: Path | None = None
+    top: int = 5
+    verdicts: bool = True
+    gates: diff.Gates = field(default_factory=diff.Gates)
+
+    @property
+    def layouts(self) -> tuple[str, ...]:
+        return tuple(LAYOUTS) if self.layout == "all" else (self.layout,)
+
+
+@dataclass
+class LayoutRun:
+    """What replaying under one layout showed: comparisons, final hashes, and tensors whose V does not fit."""
+
+    layout: str
+    comparisons: list[TensorComparison] = field(default_factory=list)
+    final_sha256: dict[str, str] = field(default_factory=dict)
+    sample_sha256: str | None = None
+    unfit: dict[str, str] = field(default_factory=dict)
+    chunk_rows: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ReplayResult:
+    """Everything `svf replay` reports for one backend."""
+
+    document: dict[str, Any]
+    runs: tuple[LayoutRun, ...]
+    entries: tuple[BundleEntry, ...]
+
+
+class ReplayJob:
+    """An opened bundle with the tensors to replay; `run` replays them on a backend."""
+
+    def __init__(self, options: ReplayOptions, stack: ExitStack):
+        self.options = options
+        self.bundle = Bundle(options.components)
+        stack.callback(self.bundle.close)
+        self.recorded = self._open_recorded(stack)
+        self.checkpoint: Checkpoint | None = None
+        if options.model is not None:
+            self.checkpoint = stack.enter_context(open_checkpoint(options.model))
+        self.entries = self._select()
+        self._components = {e.source_name: self.bundle.load(e) for e in self.entries}
+        self.sample_turned = self._sample_turned(stack)
+
+    def _open_recorded(self, stack: ExitStack) -> RecordedStages | None:
+        everything = self.bundle.recorded(all_selected=True)
+        if everything is None and self.options.all_selected:
+            raise InputError(
+                f"{self.bundle.folder}: --all-selected-tensors needs the reference side's all-selected stage file; "
+                "write it with 'svf decompose --all-selected-tensors'"
+            )
+        recorded = everything or self.bundle.recorded(all_selected=False)
+        if recorded is not None:
+            stack.callback(recorded.close)
+        return recorded
+
+    def _select(self) -> tuple[BundleEntry, ...]:
+        entries = self.bundle.entries
+        if self.recorded is not None and self.recorded.sample_name is not None:
+            entries = tuple(e for e in entries if e.source_name == self.recorded.sample_name)
+        wanted = self.options.select
+        chosen = tuple(e for e in entries if not wanted or any(part in e.source_name for part in wanted))
+        if not chosen:
+            names = ", ".join(shown(e.source_name) for e in entries)
+            raise UsageError(f"--select {' '.join(wanted)}: matches none of the tensors: {names}")
+        return chosen
+
+    def _sample_turned(self, stack: ExitStack) -> bool:
+        """Whether the sample's recorded final stages are the source's transpose."""
+        sample = self.bundle.recorded(all_selected=False)
+        if sample is None or sample.sample_name is None:
+            return False
+        stack.callback(sample.close)
+        infos = sample.infos(sample.sample_name)
+        if "final_f32" not in infos or "adapted_source_f32" not in infos:
+            return False
+        final, source = infos["final_f32"].shape, infos["adapted_source_f32"].shape
+        return final != source and final == source[::-1]
+
+    def _source(self, entry: BundleEntry) -> Callable[[int, int], np.ndarray]:
+        recorded = self.recorded
+        has_stage = recorded is not None and "source_f32" in recorded.infos(entry.source_name)
+        if self.options.source_from_stage and not has_stage:
+            raise InputError(f"{self.bundle.folder}: --source-from-stage, but no source_f32 of '{entry.source_name}'")
+        checkpoint = self.checkpoint
+        if checkpoint is not None and not self.options.source_from_stage:
+            name = checkpoint.resolve(entry.source_name)
+            shape = checkpoint.info(name).shape
+            if shape != entry.shape:
+                raise InputError(
+                    f"{self.options.model}: '{entry.source_name}' is {list(shape)}, the bundle says {list(entry.shape)}"
+                )
+            return lambda start, stop: checkpoint.read(name, start, stop).astype(np.float32)
+        if recorded is None or not has_stage:
+            raise UsageError(
+                f"{self.bundle.folder}: no recorded source_f32 of '{entry.source_name}'; give the weights with --model"
+            )
+        return lambda start, stop: recorded.read(entry.source_name, "source_f32", start, stop)
+
+    def task(self, entry: BundleEntry, layout: str) -> ReplayTask:
+        """The operands of one tensor, to be contracted under `layout` (`declared`: the bundle's)."""
+        c = self._components[entry.source_name]
+        is_sample_file = self.recorded is not None and self.recorded.sample_name is not None
+        chosen = entry.layout if layout == "declared" else layout
+        turned = is_sample_file and self.sample_turned
+        return ReplayTask(entry.source_name, entry.shape, c.u, c.s, c.v, c.offsets, self._source(entry), chosen, turned)
+
+    def recorded_side(self, entry: BundleEntry) -> SideTensor | None:
+        """The recorded stages of one tensor, as the a side of the comparison."""
+        if self.recorded is None:
+            return None
+        infos = self.recorded.infos(entry.source_name)
+        if not infos:
+            return None
+        stages = {s: (self.recorded.file, self.recorded.key(entry.source_name, s)) for s in infos}
+        turned = self.recorded.sample_name is not None and self.sample_turned
+        return SideTensor(entry.source_name, stages, {}, entry.layout, turned, self._components[entry.source_name])
+
+    def run(self, backend: Backend, progress: Progress = lambda _label, _done: None) -> ReplayResult:
+        """Replay every selected tensor under every asked layout."""
+        tasks = {layout: [self.task(e, layout) for e in self.entries] for layout in self.options.layouts}
+        for entry, task in zip(self.entries, tasks[self.options.layouts[0]], strict=True):
+            check_declared_layout(entry, task)
+        replayer = Replayer(backend)
+        runs = tuple(self._run_layout(replayer, layout, tasks[layout], progress) for layout in self.options.layouts)
+        return ReplayResult(self._document(backend, runs), runs, self.entries)
+
+    def _run_layout(
+        self, replayer: Replayer, layout: str, tasks: Sequence[ReplayTask], progress: Progress
+    ) -> LayoutRun:
+        run = LayoutRun(layout)
+        for task in tasks:
+            try:
+                task.check_layout()
+            except InputError as error:
+                run.unfit[task.source_name] = str(error)
+        fitting = [task for task in tasks if task.source_name not in run.unfit]
+        with ExitStack() as stack:
+            dump = self._open_dump(layout, fitting, stack)
+            for entry, task in zip(self.entries, tasks, strict=True):
+                if task.source_name not in run.unfit:
+                    self._run_tensor(replayer, run, entry, task, dump, progress)
+            if dump is not None:
+                dump.commit(self._manifest(replayer.backend, fitting))
+        return run
+
+    def _open_dump(self, layout: str, tasks: Sequence[ReplayTask], stack: ExitStack) -> ReplayDump | None:
+        out = self.options.out
+        if out is None or self.options.dump == "none" or not tasks:
+            return None
+        folder = out / layout if self.options.layout == "all" else out
+        return stack.enter_context(ReplayDump(folder, tasks, self.options.dump))
+
+    def _run_tensor(
+        self,
+        replayer: Replayer,
+        run: LayoutRun,
+        entry: BundleEntry,
+        task: ReplayTask,
+        dump: ReplayDump | None,
+        progress: Progress,
+    ) -> None:
+        side = self.recorded_side(entry)
+        rows = self.options.chunk_rows or default_chunk_rows(task.shape)
+        run.chunk_rows[task.source_name] = rows
+        plan = chunk_plan(task.shape[0], rows)
+        # The oracle computes what the bundle declares, so that a wrong --layout shows as wrong.
+        oracle = {"layout": entry.layout, "transpose": task.transpose}
+        comparison = TensorComparison(
+            entry.source_name, safe_key(entry.source_name), oracle, top=self.options.top, verdicts=self.options.verdicts
+        )
+        comparison.expect(set(side.stages) if side else set(), set(REPLAY))
+        recorded = side.chunks(plan) if side else iter([Chunk(a, z, {}, {}, {}) for a, z in plan])
+        final = _FinalHash(self._is_sample(entry) and self.sample_turned and not task.transpose, task.transpose)
+        for before, chunk in zip(recorded, replayer.run(task, rows), strict=True):
+            comparison.add(before, chunk)
+            if dump is not None:
+                dump.add(task, chunk)
+            final.add(chunk.values["final_bf16"])
+            progress(f"{replayer.backend.name} {run.layout} {entry.source_name}", chunk.stop / task.shape[0])
+        run.comparisons.append(comparison)
+        run.final_sha256[entry.source_name] = final.digest()
+        if self._is_sample(entry):
+            run.sample_sha256 = final.target_digest()
+
+    def _is_sample(self, entry: BundleEntry) -> bool:
+        return entry.source_name == self.bundle.sample_name
+
+    def _manifest(self, backend: Backend, tasks: Sequence[ReplayTask]) -> dict[str, Any]:
+        return {
+            "kind": "replay",
+            "backend": backend.name,
+            "facts": backend.facts(),
+            "precision": "native",
+            "components": str(self.options.components.resolve()),
+            "model": self.options.model,
+            "selected": [
+                {
+                    "source_name": task.source_name,
+                    "shape": list(task.shape),
+                    "layout": task.layout,
+                    "transpose": task.transpose,
+                    "sha256": {"s": sha256(task.s), "v": sha256(task.v)},
+                }
+                for task in tasks
+            ],
+        }
+
+    def _document(self, backend: Backend, runs: Sequence[LayoutRun]) -> dict[str, Any]:
+        main = runs[0]
+        if self.options.layout == "all":
+            declared = self.entries[0].layout
+            main = next(run for run in runs if run.layout == declared)
+        gates = self.options.gates
+        gates = diff.Gates(
+            **{**vars(gates), "replayed_hashes": tuple(r.sample_sha256 for r in runs if r.sample_sha256 is not None)}
+        )
+        return diff.document(
+            main.comparisons,
+            diff.side(str(self.recorded.path) if self.recorded else "nothing recorded"),
+            diff.side(f"{backend.name} replay", backend.facts()),
+            gates=gates,
+            expected_tensors=len(self.entries),
+            more_rows=unfit_rows(main),
+            extra={
+                "layouts": layout_rows(runs),
+                "components": str(self.options.components),
+                "final_sha256": {
+                    **main.final_sha256,
+                    **({"(sample)": main.sample_sha256} if main.sample_sha256 else {}),
+                },
+            },
+        )
+
+
+def unfit_rows(run: LayoutRun) -> list[dict[str, Any]]:
+    """A `shape` row for every tensor whose V does not fit the layout."""
+    stage = REPLAY["matmul_pre_norm"]
+    return [
+        {**empty_row(name, safe_key(name), stage, Verdict.SHAPE), "verdict_b": Verdict.SHAPE.value, "note": note}
+        for name, note in run.unfit.items()
+    ]
+
+
+def layout_rows(runs: Sequence[LayoutRun]) -> list[dict[str, Any]]:
+    """Per layout and tensor: whether V fits, and the zero-offset error that tells right from wrong."""
+    rows: list[dict[str, Any]] = []
+    for run in runs:
+        for comparison in run.comparisons:
+            zero = comparison.zero_offset()
+            rows.append(
+                {
+                    "layout": comparison.options["layout"] if run.layout == "declared" else run.layout,
+                    "tensor": comparison.source_name,
+                    "fits": zero["fits_b"],
+                    "zero_offset_max_abs": zero["max_abs_b"],
+                    "relative": zero["relative_b"],
+                    "bound": zero["bound"],
+                    "note": None,
+                }
+            )
+        rows.extend(
+            {
+                "layout": run.layout,
+                "tensor": name,
+                "fits": False,
+                "zero_offset_max_abs": None,
+                "relative": None,
+                "bound": None,
+                "note": note,
+            }
+            for name, note in run.unfit.items()
+        )
+    return rows
+
+
+def check_declared_layout(entry: BundleEntry, task: ReplayTask) -> None:
+    """`InputError` when another contraction of V gives the source back and the declared one does not.
+
+    Looks at the first rows alone; it is the only test of a square V, whose shape fits every layout.
+    """
+    rows, rank = min(256, task.shape[0]), task.s.size
+    source = task.source(0, rows).astype(np.float64)
+    us = (task.u(0, rows) * task.s).astype(np.float64)
+    residuals: dict[bool, float] = {}
+    for transposed in (True, False):
+        vt = task.v.T if transposed else task.v
+        if vt.shape == (rank, task.shape[1]):
+            residuals[transposed] = float(np.linalg.norm(source - us @ vt.astype(np.float64)))
+    declared = LAYOUTS[entry.layout].transposed
+    scale = residual_bound(rank) * float(np.linalg.norm(source))
+    if not np.isfinite(source).all():
+        raise InputError(f"{entry.source_name}: the source has NaN or infinity in its first {rows} rows")
+    if declared not in residuals:
+        task_layout = LAYOUTS[entry.layout]
+        raise InputError(
+            f"{entry.source_name}: declared layout {entry.layout} needs V "
+            f"{list(task_layout.expected_shape(task.shape[1], rank))}, the bundle has {list(task.v.shape)}"
+        )
+    other = residuals.get(not declared)
+    # A thousandth: the right contraction beats the wrong one by five orders, noise by less than one.
+    if other is not None and residuals[declared] > scale and other < 1e-3 * residuals[declared]:
+        fitting = ", ".join(name for name, row in LAYOUTS.items() if row.transposed != declared)
+        raise InputError(
+            f"{entry.source_name}: declared layout {entry.layout} leaves a residual of {residuals[declared]:.3g} in "
+            f"the first {rows} rows, {fitting} one of {other:.3g}; the label is wrong, correct component_v_layout"
+        )
+
+
+class _FinalHash:
+    """sha256 of final_bf16 as computed, and in the sample's target orientation."""
+
+    def __init__(self, turn: bool, gather: bool):
+        self._turn, self._gather = turn, gather
+        self._parts: list[np.ndarray] = []
+        self._hash = hashlib.sha256()
+
+    def add(self, chunk: np.ndarray) -> None:
+        if self._turn or self._gather:
+            self._parts.append(chunk)
+        if not self._gather:
+            self._hash.update(np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data)
+
+    def digest(self) -> str:
+        """In the orientation of the dump."""
+        return sha256(np.concatenate(self._parts, axis=1)) if self._gather else self._hash.hexdigest()
+
+    def target_digest(self) -> str:
+        """In the orientation that the reference side reports on."""
+        return sha256(np.concatenate(self._parts).T) if self._turn else self.digest()

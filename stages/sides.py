@@ -1,0 +1,238 @@
+"""A recorded side of a comparison: a dump, a component bundle or a stage file, read chunk by chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from stages import bundle as bundles
+from stages.bundle import Bundle, BundleEntry, Components
+from stages.dump import MANIFEST_FILE, Dump
+from stages.errors import InputError, NotFoundError, shown
+from stages.noise import Noise
+from stages.replay import REPLAY
+from stages.replay_run import Chunk
+from stages.selection import safe_key
+from stages.tensorfile import TensorFile, sha256
+
+
+@dataclass(frozen=True)
+class SideTensor:
+    """One tensor of a side: where each stage is, and how it was contracted and oriented."""
+
+    source_name: str
+    stages: dict[str, tuple[TensorFile, str]]
+    hashes: dict[str, str]
+    layout: str
+    transpose: bool
+    components: Components | None
+
+    @property
+    def rows(self) -> int:
+        """Rows of the weight, from any stage that has them."""
+        for name, (file, key) in self.stages.items():
+            if REPLAY[name].by_rows:
+                return file.info(key).shape[int(self._turned(name))]
+        return 1
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the weight; columns are 1 when no stage tells."""
+        for name, (file, key) in self.stages.items():
+            if REPLAY[name].shape == "rows cols" and not self._turned(name):
+                return self.rows, file.info(key).shape[1]
+        return self.rows, 1
+
+    def sha256(self, stage: str) -> str | None:
+        """Hash of a stage: the recorded one, or of the file's bytes; None when the side lacks the stage."""
+        if stage in self.hashes:
+            return self.hashes[stage]
+        if stage not in self.stages:
+            return None
+        file, key = self.stages[stage]
+        return file.sha256(key)
+
+    def _turned(self, stage: str) -> bool:
+        return self.transpose and stage.startswith("final_")
+
+    def chunks(self, plan: list[tuple[int, int]]) -> Iterator[Chunk]:
+        """Recorded stages of each row range of `plan`, with the operands where they are known."""
+        c = self.components
+        fixed = {"s": c.s, "v": c.v, "offsets": c.offsets} if c else {}
+        shared = {n: f.read(k) for n, (f, k) in self.stages.items() if not REPLAY[n].by_rows}
+        for i, (start, stop) in enumerate(plan):
+            values = dict(shared) if i == 0 else {}
+            for name, (file, key) in self.stages.items():
+                if REPLAY[name].by_rows:
+                    values[name] = file.read(key, start, stop, int(self._turned(name)))
+            params = {**fixed, "u": c.u(start, stop)} if c else fixed
+            yield Chunk(start, stop, values, shared, params)
+
+
+class Side:
+    """All tensors of one side by safe key, with what is known of how they came about."""
+
+    def __init__(self, label: str, stack: ExitStack):
+        self.label = label
+        self.facts: dict[str, str] = {}
+        self.tensors: dict[str, SideTensor] = {}
+        self._stack = stack
+
+    def close(self) -> None:
+        self._stack.close()
+
+    def __enter__(self) -> Side:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def open_side(path: Path, components: Path | None = None, *, sample: bool = False) -> Side:
+    """The side at `path`: a dump folder, a component bundle folder, or a stage file.
+
+    `components` overrides where U, S and V are looked for. `sample=True` takes a bundle's sample stages.
+    """
+    stack = ExitStack()
+    try:
+        if path.is_dir() and (path / MANIFEST_FILE).is_file():
+            return _from_dump(path, components, stack)
+        if path.is_dir() and (path / bundles.MANIFEST_FILE).is_file():
+            return _from_bundle(path, components, stack, sample)
+        if path.is_dir():
+            raise InputError(
+                f"{path}: neither a committed dump ({MANIFEST_FILE}) nor a component bundle ({bundles.MANIFEST_FILE})"
+            )
+        if path.is_file():
+            return _from_file(path, components, stack)
+        raise NotFoundError(f"{path}: no such file or folder")
+    except BaseException:
+        stack.close()
+        raise
+
+
+def _from_dump(path: Path, components: Path | None, stack: ExitStack) -> Side:
+    dump = Dump(path)
+    stack.callback(dump.close)
+    side = Side(str(path), stack)
+    side.facts = {str(k): str(v) for k, v in dict(dump.manifest.get("facts", {})).items()}
+    bundle = _open_bundle(components or _recorded_path(dump), stack, required=components is not None)
+    for item in dump.manifest.get("selected", []):
+        name = item.get("source_name") if isinstance(item, dict) else None
+        if not isinstance(name, str):
+            raise InputError(f"{path / MANIFEST_FILE}: an entry of 'selected' has no source_name")
+        keys = {stage: bundles.tensor_stage_key(name, stage) for stage in REPLAY}
+        entries = {stage: dump.tensors[key] for stage, key in keys.items() if key in dump.tensors}
+        identity = {str(k): str(v) for k, v in dict(item.get("sha256", {})).items()}
+        side.tensors[safe_key(name)] = SideTensor(
+            name,
+            {s: (dump.file(e["file"]), keys[s]) for s, e in entries.items() if e.get("file")},
+            {s: str(e.get("sha256")) for s, e in entries.items()},
+            str(item.get("layout", "torch_v")),
+            bool(item.get("transpose", False)),
+            _matching_components(bundle, name, identity),
+        )
+    return side
+
+
+def _recorded_path(dump: Dump) -> Path | None:
+    """Where the dump's components are: its recorded path, from the current folder or from the dump's."""
+    recorded = dump.manifest.get("components")
+    if not isinstance(recorded, str):
+        return None
+    candidates = (Path(recorded), dump.folder / recorded)
+    return next((c for c in candidates if (c / bundles.MANIFEST_FILE).is_file()), None)
+
+
+def _matching_components(bundle: Bundle | None, name: str, identity: dict[str, str]) -> Components | None:
+    """The bundle's components of `name` if they are those the dump was made from, by their sha256."""
+    entry = _entry(bundle, safe_key(name))
+    if bundle is None or entry is None:
+        return None
+    components = bundle.load(entry)
+    found = {"s": sha256(components.s), "v": sha256(components.v)}
+    return components if all(identity.get(part) == digest for part, digest in found.items()) else None
+
+
+def _from_bundle(path: Path, components: Path | None, stack: ExitStack, sample: bool) -> Side:
+    bundle = Bundle(path)
+    stack.callback(bundle.close)
+    everything = None if sample else bundle.recorded(all_selected=True)
+    recorded = everything or bundle.recorded(all_selected=False)
+    if recorded is None:
+        raise InputError(f"{path}: has no recorded stages ({bundles.ALL_STAGES_FILE} or {bundles.SAMPLE_STAGES_FILE})")
+    stack.callback(recorded.close)
+    return _from_stages(str(path), recorded.file, _open_bundle(components, stack) or bundle, stack)
+
+
+def _from_file(path: Path, components: Path | None, stack: ExitStack) -> Side:
+    file = TensorFile(path)
+    stack.callback(file.close)
+    beside = path.parent if (path.parent / bundles.MANIFEST_FILE).is_file() else None
+    bundle = _open_bundle(components or beside, stack, required=components is not None)
+    return _from_stages(str(path), file, bundle, stack)
+
+
+def _from_stages(label: str, file: TensorFile, bundle: Bundle | None, stack: ExitStack) -> Side:
+    side = Side(label, stack)
+    found = bundles.stages_in(file)
+    if not found:
+        keys = ", ".join(shown(key, 40) for key in list(file.tensors)[:4])
+        raise InputError(f"{file.path}: holds no replay stages ('stage.<name>' or 'tensor.<tensor>.<name>'): {keys}")
+    for key, stages in found.items():
+        safe = key or (safe_key(bundle.sample_name) if bundle and bundle.sample_name else "")
+        entry = _entry(bundle, safe)
+        side.tensors[safe] = SideTensor(
+            entry.source_name if entry else safe or "(sample)",
+            {stage: (file, name) for stage, name in stages.items()},
+            {},
+            entry.layout if entry else "torch_v",
+            _is_turned(file, stages),
+            bundle.load(entry) if bundle and entry else None,
+        )
+    return side
+
+
+def _is_turned(file: TensorFile, stages: dict[str, str]) -> bool:
+    if "final_f32" not in stages or "adapted_source_f32" not in stages:
+        return False
+    final, source = file.info(stages["final_f32"]).shape, file.info(stages["adapted_source_f32"]).shape
+    return final != source and final == source[::-1]
+
+
+def _open_bundle(path: Path | None, stack: ExitStack, *, required: bool = True) -> Bundle | None:
+    if path is None:
+        return None
+    try:
+        bundle = Bundle(path)
+    except (InputError, NotFoundError):
+        if required:
+            raise
+        return None
+    stack.callback(bundle.close)
+    return bundle
+
+
+def _entry(bundle: Bundle | None, safe: str) -> BundleEntry | None:
+    return next((e for e in bundle.entries if safe_key(e.source_name) == safe), None) if bundle else None
+
+
+def check_comparable(a: Side, b: Side) -> None:
+    """`InputError` when two dumps replayed different weights or offsets: their difference means nothing."""
+    for key in sorted(a.tensors.keys() & b.tensors.keys()):
+        for stage in (stage.name for stage in REPLAY.values() if not stage.inputs and stage.noise is Noise.EXACT):
+            one, other = a.tensors[key].hashes.get(stage), b.tensors[key].hashes.get(stage)
+            if one and other and one != other:
+                raise InputError(
+                    f"not comparable: {a.label} and {b.label} replayed different {stage} of "
+                    f"{a.tensors[key].source_name}"
+                )
+
+
+def pair_samples(a: Side, b: Side) -> None:
+    """Give a nameless sample (a stage file without a manifest beside it) the other side's sample name."""
+    for one, other in ((a, b), (b, a)):
+        if list(one.tensors) == [""] and len(other.tensors) == 1:
+            one.tensors = {next(iter(other.tensors)): one.tensors[""]}

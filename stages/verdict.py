@@ -1,0 +1,118 @@
+"""Judging one side of one stage by itself: its output against the oracle fed its own recorded inputs.
+
+Inherited error is never blamed: the oracle starts from what the stage was given. Bounds are in noise.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+
+from stages import noise
+from stages.noise import LAMBDA, Noise
+from stages.reference import PRODUCT_FACTORS, REPLAY_STAGES
+from stages.stage import Stage
+from stages.tensorfile import stored_dtype
+
+
+class Verdict(StrEnum):
+    """What a row says; later is worse."""
+
+    EXACT = "exact"
+    ROUNDING = "rounding"
+    UNJUDGED = "unjudged"
+    SUSPECT = "suspect"
+    BUG = "bug"
+    NONFINITE = "nonfinite"
+    SHAPE = "shape"
+    MISSING = "missing"
+    EXTRA = "extra"
+
+    @property
+    def passes(self) -> bool:
+        return self in (Verdict.EXACT, Verdict.ROUNDING)
+
+    @property
+    def fails(self) -> bool:
+        return not self.passes and self is not Verdict.UNJUDGED
+
+
+def worst(*verdicts: Verdict) -> Verdict:
+    """The worst of several verdicts."""
+    order = list(Verdict)
+    return max(verdicts, key=order.index)
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """What a stage should give from certain inputs: the unrounded float64 value and its noise.
+
+    `bound` is the calibrated bound; `rigorous()` the one that no summation order exceeds, computed on demand.
+    """
+
+    stage: Stage
+    value: np.ndarray
+    bound: np.ndarray
+    rigorous: Callable[[], np.ndarray]
+
+    @property
+    def rounded(self) -> np.ndarray:
+        """The correctly rounded result in the stage's stored dtype."""
+        return self.value.astype(stored_dtype(self.stage.dtype))
+
+
+def consult(stage: Stage, arguments: tuple[np.ndarray, ...], options: Mapping[str, Any]) -> Oracle:
+    """The oracle of `stage` for its `arguments` (inputs, then params, in declared order)."""
+    value = np.asarray(REPLAY_STAGES[stage.name](*arguments, **options), np.float64)
+    if stage.noise is Noise.PRODUCT:
+        a, b = PRODUCT_FACTORS[stage.name](*arguments, **options)
+        bound = LAMBDA[stage.noise] * noise.product_bound(a, b, value)
+        return Oracle(stage, value, bound, lambda: noise.product_rigorous(a, b, value))
+    if stage.noise is Noise.SUM_RATIO:
+        denominator, numerator = arguments
+        bound = LAMBDA[stage.noise] * noise.sum_ratio_bound(numerator, denominator, value)
+        return Oracle(stage, value, bound, lambda: noise.sum_ratio_rigorous(numerator, denominator, value))
+    bound = noise.exact_bound(value, stored_dtype(stage.dtype))
+    return Oracle(stage, value, bound, lambda: bound)
+
+
+@dataclass
+class SideVerdict:
+    """Verdict of one side on one stage, over all chunks added; `ratio` is the largest error / bound."""
+
+    verdict: Verdict = Verdict.EXACT
+    ratio: float = 0.0
+
+    def add(self, oracle: Oracle, observed: np.ndarray) -> None:
+        """Judge one chunk."""
+        verdict, ratio = judge(oracle, observed)
+        self.verdict, self.ratio = worst(self.verdict, verdict), max(self.ratio, ratio)
+
+
+def judge(oracle: Oracle, observed: np.ndarray) -> tuple[Verdict, float]:
+    """Verdict and largest error / bound of an output against its oracle."""
+    if observed.shape != oracle.value.shape or observed.dtype != stored_dtype(oracle.stage.dtype):
+        return Verdict.SHAPE, np.inf
+    expected, got = canonical(oracle.rounded), canonical(observed)
+    wide = got.astype(np.float64)
+    if not np.isfinite(wide).all():
+        return Verdict.NONFINITE, np.inf
+    error = np.abs(wide - oracle.value)
+    ratio = float(np.max(error / np.maximum(oracle.bound, np.finfo(np.float64).tiny), initial=0.0))
+    if np.array_equal(expected, got):  # as numbers: +0 and -0 are one value
+        return Verdict.EXACT, ratio
+    if oracle.stage.noise is Noise.EXACT:
+        return Verdict.BUG, ratio
+    if ratio <= 1:
+        return Verdict.ROUNDING, ratio
+    return (Verdict.BUG if bool((error > oracle.rigorous()).any()) else Verdict.SUSPECT), ratio
+
+
+def canonical(a: np.ndarray) -> np.ndarray:
+    """`a` with subnormals as zero: XLA flushes them, torch keeps them, and neither is wrong."""
+    tiny = np.abs(a.astype(np.float32, copy=False)) < np.float32(2.0**-126)
+    return np.where(tiny, np.zeros((), a.dtype), a) if tiny.any() else a

@@ -1,0 +1,70 @@
+"""JAX/XLA behind the backend protocol. Twin of svf_torch/backend.py."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+
+from stages.errors import UsageError
+from svf_jax.components import REPLAY_STAGES
+
+
+@dataclass(frozen=True)
+class JaxBackend:
+    """XLA-compiled stages on `device` (`cpu`, `gpu`, `gpu:1`, `tpu`); `precision` is that of products."""
+
+    device: str = "cpu"
+    # GPUs and TPUs default to TF32-like products; a port is judged at full precision first (numerics.md).
+    precision: str = "highest"
+    name: str = "jax"
+
+    def __post_init__(self) -> None:
+        self._device()
+
+    def _device(self) -> jax.Device:
+        platform, _, index = self.device.replace("cuda", "gpu").partition(":")
+        try:
+            return jax.devices(platform)[int(index or 0)]
+        except (RuntimeError, IndexError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise UsageError(f"jax has no device '{self.device}' here ({reason}); try --device cpu") from None
+
+    @property
+    def replay(self) -> Mapping[str, Callable[..., Array]]:
+        return REPLAY_STAGES
+
+    def put(self, array: np.ndarray) -> Array:
+        """A JAX array with the bits of `array`."""
+        return jax.device_put(np.ascontiguousarray(array), self._device())
+
+    def get(self, array: Array) -> np.ndarray:
+        """The bits of `array` as a C-contiguous numpy array."""
+        return np.ascontiguousarray(np.asarray(array))
+
+    def compile(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """`fn` under jit, one stage at a time: jitting stages together would let XLA fuse and change bits."""
+        jitted = jax.jit(fn)
+
+        def call(*arrays: Array) -> Array:
+            with jax.default_matmul_precision(self.precision):
+                return jitted(*arrays)
+
+        return call
+
+    def facts(self) -> dict[str, str]:
+        """What may change results: versions, device, threads, precision flags."""
+        device = self._device()
+        return {
+            "backend": self.name,
+            "jax": jax.__version__,
+            "device": device.device_kind if device.platform != "cpu" else "cpu",
+            "cpus": str(len(os.sched_getaffinity(0))),
+            "matmul_precision": self.precision,
+            "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        }

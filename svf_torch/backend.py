@@ -1,0 +1,68 @@
+"""PyTorch behind the backend protocol. Twin of svf_jax/backend.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+from torch import Tensor
+
+from stages.errors import UsageError
+from svf_torch.components import REPLAY_STAGES
+
+
+@dataclass(frozen=True)
+class TorchBackend:
+    """Native PyTorch kernels on `device` (`cpu`, `cuda`, `cuda:1`)."""
+
+    device: str = "cpu"
+    name: str = "torch"
+
+    def __post_init__(self) -> None:
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise UsageError(f"torch has no device '{self.device}' here ({reason}); try --device cpu") from None
+
+    @property
+    def replay(self) -> Mapping[str, Callable[..., Tensor]]:
+        return REPLAY_STAGES
+
+    def put(self, array: np.ndarray) -> Tensor:
+        """A tensor with the bits of `array`; bfloat16 travels as int16, which torch and numpy share."""
+        array = np.require(array, requirements=("C", "W"))
+        if array.dtype == ml_dtypes.bfloat16:
+            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).to(self.device)
+        return torch.from_numpy(array).to(self.device)
+
+    def get(self, array: Tensor) -> np.ndarray:
+        """The bits of `array` as a C-contiguous numpy array."""
+        array = array.detach().contiguous().cpu()
+        if array.dtype == torch.bfloat16:
+            return array.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return array.numpy()
+
+    def compile(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """`fn` without autograd: torch runs eagerly, operation by operation."""
+        return torch.inference_mode()(fn)
+
+    def facts(self) -> dict[str, str]:
+        """What may change results: versions, device, threads, precision flags."""
+        return {
+            "backend": self.name,
+            "torch": torch.__version__,
+            "device": _device_name(self.device),
+            "threads": str(torch.get_num_threads()),
+            "float32_matmul_precision": torch.get_float32_matmul_precision(),
+            "blas": "mkl" if torch.backends.mkl.is_available() else "other",
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        }
+
+
+def _device_name(device: str) -> str:
+    return f"{device}: {torch.cuda.get_device_name(device)}" if device.startswith("cuda") else device
