@@ -39,7 +39,7 @@ class App(typer.Typer):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         signal.signal(signal.SIGTERM, _terminated)
         try:
-            code = super().__call__(*args, **kwargs, standalone_mode=False)
+            code = super().__call__(*args, **{"prog_name": "svf", **kwargs}, standalone_mode=False)
             sys.stdout.flush()
         except BrokenPipeError:
             # The reader of a pipe left; a second complaint at interpreter exit helps nobody.
@@ -100,6 +100,12 @@ app = App(
     rich_markup_mode=None,
 )
 
+
+def examples(*commands: str) -> str:
+    """An epilog with one example a line; \\b keeps click from filling them into a paragraph."""
+    return "\b\nExamples:\n" + "\n".join(f"  {command}" for command in commands)
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
 Layers = Annotated[str | None, typer.Option(help="Layers the selection rule takes, such as 26 or 0,3-5.")]
 StrictStages = Annotated[
@@ -146,8 +152,10 @@ def emit(document: Any) -> None:
 
 
 @app.command(
-    epilog="Example: svf synth /tmp/tiny --preset tiny        "
-    "Example: svf synth /tmp/qwen --preset qwen3-0.6b --dtype float32 --seed 1"
+    epilog=examples(
+        "svf synth /tmp/tiny --preset tiny",
+        "svf synth /tmp/qwen --preset qwen3-0.6b --dtype float32 --seed 1",
+    )
 )
 def synth(
     out: Annotated[Path, typer.Argument(help="New folder for the checkpoint.")],
@@ -173,9 +181,12 @@ def synth(
 
 
 @app.command(
-    epilog="Example: svf decompose MODEL --vector router.npy --manifest reference_manifest.json --out components "
-    "--all-selected-tensors --decompose-all-selected-if-missing --report reference.json        "
-    "Example: svf decompose Qwen/Qwen3-0.6B --vector router.safetensors --layers 26 --out components"
+    epilog=examples(
+        "svf decompose MODEL --vector router.npy --layers 26 --out components",
+        "svf decompose Qwen/Qwen3-0.6B --vector router.npy --manifest reference_manifest.json \\\n"
+        "    --all-selected-tensors --decompose-all-selected-if-missing \\\n"
+        "    --out components --report reference.json",
+    )
 )
 def decompose(
     model: Annotated[str, typer.Argument(help="Checkpoint folder, or hub id org/name[@revision].")],
@@ -238,9 +249,11 @@ def _decompose(options: Any, svd: str) -> Any:
 
 
 @app.command(
-    epilog="Example: svf replay --backend jax --layout torch_v        "
-    "Example: svf replay components --backend both --layout all        "
-    "Example: svf replay components --backend jax --reference-report reference.json --strict-stage-tolerances"
+    epilog=examples(
+        "svf replay --backend jax --layout torch_v",
+        "svf replay components --backend both --layout all",
+        "svf replay components --backend jax --reference-report reference.json --strict-stage-tolerances",
+    )
 )
 def replay(
     components: Annotated[
@@ -313,9 +326,11 @@ def _replay(command: Any) -> Any:
 
 
 @app.command(
-    epilog="Example: svf diff dumps/torch dumps/jax        "
-    "Example: svf diff a/stages.safetensors b/stages.safetensors --components bundle        "
-    "Example: svf diff reference.json replay.json --strict-stage-tolerances"
+    epilog=examples(
+        "svf diff dumps/torch dumps/jax",
+        "svf diff a/stages.safetensors b/stages.safetensors --components bundle",
+        "svf diff reference.json replay.json --strict-stage-tolerances",
+    )
 )
 def diff(
     a: Annotated[Path, typer.Argument(help="Dump, component bundle, stage file or report: the reference side.")],
@@ -346,7 +361,12 @@ def _finish_diff(document: Any, json: bool, *, top: bool = False) -> None:
     raise typer.Exit(outcomes[document["outcome"]])
 
 
-@app.command(epilog="Example: svf demo        Example: svf demo --json")
+@app.command(
+    epilog=examples(
+        "svf demo",
+        "svf demo --json",
+    )
+)
 def demo(json: Json = False) -> None:
     """The whole chain on a tiny model: decompose, replay in PyTorch and JAX, compare stage by stage."""
     from stages import demo as chain

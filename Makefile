@@ -1,0 +1,38 @@
+# Everything runs in .venv, made on first use from constraints.txt; PYTHON chooses the interpreter.
+PYTHON ?= python3
+PIP = .venv/bin/pip --disable-pip-version-check
+
+.PHONY: demo test check docs bench wheel clean
+
+demo: .venv/installed
+	.venv/bin/svf demo
+
+test: .venv/dev
+	.venv/bin/pytest -n 2
+
+check: .venv/dev
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/python docs/generate.py --check
+
+docs: .venv/dev
+	.venv/bin/python docs/generate.py
+
+bench: .venv/dev
+	.venv/bin/python benchmarks/replay.py
+
+wheel: .venv/dev
+	.venv/bin/python -m build --wheel --no-isolation
+
+.venv/installed: pyproject.toml constraints.txt
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	$(PIP) install -q -c constraints.txt -e .
+	touch $@
+
+.venv/dev: .venv/installed
+	$(PIP) install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
