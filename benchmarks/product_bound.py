@@ -1,6 +1,6 @@
 """Error of native float32 products in units of two noise scales, on a bundle's own operands.
 
-    python benchmarks/product_bound.py BUNDLE     # a bundle with all-selected stages, from svf decompose
+python benchmarks/product_bound.py BUNDLE     # a bundle with all-selected stages, from svf decompose
 """
 
 import sys

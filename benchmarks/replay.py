@@ -37,9 +37,10 @@ with torch.inference_mode():
         product = us @ v.T; adapted = product * norm; zero = (u * s) @ v.T
         components |= {f"svd.U.{n}": u.contiguous(), f"svd.S.{n}": s, f"svd.V.{n}": v.contiguous()}
         scales[f"svf.scale_offsets.{n}"] = z.clone()
-        stages |= {f"tensor.{n}.{k}": x.clone().contiguous() for k, x in dict(source_f32=w, offsets_f32=z, scaled_s=scaled,
-            normalization=norm, u_scaled=us, matmul_pre_norm=product, zero_source_f32=zero, adapted_source_f32=adapted,
-            final_f32=adapted, final_bf16=adapted.bfloat16()).items()}
+        values = dict(source_f32=w, offsets_f32=z, scaled_s=scaled, normalization=norm, u_scaled=us,
+            matmul_pre_norm=product, zero_source_f32=zero, adapted_source_f32=adapted, final_f32=adapted,
+            final_bf16=adapted.bfloat16())
+        stages |= {f"tensor.{n}.{k}": x.clone().contiguous() for k, x in values.items()}
 out.mkdir()
 save_file(components, out / "trinity_svf_components.safetensors")
 save_file(scales, out / "trinity_svf_scale_offsets.safetensors")

@@ -25,7 +25,7 @@ from stages.errors import InputError, UsageError
 from stages.jsonio import write_json
 from stages.layouts import LAYOUTS
 from stages.metrics import Residual
-from stages.output import ensure_space, prepare_folder
+from stages.output import ensure_space, new_folder
 from stages.qwen import parameter_shapes
 from stages.replay import REPLAY
 from stages.replay_run import Replayer, ReplayTask, default_chunk_rows
@@ -173,7 +173,7 @@ def decompose(
         tensors = selection.tensors if options.all_selected else (sample,)
         if options.report is not None and not options.report.parent.is_dir():
             raise UsageError(f"--report {options.report}: its folder does not exist")
-        folder = prepare_folder(options.out)
+        folder = stack.enter_context(new_folder(options.out))
         ensure_space(folder, _output_bytes(tensors))
         writer = _BundleWriter(folder, checkpoint, vector, backend, method)
         writer.components(tensors, progress)

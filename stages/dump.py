@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 from stages.bundle import tensor_stage_key
 from stages.errors import InputError, NotFoundError, UsageError, shown
 from stages.jsonio import read_object, write_json
-from stages.output import ensure_space, prepare_folder
+from stages.output import ensure_space, new_folder
 from stages.replay import REPLAY
 from stages.replay_run import Chunk, ReplayTask
 from stages.selection import layer_of
@@ -39,7 +40,8 @@ class ReplayDump:
     def __init__(self, folder: Path, tasks: Sequence[ReplayTask], mode: str = "full"):
         if mode not in ("full", "hash"):
             raise UsageError(f"--dump {mode}: expected {', '.join(MODES)}")
-        self.folder, self.mode = prepare_folder(folder), mode
+        self._stack = ExitStack()
+        self.folder, self.mode = self._stack.enter_context(new_folder(folder)), mode
         self._specs = {
             tensor_stage_key(task.source_name, stage.name): (
                 dump_file(task.source_name),
@@ -52,7 +54,9 @@ class ReplayDump:
         self._writers: dict[str, TensorWriter] = {}
         self._hashes = {key: hashlib.sha256() for key in self._specs} if mode == "hash" else {}
         if mode == "full":
-            self._open()
+            with self._stack:  # a failure here empties the folder again; success keeps the stack for __exit__
+                self._open()
+                self._stack = self._stack.pop_all()
 
     def _open(self) -> None:
         files: dict[str, dict[str, tuple[np.dtype, tuple[int, ...]]]] = {}
@@ -98,16 +102,14 @@ class ReplayDump:
         write_json(self.folder / MANIFEST_FILE, {"schema": SCHEMA, **manifest, "tensors": tensors})
         return digests
 
-    def close(self) -> None:
-        """Stop; files not committed disappear."""
-        for writer in self._writers.values():
-            writer.close()
-
     def __enter__(self) -> ReplayDump:
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+    def __exit__(self, *exc: Any) -> None:
+        """Stop; after a failure the folder is empty again."""
+        for writer in self._writers.values():
+            writer.close()
+        self._stack.__exit__(*exc)
 
 
 class Dump:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from stages.errors import OutputError, ResourceError
@@ -31,6 +33,21 @@ def prepare_folder(path: str | os.PathLike[str]) -> Path:
     except ValueError as error:  # a NUL byte in the name never reaches the system
         raise OutputError(f"{str(folder)!r}: is not a path: {error}") from None
     return folder
+
+
+@contextmanager
+def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """`prepare_folder`, emptied again when the block fails: no half-written result stays behind."""
+    made = not os.path.lexists(path)
+    folder = prepare_folder(path)
+    try:
+        yield folder
+    except BaseException:
+        for entry in os.scandir(folder):
+            shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
+        if made:
+            folder.rmdir()
+        raise
 
 
 def _refuse_other_than_folder(folder: Path) -> None:

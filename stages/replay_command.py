@@ -102,8 +102,6 @@ def replay_one(command: ReplayCommand, backend: Callable[[], Backend], progress:
     )
     with ExitStack() as stack:
         job = ReplayJob(options, stack)
-        if command.out is not None and command.dump != "none":
-            prepare_folder(command.out)
         side = backend()
         result = job.run(side, progress)
     if command.report is not None:

@@ -3,7 +3,7 @@
 The `safetensors` package maps whole files and writes from whole dictionaries; a stage bundle of a
 151,936 x 1,024 embedding is 8 GB. Here a tensor is read with `pread`, any rows at a time (a file
 truncated while open is an error, not a SIGBUS), and written chunk by chunk behind a header that is
-known beforehand. The bytes are those that the package writes: tensors ordered by falling alignment,
+known beforehand. The bytes are those that the package writes: tensors ordered by dtype, wide ones first,
 then by name, without gaps. Format: https://huggingface.co/docs/safetensors.
 """
 
@@ -25,17 +25,18 @@ import numpy as np
 from stages.errors import InputError, NotFoundError, OutputError, shown
 from stages.jsonio import fsync_folder, parse_json
 
+# In the order in which the package places tensors in a file.
 DTYPES: dict[str, np.dtype] = {
-    "F64": np.dtype(np.float64),
-    "I64": np.dtype(np.int64),
     "U64": np.dtype(np.uint64),
+    "I64": np.dtype(np.int64),
+    "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
-    "I32": np.dtype(np.int32),
     "U32": np.dtype(np.uint32),
+    "I32": np.dtype(np.int32),
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype(np.float16),
-    "I16": np.dtype(np.int16),
     "U16": np.dtype(np.uint16),
+    "I16": np.dtype(np.int16),
     "I8": np.dtype(np.int8),
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
@@ -104,11 +105,19 @@ class TensorFile:
             ) from None
 
     def read(self, name: str, start: int = 0, stop: int | None = None, axis: int = 0) -> np.ndarray:
-        """Tensor `name`, or its slice `[start:stop]` along `axis` (0 or 1), as a fresh C-contiguous array."""
+        """Tensor `name`, or its slice `[start:stop]` along `axis` (0 or 1), as a fresh C-contiguous array.
+
+        `InputError` when the tensor is not that long: the bytes behind it are another tensor's.
+        """
         info = self.info(name)
         if not info.shape or (start == 0 and (stop is None or stop == info.shape[axis])):
             return self._bytes(info.offset, info.nbytes, info).view(info.dtype).reshape(info.shape)
-        stop = info.shape[axis] if stop is None else stop
+        size = info.shape[axis] if axis < len(info.shape) else 0
+        stop = size if stop is None else stop
+        if not 0 <= start <= stop <= size:
+            raise InputError(
+                f"{self.path}: tensor '{shown(name)}' is {list(info.shape)}, expected {start}:{stop} along axis {axis}"
+            )
         if axis == 0:
             row = info.nbytes // max(1, info.shape[0])
             data = self._bytes(info.offset + start * row, (stop - start) * row, info)
@@ -313,7 +322,8 @@ def _layout(
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     tensors: dict[str, TensorInfo] = {}
     position = 0
-    for name in sorted(specs, key=lambda n: (-np.dtype(specs[n][0]).itemsize, n)):
+    order = {dtype: i for i, dtype in enumerate(DTYPES.values())}
+    for name in sorted(specs, key=lambda n: (order.get(np.dtype(specs[n][0]), -1), n)):
         dtype, shape = np.dtype(specs[name][0]), tuple(int(n) for n in specs[name][1])
         if dtype not in _NAMES:
             raise TypeError(f"{name}: safetensors has no dtype for {dtype}")

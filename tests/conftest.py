@@ -1,0 +1,128 @@
+"""What the replay tests share, made once per session: a tiny model, its bundles, the backends, the golden folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from helpers import GATE, ROOT
+
+from cli import BACKENDS, load_backend
+from stages.backend import Backend
+from stages.decompose import FLOAT64, DecomposeOptions, decompose
+from stages.defaults import LAYER, router_vector, write_vector
+from stages.qwen import parameter_shapes, parse_config
+from stages.selection import Selection, select_by_rule
+from stages.synth import config_json, synthesize
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No test writes into the user's cache."""
+    os.environ["SVF_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session", params=list(BACKENDS))
+def backend(request: pytest.FixtureRequest) -> Backend:
+    """Each backend of the command line's table, on the CPU."""
+    return load_backend(request.param, "cpu")
+
+
+@pytest.fixture(scope="session")
+def torch_backend() -> Backend:
+    return load_backend("torch", "cpu")
+
+
+@pytest.fixture(scope="session")
+def jax_backend() -> Backend:
+    return load_backend("jax", "cpu")
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("replay")
+
+
+@pytest.fixture(scope="session")
+def model(workplace: Path) -> Path:
+    """The tiny checkpoint."""
+    synthesize(workplace / "model", "tiny")
+    return workplace / "model"
+
+
+@pytest.fixture(scope="session")
+def selection() -> Selection:
+    """What the rule selects of the tiny model at layer 2: nine tensors, 576 offsets."""
+    return select_by_rule(parameter_shapes(parse_config(config_json("tiny"), "tiny")), (LAYER,))
+
+
+@pytest.fixture(scope="session")
+def vector(workplace: Path) -> Path:
+    """A router vector for that selection."""
+    write_vector(workplace / "router.npy", router_vector("tiny", (LAYER,)))
+    return workplace / "router.npy"
+
+
+def manifest_of(selection: Selection) -> dict:
+    """The reference manifest that says what `selection` says, with a historical hash nobody reaches."""
+    return {
+        "selected_tensor_count": len(selection.tensors),
+        "selected_tensors": [
+            {
+                "source_name": t.source_name,
+                "elixir_name": t.elixir_name,
+                "shape": list(t.shape),
+                "singular_values": t.singular_values,
+                "offset_start": t.offset_start,
+                "offset_end": t.offset_end,
+            }
+            for t in selection.tensors
+        ],
+        "sample_adapted_tensor": {
+            "source_name": GATE,
+            "source_shape": [192, 64],
+            "sample_reconstructed_shape": [64, 192],
+            "sample_reconstructed_bf16_sha256": "0" * 64,
+        },
+    }
+
+
+@pytest.fixture(scope="session")
+def manifest(workplace: Path, selection: Selection) -> Path:
+    path = workplace / "reference_manifest.json"
+    path.write_text(json.dumps(manifest_of(selection)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def made(workplace: Path, model: Path, vector: Path, manifest: Path, torch_backend: Backend) -> Path:
+    """A folder with `components/` (all selected), `sample/` (the sample alone) and their reference reports."""
+    for name, everything in (("components", True), ("sample", False)):
+        report = workplace / f"{name}.json"
+        options = DecomposeOptions(str(model), vector, manifest, (), workplace / name, report, everything)
+        decompose(options, FLOAT64, torch_backend)
+    return workplace
+
+
+@pytest.fixture
+def bundle(made: Path, tmp_path: Path) -> Path:
+    """A copy of the all-selected bundle, to be damaged."""
+    return Path(shutil.copytree(made / "components", tmp_path / "bundle"))
+
+
+@pytest.fixture
+def sample_bundle(made: Path, tmp_path: Path) -> Path:
+    """A copy of the sample-only bundle, to be damaged."""
+    return Path(shutil.copytree(made / "sample", tmp_path / "sample-bundle"))
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Real files of the original tool, in a folder of the project's machines."""
+    for place in (os.environ.get("SVF_GOLDEN"), ROOT.parent / "shared" / "golden"):
+        if place and (Path(place) / "trinity-tiny").is_dir():
+            return Path(place)
+    pytest.skip("no golden files: neither $SVF_GOLDEN nor ../shared/golden is a folder with trinity-tiny")
