@@ -24,6 +24,8 @@ MANIFEST_FILE = "trinity_svf_debug_manifest.json"
 SAMPLE_SCHEMA = "trinity_sakana_sample_component_debug.v1"
 SELECTED_SCHEMA = "trinity_sakana_selected_component_debug.v1"
 
+_IDENTITY = {"source_f32": "source_sha256_as_f32", "offsets_f32": "offsets_sha256"}
+
 
 def component_keys(source_name: str) -> dict[str, str]:
     """Keys of U, S and V in the components file."""
@@ -97,6 +99,7 @@ class BundleEntry:
     component_source: str
     offset_start: int | None
     offset_end: int | None
+    identity: dict[str, str]  # sha256 of source_f32 and offsets_f32, where the manifest has them
 
 
 class Bundle:
@@ -157,6 +160,7 @@ class Bundle:
             str(item.get("component_source") or self.manifest.get("component_source") or "unknown"),
             item.get("offset_start"),
             item.get("offset_end"),
+            {stage: item[key] for stage, key in _IDENTITY.items() if isinstance(item.get(key), str)},
         )
 
     @property

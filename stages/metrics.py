@@ -84,16 +84,20 @@ class Difference:
     def _keep_top(
         self, d: np.ndarray, x: np.ndarray, y: np.ndarray, at: int, shape: tuple[int, ...], start: int, axis: int
     ) -> None:
-        floor = self.top[-1][0] if len(self.top) >= self.top_k else 0.0
-        if float(d.max(initial=0.0)) <= floor:
+        keep = max(self.top_k, 1)  # the largest one is always wanted
+        floor = self.top[-1][0] if len(self.top) >= keep else 0.0
+        largest = float(d.max(initial=0.0))
+        # Ties go to the lower index; along rows that is the one seen before.
+        if largest == 0 or largest < floor or (largest == floor and axis == 0):
             return
-        k = min(self.top_k, d.size)
-        for i in np.argpartition(d, -k)[-k:]:
-            if d[i] > floor:
-                index = [int(n) for n in np.unravel_index(at + int(i), shape)]
-                if index:
-                    index[axis] += start
-                self.top.append((float(d[i]), tuple(index), float(x[i]), float(y[i])))
+        k = min(keep, d.size)
+        kth = max(float(np.partition(d, -k)[-k]), floor)
+        ties = np.flatnonzero(d == kth)[:k] if kth else ()
+        for i in (*np.flatnonzero(d > kth), *ties):
+            index = [int(n) for n in np.unravel_index(at + int(i), shape)]
+            if index:
+                index[axis] += start
+            self.top.append((float(d[i]), tuple(index), float(x[i]), float(y[i])))
         self._trim()
 
     def _trim(self) -> None:
@@ -178,7 +182,7 @@ class Residual:
         for at in range(0, x.size, _BLOCK):
             w = x[at : at + _BLOCK].astype(np.float64)
             d = w - y[at : at + _BLOCK]
-            self.max_abs = max(self.max_abs, float(np.abs(d).max(initial=0.0)))
+            self.max_abs = float(np.maximum(self.max_abs, np.abs(d).max(initial=0.0)))  # which keeps a NaN
             self._error += float(d @ d)
             self._norm += float(w @ w)
 

@@ -51,7 +51,9 @@ def with_source(command: ReplayCommand, progress: Progress) -> ReplayCommand:
         return command
     folder, fresh = default_source()
     progress.say(f"no bundle given: using the built-in tiny one {'made now ' if fresh else ''}in {folder}")
-    report = command.reference_report or folder / "reference.json"
+    report = command.reference_report
+    if report is None and command.backend != "both":  # with both, the reference side is this run's own torch side
+        report = folder / "reference.json"
     return replace(command, components=folder / "components", reference_report=report)
 
 

@@ -159,7 +159,9 @@ class ReplayJob:
             return None
         stages = {s: (self.recorded.file, self.recorded.key(entry.source_name, s)) for s in infos}
         turned = self.recorded.sample_name is not None and self.sample_turned
-        return SideTensor(entry.source_name, stages, {}, entry.layout, turned, self._components[entry.source_name])
+        return SideTensor(
+            entry.source_name, stages, {}, entry.identity, entry.layout, turned, self._components[entry.source_name]
+        )
 
     def run(self, backend: Backend, progress: Progress = lambda _label, _done: None) -> ReplayResult:
         """Replay every selected tensor under every asked layout."""
@@ -270,10 +272,8 @@ class ReplayJob:
             extra={
                 "layouts": layout_rows(runs),
                 "components": str(self.options.components),
-                "final_sha256": {
-                    **main.final_sha256,
-                    **({"(sample)": main.sample_sha256} if main.sample_sha256 else {}),
-                },
+                "final_sha256": main.final_sha256,
+                "sample_sha256": main.sample_sha256,
             },
         )
 

@@ -84,7 +84,7 @@ def parse_layers(text: str | None) -> tuple[int, ...]:
     """`26`, `0,3-5` as sorted layer numbers; `UsageError` for anything else."""
     layers: set[int] = set()
     for part in (text or "").split(",") if text else ():
-        match = re.fullmatch(r"\s*(\d{1,6})(?:-(\d{1,6}))?\s*", part)
+        match = re.fullmatch(r"\s*(\d{1,6})(?:-(\d{1,6}))?\s*", part, re.ASCII)
         if match is None:
             raise UsageError(f"--layers '{shown(text)}': expected numbers and ranges, such as 26 or 0,3-5")
         first, last = int(match.group(1)), int(match.group(2) or match.group(1))
@@ -245,6 +245,8 @@ def load_router_vector(path: Path, selection: Selection, hidden: int | None = No
             + (f" and then a router head of whole rows of {hidden}" if hidden else "")
             + f": {selection.table()}"
         )
-    if not np.isfinite(values).all():
-        raise InputError(f"{path}: NaN or infinity at index {int(np.flatnonzero(~np.isfinite(values))[0])}")
-    return RouterVector(values.astype(np.float32), hashlib.sha256(raw).hexdigest(), values.dtype.name)
+    with np.errstate(over="ignore"):  # what float32 cannot hold is refused below
+        narrow = values.astype(np.float32)
+    if not np.isfinite(narrow).all():
+        raise InputError(f"{path}: NaN or infinity in float32 at index {int(np.flatnonzero(~np.isfinite(narrow))[0])}")
+    return RouterVector(narrow, hashlib.sha256(raw).hexdigest(), values.dtype.name)

@@ -18,13 +18,18 @@ from stages.selection import safe_key
 from stages.tensorfile import TensorFile, sha256
 
 
+# Stages that copy what a replay was given: two sides that differ here were given different things.
+INPUT_STAGES = tuple(s.name for s in REPLAY.values() if not s.inputs and s.noise is Noise.EXACT)
+
+
 @dataclass(frozen=True)
 class SideTensor:
     """One tensor of a side: where each stage is, and how it was contracted and oriented."""
 
     source_name: str
     stages: dict[str, tuple[TensorFile, str]]
-    hashes: dict[str, str]
+    hashes: dict[str, str]  # of stages, as a dump recorded them
+    identity: dict[str, str]  # sha256 of the stages that are inputs: what was replayed
     layout: str
     transpose: bool
     components: Components | None
@@ -130,6 +135,7 @@ def _from_dump(path: Path, components: Path | None, stack: ExitStack) -> Side:
             name,
             {s: (dump.file(e["file"]), keys[s]) for s, e in entries.items() if e.get("file")},
             {s: str(e.get("sha256")) for s, e in entries.items()},
+            {s: str(e.get("sha256")) for s, e in entries.items() if s in INPUT_STAGES},
             str(item.get("layout", "torch_v")),
             bool(item.get("transpose", False)),
             _matching_components(bundle, name, identity),
@@ -188,6 +194,7 @@ def _from_stages(label: str, file: TensorFile, bundle: Bundle | None, stack: Exi
             entry.source_name if entry else safe or "(sample)",
             {stage: (file, name) for stage, name in stages.items()},
             {},
+            entry.identity if entry else {},
             entry.layout if entry else "torch_v",
             _is_turned(file, stages),
             bundle.load(entry) if bundle and entry else None,
@@ -222,8 +229,8 @@ def _entry(bundle: Bundle | None, safe: str) -> BundleEntry | None:
 def check_comparable(a: Side, b: Side) -> None:
     """`InputError` when two dumps replayed different weights or offsets: their difference means nothing."""
     for key in sorted(a.tensors.keys() & b.tensors.keys()):
-        for stage in (stage.name for stage in REPLAY.values() if not stage.inputs and stage.noise is Noise.EXACT):
-            one, other = a.tensors[key].hashes.get(stage), b.tensors[key].hashes.get(stage)
+        for stage in INPUT_STAGES:
+            one, other = a.tensors[key].identity.get(stage), b.tensors[key].identity.get(stage)
             if one and other and one != other:
                 raise InputError(
                     f"not comparable: {a.label} and {b.label} replayed different {stage} of "

@@ -110,9 +110,9 @@ class TensorFile:
         `InputError` when the tensor is not that long: the bytes behind it are another tensor's.
         """
         info = self.info(name)
-        if not info.shape or (start == 0 and (stop is None or stop == info.shape[axis])):
+        if not info.shape or (start == 0 and (stop is None or info.shape[axis : axis + 1] == (stop,))):
             return self._bytes(info.offset, info.nbytes, info).view(info.dtype).reshape(info.shape)
-        size = info.shape[axis] if axis < len(info.shape) else 0
+        size = info.shape[axis] if axis == 0 or len(info.shape) == 2 else 0
         stop = size if stop is None else stop
         if not 0 <= start <= stop <= size:
             raise InputError(
