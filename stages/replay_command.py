@@ -178,11 +178,11 @@ def _check_child(name: str, child: ChildResult) -> None:
 
 
 def _pair_gates(gates: Gates, runs: tuple[Any, Any], command: ReplayCommand) -> Gates:
-    """Without a report, this run's first side is the reference side."""
-    if command.reference_report is None or not (gates.current_python or gates.reference):
+    """With a report, both sides are replaying sides: a hash counts when each of them reached it."""
+    if command.reference_report is None:
         return gates
-    replayed = tuple(run["sample_sha256"] for run in runs if run["sample_sha256"])
-    return replace(gates, replayed_hashes=replayed)
+    reached = [run["sample_sha256"] for run in runs]
+    return replace(gates, replayed_hashes=(reached[0],) if reached[0] and reached[0] == reached[1] else ())
 
 
 def _layouts(names: Sequence[str], runs: tuple[Any, Any]) -> list[dict[str, Any]]:
