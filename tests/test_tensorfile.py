@@ -114,6 +114,14 @@ def test_rows_that_are_not_there_are_refused_not_taken_from_the_next_tensor(
     one_line(error.value, "'w'", "[4, 2]", f"{start}:{stop}")
 
 
+def test_a_tensor_without_columns_has_no_slice_of_columns(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "a", {"s": np.zeros(4, np.float32), "c": np.zeros((2, 2, 2), np.float32)})
+    with TensorFile(tmp_path / "a") as file:
+        for name in ("s", "c"):
+            with pytest.raises(InputError, match="along axis 1"):
+                file.read(name, 0, 1, 1)
+
+
 def test_sha256_of_a_stored_tensor_is_that_of_its_bytes(tmp_path: Path) -> None:
     array = np.random.default_rng(0).standard_normal((7, 5))
     write_tensors(tmp_path / "a", {"v": np.zeros(3), "w": array})
