@@ -130,23 +130,12 @@ class TensorComparison:
         if row.shape_note is not None:
             return {**empty_row(self.source_name, self.key, row.stage, Verdict.SHAPE), "note": row.shape_note}
         d, tolerance = row.difference, row.stage.tolerance
-        finite = not (d.nonfinite_a or d.nonfinite_b)
-        sides = [side for side in (row.side_a, row.side_b) if side is not None]
-        verdict = worst(*(side.verdict for side in sides)) if sides else Verdict.EXACT
-        if not finite:
-            verdict = Verdict.NONFINITE
-        elif not d.byte_match and row.stage.noise is Noise.EXACT and not row.stage.inputs:
-            verdict = Verdict.BUG  # a copy of what both sides were given: they were given different things
-        elif len(sides) < 2 and not d.byte_match:
-            verdict = worst(verdict, Verdict.UNJUDGED)
+        given = row.stage.noise is Noise.EXACT and not row.stage.inputs
         digest_a, digest_b = row.hashes.digests()
         return {
-            **empty_row(self.source_name, self.key, row.stage, verdict),
-            "verdict_a": row.side_a.verdict.value if row.side_a else None,
-            "verdict_b": row.side_b.verdict.value if row.side_b else None,
-            "ratio_a": row.side_a.ratio if row.side_a else None,
-            "ratio_b": row.side_b.ratio if row.side_b else None,
-            "tolerance_passed": finite and d.max_abs <= tolerance.max_abs and d.mean_abs <= tolerance.mean_abs,
+            **empty_row(self.source_name, self.key, row.stage, row_verdict(d, row.side_a, row.side_b, given=given)),
+            **side_fields(row.side_a, row.side_b),
+            "tolerance_passed": d.finite and d.max_abs <= tolerance.max_abs and d.mean_abs <= tolerance.mean_abs,
             "sha256_a": digest_a,
             "sha256_b": digest_b,
             **d.result(),
@@ -166,6 +155,28 @@ class TensorComparison:
             "fits_a": self.residual_a.relative <= bound if self.residual_a.known else None,
             "fits_b": self.residual_b.relative <= bound if self.residual_b.known else None,
         }
+
+
+def row_verdict(d: Difference, a: SideVerdict | None, b: SideVerdict | None, *, given: bool) -> Verdict:
+    """A row's verdict from its sides' (None: not judged); `given` says that the stage copies what a side was given."""
+    sides = [side.verdict for side in (a, b) if side is not None]
+    if not d.finite:
+        return Verdict.NONFINITE
+    if given and not d.byte_match:
+        return Verdict.BUG  # the two sides were given different things
+    if len(sides) < 2 and not d.byte_match:
+        return worst(Verdict.UNJUDGED, *sides)
+    return worst(Verdict.EXACT, *sides)
+
+
+def side_fields(a: SideVerdict | None, b: SideVerdict | None) -> dict[str, Any]:
+    """Each side's verdict and largest error / bound, as row fields."""
+    return {
+        "verdict_a": a.verdict.value if a else None,
+        "verdict_b": b.verdict.value if b else None,
+        "ratio_a": a.ratio if a else None,
+        "ratio_b": b.ratio if b else None,
+    }
 
 
 def empty_row(source_name: str, key: str, stage: Stage, verdict: Verdict) -> dict[str, Any]:

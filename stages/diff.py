@@ -63,22 +63,42 @@ def document(
     more_rows: Sequence[dict[str, Any]] = (),
     extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The whole `svf.diff/1` document of a finished comparison."""
+    """The whole `svf.diff/1` document of a finished comparison of replays."""
     comparisons = list(comparisons)
     rows = [*(row for comparison in comparisons for row in comparison.rows()), *more_rows]
-    zero_offset = [c.zero_offset() for c in comparisons if c.stages]
+    return finish(
+        rows,
+        a,
+        b,
+        gates=gates,
+        expected=expected_tensors * sum(stage.required for stage in REPLAY.values()),
+        zero_offset=[c.zero_offset() for c in comparisons if c.stages],
+        extra=extra,
+    )
+
+
+def finish(
+    rows: Sequence[dict[str, Any]],
+    a: Mapping[str, Any],
+    b: Mapping[str, Any],
+    *,
+    gates: Gates | None = None,
+    expected: int,
+    zero_offset: Sequence[Mapping[str, Any]] = (),
+    extra: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """A `svf.diff/1` document from its rows; `expected` is how many of them a complete comparison has at least."""
     gate_results = gates.results(rows) if gates else {}
     compared = sum(row["verdict"] not in (Verdict.MISSING, Verdict.EXTRA) for row in rows)
-    expected = max(expected_tensors * sum(stage.required for stage in REPLAY.values()), len(rows))
-    coverage = {"compared": compared, "expected": expected, "tensors": len(comparisons)}
+    coverage = {"compared": compared, "expected": max(expected, len(rows))}
     culprit = find_culprit(rows)
     return {
         "schema": "svf.diff/1",
         "outcome": outcome(rows, zero_offset, gate_results, coverage),
         "verdict": sentence(rows, zero_offset, culprit, gate_results, a, b, coverage),
         "culprit": culprit,
-        "rows": rows,
-        "zero_offset": zero_offset,
+        "rows": list(rows),
+        "zero_offset": list(zero_offset),
         "coverage": coverage,
         "gates": gate_results,
         "a": dict(a),
@@ -133,6 +153,13 @@ def _culprit(row: Mapping[str, Any], verdict: Verdict) -> dict[str, Any]:
     }
 
 
+def place_of(row: Mapping[str, Any]) -> str:
+    """Where a row's stage is, in words: a tensor, a layer, or the whole model."""
+    if row["tensor"] is not None:
+        return str(row["tensor"])
+    return "the model" if row["layer"] is None else f"layer {row['layer']}"
+
+
 def sentence(
     rows: Sequence[Mapping[str, Any]],
     zero_offset: Sequence[Mapping[str, Any]],
@@ -155,7 +182,7 @@ def sentence(
             "or U, S, V are not this tensor's."
         )
     if culprit is not None:
-        where = f"{culprit['stage']} of {culprit['tensor']}"
+        where = f"{culprit['stage']} of {place_of(culprit)}"
         who = {"a": a["source"], "b": b["source"], "both": "both sides"}.get(culprit["side"] or "")
         blame = f"{who} computed it wrong" if who else "the sides differ"
         ratio = f", {culprit['ratio']:.3g} times the bound" if culprit["ratio"] else ""

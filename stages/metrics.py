@@ -113,6 +113,11 @@ class Difference:
         self._trim()
 
     @property
+    def finite(self) -> bool:
+        """Whether both sides were finite in every element."""
+        return not (self.nonfinite_a or self.nonfinite_b)
+
+    @property
     def max_abs(self) -> float:
         """Largest |a - b| over elements finite on both sides."""
         return self.top[0][0] if self.top else 0.0

@@ -14,6 +14,8 @@ import numpy as np
 U32 = 2.0**-24
 # Unit roundoff of bfloat16 (8 significant bits).
 U_BF16 = 2.0**-8
+# Smallest normal float32 and bfloat16.
+FLUSH = 2.0**-126
 
 
 class Noise(StrEnum):
@@ -36,7 +38,7 @@ def rounding_unit(dtype: np.dtype) -> float:
 def exact_bound(result: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Half an ulp of the stored dtype: a correctly rounded result is never further away."""
     # The smallest normal number covers results below it, where half an ulp stops shrinking.
-    return rounding_unit(dtype) * np.maximum(np.abs(result), 2.0**-126)
+    return rounding_unit(dtype) * np.maximum(np.abs(result), FLUSH)
 
 
 def product_bound(a: np.ndarray, b: np.ndarray, result: np.ndarray) -> np.ndarray:
@@ -46,8 +48,18 @@ def product_bound(a: np.ndarray, b: np.ndarray, result: np.ndarray) -> np.ndarra
     the roundings add up like random steps. A partial sum is about the root of the squares summed so far, or the
     result itself where the terms agree in sign (docs/findings/product-bound.md).
     """
-    squares = ((a * a) @ (b * b)).astype(np.float64)  # float32 is ample for a scale
-    return U32 * (np.sqrt(a.shape[-1]) * np.sqrt(squares + result * result) + np.abs(result))
+    # float32 is ample for a scale, but not for squares of 1e-20: rows of near-zero weights are brought to 1 first.
+    top = np.abs(a).max(axis=1, keepdims=True, initial=0.0)
+    exponent = np.frexp(top)[1]
+    scaled = np.ldexp(a, -exponent)
+    squares = np.ldexp(((scaled * scaled) @ (b * b)).astype(np.float64), 2 * exponent)
+    noise = U32 * (np.sqrt(a.shape[-1]) * np.sqrt(squares + result * result) + np.abs(result))
+    return noise + _flushed(top, b, a.shape[-1])
+
+
+def _flushed(top: np.ndarray, b: np.ndarray, k: int) -> np.ndarray:
+    """What is lost where operands, products and partial sums below 2^-126 count as zero; XLA and MKL do that."""
+    return FLUSH * k * (2 + top.astype(np.float64) + float(np.abs(b).max(initial=0.0)))
 
 
 def product_rigorous(a: np.ndarray, b: np.ndarray, result: np.ndarray) -> np.ndarray:
@@ -58,7 +70,8 @@ def product_rigorous(a: np.ndarray, b: np.ndarray, result: np.ndarray) -> np.nda
     """
     k = a.shape[-1] * U32
     # float32 products of absolute values may fall short by their own gamma; hence the factor.
-    return k / (1 - k) * (1 + 2 * k) * (np.abs(a) @ np.abs(b)).astype(np.float64) + U32 * np.abs(result)
+    worst = k / (1 - k) * (1 + 2 * k) * (np.abs(a) @ np.abs(b)).astype(np.float64) + U32 * np.abs(result)
+    return worst + _flushed(np.abs(a).max(axis=1, keepdims=True, initial=0.0), b, a.shape[-1])
 
 
 def sum_ratio_bound(numerator: np.ndarray, denominator: np.ndarray, result: np.ndarray) -> np.ndarray:

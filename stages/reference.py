@@ -120,7 +120,7 @@ class ReferenceBackend:
         return array
 
     def get(self, array: Any) -> np.ndarray:
-        return np.ascontiguousarray(array)
+        return np.asarray(array, order="C")
 
     def compile(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         return fn

@@ -1,0 +1,91 @@
+"""Weights adapted by the component replay, in the place of a checkpoint's own: what the forward runs on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+
+from stages.backend import Backend
+from stages.bundle import Bundle
+from stages.checkpoint import EMBEDDING, LM_HEAD, Checkpoint
+from stages.errors import InputError
+from stages.replay_run import Replayer, ReplayTask
+from stages.tensorfile import TensorFile, TensorWriter
+
+Progress = Callable[[str, float], None]
+ADAPTED_FILE = "adapted.safetensors"
+
+
+class AdaptedWeights:
+    """A checkpoint whose selected tensors are read from an adapted file; `read` and `info` as a `Checkpoint`'s."""
+
+    def __init__(self, checkpoint: Checkpoint, file: TensorFile):
+        self._checkpoint, self._file = checkpoint, file
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows `[start:stop]` of parameter `name`, adapted where it was selected."""
+        if name in self._file.tensors:
+            return self._file.read(name, start, stop)
+        return self._checkpoint.read(name, start, stop)
+
+    @property
+    def unties(self) -> bool:
+        """Whether embedding and LM head, one tensor in the checkpoint, are two now."""
+        return (EMBEDDING in self._file.tensors) or (LM_HEAD in self._file.tensors)
+
+
+def write_adapted(
+    components: Path, layout: str, checkpoint: Checkpoint, backend: Backend, path: Path, progress: Progress
+) -> dict[str, str]:
+    """Replay every tensor of a bundle and store it at `path`, source-oriented, in the checkpoint's dtype.
+
+    Returns tensor -> layout it was contracted under. A V whose shape does not fit `layout` is contracted as the
+    bundle declares, since the wrong layout cannot be computed there at all; the caller says so.
+    """
+    with ExitStack() as stack:
+        bundle = Bundle(components)
+        stack.callback(bundle.close)
+        tasks = [_task(bundle, i, layout, checkpoint) for i in range(len(bundle.entries))]
+        specs = {
+            task.source_name: (checkpoint.info(checkpoint.resolve(task.source_name)).dtype, task.shape)
+            for task in tasks
+        }
+        replayer = Replayer(backend)
+        writer = stack.enter_context(TensorWriter(path, specs))
+        for task in tasks:
+            dtype = specs[task.source_name][0]
+            # A bfloat16 checkpoint stores final_bf16; any other dtype is one rounding of final_f32.
+            stage = "final_bf16" if dtype.name == "bfloat16" else "final_f32"
+            for chunk in replayer.run(task):
+                writer.write(task.source_name, chunk.values[stage].astype(dtype, copy=False), chunk.start)
+                progress(f"adapting {task.source_name}", chunk.stop / task.shape[0])
+        writer.commit()
+        return {task.source_name: task.layout for task in tasks}
+
+
+def _task(bundle: Bundle, index: int, layout: str, checkpoint: Checkpoint) -> ReplayTask:
+    entry = bundle.entries[index]
+    name = checkpoint.resolve(entry.source_name)
+    shape = checkpoint.info(name).shape
+    if shape != entry.shape:
+        raise InputError(
+            f"{bundle.folder}: '{entry.source_name}' is {list(entry.shape)}, the model has {list(shape)}; "
+            "are these components of another model?"
+        )
+    c = bundle.load(entry)
+
+    def source(start: int, stop: int) -> np.ndarray:
+        return checkpoint.read(name, start, stop).astype(np.float32)
+
+    def task(chosen: str) -> ReplayTask:
+        return ReplayTask(entry.source_name, entry.shape, c.u, c.s, c.v, c.offsets, source, chosen)
+
+    asked = task(entry.layout if layout == "declared" else layout)
+    try:
+        asked.check_layout()
+    except InputError:
+        return task(entry.layout)
+    return asked

@@ -1,0 +1,253 @@
+"""Comparing two forward dumps: every stage of every layer, judged from its own recorded inputs; needs no framework."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stages import diff, stats
+from stages.adapted import ADAPTED_FILE, AdaptedWeights
+from stages.checkpoint import open_checkpoint
+from stages.compare import row_verdict, side_fields
+from stages.errors import InputError, NotFoundError, UsageError
+from stages.forward import RUN_PARAMS, forward_path, producers
+from stages.forward_dump import ForwardSide, Place, forward_key
+from stages.forward_run import Weights, judge_stage
+from stages.metrics import Difference
+from stages.qwen import QwenConfig, parse_config
+from stages.stage import Path as StagePath
+from stages.stage import Scope, Stage
+from stages.tensorfile import TensorFile
+from stages.verdict import SideVerdict, Verdict
+
+Progress = Callable[[str, float], None]
+# The chain along which two engines' activations drift apart fastest, in the order of computation.
+AMPLIFICATION = ("ffn_gate", "ffn_silu", "ffn_swigl")
+
+
+@dataclass
+class _Run:
+    """One side with what judging it needs: its path, weights (None: not to be had) and tokens."""
+
+    side: ForwardSide
+    config: QwenConfig
+    path: StagePath
+    tokens: list[int]
+    positions: str
+    weights: Weights | None
+
+
+def diff_forward(
+    path_a: Path,
+    path_b: Path,
+    *,
+    model: str | None = None,
+    top: int = 5,
+    runs: tuple[Any, Any] = (None, None),
+    progress: Progress = lambda _label, _done: None,
+) -> dict[str, Any]:
+    """The `svf.diff/1` document of two forward dumps.
+
+    `model` overrides where the weights are looked for (otherwise where each dump says). `InputError` when the two
+    ran another model, other tokens or positions: a ratio of statistics over different samples means nothing.
+    """
+    with ExitStack() as stack:
+        a, b = (_open(path, model, stack) for path in (path_a, path_b))
+        check_comparable(a, b)
+        places = list(_places(a, b))
+        rows: list[dict[str, Any]] = []
+        logits: dict[str, Any] | None = None
+        for number, place in enumerate(places):
+            progress(f"comparing {forward_key(place)}", number / len(places))
+            rows.append(_row(place, a, b, top))
+            if place[1] == "lm_head" and rows[-1]["verdict"] not in (Verdict.MISSING, Verdict.EXTRA, Verdict.SHAPE):
+                logits = stats.logits(a.side.read(place), b.side.read(place))
+        return diff.finish(
+            rows,
+            diff.side(a.side.label, a.side.facts, runs[0]),
+            diff.side(b.side.label, b.side.facts, runs[1]),
+            expected=len(places),
+            extra={
+                "kind": "forward",
+                "tokens": len(a.tokens),
+                "layers": a.config.num_hidden_layers,
+                "logits": logits,
+                "growth": growth(rows),
+                "amplification": amplification(rows),
+            },
+        )
+
+
+def _open(folder: Path, model: str | None, stack: ExitStack) -> _Run:
+    side = ForwardSide(folder)
+    stack.callback(side.close)
+    manifest = side.dump.manifest
+    recorded = manifest.get("model")
+    if not isinstance(recorded, dict) or not isinstance(recorded.get("config"), dict):
+        raise InputError(f"{folder}: the manifest names no model")
+    config = parse_config(recorded["config"], f"{folder}: model config")
+    tokens = manifest.get("tokens")
+    if not isinstance(tokens, list) or not tokens or not all(isinstance(t, int) for t in tokens):
+        raise InputError(f"{folder}: the manifest has no token ids")
+    path = forward_path(config, str(manifest.get("dtype", "model")))
+    weights = _weights(folder, recorded, model, stack)
+    return _Run(side, config, path, tokens, str(manifest.get("positions", "all")), weights)
+
+
+def _weights(folder: Path, recorded: Mapping[str, Any], model: str | None, stack: ExitStack) -> Weights | None:
+    """The weights a dump was made from: the given model's, or the recorded one's if it is still the same."""
+    source = model or recorded.get("source")
+    try:
+        checkpoint = stack.enter_context(open_checkpoint(str(source)))
+    except (InputError, NotFoundError):
+        if model is not None:
+            raise
+        return None
+    if checkpoint.fingerprint() != recorded.get("fingerprint"):
+        if model is not None:
+            raise InputError(f"{model}: is not the model that {folder} was made from (config or tensor headers differ)")
+        return None
+    if not (folder / ADAPTED_FILE).is_file():
+        return checkpoint
+    file = TensorFile(folder / ADAPTED_FILE)
+    stack.callback(file.close)
+    return AdaptedWeights(checkpoint, file)
+
+
+def check_comparable(a: _Run, b: _Run) -> None:
+    """`InputError` unless both ran the same model on the same tokens, positions and dtype."""
+    pair = f"{a.side.label} and {b.side.label}"
+    if a.tokens != b.tokens:
+        raise InputError(
+            f"not comparable: {pair} ran different tokens ({len(a.tokens)} and {len(b.tokens)} of them); "
+            "statistics over different samples cannot be compared"
+        )
+    if a.positions != b.positions:
+        raise InputError(f"not comparable: {pair} hold positions {a.positions} and {b.positions}")
+    one, other = (run.side.dump.manifest["model"].get("fingerprint") for run in (a, b))
+    if one != other:
+        raise InputError(f"not comparable: {pair} ran different models (config or tensor headers differ)")
+    if a.path["embedding"].dtype != b.path["embedding"].dtype:
+        raise InputError(
+            f"not comparable: {pair} computed in {a.path['embedding'].dtype} and {b.path['embedding'].dtype}"
+        )
+
+
+def _places(a: _Run, b: _Run) -> Iterator[Place]:
+    """Every stage that either side has, in execution order; unknown keys last."""
+    have = a.side.places.keys() | b.side.places.keys()
+    stages = list(a.path.values())
+    first = next(i for i, stage in enumerate(stages) if stage.scope is Scope.LAYER)
+    order: list[Place] = [(None, s.name) for s in stages[:first]]
+    in_layer = [s.name for s in stages if s.scope is Scope.LAYER]
+    order += [(layer, name) for layer in range(a.config.num_hidden_layers) for name in in_layer]
+    order += [(None, s.name) for s in stages[first:] if s.scope is Scope.MODEL]
+    known = [place for place in order if place in have]
+    yield from known
+    unknown = have - set(known)
+    if unknown:
+        raise InputError(
+            f"'{forward_key(sorted(unknown, key=str)[0])}' is no stage of this model; there are {', '.join(a.path)}"
+        )
+
+
+def _row(place: Place, a: _Run, b: _Run, top: int) -> dict[str, Any]:
+    layer, name = place
+    row: dict[str, Any] = {
+        "key": forward_key(place),
+        "layer": layer,
+        "tensor": None,
+        "stage": name,
+        "required": True,
+        "verdict": Verdict.EXACT.value,
+        **side_fields(None, None),
+        "tolerance_passed": False,
+    }
+    if place not in b.side.places or place not in a.side.places:
+        verdict = Verdict.MISSING if place not in b.side.places else Verdict.EXTRA
+        return {**row, "verdict": verdict.value}
+    x, y = a.side.read(place), b.side.read(place)
+    if x.shape != y.shape or x.dtype != y.dtype:
+        expected = a.path[name].shape
+        note = f'a has {x.dtype} {list(x.shape)}, b has {y.dtype} {list(y.shape)}; expected "{expected}"'
+        if x.shape[:2] == y.shape[:2][::-1] and x.ndim == y.ndim:
+            note += ". Is one dump head-first?"
+        return {**row, "verdict": Verdict.SHAPE.value, "note": note}
+    d = Difference(top)
+    d.add(x, y)
+    side_a, side_b = (_judge(place, run, array) for run, array in ((a, x), (b, y)))
+    stage = a.path[name]
+    given = not stage.inputs and not stage.params
+    population_a, population_b = stats.population(x), stats.population(y)
+    return {
+        **row,
+        "verdict": row_verdict(d, side_a, side_b, given=given and side_a is None).value,
+        **side_fields(side_a, side_b),
+        "sha256_a": a.side.sha256(place),
+        "sha256_b": b.side.sha256(place),
+        "stats_a": population_a,
+        "stats_b": population_b,
+        "std_ratio": stats.std_ratio(population_a, population_b),
+        **d.result(),
+    }
+
+
+def _judge(place: Place, run: _Run, observed: np.ndarray) -> SideVerdict | None:
+    """The verdict on one side's stage from its own recorded inputs; None where they, or the weights, are not there."""
+    layer, name = place
+    stage = run.path[name]
+    if run.weights is None and any(param not in RUN_PARAMS for param in stage.params):
+        return None
+    if run.positions == "last" and _mixes_positions(run.path, stage):
+        return None
+    sources = producers(run.path, stage, layer, run.config.num_hidden_layers)
+    if any(source not in run.side.places for source in sources.values()):
+        return None
+    inputs = {name: run.side.read(source) for name, source in sources.items()}
+    chosen = slice(-1, None) if run.positions == "last" else slice(None)
+    tokens, positions = np.asarray(run.tokens, np.int32), np.arange(len(run.tokens), dtype=np.int32)
+    inputs |= {"tokens": tokens[chosen], "positions": positions[chosen]}
+    weights = run.weights if run.weights is not None else _NoWeights()
+    return judge_stage(run.path, run.config, stage, inputs, weights, observed, layer)
+
+
+class _NoWeights:
+    """Stands for weights in stages that take none."""
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        raise UsageError(f"{name}: the weights are not to be had")
+
+
+def _mixes_positions(path: StagePath, stage: Stage) -> bool:
+    """Whether one position's result needs another's: attention, whose axes are queries and keys."""
+    return any("keys" in path[name].shape.split() for name in (stage.name, *stage.inputs) if name in path)
+
+
+def growth(rows: Sequence[Mapping[str, Any]], stage: str = "post_ffn_residual") -> list[dict[str, Any]]:
+    """How the difference of the layers' outputs grows with depth: propagated, so inherited error is in it."""
+    fields = ("layer", "rel_l2", "max_abs", "cosine", "std_ratio")
+    return [{f: row[f] for f in fields} for row in rows if row["stage"] == stage and row.get("rel_l2") is not None]
+
+
+def amplification(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Per layer, the ratio of standard deviations (b over a) and the relative difference along the FFN's chain."""
+    by_place = {(row["layer"], row["stage"]): row for row in rows if row.get("rel_l2") is not None}
+    layers = sorted({layer for layer, stage in by_place if layer is not None and stage in AMPLIFICATION})
+    result = []
+    for layer in layers:
+        chain = [by_place.get((layer, stage)) for stage in AMPLIFICATION]
+        steps = [row for row in chain if row is not None]
+        if len(steps) == len(AMPLIFICATION):
+            result.append(
+                {
+                    "layer": layer,
+                    "std_ratio": {row["stage"]: row["std_ratio"] for row in steps},
+                    "rel_l2": {row["stage"]: row["rel_l2"] for row in steps},
+                }
+            )
+    return result

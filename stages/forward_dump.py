@@ -1,0 +1,127 @@
+"""Forward dumps: stages by layer, one file a layer and one for the whole model, committed by the manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stages.dump import MANIFEST_FILE, SCHEMA, Dump
+from stages.errors import InputError, shown
+from stages.forward_run import StageResult
+from stages.jsonio import write_json
+from stages.output import new_folder
+from stages.tensorfile import write_tensors
+
+MODEL_FILE = "model.safetensors"
+Place = tuple[int | None, str]  # layer (None: whole model) and stage
+
+
+def forward_key(place: Place) -> str:
+    """Key of a stage in a forward dump: `layers.<n>.<stage>`, or `<stage>` for the whole model."""
+    layer, stage = place
+    return stage if layer is None else f"layers.{layer}.{stage}"
+
+
+def parse_key(key: str) -> Place | None:
+    """Layer and stage of a key; None for a key of another kind."""
+    if not key.startswith("layers."):
+        return (None, key) if "." not in key else None
+    layer, _, stage = key.removeprefix("layers.").partition(".")
+    return (int(layer), stage) if layer.isascii() and layer.isdigit() and stage and "." not in stage else None
+
+
+def layer_file(layer: int | None) -> str:
+    """File of a layer's stages."""
+    return MODEL_FILE if layer is None else f"layer-{layer}.safetensors"
+
+
+class ForwardDump:
+    """A forward dump being written, one layer at a time; nothing counts until `commit`."""
+
+    def __init__(self, folder: Path):
+        self._stack = ExitStack()
+        self.folder = self._stack.enter_context(new_folder(folder))
+        self._tensors: dict[str, dict[str, Any]] = {}
+        self._model: dict[str, np.ndarray] = {}
+
+    def record(self, results: Iterable[StageResult]) -> Iterator[StageResult]:
+        """Pass results on, writing each layer's when the next one begins."""
+        layer: int | None = None
+        held: dict[str, np.ndarray] = {}
+        for result in results:
+            if result.layer is None:
+                self._model[result.stage] = result.array
+            else:
+                if result.layer != layer and held:
+                    self._write(layer_file(layer), held)
+                    held = {}
+                layer = result.layer
+                held[forward_key((result.layer, result.stage))] = result.array
+            yield result
+        if held:
+            self._write(layer_file(layer), held)
+        if self._model:
+            self._write(MODEL_FILE, self._model)
+
+    def _write(self, file: str, arrays: Mapping[str, np.ndarray]) -> None:
+        digests = write_tensors(self.folder / file, arrays, hashes=True)
+        for key, array in arrays.items():
+            entry = {"file": file, "dtype": array.dtype.name, "shape": list(array.shape), "sha256": digests[key]}
+            self._tensors[key] = entry
+
+    def commit(self, manifest: Mapping[str, Any]) -> dict[str, str]:
+        """Write the manifest; returns every tensor's sha256."""
+        document = {"schema": SCHEMA, "kind": "forward", **manifest, "tensors": self._tensors}
+        write_json(self.folder / MANIFEST_FILE, document)
+        return {key: entry["sha256"] for key, entry in self._tensors.items()}
+
+    def __enter__(self) -> ForwardDump:
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self._stack.__exit__(*exc)
+
+
+def is_forward_dump(path: Path) -> bool:
+    """Whether the folder is a committed forward dump."""
+    if not (path / MANIFEST_FILE).is_file():
+        return False
+    dump = Dump(path)
+    dump.close()
+    return dump.manifest.get("kind") == "forward"
+
+
+class ForwardSide:
+    """A committed forward dump, read by place."""
+
+    def __init__(self, folder: Path):
+        self.dump = Dump(folder)
+        self.label = str(folder)
+        manifest = self.dump.manifest
+        if manifest.get("kind") != "forward":
+            raise InputError(f"{folder}: is a dump of {shown(manifest.get('kind'))}, expected forward")
+        self.facts = {str(k): str(v) for k, v in dict(manifest.get("facts", {})).items()}
+        self.places: dict[Place, str] = {}
+        for key in self.dump.tensors:
+            place = parse_key(key)
+            if place is None:
+                raise InputError(f"{folder}: '{shown(key)}' is no key of a forward dump")
+            self.places[place] = key
+
+    def read(self, place: Place) -> np.ndarray:
+        """A recorded stage."""
+        key = self.places[place]
+        return self.dump.file(self.dump.tensors[key]["file"]).read(key)
+
+    def shape(self, place: Place) -> list[int]:
+        return list(self.dump.tensors[self.places[place]]["shape"])
+
+    def sha256(self, place: Place) -> str:
+        return str(self.dump.tensors[self.places[place]]["sha256"])
+
+    def close(self) -> None:
+        self.dump.close()
