@@ -17,7 +17,6 @@ from stages.replay_run import Chunk
 from stages.selection import safe_key
 from stages.tensorfile import TensorFile, sha256
 
-
 # Stages that copy what a replay was given: two sides that differ here were given different things.
 INPUT_STAGES = tuple(s.name for s in REPLAY.values() if not s.inputs and s.noise is Noise.EXACT)
 

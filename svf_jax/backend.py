@@ -41,11 +41,11 @@ class JaxBackend:
 
     def put(self, array: np.ndarray) -> Array:
         """A JAX array with the bits of `array`."""
-        return jax.device_put(np.ascontiguousarray(array), self._device())
+        return jax.device_put(np.asarray(array, order="C"), self._device())
 
     def get(self, array: Array) -> np.ndarray:
         """The bits of `array` as a C-contiguous numpy array."""
-        return np.ascontiguousarray(np.asarray(array))
+        return np.asarray(array, order="C")
 
     def compile(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """`fn` under jit, one stage at a time: jitting stages together would let XLA fuse and change bits."""

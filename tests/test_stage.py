@@ -101,7 +101,7 @@ def test_right_wiring_is_none() -> None:
         path["c"]
 
 
-def test_a_backend_that_misses_a_declared_dtype_is_caught(torch_backend) -> None:  # noqa: ANN001
+def test_a_backend_that_misses_a_declared_dtype_is_caught(torch_backend) -> None:
     """`Replayer` checks what a stage returns against what it declares."""
     import numpy as np
 
