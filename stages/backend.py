@@ -22,6 +22,10 @@ class Backend(Protocol):
     def replay(self) -> Mapping[str, Callable[..., Any]]:
         """Stage name -> function, for the component replay."""
 
+    @property
+    def forward(self) -> Mapping[str, Callable[..., Any]]:
+        """Stage name -> function, for the Qwen forward; identity stages have none."""
+
     def put(self, array: np.ndarray) -> Any:
         """The framework's array with the same bits, on this backend's device."""
 

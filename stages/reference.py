@@ -14,8 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from stages.forward import DTYPES
 from stages.layouts import LAYOUTS
+from stages.reference_qwen import FORWARD_STAGES
 from stages.replay import REPLAY
+from stages.rounding import round_once
 from stages.tensorfile import stored_dtype
 
 
@@ -74,9 +77,11 @@ def _v_transposed(v: np.ndarray, layout: str) -> np.ndarray:
     return v.T if LAYOUTS[layout].transposed else v
 
 
-# The two factors of each product stage, from the same arguments: what its noise bound is computed from.
-PRODUCT_FACTORS: Mapping[str, Callable[..., tuple[np.ndarray, np.ndarray]]] = MappingProxyType(
+# What a stage's noise bound is computed from (noise.BOUNDS), from the same arguments: the two factors of a product,
+# the two sums of a ratio. A stage that is not here is bounded from its arguments.
+OPERANDS: Mapping[str, Callable[..., tuple[np.ndarray, ...]]] = MappingProxyType(
     {
+        "normalization": lambda scaled_s, s: (s, scaled_s),
         "matmul_pre_norm": lambda u_scaled, v, *, layout: (u_scaled, _v_transposed(v, layout)),
         "zero_source_f32": lambda u, s, v, *, layout: (u * s, _v_transposed(v, layout)),
     }
@@ -102,7 +107,17 @@ REPLAY_STAGES: Mapping[str, Callable[..., np.ndarray]] = MappingProxyType(
 
 
 def _rounded(fn: Callable[..., np.ndarray], dtype: np.dtype) -> Callable[..., np.ndarray]:
-    return lambda *args, **options: fn(*args, **options).astype(dtype)
+    return lambda *args, **options: round_once(fn(*args, **options), dtype)
+
+
+def _rounded_forward(fn: Callable[..., np.ndarray], dtype: str) -> Callable[..., np.ndarray]:
+    """`fn`, rounded to its declared dtype, or to the activations': the option's, or that of the last argument."""
+
+    def call(*args: np.ndarray, **options: Any) -> np.ndarray:
+        name = dtype if dtype != "model" else options.get("dtype") or args[-1].dtype.name
+        return round_once(fn(*args, **options), stored_dtype(name))
+
+    return call
 
 
 @dataclass(frozen=True)
@@ -115,6 +130,10 @@ class ReferenceBackend:
     @property
     def replay(self) -> Mapping[str, Callable[..., np.ndarray]]:
         return {name: _rounded(fn, stored_dtype(REPLAY[name].dtype)) for name, fn in REPLAY_STAGES.items()}
+
+    @property
+    def forward(self) -> Mapping[str, Callable[..., np.ndarray]]:
+        return {name: _rounded_forward(fn, DTYPES[name]) for name, fn in FORWARD_STAGES.items()}
 
     def put(self, array: np.ndarray) -> np.ndarray:
         return array

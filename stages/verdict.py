@@ -12,11 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from stages import noise
-from stages.noise import LAMBDA, Noise
-from stages.reference import PRODUCT_FACTORS, REPLAY_STAGES
+from stages import noise, reference, reference_qwen
+from stages.noise import Noise
+from stages.rounding import round_once
 from stages.stage import Stage
 from stages.tensorfile import stored_dtype
+
+# Every path's stages: the float64 value of each, and what its noise bound is computed from.
+STAGES = {**reference.REPLAY_STAGES, **reference_qwen.FORWARD_STAGES}
+OPERANDS = {**reference.OPERANDS, **reference_qwen.OPERANDS}
 
 
 class Verdict(StrEnum):
@@ -62,22 +66,25 @@ class Oracle:
     @property
     def rounded(self) -> np.ndarray:
         """The correctly rounded result in the stage's stored dtype."""
-        return self.value.astype(stored_dtype(self.stage.dtype))
+        return round_once(self.value, stored_dtype(self.stage.dtype))
 
 
 def consult(stage: Stage, arguments: tuple[np.ndarray, ...], options: Mapping[str, Any]) -> Oracle:
     """The oracle of `stage` for its `arguments` (inputs, then params, in declared order)."""
-    value = np.asarray(REPLAY_STAGES[stage.name](*arguments, **options), np.float64)
-    if stage.noise is Noise.PRODUCT:
-        a, b = PRODUCT_FACTORS[stage.name](*arguments, **options)
-        bound = LAMBDA[stage.noise] * noise.product_bound(a, b, value)
-        return Oracle(stage, value, bound, lambda: noise.product_rigorous(a, b, value))
-    if stage.noise is Noise.SUM_RATIO:
-        denominator, numerator = arguments
-        bound = LAMBDA[stage.noise] * noise.sum_ratio_bound(numerator, denominator, value)
-        return Oracle(stage, value, bound, lambda: noise.sum_ratio_rigorous(numerator, denominator, value))
-    bound = noise.exact_bound(value, stored_dtype(stage.dtype))
-    return Oracle(stage, value, bound, lambda: bound)
+    dtype = stored_dtype(stage.dtype)
+    if stage.identity:
+        value = arguments[0].astype(np.float64)
+    else:
+        value = np.asarray(STAGES[stage.name](*arguments, **options), np.float64)
+    operands: tuple[Any, ...] = arguments
+    if stage.noise is not Noise.EXACT and stage.name in OPERANDS:
+        operands = OPERANDS[stage.name](*arguments, **options)
+    return Oracle(
+        stage,
+        value,
+        noise.calibrated(stage.noise, operands, value, dtype),
+        lambda: noise.rigorous(stage.noise, operands, value, dtype),
+    )
 
 
 @dataclass

@@ -13,6 +13,7 @@ from jax import Array
 
 from stages.errors import UsageError
 from svf_jax.components import REPLAY_STAGES
+from svf_jax.qwen import FORWARD_STAGES
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,10 @@ class JaxBackend:
     @property
     def replay(self) -> Mapping[str, Callable[..., Array]]:
         return REPLAY_STAGES
+
+    @property
+    def forward(self) -> Mapping[str, Callable[..., Array]]:
+        return FORWARD_STAGES
 
     def put(self, array: np.ndarray) -> Array:
         """A JAX array with the bits of `array`."""

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from stages.errors import UsageError
+from stages.memory import ALIGNMENT, aligned_copy
 from svf_torch.components import REPLAY_STAGES
+from svf_torch.qwen import FORWARD_STAGES
 
 
 @dataclass(frozen=True)
@@ -33,9 +35,15 @@ class TorchBackend:
     def replay(self) -> Mapping[str, Callable[..., Tensor]]:
         return REPLAY_STAGES
 
+    @property
+    def forward(self) -> Mapping[str, Callable[..., Tensor]]:
+        return FORWARD_STAGES
+
     def put(self, array: np.ndarray) -> Tensor:
         """A tensor with the bits of `array`; bfloat16 travels as int16, which torch and numpy share."""
         array = np.require(array, requirements=("C", "W"))
+        if array.ctypes.data % ALIGNMENT:
+            array = aligned_copy(array)
         if array.dtype == ml_dtypes.bfloat16:
             return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).to(self.device)
         return torch.from_numpy(array).to(self.device)

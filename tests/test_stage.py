@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 
 from stages import reference, replay_run
+from stages.backend import Backend
 from stages.bundle import sample_stage_key, tensor_stage_key
 from stages.dump import dump_file
 from stages.noise import LAMBDA, Noise
@@ -101,21 +105,18 @@ def test_right_wiring_is_none() -> None:
         path["c"]
 
 
-def test_a_backend_that_misses_a_declared_dtype_is_caught(torch_backend) -> None:
+def test_a_backend_that_misses_a_declared_dtype_is_caught(torch_backend: Backend) -> None:
     """`Replayer` checks what a stage returns against what it declares."""
-    import numpy as np
 
-    class Narrow:
-        name, put, get, compile, facts = (
-            "narrow",
-            *(getattr(torch_backend, m) for m in ("put", "get", "compile", "facts")),
-        )
-        replay = {**torch_backend.replay, "scaled_s": lambda offsets_f32, s: (s * (1 + offsets_f32)).double()}
+    def wide(offsets_f32: Any, s: Any) -> Any:
+        return (s * (1 + offsets_f32)).double()
 
+    parts = {name: getattr(torch_backend, name) for name in ("put", "get", "compile", "facts")}
+    narrow = SimpleNamespace(name="narrow", replay={**torch_backend.replay, "scaled_s": wide}, **parts)
     one = np.ones((16, 2), np.float32)
     flat = np.ones(2, np.float32)
     task = replay_run.ReplayTask(
         "w", (16, 2), lambda a, b: one[a:b], flat, np.eye(2, dtype=np.float32), flat, lambda a, b: one[a:b], "torch_v"
     )
     with pytest.raises(TypeError, match="scaled_s gave float64, declared float32"):
-        list(replay_run.Replayer(Narrow()).run(task))  # type: ignore[arg-type]
+        list(replay_run.Replayer(narrow).run(task))

@@ -1,0 +1,270 @@
+"""The Qwen forward's stages in JAX. Twin of svf_torch/qwen.py and stages/reference_qwen.py.
+
+Each function is compiled by itself: fused over a stage boundary, XLA would drop the rounding there. Inside a
+stage it may still contract x*y+z to one rounding and skip a cast to bfloat16 and back; the first lies within the
+bounds of noise.py, the second does not, so casts inside a stage are `lax.reduce_precision`, which XLA keeps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+
+def inv_freq(
+    *, head_dim: int, rope_theta: float, rope_type: str, rope_parameters: tuple[tuple[str, float], ...]
+) -> Array:
+    """Inverse frequencies of RoPE, theta^(-2i/head_dim), `[head_dim / 2]`; scaled as the rope_type says."""
+    rope = dict(rope_parameters)
+    # numpy, not jnp: XLA divides by a constant as a product with its reciprocal
+    powers = jnp.float32(rope_theta) ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
+    if rope_type == "linear":
+        return 1.0 / powers / rope["factor"]
+    if rope_type == "yarn":
+        kept = _yarn_kept(head_dim, rope_theta, rope)
+        return 1.0 / (rope["factor"] * powers) * (1 - kept) + 1.0 / powers * kept
+    return 1.0 / powers
+
+
+def rope_angle(inv_freq: Array, positions: Array) -> Array:
+    """position * inv_freq, `[tokens, head_dim]`: the frequencies twice over."""
+    angle = positions[:, None].astype(jnp.float32) * inv_freq
+    return jnp.concatenate((angle, angle), axis=-1)
+
+
+def rope_cos(rope_angle: Array, *, attention_scaling: float, dtype: str) -> Array:
+    """cos(rope_angle) times yarn's attention factor in float32, `[tokens, head_dim]`, cast to `dtype`."""
+    return (jnp.cos(rope_angle) * attention_scaling).astype(dtype)
+
+
+def rope_sin(rope_angle: Array, *, attention_scaling: float, dtype: str) -> Array:
+    """sin(rope_angle) times yarn's attention factor in float32, `[tokens, head_dim]`, cast to `dtype`."""
+    return (jnp.sin(rope_angle) * attention_scaling).astype(dtype)
+
+
+def embedding(tokens: Array, weight: Array) -> Array:
+    """Rows of the embedding, `[tokens, hidden]`."""
+    return weight[tokens]
+
+
+def attn_norm(layer_input: Array, weight: Array, *, eps: float) -> Array:
+    """RMSNorm of the layer's input, `[tokens, hidden]`."""
+    return _rms_norm(layer_input, weight, eps)
+
+
+def qkv_matmul(attn_norm: Array, q: Array, k: Array, v: Array) -> Array:
+    """q, k and v without bias, joined on the last axis, `[tokens, qkv]`."""
+    return jnp.concatenate([_linear(attn_norm, w) for w in (q, k, v)], axis=-1)
+
+
+def qkv_bias(attn_norm: Array, q: Array, k: Array, v: Array, q_bias: Array, k_bias: Array, v_bias: Array) -> Array:
+    """q, k and v with bias, product and bias in one call, joined on the last axis, `[tokens, qkv]`."""
+    pairs = ((q, q_bias), (k, k_bias), (v, v_bias))
+    return jnp.concatenate([_linear(attn_norm, w, b) for w, b in pairs], axis=-1)
+
+
+def q_norm(qkv_bias: Array, weight: Array, *, heads: int, kv_heads: int, head_dim: int, eps: float) -> Array:
+    """RMSNorm of the queries, head by head, `[tokens, heads, head_dim]`."""
+    return _rms_norm(_queries(qkv_bias, heads, head_dim), weight, eps)
+
+
+def k_norm(qkv_bias: Array, weight: Array, *, heads: int, kv_heads: int, head_dim: int, eps: float) -> Array:
+    """RMSNorm of the keys, head by head, `[tokens, kv_heads, head_dim]`."""
+    return _rms_norm(_keys(qkv_bias, heads, kv_heads, head_dim), weight, eps)
+
+
+def q_post_rope(q: Array, rope_cos: Array, rope_sin: Array, *, heads: int, kv_heads: int, head_dim: int) -> Array:
+    """Queries turned by RoPE, `[tokens, heads, head_dim]`; from q_norm, or from qkv_bias where there is none."""
+    return _turned(_queries(q, heads, head_dim), rope_cos, rope_sin)
+
+
+def k_post_rope(k: Array, rope_cos: Array, rope_sin: Array, *, heads: int, kv_heads: int, head_dim: int) -> Array:
+    """Keys turned by RoPE, `[tokens, kv_heads, head_dim]`; from k_norm, or from qkv_bias where there is none."""
+    return _turned(_keys(k, heads, kv_heads, head_dim), rope_cos, rope_sin)
+
+
+def attn_scores(q_post_rope: Array, k_post_rope: Array, *, scaling: float) -> Array:
+    """q k^T * scaling, not masked, `[heads, queries, keys]`."""
+    keys = _repeated(k_post_rope, q_post_rope.shape[1])
+    scores = jnp.einsum("qhd,hkd->hqk", q_post_rope, keys, preferred_element_type=jnp.float32)
+    # float32: a scale of the activations' dtype would be rounded to bfloat16 first
+    return (_prescribed(scores, q_post_rope.dtype) * np.float32(scaling)).astype(q_post_rope.dtype)
+
+
+def attn_softmax(attn_scores: Array) -> Array:
+    """Softmax over the keys up to each query, in float32 and cast, `[heads, queries, keys]`."""
+    return jax.nn.softmax(_masked(attn_scores).astype(jnp.float32), axis=-1).astype(attn_scores.dtype)
+
+
+def attention(attn_softmax: Array, qkv_bias: Array, *, heads: int, kv_heads: int, head_dim: int) -> Array:
+    """attn_softmax @ v, heads joined, `[tokens, heads * head_dim]`."""
+    values = _repeated(_values(qkv_bias, heads, kv_heads, head_dim), heads)
+    return _joined(jnp.matmul(attn_softmax, values, preferred_element_type=jnp.float32)).astype(qkv_bias.dtype)
+
+
+def attn_out(attention: Array, weight: Array, bias: Array | None = None) -> Array:
+    """o_proj of attention, `[tokens, hidden]`."""
+    return _linear(attention, weight, bias)
+
+
+def post_attn_residual(layer_input: Array, attn_out: Array) -> Array:
+    """The layer's input + attn_out, `[tokens, hidden]`."""
+    return layer_input + attn_out
+
+
+def ffn_norm(post_attn_residual: Array, weight: Array, *, eps: float) -> Array:
+    """RMSNorm of post_attn_residual, `[tokens, hidden]`."""
+    return _rms_norm(post_attn_residual, weight, eps)
+
+
+def ffn_gate(ffn_norm: Array, weight: Array) -> Array:
+    """gate_proj of ffn_norm, `[tokens, intermediate]`."""
+    return _linear(ffn_norm, weight)
+
+
+def ffn_up(ffn_norm: Array, weight: Array) -> Array:
+    """up_proj of ffn_norm, `[tokens, intermediate]`."""
+    return _linear(ffn_norm, weight)
+
+
+def ffn_silu(ffn_gate: Array) -> Array:
+    """ffn_gate * sigmoid(ffn_gate), `[tokens, intermediate]`."""
+    # float32: in bfloat16 the sigmoid would be rounded before the product
+    return jax.nn.silu(ffn_gate.astype(jnp.float32)).astype(ffn_gate.dtype)
+
+
+def ffn_swigl(ffn_silu: Array, ffn_up: Array) -> Array:
+    """ffn_silu * ffn_up, `[tokens, intermediate]`."""
+    return ffn_silu * ffn_up
+
+
+def ffn_out(ffn_swigl: Array, weight: Array) -> Array:
+    """down_proj of ffn_swigl, `[tokens, hidden]`."""
+    return _linear(ffn_swigl, weight)
+
+
+def post_ffn_residual(post_attn_residual: Array, ffn_out: Array) -> Array:
+    """post_attn_residual + ffn_out, `[tokens, hidden]`: the layer's output."""
+    return post_attn_residual + ffn_out
+
+
+def final_norm(post_ffn_residual: Array, weight: Array, *, eps: float) -> Array:
+    """RMSNorm of the last layer's output, `[tokens, hidden]`."""
+    return _rms_norm(post_ffn_residual, weight, eps)
+
+
+def lm_head(final_norm: Array, weight: Array) -> Array:
+    """Logits, `[tokens, vocab]`; a chunk of the weight's rows gives those columns."""
+    return _linear(final_norm, weight)
+
+
+def _yarn_kept(head_dim: int, rope_theta: float, rope: Mapping[str, float]) -> np.ndarray:
+    length, theta = rope["original_max_position_embeddings"], rope_theta
+
+    def dimension(rotations: float) -> float:
+        return (head_dim * math.log(length / (rotations * 2 * math.pi))) / (2 * math.log(theta))
+
+    low, high = dimension(rope["beta_fast"]), dimension(rope["beta_slow"])
+    if rope["truncate"]:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    if low == high:
+        high += 0.001
+    ramp = (np.arange(head_dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low)
+    return np.float32(1) - np.clip(ramp, np.float32(0), np.float32(1))
+
+
+def _rms_norm(x: Array, weight: Array, eps: float) -> Array:
+    wide = x.astype(jnp.float32)
+    variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+    return (weight.astype(jnp.float32) * _prescribed(wide * lax.rsqrt(variance + eps), x.dtype)).astype(x.dtype)
+
+
+def _linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
+    # Summed in float32 and rounded once, after the bias, as torch's bfloat16 products are.
+    out = lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    return (out if bias is None else out + bias.astype(jnp.float32)).astype(x.dtype)
+
+
+def _turned(x: Array, cos: Array, sin: Array) -> Array:
+    half, wide = x.shape[-1] // 2, x.astype(jnp.float32)
+    rotated = jnp.concatenate((-wide[..., half:], wide[..., :half]), axis=-1)
+    direct, turned = wide * cos[:, None].astype(jnp.float32), rotated * sin[:, None].astype(jnp.float32)
+    return (_prescribed(direct, x.dtype) + _prescribed(turned, x.dtype)).astype(x.dtype)
+
+
+def _prescribed(x: Array, dtype: jnp.dtype) -> Array:
+    if dtype == jnp.float32:
+        return x
+    kind = jnp.finfo(dtype)
+    return lax.reduce_precision(x, exponent_bits=kind.nexp, mantissa_bits=kind.nmant)
+
+
+def _masked(scores: Array) -> Array:
+    queries, keys = scores.shape[-2:]
+    # The queries are the last of the keys' positions.
+    return jnp.where(jnp.tri(queries, keys, keys - queries, dtype=bool), scores, jnp.finfo(scores.dtype).min)
+
+
+def _queries(qkv: Array, heads: int, head_dim: int) -> Array:
+    return qkv if qkv.ndim == 3 else qkv[:, : heads * head_dim].reshape(-1, heads, head_dim)
+
+
+def _keys(qkv: Array, heads: int, kv_heads: int, head_dim: int) -> Array:
+    if qkv.ndim == 3:
+        return qkv
+    return qkv[:, heads * head_dim : (heads + kv_heads) * head_dim].reshape(-1, kv_heads, head_dim)
+
+
+def _values(qkv: Array, heads: int, kv_heads: int, head_dim: int) -> Array:
+    return qkv[:, (heads + kv_heads) * head_dim :].reshape(-1, kv_heads, head_dim)
+
+
+def _repeated(x: Array, heads: int) -> Array:
+    """Keys or values `[tokens, kv_heads, head_dim]` as `[heads, tokens, head_dim]`, each for consecutive heads."""
+    return jnp.repeat(x.swapaxes(0, 1), heads // x.shape[1], axis=0)
+
+
+def _joined(x: Array) -> Array:
+    return x.swapaxes(0, 1).reshape(x.shape[1], -1)
+
+
+FORWARD_STAGES: Mapping[str, Callable[..., Array]] = MappingProxyType(
+    {
+        f.__name__: f
+        for f in (
+            inv_freq,
+            rope_angle,
+            rope_cos,
+            rope_sin,
+            embedding,
+            attn_norm,
+            qkv_matmul,
+            qkv_bias,
+            q_norm,
+            k_norm,
+            q_post_rope,
+            k_post_rope,
+            attn_scores,
+            attn_softmax,
+            attention,
+            attn_out,
+            post_attn_residual,
+            ffn_norm,
+            ffn_gate,
+            ffn_up,
+            ffn_silu,
+            ffn_swigl,
+            ffn_out,
+            post_ffn_residual,
+            final_norm,
+            lm_head,
+        )
+    }
+)

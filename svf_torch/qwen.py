@@ -1,0 +1,258 @@
+"""The Qwen forward's stages in PyTorch. Twin of svf_jax/qwen.py and stages/reference_qwen.py.
+
+Operation by operation what the eager modules of `transformers` 5 do, in the same memory layout, so that every
+stage has the same bits: models/qwen{2,3}/modeling_*.py and modeling_rope_utils.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def inv_freq(
+    *, head_dim: int, rope_theta: float, rope_type: str, rope_parameters: tuple[tuple[str, float], ...]
+) -> Tensor:
+    """Inverse frequencies of RoPE, theta^(-2i/head_dim), `[head_dim / 2]`; scaled as the rope_type says."""
+    rope = dict(rope_parameters)
+    # The CPU's whatever the device: transformers computes them when it builds the model.
+    powers = rope_theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    if rope_type == "linear":
+        return 1.0 / powers / rope["factor"]
+    if rope_type == "yarn":
+        kept = _yarn_kept(head_dim, rope_theta, rope)
+        return 1.0 / (rope["factor"] * powers) * (1 - kept) + 1.0 / powers * kept
+    return 1.0 / powers
+
+
+def rope_angle(inv_freq: Tensor, positions: Tensor) -> Tensor:
+    """position * inv_freq, `[tokens, head_dim]`: the frequencies twice over."""
+    angle = positions[:, None].float() * inv_freq.to(positions.device)
+    return torch.cat((angle, angle), dim=-1)
+
+
+def rope_cos(rope_angle: Tensor, *, attention_scaling: float, dtype: str) -> Tensor:
+    """cos(rope_angle) times yarn's attention factor in float32, `[tokens, head_dim]`, cast to `dtype`."""
+    return (rope_angle.cos() * attention_scaling).to(getattr(torch, dtype))
+
+
+def rope_sin(rope_angle: Tensor, *, attention_scaling: float, dtype: str) -> Tensor:
+    """sin(rope_angle) times yarn's attention factor in float32, `[tokens, head_dim]`, cast to `dtype`."""
+    return (rope_angle.sin() * attention_scaling).to(getattr(torch, dtype))
+
+
+def embedding(tokens: Tensor, weight: Tensor) -> Tensor:
+    """Rows of the embedding, `[tokens, hidden]`."""
+    return F.embedding(tokens, weight)
+
+
+def attn_norm(layer_input: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+    """RMSNorm of the layer's input, `[tokens, hidden]`."""
+    return _rms_norm(layer_input, weight, eps)
+
+
+def qkv_matmul(attn_norm: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """q, k and v without bias, joined on the last axis, `[tokens, qkv]`."""
+    return torch.cat([F.linear(attn_norm, w) for w in (q, k, v)], dim=-1)
+
+
+def qkv_bias(
+    attn_norm: Tensor, q: Tensor, k: Tensor, v: Tensor, q_bias: Tensor, k_bias: Tensor, v_bias: Tensor
+) -> Tensor:
+    """q, k and v with bias, product and bias in one call, joined on the last axis, `[tokens, qkv]`."""
+    pairs = ((q, q_bias), (k, k_bias), (v, v_bias))
+    return torch.cat([F.linear(attn_norm, w, b) for w, b in pairs], dim=-1)
+
+
+def q_norm(qkv_bias: Tensor, weight: Tensor, *, heads: int, kv_heads: int, head_dim: int, eps: float) -> Tensor:
+    """RMSNorm of the queries, head by head, `[tokens, heads, head_dim]`."""
+    return _rms_norm(_queries(qkv_bias, heads, head_dim), weight, eps)
+
+
+def k_norm(qkv_bias: Tensor, weight: Tensor, *, heads: int, kv_heads: int, head_dim: int, eps: float) -> Tensor:
+    """RMSNorm of the keys, head by head, `[tokens, kv_heads, head_dim]`."""
+    return _rms_norm(_keys(qkv_bias, heads, kv_heads, head_dim), weight, eps)
+
+
+def q_post_rope(q: Tensor, rope_cos: Tensor, rope_sin: Tensor, *, heads: int, kv_heads: int, head_dim: int) -> Tensor:
+    """Queries turned by RoPE, `[tokens, heads, head_dim]`; from q_norm, or from qkv_bias where there is none."""
+    return _turned(_queries(q, heads, head_dim), rope_cos, rope_sin)
+
+
+def k_post_rope(k: Tensor, rope_cos: Tensor, rope_sin: Tensor, *, heads: int, kv_heads: int, head_dim: int) -> Tensor:
+    """Keys turned by RoPE, `[tokens, kv_heads, head_dim]`; from k_norm, or from qkv_bias where there is none."""
+    return _turned(_keys(k, heads, kv_heads, head_dim), rope_cos, rope_sin)
+
+
+def attn_scores(q_post_rope: Tensor, k_post_rope: Tensor, *, scaling: float) -> Tensor:
+    """q k^T * scaling, not masked, `[heads, queries, keys]`."""
+    keys = _repeated(k_post_rope, q_post_rope.shape[1])
+    return torch.matmul(q_post_rope.transpose(0, 1), keys.transpose(1, 2)) * scaling
+
+
+def attn_softmax(attn_scores: Tensor) -> Tensor:
+    """Softmax over the keys up to each query, in float32 and cast, `[heads, queries, keys]`."""
+    return F.softmax(attn_scores + _mask(attn_scores), dim=-1, dtype=torch.float32).to(attn_scores.dtype)
+
+
+def attention(attn_softmax: Tensor, qkv_bias: Tensor, *, heads: int, kv_heads: int, head_dim: int) -> Tensor:
+    """attn_softmax @ v, heads joined, `[tokens, heads * head_dim]`."""
+    values = _repeated(_values(qkv_bias, heads, kv_heads, head_dim), heads)
+    return _joined(torch.matmul(attn_softmax, values))
+
+
+def attn_out(attention: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """o_proj of attention, `[tokens, hidden]`."""
+    return F.linear(attention, weight, bias)
+
+
+def post_attn_residual(layer_input: Tensor, attn_out: Tensor) -> Tensor:
+    """The layer's input + attn_out, `[tokens, hidden]`."""
+    return layer_input + attn_out
+
+
+def ffn_norm(post_attn_residual: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+    """RMSNorm of post_attn_residual, `[tokens, hidden]`."""
+    return _rms_norm(post_attn_residual, weight, eps)
+
+
+def ffn_gate(ffn_norm: Tensor, weight: Tensor) -> Tensor:
+    """gate_proj of ffn_norm, `[tokens, intermediate]`."""
+    return F.linear(ffn_norm, weight)
+
+
+def ffn_up(ffn_norm: Tensor, weight: Tensor) -> Tensor:
+    """up_proj of ffn_norm, `[tokens, intermediate]`."""
+    return F.linear(ffn_norm, weight)
+
+
+def ffn_silu(ffn_gate: Tensor) -> Tensor:
+    """ffn_gate * sigmoid(ffn_gate), `[tokens, intermediate]`."""
+    return F.silu(ffn_gate)
+
+
+def ffn_swigl(ffn_silu: Tensor, ffn_up: Tensor) -> Tensor:
+    """ffn_silu * ffn_up, `[tokens, intermediate]`."""
+    return ffn_silu * ffn_up
+
+
+def ffn_out(ffn_swigl: Tensor, weight: Tensor) -> Tensor:
+    """down_proj of ffn_swigl, `[tokens, hidden]`."""
+    return F.linear(ffn_swigl, weight)
+
+
+def post_ffn_residual(post_attn_residual: Tensor, ffn_out: Tensor) -> Tensor:
+    """post_attn_residual + ffn_out, `[tokens, hidden]`: the layer's output."""
+    return post_attn_residual + ffn_out
+
+
+def final_norm(post_ffn_residual: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+    """RMSNorm of the last layer's output, `[tokens, hidden]`."""
+    return _rms_norm(post_ffn_residual, weight, eps)
+
+
+def lm_head(final_norm: Tensor, weight: Tensor) -> Tensor:
+    """Logits, `[tokens, vocab]`; a chunk of the weight's rows gives those columns."""
+    return F.linear(final_norm, weight)
+
+
+def _yarn_kept(head_dim: int, rope_theta: float, rope: Mapping[str, float]) -> Tensor:
+    length, theta = rope["original_max_position_embeddings"], rope_theta
+
+    def dimension(rotations: float) -> float:
+        return (head_dim * math.log(length / (rotations * 2 * math.pi))) / (2 * math.log(theta))
+
+    low, high = dimension(rope["beta_fast"]), dimension(rope["beta_slow"])
+    if rope["truncate"]:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    if low == high:
+        high += 0.001
+    ramp = (torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low)
+    return 1 - torch.clamp(ramp, 0, 1)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.to(torch.float32)
+    variance = wide.pow(2).mean(-1, keepdim=True)
+    return weight * (wide * torch.rsqrt(variance + eps)).to(x.dtype)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    rotated = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    return x * cos[:, None] + rotated * sin[:, None]
+
+
+def _mask(scores: Tensor) -> Tensor:
+    queries, keys = scores.shape[-2:]
+    # The dtype's least number, not -inf, as transformers adds it; the queries are the last of the keys' positions.
+    least = torch.full((queries, keys), torch.finfo(scores.dtype).min, dtype=scores.dtype, device=scores.device)
+    return least.triu(keys - queries + 1)
+
+
+def _queries(qkv: Tensor, heads: int, head_dim: int) -> Tensor:
+    return qkv if qkv.ndim == 3 else qkv[:, : heads * head_dim].unflatten(-1, (heads, head_dim))
+
+
+def _keys(qkv: Tensor, heads: int, kv_heads: int, head_dim: int) -> Tensor:
+    if qkv.ndim == 3:
+        return qkv
+    return qkv[:, heads * head_dim : (heads + kv_heads) * head_dim].unflatten(-1, (kv_heads, head_dim))
+
+
+def _values(qkv: Tensor, heads: int, kv_heads: int, head_dim: int) -> Tensor:
+    return qkv[:, (heads + kv_heads) * head_dim :].unflatten(-1, (kv_heads, head_dim))
+
+
+def _repeated(x: Tensor, heads: int) -> Tensor:
+    """Keys or values `[tokens, kv_heads, head_dim]` as `[heads, tokens, head_dim]`, each for consecutive heads."""
+    tokens, kv_heads, head_dim = x.shape
+    x = x.transpose(0, 1)
+    if heads == kv_heads:
+        return x
+    return x[:, None].expand(kv_heads, heads // kv_heads, tokens, head_dim).reshape(heads, tokens, head_dim)
+
+
+def _joined(x: Tensor) -> Tensor:
+    return x.transpose(0, 1).reshape(x.shape[1], -1)
+
+
+FORWARD_STAGES: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
+    {
+        f.__name__: f
+        for f in (
+            inv_freq,
+            rope_angle,
+            rope_cos,
+            rope_sin,
+            embedding,
+            attn_norm,
+            qkv_matmul,
+            qkv_bias,
+            q_norm,
+            k_norm,
+            q_post_rope,
+            k_post_rope,
+            attn_scores,
+            attn_softmax,
+            attention,
+            attn_out,
+            post_attn_residual,
+            ffn_norm,
+            ffn_gate,
+            ffn_up,
+            ffn_silu,
+            ffn_swigl,
+            ffn_out,
+            post_ffn_residual,
+            final_norm,
+            lm_head,
+        )
+    }
+)

@@ -1,0 +1,137 @@
+"""Tiny random Qwen models in memory or on disk, and the one table of shapes that forward tests derive from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from stages.forward import EMBEDDING, LM_HEAD
+from stages.qwen import QwenConfig, parameter_shapes, parse_config
+from stages.tensorfile import write_tensors
+
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 4.0,
+    "original_max_position_embeddings": 128,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+}
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a test varies; `family` and the rest of a config follow."""
+
+    family: str = "qwen3"
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 32  # not hidden / heads
+    hidden: int = 64
+    intermediate: int = 160
+    vocab: int = 300
+    layers: int = 2
+    tied: bool = True
+    attention_bias: bool = False
+    eps: float = 1e-6
+    rope: Mapping[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 1e6})
+
+    def raw(self, dtype: str) -> dict[str, Any]:
+        """The `config.json` of this model."""
+        qwen3 = {"attention_bias": self.attention_bias} if self.family == "qwen3" else {}
+        return {
+            "model_type": self.family,
+            "dtype": dtype,
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "hidden_size": self.hidden,
+            "intermediate_size": self.intermediate,
+            "max_position_embeddings": 512,
+            "max_window_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_hidden_layers": self.layers,
+            "num_key_value_heads": self.kv_heads,
+            "rms_norm_eps": self.eps,
+            "rope_parameters": dict(self.rope),
+            "sliding_window": None,
+            "tie_word_embeddings": self.tied,
+            "use_sliding_window": False,
+            "vocab_size": self.vocab,
+            **qwen3,
+        }
+
+    def config(self, dtype: str) -> QwenConfig:
+        return parse_config(self.raw(dtype), "config.json")
+
+
+# Every shape that the forward must handle: both families, GQA ratios 1, 2, 4 and 7, head_dim unlike hidden / heads,
+# tied and untied, with and without each bias, and the three RoPE types.
+MODELS = {
+    "qwen3": Model(),
+    "qwen3-untied": Model(tied=False),
+    "qwen3-gqa1": Model(heads=3, kv_heads=3, head_dim=16, hidden=96),
+    "qwen3-gqa4": Model(heads=8, kv_heads=2, head_dim=24),
+    "qwen3-gqa7": Model(heads=7, kv_heads=1, head_dim=64, hidden=112),
+    "qwen3-bias": Model(attention_bias=True),
+    "qwen3-yarn": Model(rope=YARN),
+    "qwen3-linear": Model(rope=LINEAR),
+    "qwen2": Model("qwen2", tied=False),
+    "qwen2-tied": Model("qwen2"),
+    "qwen2-gqa1": Model("qwen2", heads=2, kv_heads=2, head_dim=32),
+    "qwen2-gqa4": Model("qwen2", heads=4, kv_heads=1, head_dim=48),
+    "qwen2-gqa7": Model("qwen2", heads=14, kv_heads=2, head_dim=8, hidden=112),
+    "qwen2-yarn": Model("qwen2", rope=YARN),
+    "qwen2-linear": Model("qwen2", rope=LINEAR),
+}
+
+
+def tokens_of(count: int, vocab: int = 300) -> list[int]:
+    """`count` token ids, some of them repeated."""
+    return [int(t) for t in np.random.default_rng(count).integers(0, vocab, count)]
+
+
+def random_weights(config: QwenConfig, seed: int = 0) -> dict[str, np.ndarray]:
+    """Every parameter, biases and norms too, in the config's dtype; no LM head when it is tied."""
+    rng = np.random.default_rng(seed)
+    dtype = np.dtype(ml_dtypes.bfloat16 if config.dtype == "bfloat16" else config.dtype)
+    weights: dict[str, np.ndarray] = {}
+    for name, shape in parameter_shapes(config).items():
+        if name == LM_HEAD and config.tie_word_embeddings:
+            continue
+        normal = rng.standard_normal(shape)
+        if name.endswith("norm.weight"):
+            values = np.exp(0.3 * normal)
+        elif name.endswith(".bias"):
+            values = 0.3 * normal
+        else:
+            values = normal * (0.05 if name == EMBEDDING else shape[-1] ** -0.5)
+        weights[name] = values.astype(np.float32).astype(dtype)
+    return weights
+
+
+class MemoryWeights:
+    """Weights in memory, read as a checkpoint is read; counts what is read."""
+
+    def __init__(self, weights: Mapping[str, np.ndarray]):
+        self.weights = dict(weights)
+        self.reads: list[tuple[str, int, int | None]] = []
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        self.reads.append((name, start, stop))
+        stored = EMBEDDING if name == LM_HEAD and LM_HEAD not in self.weights else name
+        return self.weights[stored][start:stop]
+
+
+def write_model(folder: Path, model: Model, dtype: str, seed: int = 0) -> Path:
+    """A checkpoint with random weights in Hugging Face layout."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(model.raw(dtype)))
+    write_tensors(folder / "model.safetensors", random_weights(model.config(dtype), seed), metadata={"format": "pt"})
+    return folder
