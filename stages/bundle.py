@@ -81,7 +81,8 @@ class Components:
             )
         if self.s.min(initial=0) < 0:
             raise InputError(f"{where}: '{name}' has a negative singular value at index {int(self.s.argmin())}")
-        total = np.sum(self.s * (np.float32(1) + self.offsets), dtype=np.float64)
+        with np.errstate(over="ignore"):  # refused below; backends sum in float32
+            total = np.float32(np.sum(self.s * (np.float32(1) + self.offsets), dtype=np.float64))
         if not np.isfinite(total) or total == 0:
             raise InputError(
                 f"{where}: '{name}': the scaled singular values sum to {total}, normalization is undefined"
@@ -143,7 +144,7 @@ class Bundle:
         if not isinstance(name, str):
             raise InputError(f"{where}: source_name is missing")
         layout = item.get("component_v_layout", self.manifest.get("component_v_layout", "torch_v"))
-        if layout not in LAYOUTS:
+        if not isinstance(layout, str) or layout not in LAYOUTS:
             raise InputError(f"{where}: component_v_layout '{shown(layout)}' is none of {', '.join(LAYOUTS)}")
         shape = item.get("source_shape")
         if shape is None:  # a sample manifest may lack it; U and V of a known layout tell

@@ -140,6 +140,12 @@ class ReplayJob:
             raise UsageError(
                 f"{self.bundle.folder}: no recorded source_f32 of '{entry.source_name}'; give the weights with --model"
             )
+        stored = recorded.infos(entry.source_name)["source_f32"].shape
+        if stored != entry.shape:
+            raise InputError(
+                f"{recorded.path}: source_f32 of '{entry.source_name}' is {list(stored)}, the bundle says "
+                f"{list(entry.shape)}"
+            )
         return lambda start, stop: recorded.read(entry.source_name, "source_f32", start, stop)
 
     def task(self, entry: BundleEntry, layout: str) -> ReplayTask:

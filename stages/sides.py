@@ -66,11 +66,15 @@ class SideTensor:
         c = self.components
         fixed = {"s": c.s, "v": c.v, "offsets": c.offsets} if c else {}
         shared = {n: f.read(k) for n, (f, k) in self.stages.items() if not REPLAY[n].by_rows}
+        rows = plan[-1][1]
         for i, (start, stop) in enumerate(plan):
             values = dict(shared) if i == 0 else {}
             for name, (file, key) in self.stages.items():
-                if REPLAY[name].by_rows:
-                    values[name] = file.read(key, start, stop, int(self._turned(name)))
+                axis = int(self._turned(name))
+                if REPLAY[name].by_rows and file.info(key).shape[axis : axis + 1] == (rows,):
+                    values[name] = file.read(key, start, stop, axis)
+                elif REPLAY[name].by_rows and i == 0:  # of another shape than its neighbours: shown whole, once
+                    values[name] = file.read(key)
             params = {**fixed, "u": c.u(start, stop)} if c else fixed
             yield Chunk(start, stop, values, shared, params)
 

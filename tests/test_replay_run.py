@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from helpers import one_line
@@ -21,7 +23,7 @@ def test_a_plan_covers_all_rows_once_in_order_and_no_chunk_is_short(rows: int, c
     plan = chunk_plan(rows, chunk_rows)
     assert plan[0][0] == 0
     assert plan[-1][1] == rows
-    assert all(before[1] == after[0] for before, after in zip(plan, plan[1:], strict=False))
+    assert all(before[1] == after[0] for before, after in itertools.pairwise(plan))
     sizes = [stop - start for start, stop in plan]
     assert min(sizes) >= min(MIN_CHUNK_ROWS, rows)
     assert max(sizes) < chunk_rows + MIN_CHUNK_ROWS

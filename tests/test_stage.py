@@ -13,7 +13,7 @@ from stages import reference, replay_run
 from stages.backend import Backend
 from stages.bundle import sample_stage_key, tensor_stage_key
 from stages.dump import dump_file
-from stages.noise import LAMBDA, Noise
+from stages.noise import LAMBDA
 from stages.replay import REPLAY
 from stages.stage import Path, Stage
 
@@ -59,7 +59,7 @@ def test_every_stage_says_what_it_is() -> None:
         assert stage.doc
         assert set(stage.shape.split()) <= {"rows", "cols", "rank", "one"}
         assert stage.noise in LAMBDA
-        assert (stage.noise is Noise.PRODUCT) == (stage.name in reference.PRODUCT_FACTORS)
+        assert (stage.noise is Noise.PRODUCT) == (stage.name in reference.OPERANDS)
 
 
 def test_only_the_last_stage_is_not_float32() -> None:
