@@ -13,7 +13,7 @@ from stages import reference, replay_run
 from stages.backend import Backend
 from stages.bundle import sample_stage_key, tensor_stage_key
 from stages.dump import dump_file
-from stages.noise import LAMBDA
+from stages.noise import LAMBDA, Noise
 from stages.replay import REPLAY
 from stages.stage import Path, Stage
 
