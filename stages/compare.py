@@ -74,6 +74,10 @@ class TensorComparison:
 
     def add(self, a: Chunk, b: Chunk) -> None:
         """Compare and judge one chunk of rows."""
+        with np.errstate(all="ignore"):  # a NaN on a side is a verdict, not a warning
+            self.chunks.append(ChunkCheck(a.start, a.stop, self._add(a, b)))
+
+    def _add(self, a: Chunk, b: Chunk) -> dict[str, Difference]:
         differences: dict[str, Difference] = {}
         for stage in REPLAY.values():
             if stage.name in a.values and stage.name in b.values and stage.name not in self.missing:
@@ -83,10 +87,11 @@ class TensorComparison:
                     differences[stage.name] = difference
                 self._judge(row, a, b)
         for residual, chunk in ((self.residual_a, a), (self.residual_b, b)):
-            if "source_f32" in chunk.values and "zero_source_f32" in chunk.values:
-                residual.add(chunk.values["source_f32"], chunk.values["zero_source_f32"])
+            source, zero = chunk.values.get("source_f32"), chunk.values.get("zero_source_f32")
+            if source is not None and zero is not None and source.shape == zero.shape:
+                residual.add(source, zero)
         self.rank = {**a.shared, **b.shared}.get("scaled_s", np.empty(1)).size
-        self.chunks.append(ChunkCheck(a.start, a.stop, differences))
+        return differences
 
     def _compare(self, row: StageComparison, a: Chunk, b: Chunk) -> Difference | None:
         x, y = a.values[row.stage.name], b.values[row.stage.name]
@@ -103,6 +108,8 @@ class TensorComparison:
     def _judge(self, row: StageComparison, a: Chunk, b: Chunk) -> None:
         if not self.verdicts or row.shape_note is not None:
             return
+        if any(name in self.stages and self.stages[name].shape_note for name in row.stage.inputs):
+            return  # an input of a wrong shape or dtype is that input's fault; nothing can be said of this stage
         options = {name: self.options[name] for name in row.stage.options}
         arguments_a, arguments_b = a.arguments(row.stage), b.arguments(row.stage)
         oracle: Oracle | None = None

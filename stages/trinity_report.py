@@ -62,10 +62,15 @@ def observed_hashes(report: Mapping[str, Any], *lists: str) -> dict[str, str]:
     """Label -> final bf16 hash of the report's variants in `lists`."""
     found: dict[str, str] = {}
     for name in lists:
-        for item in report.get(name) or []:
+        for item in _items(report, name):
             if isinstance(item, dict) and isinstance(item.get("observed_bf16_sha256"), str):
                 found[str(item.get("label"))] = item["observed_bf16_sha256"]
     return found
+
+
+def _items(report: Mapping[str, Any], name: str) -> list[Any]:
+    value = report.get(name)
+    return value if isinstance(value, list) else []
 
 
 def _text(value: Any) -> str | None:
@@ -201,13 +206,13 @@ def _missing_check(stage: Stage) -> dict[str, Any]:
 def required_checks(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Every stage check of a replaying side's report, chunk checks included, as the original comparator does."""
     holders: Iterable[Any] = [
-        *(v.get("stage_debug") for v in report.get("semantic_python_component_variants") or [] if isinstance(v, dict)),
-        *(c.get("stage_debug", c) for c in report.get("large_tensor_chunk_checks") or [] if isinstance(c, dict)),
+        *(v.get("stage_debug") for v in _items(report, "semantic_python_component_variants") if isinstance(v, dict)),
+        *(c.get("stage_debug", c) for c in _items(report, "large_tensor_chunk_checks") if isinstance(c, dict)),
     ]
     checks: list[Mapping[str, Any]] = []
     for holder in holders:
         if isinstance(holder, dict):
-            checks += [check for check in holder.get("checks") or [] if isinstance(check, dict)]
+            checks += [check for check in _items(holder, "checks") if isinstance(check, dict)]
     return [check for check in checks if check.get("required_for_functional_parity") is True]
 
 

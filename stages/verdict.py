@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,10 @@ from stages.tensorfile import stored_dtype
 # Every path's stages: the float64 value of each, and what its noise bound is computed from.
 STAGES = {**reference.REPLAY_STAGES, **reference_qwen.FORWARD_STAGES}
 OPERANDS = {**reference.OPERANDS, **reference_qwen.OPERANDS}
+
+
+# Elements judged at a time: their float64 copies stay in the cache.
+_BLOCK = 1 << 14
 
 
 class Verdict(StrEnum):
@@ -55,13 +60,18 @@ def worst(*verdicts: Verdict) -> Verdict:
 class Oracle:
     """What a stage should give from certain inputs: the unrounded float64 value and its noise.
 
-    `bound` is the calibrated bound; `rigorous()` the one that no summation order exceeds, computed on demand.
+    `bound` is the calibrated bound, `rigorous()` the one that no summation order exceeds; both computed on demand.
     """
 
     stage: Stage
     value: np.ndarray
-    bound: np.ndarray
+    calibrated: Callable[[], np.ndarray]
     rigorous: Callable[[], np.ndarray]
+
+    @cached_property
+    def bound(self) -> np.ndarray:
+        """The calibrated bound, per element."""
+        return self.calibrated()
 
     @property
     def rounded(self) -> np.ndarray:
@@ -82,7 +92,7 @@ def consult(stage: Stage, arguments: tuple[np.ndarray, ...], options: Mapping[st
     return Oracle(
         stage,
         value,
-        noise.calibrated(stage.noise, operands, value, dtype),
+        lambda: noise.calibrated(stage.noise, operands, value, dtype),
         lambda: noise.rigorous(stage.noise, operands, value, dtype),
     )
 
@@ -101,22 +111,36 @@ class SideVerdict:
 
 
 def judge(oracle: Oracle, observed: np.ndarray) -> tuple[Verdict, float]:
-    """Verdict and largest error / bound of an output against its oracle."""
+    """Verdict of an output against its oracle, and its largest error / bound (0 where it is correctly rounded)."""
     if observed.shape != oracle.value.shape or observed.dtype != stored_dtype(oracle.stage.dtype):
         return Verdict.SHAPE, np.inf
-    expected, got = canonical(oracle.rounded), canonical(observed)
-    wide = got.astype(np.float64)
-    if not np.isfinite(wide).all():
+    expected = oracle.rounded
+    if np.array_equal(expected, observed):  # as numbers: +0 and -0 are one value
+        return (Verdict.EXACT, 0.0) if np.isfinite(observed).all() else (Verdict.NONFINITE, np.inf)
+    if not np.isfinite(observed).all():
         return Verdict.NONFINITE, np.inf
-    error = np.abs(wide - oracle.value)
-    ratio = float(np.max(error / np.maximum(oracle.bound, np.finfo(np.float64).tiny), initial=0.0))
-    if np.array_equal(expected, got):  # as numbers: +0 and -0 are one value
-        return Verdict.EXACT, ratio
+    got = canonical(observed)
+    if np.array_equal(canonical(expected), got):
+        return Verdict.EXACT, 0.0
+    ratio = _worst_ratio(got, oracle.value, oracle.bound)
     if oracle.stage.noise is Noise.EXACT:
         return Verdict.BUG, ratio
     if ratio <= 1:
         return Verdict.ROUNDING, ratio
-    return (Verdict.BUG if bool((error > oracle.rigorous()).any()) else Verdict.SUSPECT), ratio
+    beyond = np.abs(got.astype(np.float64) - oracle.value) > oracle.rigorous()
+    return (Verdict.BUG if bool(beyond.any()) else Verdict.SUSPECT), ratio
+
+
+def _worst_ratio(got: np.ndarray, value: np.ndarray, bound: np.ndarray) -> float:
+    """Largest |got - value| / bound, by blocks that stay in the cache."""
+    x, y = got.reshape(-1), value.reshape(-1)
+    limit = np.broadcast_to(bound, value.shape).reshape(-1)
+    largest = 0.0
+    for at in range(0, x.size, _BLOCK):
+        error = np.abs(x[at : at + _BLOCK] - y[at : at + _BLOCK])
+        ratios = error / np.maximum(limit[at : at + _BLOCK], np.finfo(np.float64).tiny)
+        largest = max(largest, float(ratios.max(initial=0.0)))
+    return largest
 
 
 def canonical(a: np.ndarray) -> np.ndarray:

