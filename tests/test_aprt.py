@@ -1,4 +1,4 @@
-"""APRT stage files: the bytes of the format, every refusal, trees written whole or not at all, and the flat comparison."""
+"""APRT stage files: the format's bytes, every refusal, trees written whole or not at all, the flat comparison."""
 
 from __future__ import annotations
 

@@ -109,8 +109,6 @@ def test_an_exact_upcast_agrees(model: Path, other: Path) -> None:
 
 def test_an_upcast_with_one_bit_more_differs(model: Path, other: Path) -> None:
     upcast(other)
-    with_tensors(other / WEIGHTS, lambda t: t[GATE].view(np.uint32).__ixor__(np.uint32(0)))
-    assert not set(apart(compare(model, other)).values()) - {Status.DTYPE}
 
     def flip(tensors: dict[str, np.ndarray]) -> None:
         tensors[GATE].view(np.uint32)[5, 6] ^= 1
@@ -401,16 +399,15 @@ def test_any_cut_into_blocks_gives_the_same(
         patch.setattr(checkpoint_diff, "BLOCK_BYTES", block)
         cut = compare(a, b)["rows"]
     for name in ("rel_l2", "rms", "cosine", "mean_abs"):  # sums, taken in another order
-        assert cut[0].pop(name, None) == pytest.approx(whole[0].pop(name, None), rel=1e-12)
+        assert cut[0].pop(name, 0.0) == pytest.approx(whole[0].pop(name, 0.0), rel=1e-12)
     cut[0].pop("note"), whole[0].pop("note")  # has rel_l2 in it
     assert cut == whole
-    vector = 1 in shape
     if not changed:
         flat = shape == (1, 1) or not turned or np.array_equal(x, x.T)
         assert whole[0]["status"] == (Status.IDENTICAL if flat else Status.TRANSPOSED)
     elif not turned or shape[0] != shape[1]:
         assert whole[0]["status"] == Status.DIFFERENT
-        assert whole[0]["max_abs_index"] == list(changed) or vector
+        assert whole[0]["max_abs_index"] == list(changed)
         assert whole[0]["mismatched"] == 1
 
 
