@@ -13,8 +13,8 @@ import numpy as np
 from stages.backend import Backend
 from stages.errors import InputError, UsageError, shown
 from stages.forward import EMBEDDING, LM_HEAD, RUN_PARAMS, forward_path, parameter_name, producers, stage_options
-from stages.memory import aligned_copy
-from stages.qwen import QwenConfig
+from stages.memory import aligned_copy, is_aligned
+from stages.qwen import QwenConfig, parameter_shapes
 from stages.stage import Path, Scope, Stage
 from stages.tensorfile import stored_dtype
 from stages.verdict import Oracle, SideVerdict, consult
@@ -35,6 +35,20 @@ class Weights(Protocol):
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows `[start:stop]` of parameter `name`; the caller does not change the array."""
+
+
+class LoadedWeights:
+    """All weights of a model in memory, in `dtype`: for many runs, or to time one without the reading."""
+
+    def __init__(self, weights: Weights, config: QwenConfig, dtype: str = "model"):
+        wanted = stored_dtype(config.dtype if dtype == "model" else dtype)
+        self._arrays = {name: _cast(weights.read(name), wanted) for name in parameter_shapes(config)}
+        head, embedding = self._arrays[LM_HEAD], self._arrays[EMBEDDING]
+        if config.tie_word_embeddings and np.array_equal(head.view(np.uint8), embedding.view(np.uint8)):
+            self._arrays[LM_HEAD] = embedding  # tied, and not adapted apart
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        return self._arrays[name][start:stop]
 
 
 @dataclass(frozen=True)
@@ -360,7 +374,7 @@ def _activations(path: Path) -> np.dtype:
 
 
 def _cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    return array if array.dtype == dtype else aligned_copy(array, dtype)
+    return array if array.dtype == dtype and is_aligned(array) else aligned_copy(array, dtype)
 
 
 def _ahead(load: Callable[[_Item], _Loaded], items: Iterable[_Item]) -> Iterator[tuple[_Item, _Loaded]]:

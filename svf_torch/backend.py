@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stages.errors import UsageError
-from stages.memory import ALIGNMENT, aligned_copy
+from stages.memory import aligned_copy, is_aligned
 from svf_torch.components import REPLAY_STAGES
 from svf_torch.qwen import FORWARD_STAGES
 
@@ -42,7 +42,7 @@ class TorchBackend:
     def put(self, array: np.ndarray) -> Tensor:
         """A tensor with the bits of `array`; bfloat16 travels as int16, which torch and numpy share."""
         array = np.require(array, requirements=("C", "W"))
-        if array.ctypes.data % ALIGNMENT:
+        if not is_aligned(array):  # torch's own tensors all are, and float32 products of few rows depend on it
             array = aligned_copy(array)
         if array.dtype == ml_dtypes.bfloat16:
             return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).to(self.device)

@@ -25,6 +25,7 @@ from stages.errors import InputError, UsageError
 from stages.forward import DTYPES, declare, forward_path, producers, stage_options
 from stages.forward_run import (
     Forwarder,
+    LoadedWeights,
     isolate,
     judge_stage,
     recorded_inputs,
@@ -69,6 +70,14 @@ def record(runner: Forwarder, tokens: list[int], **options: Any) -> Recorded:
 @cache
 def torch_run(name: str, dtype: str, count: int) -> Recorded:
     return record(forwarder(name, dtype), tokens_of(count))
+
+
+@cache
+def torch_run_as_float32(name: str) -> Recorded:
+    config = MODELS[name].config("bfloat16")
+    return record(
+        Forwarder(TorchBackend(), config, MemoryWeights(random_weights(config)), dtype="float32"), tokens_of(7)
+    )
 
 
 def verdicts(runner: Forwarder, recorded: Recorded, tokens: list[int]) -> dict[tuple[int | None, str], Verdict]:
@@ -431,6 +440,29 @@ def test_float32_activations_on_a_bfloat16_checkpoint(tmp_path: Path) -> None:
         inputs = {"layer_input": embedding}
         again = isolate(TorchBackend(), checkpoint.config, "attn_norm", inputs, checkpoint, 0, dtype="float32")
         assert np.array_equal(again, next(r.array for r in results if r.stage == "attn_norm"))
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3-untied"])
+def test_loaded_weights_give_the_same_run_and_keep_a_tied_head_once(name: str) -> None:
+    runner = forwarder(name, "bfloat16")
+    loaded = LoadedWeights(runner.weights, runner.config, "float32")
+    assert {loaded.read(n).ctypes.data % 64 for n in random_weights(runner.config)} == {0}
+    head, embedding = loaded.read("lm_head.weight"), loaded.read("model.embed_tokens.weight")
+    assert np.shares_memory(head, embedding) == runner.config.tie_word_embeddings
+    for weights in (runner.weights, loaded):
+        again = Forwarder(TorchBackend(), runner.config, weights, dtype="float32")
+        expected = torch_run_as_float32(name)
+        for key, array in record(again, tokens_of(7)).items():
+            assert np.array_equal(array, expected[key])
+
+
+def test_an_adapted_head_of_a_tied_model_stays_its_own() -> None:
+    config = MODELS["qwen3"].config("float32")
+    weights = random_weights(config)
+    adapted = weights | {"lm_head.weight": weights["model.embed_tokens.weight"] * np.float32(2)}
+    for held in (MemoryWeights(adapted), LoadedWeights(MemoryWeights(adapted), config)):
+        got = record(Forwarder(TorchBackend(), config, held), tokens_of(7))
+        assert np.array_equal(got[None, "lm_head"], 2 * torch_run("qwen3", "float32", 7)[None, "lm_head"])
 
 
 @pytest.mark.parametrize(
