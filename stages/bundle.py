@@ -81,12 +81,15 @@ class Components:
             )
         if self.s.min(initial=0) < 0:
             raise InputError(f"{where}: '{name}' has a negative singular value at index {int(self.s.argmin())}")
-        with np.errstate(over="ignore"):  # refused below; backends sum in float32
-            total = np.float32(np.sum(self.s * (np.float32(1) + self.offsets), dtype=np.float64))
-        if not np.isfinite(total) or total == 0:
-            raise InputError(
-                f"{where}: '{name}': the scaled singular values sum to {total}, normalization is undefined"
-            )
+        check_normalization(self.s, self.offsets, f"{where}: '{name}'")
+
+
+def check_normalization(s: np.ndarray, offsets: np.ndarray, where: str) -> None:
+    """`InputError` unless the scaled singular values have a float32 sum that can be divided by."""
+    with np.errstate(over="ignore"):  # refused below; backends sum in float32
+        total = np.float32(np.sum(s * (np.float32(1) + offsets), dtype=np.float64))
+    if not np.isfinite(total) or total == 0:
+        raise InputError(f"{where}: the scaled singular values sum to {total}, normalization is undefined")
 
 
 @dataclass(frozen=True)

@@ -316,6 +316,7 @@ class _BundleWriter:
         factors = self.method.decompose(first.source_name, _Source(self.checkpoint, first), first.shape)
         for t in members:
             keys = component_keys(t.source_name)
+            bundles.check_normalization(factors.s, self.vector.offsets(t), f"offsets of '{t.source_name}'")
             writer.write(keys["s"], factors.s)
             writer.write(keys["v"], factors.v)
         for start, stop, rows in factors.u_chunks():
