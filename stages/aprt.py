@@ -116,8 +116,9 @@ class AprtFile:
         finally:
             os.close(fd)
 
-    def blocks(self, size: int = _BLOCK) -> Iterator[tuple[int, np.ndarray]]:
-        """First index and values of each run of `size` elements, in order."""
+    def blocks(self, size: int | None = None) -> Iterator[tuple[int, np.ndarray]]:
+        """First index and values of each run of `size` elements (16 MiB when not given), in order."""
+        size = size or _BLOCK
         for start in range(0, self.count, size):
             yield start, self.read(start, min(self.count, start + size))
 

@@ -133,6 +133,10 @@ def test_other_dtypes_of_equal_values(tmp_path: Path, dtype: type) -> None:
     assert statuses(tmp_path, x, x.astype(dtype)) == (Status.DTYPE, Status.DTYPE)
 
 
+def test_a_nan_is_no_number(tmp_path: Path) -> None:
+    assert statuses(tmp_path, np.float32([np.nan, 1]), np.float64([2, 1])) == (Status.DIFFERENT,) * 2
+
+
 def test_the_sign_of_zero_is_a_value(tmp_path: Path) -> None:
     assert statuses(tmp_path, np.float32([0.0]), np.float64([-0.0])) == (Status.DIFFERENT,) * 2
 
@@ -435,12 +439,13 @@ def test_every_tensor_is_read_on_both_sides(model: Path, other: Path, monkeypatc
 
 
 MEMORY = """
-import resource, sys
+import re, sys
 from stages.checkpoint import open_checkpoint
 from stages.checkpoint_diff import diff_checkpoints
 
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # not ru_maxrss, which a child has from its parent
+    return int(re.search("VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
 
 before = peak()
 with open_checkpoint(sys.argv[1]) as a, open_checkpoint(sys.argv[2]) as b:
