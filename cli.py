@@ -65,9 +65,8 @@ def _report(error: Exception) -> int:
     """One line on stderr; a traceback only when asked for."""
     if STATE.debug:
         traceback.print_exc()
-    if hasattr(error, "show"):  # a usage error of typer's own
-        error.show()
-        return int(getattr(error, "exit_code", 2))
+    if hasattr(error, "format_message"):  # a usage error of typer's own
+        return _usage(error)
     from stages.errors import SvfError
 
     if isinstance(error, SvfError):
@@ -76,6 +75,14 @@ def _report(error: Exception) -> int:
         return _fail("out of memory; try a smaller --chunk-rows", 7)
     hint = "" if STATE.debug else "; 'svf --debug COMMAND' shows where, please report it"
     return _fail(f"internal error: {type(error).__name__}: {error}{hint}", 70)
+
+
+def _usage(error: Any) -> int:
+    message, context = error.format_message(), getattr(error, "ctx", None)
+    if "\n" in message:  # no arguments at all: the whole help
+        error.show()
+        return int(error.exit_code)
+    return _fail(f"{message.rstrip('.')}; try '{context.command_path if context else 'svf'} --help'", error.exit_code)
 
 
 class State:
