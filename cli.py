@@ -30,6 +30,10 @@ LayoutName = StrEnum("LayoutName", ["declared", "torch_v", "nx", "vh", "all"])
 DumpMode = StrEnum("DumpMode", ["full", "hash", "none"])
 Preset = StrEnum("Preset", {"tiny": "tiny", "qwen3_06b": "qwen3-0.6b", "qwen25_05b": "qwen2.5-0.5b"})
 Dtype = StrEnum("Dtype", ["bfloat16", "float32"])
+Positions = StrEnum("Positions", ["all", "last"])
+RunDtype = StrEnum("RunDtype", ["model", "float32", "bfloat16"])
+Format = StrEnum("Format", ["safetensors", "aprt"])
+Jit = StrEnum("Jit", ["stage", "layer", "none"])
 SvdMethod = StrEnum("SvdMethod", ["float64", "torch"])
 
 
@@ -144,10 +148,10 @@ def main(
         raise typer.Exit
 
 
-def load_backend(name: str, device: str) -> Backend:
+def load_backend(name: str, device: str, **options: Any) -> Backend:
     """The backend called `name`, its framework imported now."""
     module, _, attribute = BACKENDS[name].partition(":")
-    backend: Backend = getattr(importlib.import_module(module), attribute)(device=device)
+    backend: Backend = getattr(importlib.import_module(module), attribute)(device=device, **options)
     return backend
 
 
@@ -334,29 +338,121 @@ def _replay(command: Any) -> Any:
 
 @app.command(
     epilog=examples(
+        "svf forward --backend both",
+        "svf forward MODEL --tokens 1,2,3 --backend jax --layers 0,3-5 --stages ffn_gate,ffn_swigl --out dump",
+        "svf forward MODEL --prompt 'Hello' --backend torch --generate 8",
+        "svf forward MODEL --adapted components --layout vh --backend torch --out wrong",
+    )
+)
+def forward(
+    model: Annotated[str | None, typer.Argument(help="Checkpoint folder or hub id; without it, a tiny one.")] = None,
+    tokens: Annotated[str | None, typer.Option(help="Token ids, such as 1,2,3.")] = None,
+    tokens_file: Annotated[Path | None, typer.Option(help="File of token ids, as text or a JSON list.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Text, through the checkpoint's own tokenizer.")] = None,
+    backend: Annotated[BackendName, typer.Option(help="Which side computes.")] = ON_BOTH,
+    layers: Annotated[str, typer.Option(help="Layers to record: 0,3-5, or all.")] = "all",
+    stages: Annotated[str, typer.Option(help="Stages to record: ffn_gate,ffn_swigl, or all.")] = "all",
+    positions: Annotated[Positions, typer.Option(help="Positions to record.")] = Positions.all,
+    dtype: Annotated[RunDtype, typer.Option(help="What activations and weights are computed in.")] = RunDtype.model,
+    adapted: Annotated[Path | None, typer.Option(help="Component bundle whose weights replace the model's.")] = None,
+    layout: Annotated[LayoutName, typer.Option(help="How V of --adapted is contracted.")] = LayoutName.declared,
+    repeat: Annotated[int, typer.Option(min=1, help="Runs; all must be byte-identical.")] = 1,
+    generate: Annotated[int, typer.Option(min=0, help="Greedy tokens to compare with production's.")] = 0,
+    production: Annotated[
+        bool | None,
+        typer.Option("--production/--no-production", help="Compare with the production model; by default if it fits."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="New folder for the dump.")] = None,
+    format: Annotated[Format, typer.Option(help="Format of the dump.")] = Format.safetensors,
+    device: Annotated[str, typer.Option(help="cpu, or a GPU: cuda, gpu, gpu:1.")] = "cpu",
+    jit: Annotated[Jit, typer.Option(help="What XLA compiles at a time; other than stage shows what fusion does.")] = (
+        Jit.stage
+    ),
+    top: Annotated[int, typer.Option(min=0, help="Largest differences kept per stage.")] = 5,
+    json: Json = False,
+) -> None:
+    """Run a Qwen checkpoint layer by layer, every intermediate named, and compare with the production model."""
+    from stages.errors import UsageError
+    from stages.forward_job import ForwardCommand
+
+    if layout is LayoutName.all:
+        raise UsageError("--layout all is for svf replay; a forward runs on one layout")
+    if jit is not Jit.stage and backend not in ("jax", "both"):
+        raise UsageError(f"--jit {jit.value} is about JAX; use --backend jax")
+    command = ForwardCommand(
+        model=model,
+        tokens=tokens,
+        tokens_file=tokens_file,
+        prompt=prompt,
+        backend=backend.value,
+        layers=layers,
+        stages=stages,
+        positions=positions.value,
+        dtype=dtype.value,
+        adapted=adapted,
+        layout=layout.value,
+        repeat=repeat,
+        out=out,
+        format=format.value,
+        device=device,
+        jit=jit.value,
+        production=production,
+        generate=generate,
+        top=top,
+    )
+    _forward(command, json)
+
+
+def _forward(command: Any, json: bool) -> None:
+    from stages import render
+    from stages.forward_command import forward_both
+    from stages.forward_job import forward_one, sound
+    from stages.progress import Progress
+
+    with Progress(STATE.progress) as progress:
+        if command.backend == "both":
+            document = forward_both(command, BOTH, progress)
+        else:
+            options = {"jit": command.jit != "none"} if command.backend == "jax" else {}
+            load = lambda: load_backend(command.backend, command.device, **options)  # noqa: E731
+            document = forward_one(command, load, progress)
+    if command.backend == "both":
+        _finish_diff(document, json)
+    emit(document) if json else render.forward_document(document)
+    raise typer.Exit(0 if sound(document) else 1)
+
+
+@app.command(
+    epilog=examples(
         "svf diff dumps/torch dumps/jax",
         "svf diff a/stages.safetensors b/stages.safetensors --components bundle",
         "svf diff reference.json replay.json --strict-stage-tolerances",
     )
 )
 def diff(
-    a: Annotated[Path, typer.Argument(help="Dump, component bundle, stage file or report: the reference side.")],
+    a: Annotated[
+        Path,
+        typer.Argument(help="Reference side: dump, bundle, stage file, APRT, checkpoint or report."),
+    ],
     b: Annotated[Path, typer.Argument(help="The other one.")],
     components: Annotated[Path | None, typer.Option(help="Bundle with U, S and V, to judge products.")] = None,
+    model: Annotated[str | None, typer.Option(help="Weights, to judge forward dumps; default as recorded.")] = None,
     top: Annotated[int | None, typer.Option(min=0, help="Print the largest differences of every stage.")] = None,
     strict_stage_tolerances: StrictStages = False,
     strict_current_python: StrictCurrent = False,
     strict_reference: StrictReference = False,
     json: Json = False,
 ) -> None:
-    """Compare two dumps, two stage bundles or two reports, stage by stage; loads no framework."""
+    """Compare two recorded runs, bundles, checkpoints or reports, stage by stage; loads no framework."""
     from stages.diff import Gates
     from stages.diff_job import diff_any
     from stages.progress import Progress
 
     gates = Gates(strict_stage_tolerances, strict_current_python, strict_reference)
     with Progress(STATE.progress) as progress:
-        document = diff_any(a, b, components=components, top=5 if top is None else top, gates=gates, progress=progress)
+        document = diff_any(
+            a, b, components=components, model=model, top=5 if top is None else top, gates=gates, progress=progress
+        )
     _finish_diff(document, json, top=top is not None)
 
 
@@ -364,7 +460,12 @@ def _finish_diff(document: Any, json: bool, *, top: bool = False) -> None:
     from stages import render
     from stages.diff import EXIT_CODES as outcomes
 
-    emit(document) if json else render.diff_document(document, top=top)
+    if json:
+        emit(document)
+    elif document["schema"] == "svf.checkpoints/1":
+        render.checkpoints_document(document)
+    else:
+        render.diff_document(document, top=top)
     raise typer.Exit(outcomes[document["outcome"]])
 
 

@@ -10,10 +10,10 @@ import numpy as np
 
 from stages.backend import Backend
 from stages.bundle import Bundle
-from stages.checkpoint import EMBEDDING, LM_HEAD, Checkpoint
+from stages.checkpoint import Checkpoint
 from stages.errors import InputError
 from stages.replay_run import Replayer, ReplayTask
-from stages.tensorfile import TensorFile, TensorWriter
+from stages.tensorfile import TensorFile, TensorInfo, TensorWriter
 
 Progress = Callable[[str, float], None]
 ADAPTED_FILE = "adapted.safetensors"
@@ -32,9 +32,9 @@ class AdaptedWeights:
         return self._checkpoint.read(name, start, stop)
 
     @property
-    def unties(self) -> bool:
-        """Whether embedding and LM head, one tensor in the checkpoint, are two now."""
-        return (EMBEDDING in self._file.tensors) or (LM_HEAD in self._file.tensors)
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Every tensor that can be read, adapted ones in place of the checkpoint's."""
+        return {**self._checkpoint.tensors, **self._file.tensors}
 
 
 def write_adapted(

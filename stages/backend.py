@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from stages.production import Production, Weights
+    from stages.qwen import QwenConfig
 
 
 class Backend(Protocol):
@@ -34,6 +38,11 @@ class Backend(Protocol):
 
     def compile(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """`fn` compiled once per shape of its arguments, where the framework compiles."""
+
+    def production(
+        self, config: QwenConfig, weights: Weights, *, dtype: str = "model", raw_config: Mapping[str, Any] | None = None
+    ) -> Production | None:
+        """The uninstrumented model, all weights loaded; None where there is no such thing."""
 
     def facts(self) -> dict[str, str]:
         """Versions, device, threads, precision flags: what may change results. Recorded in every dump."""

@@ -7,8 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from stages import diff
+from stages.aprt import AprtFile, compare_files, is_aprt, is_aprt_tree
+from stages.checkpoint import CONFIG, open_checkpoint
+from stages.checkpoint_diff import diff_checkpoints
 from stages.compare import TensorComparison, empty_row
 from stages.errors import UsageError
+from stages.forward_diff import diff_forward
+from stages.forward_dump import is_forward_dump
 from stages.replay import REPLAY
 from stages.replay_run import chunk_plan, default_chunk_rows
 from stages.sides import Side, SideTensor, check_comparable, open_side, pair_samples
@@ -58,14 +63,49 @@ def diff_recorded(
 
 
 def diff_any(
-    path_a: Path, path_b: Path, *, components: Path | None, top: int, gates: diff.Gates, progress: Progress
+    path_a: Path,
+    path_b: Path,
+    *,
+    components: Path | None,
+    model: str | None = None,
+    top: int,
+    gates: diff.Gates,
+    progress: Progress,
 ) -> dict[str, Any]:
-    """The `svf.diff/1` document of two recorded sides, or of two reports."""
-    if is_report(path_a) and is_report(path_b):
+    """The document of two things of one kind: recorded replays, forward dumps, APRT, checkpoints or reports."""
+    kinds = {kind_of(path_a), kind_of(path_b)}
+    if kinds == {"report"}:
         return diff_reports(path_a, path_b, gates)
-    if is_report(path_a) or is_report(path_b):
-        raise UsageError("a report is compared with a report; name two reports, or two dumps or bundles")
-    return diff_recorded(path_a, path_b, components=components, top=top, gates=gates, progress=progress)
+    if kinds == {"checkpoint"}:
+        with open_checkpoint(path_a) as a, open_checkpoint(path_b) as b:
+            return diff_checkpoints(a, b, top=top, progress=progress)
+    if kinds == {"aprt"}:
+        return diff_aprt_files(path_a, path_b, top=top)
+    if kinds <= {"forward", "aprt tree"}:
+        return diff_forward(path_a, path_b, model=model, top=top, progress=progress)
+    if kinds == {"replay"}:
+        return diff_recorded(path_a, path_b, components=components, top=top, gates=gates, progress=progress)
+    one, other = kind_of(path_a), kind_of(path_b)
+    raise UsageError(f"{path_a} is a {one} and {path_b} a {other}; compare two of one kind")
+
+
+def kind_of(path: Path) -> str:
+    """What a path holds, by its files' names and first bytes: replay, forward, aprt, aprt tree, checkpoint, report."""
+    if is_report(path):
+        return "report"
+    if path.is_dir():
+        if is_forward_dump(path):
+            return "forward"
+        if (path / CONFIG).is_file():
+            return "checkpoint"
+        return "aprt tree" if is_aprt_tree(path) else "replay"
+    return "aprt" if is_aprt(path) else "replay"
+
+
+def diff_aprt_files(path_a: Path, path_b: Path, *, top: int) -> dict[str, Any]:
+    """Two APRT files, flat: the format stores neither shape nor dtype."""
+    row = compare_files(AprtFile(path_a), AprtFile(path_b), top=top)
+    return diff.finish([row], diff.side(str(path_a)), diff.side(str(path_b)), expected=1)
 
 
 def _same_kind(a: Side, b: Side, path_a: Path, path_b: Path, components: Path | None) -> tuple[Side, Side]:

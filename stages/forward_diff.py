@@ -12,11 +12,12 @@ import numpy as np
 
 from stages import diff, stats
 from stages.adapted import ADAPTED_FILE, AdaptedWeights
+from stages.aprt import is_aprt_tree
 from stages.checkpoint import open_checkpoint
 from stages.compare import row_verdict, side_fields
 from stages.errors import InputError, NotFoundError, UsageError
-from stages.forward import RUN_PARAMS, forward_path, producers
-from stages.forward_dump import ForwardSide, Place, forward_key
+from stages.forward import ALIASES, RUN_PARAMS, declare, forward_path, producers
+from stages.forward_dump import AprtSide, ForwardSide, Place, forward_key
 from stages.forward_run import Weights, judge_stage
 from stages.metrics import Difference
 from stages.qwen import QwenConfig, parse_config
@@ -34,9 +35,9 @@ AMPLIFICATION = ("ffn_gate", "ffn_silu", "ffn_swigl")
 class _Run:
     """One side with what judging it needs: its path, weights (None: not to be had) and tokens."""
 
-    side: ForwardSide
-    config: QwenConfig
-    path: StagePath
+    side: ForwardSide | AprtSide
+    config: QwenConfig | None  # None: an APRT tree, which says nothing of its model
+    path: StagePath | None
     tokens: list[int]
     positions: str
     weights: Weights | None
@@ -66,7 +67,10 @@ def diff_forward(
             progress(f"comparing {forward_key(place)}", number / len(places))
             rows.append(_row(place, a, b, top))
             if place[1] == "lm_head" and rows[-1]["verdict"] not in (Verdict.MISSING, Verdict.EXTRA, Verdict.SHAPE):
-                logits = stats.logits(a.side.read(place), b.side.read(place))
+                x, y = a.side.read(place), b.side.read(place)
+                logits = stats.logits(
+                    np.atleast_2d(x)[-len(np.atleast_2d(y)) :], np.atleast_2d(y)[-len(np.atleast_2d(x)) :]
+                )
         return diff.finish(
             rows,
             diff.side(a.side.label, a.side.facts, runs[0]),
@@ -74,8 +78,8 @@ def diff_forward(
             expected=len(places),
             extra={
                 "kind": "forward",
-                "tokens": len(a.tokens),
-                "layers": a.config.num_hidden_layers,
+                "tokens": len(a.tokens) or len(b.tokens) or None,
+                "flat": a.config is None or b.config is None,
                 "logits": logits,
                 "growth": growth(rows),
                 "amplification": amplification(rows),
@@ -84,6 +88,8 @@ def diff_forward(
 
 
 def _open(folder: Path, model: str | None, stack: ExitStack) -> _Run:
+    if is_aprt_tree(folder):
+        return _Run(AprtSide(folder), None, None, [], "all", None)
     side = ForwardSide(folder)
     stack.callback(side.close)
     manifest = side.dump.manifest
@@ -120,7 +126,11 @@ def _weights(folder: Path, recorded: Mapping[str, Any], model: str | None, stack
 
 
 def check_comparable(a: _Run, b: _Run) -> None:
-    """`InputError` unless both ran the same model on the same tokens, positions and dtype."""
+    """`InputError` unless both ran the same model on the same tokens, positions and dtype, as far as they tell."""
+    if a.path is None or b.path is None:
+        return
+    assert isinstance(a.side, ForwardSide)
+    assert isinstance(b.side, ForwardSide)
     pair = f"{a.side.label} and {b.side.label}"
     if a.tokens != b.tokens:
         raise InputError(
@@ -129,7 +139,7 @@ def check_comparable(a: _Run, b: _Run) -> None:
         )
     if a.positions != b.positions:
         raise InputError(f"not comparable: {pair} hold positions {a.positions} and {b.positions}")
-    one, other = (run.side.dump.manifest["model"].get("fingerprint") for run in (a, b))
+    one, other = (side.dump.manifest["model"].get("fingerprint") for side in (a.side, b.side))
     if one != other:
         raise InputError(f"not comparable: {pair} ran different models (config or tensor headers differ)")
     if a.path["embedding"].dtype != b.path["embedding"].dtype:
@@ -139,21 +149,22 @@ def check_comparable(a: _Run, b: _Run) -> None:
 
 
 def _places(a: _Run, b: _Run) -> Iterator[Place]:
-    """Every stage that either side has, in execution order; unknown keys last."""
+    """Every stage that either side has, in execution order; `InputError` for one that no Qwen has."""
     have = a.side.places.keys() | b.side.places.keys()
-    stages = list(a.path.values())
+    known = a.path or b.path
+    # Of an APRT tree nothing is known: the fullest family's order serves for any.
+    stages = list(known.values()) if known else list(declare(qk_norm=True, qkv_bias=True, o_bias=True))
     first = next(i for i, stage in enumerate(stages) if stage.scope is Scope.LAYER)
     order: list[Place] = [(None, s.name) for s in stages[:first]]
-    in_layer = [s.name for s in stages if s.scope is Scope.LAYER]
-    order += [(layer, name) for layer in range(a.config.num_hidden_layers) for name in in_layer]
+    in_layer = [*(s.name for s in stages if s.scope is Scope.LAYER), *ALIASES]
+    layers = sorted({layer for layer, _ in have if layer is not None})
+    order += [(layer, name) for layer in layers for name in in_layer]
     order += [(None, s.name) for s in stages[first:] if s.scope is Scope.MODEL]
-    known = [place for place in order if place in have]
-    yield from known
-    unknown = have - set(known)
+    unknown = sorted(have - set(order), key=str)
     if unknown:
-        raise InputError(
-            f"'{forward_key(sorted(unknown, key=str)[0])}' is no stage of this model; there are {', '.join(a.path)}"
-        )
+        names = ", ".join(stage.name for stage in stages)
+        raise InputError(f"'{forward_key(unknown[0])}' is no stage of a Qwen model; there are {names}")
+    yield from (place for place in order if place in have)
 
 
 def _row(place: Place, a: _Run, b: _Run, top: int) -> dict[str, Any]:
@@ -172,8 +183,10 @@ def _row(place: Place, a: _Run, b: _Run, top: int) -> dict[str, Any]:
         verdict = Verdict.MISSING if place not in b.side.places else Verdict.EXTRA
         return {**row, "verdict": verdict.value}
     x, y = a.side.read(place), b.side.read(place)
+    if a.path is None or b.path is None:
+        x, y = _flat(x, y), _flat(y, x)
     if x.shape != y.shape or x.dtype != y.dtype:
-        expected = a.path[name].shape
+        expected = a.path[name].shape if a.path else "as many elements"
         note = f'a has {x.dtype} {list(x.shape)}, b has {y.dtype} {list(y.shape)}; expected "{expected}"'
         if x.shape[:2] == y.shape[:2][::-1] and x.ndim == y.ndim:
             note += ". Is one dump head-first?"
@@ -181,12 +194,11 @@ def _row(place: Place, a: _Run, b: _Run, top: int) -> dict[str, Any]:
     d = Difference(top)
     d.add(x, y)
     side_a, side_b = (_judge(place, run, array) for run, array in ((a, x), (b, y)))
-    stage = a.path[name]
-    given = not stage.inputs and not stage.params
+    given = name == "embedding" or (name == "inv_freq" and a.path is not None)
     population_a, population_b = stats.population(x), stats.population(y)
     return {
         **row,
-        "verdict": row_verdict(d, side_a, side_b, given=given and side_a is None).value,
+        "verdict": row_verdict(d, side_a, side_b, given=given and side_a is None and a.path is not None).value,
         **side_fields(side_a, side_b),
         "sha256_a": a.side.sha256(place),
         "sha256_b": b.side.sha256(place),
@@ -200,6 +212,8 @@ def _row(place: Place, a: _Run, b: _Run, top: int) -> dict[str, Any]:
 def _judge(place: Place, run: _Run, observed: np.ndarray) -> SideVerdict | None:
     """The verdict on one side's stage from its own recorded inputs; None where they, or the weights, are not there."""
     layer, name = place
+    if run.path is None or run.config is None:
+        return None
     stage = run.path[name]
     if run.weights is None and any(param not in RUN_PARAMS for param in stage.params):
         return None
@@ -214,6 +228,13 @@ def _judge(place: Place, run: _Run, observed: np.ndarray) -> SideVerdict | None:
     inputs |= {"tokens": tokens[chosen], "positions": positions[chosen]}
     weights = run.weights if run.weights is not None else _NoWeights()
     return judge_stage(run.path, run.config, stage, inputs, weights, observed, layer)
+
+
+def _flat(x: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """`x` as APRT holds it: flat float32; of all tokens' logits, the last one's, if that is what the other side has."""
+    if x.ndim == 2 and x.shape[0] > 1 and other.size == x.shape[1]:
+        x = x[-1]
+    return np.ascontiguousarray(x, np.float32).reshape(-1)
 
 
 class _NoWeights:

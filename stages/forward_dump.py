@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from stages.aprt import AprtTree
 from stages.dump import MANIFEST_FILE, SCHEMA, Dump
 from stages.errors import InputError, shown
 from stages.forward_run import StageResult
 from stages.jsonio import write_json
 from stages.output import new_folder
-from stages.tensorfile import write_tensors
+from stages.tensorfile import sha256, write_tensors
 
 MODEL_FILE = "model.safetensors"
 Place = tuple[int | None, str]  # layer (None: whole model) and stage
@@ -125,3 +126,25 @@ class ForwardSide:
 
     def close(self) -> None:
         self.dump.close()
+
+
+class AprtSide:
+    """An APRT tree with the face of a `ForwardSide`: values are flat float32, `lm_head` the last token's alone."""
+
+    def __init__(self, folder: Path):
+        self.tree = AprtTree(folder)
+        self.label = f"{folder} (APRT, flat)"
+        self.facts: dict[str, str] = {}
+        self.places: dict[Place, str] = {place: forward_key(place) for place in self.tree.files}
+
+    def read(self, place: Place) -> np.ndarray:
+        return self.tree.files[place].read()
+
+    def shape(self, place: Place) -> list[int]:
+        return [self.tree.files[place].count]
+
+    def sha256(self, place: Place) -> str:
+        return sha256(self.read(place))
+
+    def close(self) -> None:
+        """Nothing to close: a file of a tree is opened for each read."""

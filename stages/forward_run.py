@@ -119,10 +119,20 @@ def vocabulary_plan(vocab: int, chunk: int | None = None) -> list[tuple[int, int
 class Forwarder:
     """A backend's stages for one model, each compiled once per shape and reused over layers and runs.
 
-    `dtype` is what activations and weights are computed in; `model` is the config's.
+    `dtype` is what activations and weights are computed in; `model` is the config's. `fuse_layers` compiles all
+    stages of a layer together, to see what fusion does to their bits; by default a stage is what is compiled.
     """
 
-    def __init__(self, backend: Backend, config: QwenConfig, weights: Weights, *, dtype: str = "model"):
+    def __init__(
+        self,
+        backend: Backend,
+        config: QwenConfig,
+        weights: Weights,
+        *,
+        dtype: str = "model",
+        fuse_layers: bool = False,
+    ):
+        self.fuse_layers = fuse_layers
         self.backend, self.config, self.weights = backend, config, weights
         self.path = forward_path(config, dtype)
         self.dtype = stored_dtype(config.dtype if dtype == "model" else dtype)
@@ -217,10 +227,31 @@ class Forwarder:
     def _layer(self, layer: int, previous: Any, model: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
         first, _ = self.path.carried["layer_input"]
         values = {**model, "layer_input": model[first] if layer == 0 else previous}
+        put = {name: self.backend.put(array) for name, array in params.items()}
+        return self._fused_layer(values, put) if self.fuse_layers else self._layer_values(values, put, self._call)
+
+    def _layer_values(
+        self, values: Mapping[str, Any], params: Mapping[str, Any], call: Callable[..., Any]
+    ) -> dict[str, Any]:
+        values = dict(values)
         for stage in self._scoped(Scope.LAYER):
             if stage.name in self._needed:
-                values[stage.name] = self._call(stage, values, [self.backend.put(params[n]) for n in stage.params])
+                values[stage.name] = call(stage, values, [params[name] for name in stage.params])
         return values
+
+    def _fused_layer(self, values: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
+        """All stages of a layer in one compiled function, which may compute them in another order and precision."""
+        key = f"layer of {','.join(sorted(self._needed))}"
+        if key not in self._compiled:
+            self._compiled[key] = self.backend.compile(lambda v, p: self._layer_values(v, p, self._uncompiled))
+        result: dict[str, Any] = self._compiled[key](dict(values), dict(params))
+        return result
+
+    def _uncompiled(self, stage: Stage, values: Mapping[str, Any], params: Sequence[Any]) -> Any:
+        inputs = [values[name] for name in stage.inputs]
+        if stage.identity:
+            return inputs[0]
+        return self.backend.forward[stage.name](*inputs, *params, **stage_options(self.config, stage))
 
     def _call(self, stage: Stage, values: Mapping[str, Any], params: Sequence[Any]) -> Any:
         inputs = [values[name] for name in stage.inputs]

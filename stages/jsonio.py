@@ -82,6 +82,17 @@ def write_atomic(path: str | os.PathLike[str], write: Callable[[int], None]) -> 
         temporary.unlink(missing_ok=True)
 
 
+def copy_atomic(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    """Copy a file in blocks, atomically."""
+
+    def blocks(fd: int) -> None:
+        with open(source, "rb") as file:
+            while data := file.read(1 << 24):
+                write_all(fd, data)
+
+    write_atomic(target, blocks)
+
+
 def fsync_folder(folder: Path) -> None:
     """Make a rename inside `folder` durable."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

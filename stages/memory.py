@@ -9,6 +9,16 @@ import numpy as np
 ALIGNMENT = 64
 
 
+def available_bytes() -> int:
+    """Memory that may still be taken, by the system's own estimate; a very large number where it gives none."""
+    try:
+        with open("/proc/meminfo") as lines:
+            fields = dict(line.split(":", 1) for line in lines)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return 1 << 62
+
+
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """An uninitialised array that begins at a multiple of `ALIGNMENT`."""
     count = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,6 +20,10 @@ from stages.reference_qwen import FORWARD_STAGES
 from stages.replay import REPLAY
 from stages.rounding import round_once
 from stages.tensorfile import stored_dtype
+
+if TYPE_CHECKING:
+    from stages.production import Weights
+    from stages.qwen import QwenConfig
 
 
 def source_f32(source: np.ndarray) -> np.ndarray:
@@ -143,6 +147,9 @@ class ReferenceBackend:
 
     def compile(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         return fn
+
+    def production(self, config: QwenConfig, weights: Weights, **_options: Any) -> None:
+        """There is none: the reference is a specification, not what anybody runs."""
 
     def facts(self) -> dict[str, str]:
         return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,8 +30,11 @@ def diff_document(document: Mapping[str, Any], *, top: bool = False) -> None:
     a, b = document["a"]["source"], document["b"]["source"]
     out.print(f"a  {escape(str(a))}\nb  {escape(str(b))}", soft_wrap=True)
     rows = document["rows"]
-    if rows:
+    if document.get("kind") == "forward":
+        _forward_view(document, out)
+    elif rows:
         out.print(_stage_table(rows))
+    if rows:
         problems = [row for row in rows if row["verdict"] not in ("exact", "rounding")]
         if problems:
             out.print(_row_table(problems, "Rows that need a look"))
@@ -46,10 +50,131 @@ def diff_document(document: Mapping[str, Any], *, top: bool = False) -> None:
     out.print(f"[{style}]{document['outcome'].upper()}[/]  {escape(document['verdict'])}", soft_wrap=True)
 
 
+def _forward_view(document: Mapping[str, Any], out: Console) -> None:
+    """Stages by layers, then one line per stage, the growth over depth, the FFN's amplification, the logits."""
+    rows = document["rows"]
+    _grid(rows, out)
+    out.print(_stage_table(rows))
+    if document["growth"]:
+        line = "  ".join(f"{g['layer']}: {g['rel_l2']:.1e}" for g in document["growth"])
+        out.print(f"Relative difference of the layers' outputs, by depth (inherited error included):\n  {line}")
+    chain = [c for c in document["amplification"] if any(c["rel_l2"].values())]
+    if chain:
+        worst = max(chain, key=lambda c: max(c["rel_l2"].values()))
+        steps = " -> ".join(f"{stage} {value:.1e}" for stage, value in worst["rel_l2"].items())
+        ratios = ", ".join(f"{stage} {number(value)}" for stage, value in worst["std_ratio"].items())
+        out.print(f"Along the FFN of layer {worst['layer']}, where it is largest: {steps}; std of b over a: {ratios}")
+    logits = document["logits"]
+    if logits is not None:
+        out.print(
+            f"Top-1 tokens equal at {logits['top1_agreement']:.0%} of them, top-5 at {logits['top5_agreement']:.0%}; "
+            f"KL at most {logits['kl']:.2g}; next token {logits['next_token_a']} and {logits['next_token_b']}, "
+            f"margin {number(logits['margin'])}"
+        )
+    for letter in ("a", "b"):
+        run = document[letter].get("run")
+        if run:
+            out.print(f"{letter}: {_production_line(run)}", soft_wrap=True, markup=False)
+
+
+def _grid(rows: Sequence[Mapping[str, Any]], out: Console) -> None:
+    """Worst relative difference per stage and layer as a power of ten; `=` equal bytes, a verdict where one failed."""
+    layers = sorted({row["layer"] for row in rows if row["layer"] is not None})
+    by_place = {(row["layer"], row["stage"]): row for row in rows}
+    stages = list(dict.fromkeys(row["stage"] for row in rows if row["layer"] is not None))
+    first = next((row["key"] for row in rows if row.get("byte_match") is False), None)
+    fit = max(1, (out.width - 22) // 5)
+    for at in range(0, len(layers), fit):
+        table = Table(title="Relative difference per layer, 10^n ('=' equal bytes)" if not at else None)
+        table.title_justify, table.show_edge, table.pad_edge, table.header_style = "left", False, False, "bold"
+        table.add_column("stage", no_wrap=True)
+        for layer in layers[at : at + fit]:
+            table.add_column(str(layer), justify="right", no_wrap=True, min_width=3)
+        for stage in stages:
+            table.add_row(stage, *(_cell(by_place.get((n, stage)), first) for n in layers[at : at + fit]))
+        out.print(table)
+    if first is not None:
+        out.print(f"First difference in bytes: {escape(first)} (marked *)")
+
+
+def _cell(row: Mapping[str, Any] | None, first: str | None) -> str:
+    if row is None:
+        return ""
+    mark = "*" if row["key"] == first else ""
+    if row["verdict"] not in ("exact", "rounding", "unjudged"):
+        return f"[bold red]{row['verdict'][:3]}{mark}[/]"
+    if row.get("byte_match"):
+        return "[dim]=[/]"
+    relative = row.get("rel_l2")
+    if not relative:
+        return f"0{mark}"
+    return f"{math.floor(math.log10(relative))}{mark}" if math.isfinite(relative) else f"inf{mark}"
+
+
+def _production_line(run: Mapping[str, Any]) -> str:
+    """What the comparison with the production model showed, in one line."""
+    production = run["production"]
+    if not production["ran"]:
+        return f"{run['backend']}: production model not run ({production['why']})"
+    line = (
+        f"{run['backend']}: production model {production['verdict']}, max |traced - production| "
+        f"{number(production['max_abs'])}, greedy token {'the same' if production['agrees'] else 'DIFFERS'}"
+    )
+    if "generated_agrees" in production:
+        line += f", {len(run['generated'])} generated tokens {'agree' if production['generated_agrees'] else 'DIFFER'}"
+    return line
+
+
+def forward_document(document: Mapping[str, Any]) -> None:
+    """A `svf.forward/1` document."""
+    out = console()
+    layers, count = document["layers"], len(document["tokens"])
+    out.print(
+        f"{document['backend']} forward, {document['dtype']}: {count} tokens, {len(layers)} layers recorded, "
+        f"{len(document['stages'])} stages"
+    )
+    top = "  ".join(f"{t['token']} ({t['logit']:.4g})" for t in document["top5"])
+    out.print(f"Next token {document['next_token']}; top 5: {top}")
+    if document["adapted"]:
+        layouts_used = ", ".join(sorted(set(document["adapted"].values())))
+        out.print(f"{len(document['adapted'])} weights adapted, V contracted as {layouts_used}")
+    if document["generated"] is not None:
+        out.print(f"Generated: {document['generated']}")
+    out.print(_production_line(document), markup=False, soft_wrap=True)
+    repeated = document["deterministic"]
+    if repeated is not None:
+        first = f", first at {repeated['first']}" if repeated["first"] else ""
+        out.print(
+            f"{repeated['runs']} runs: {repeated['different_elements']:,} of {repeated['elements']:,} elements differ "
+            f"from the first{first}"
+        )
+    if document["out"]:
+        out.print(f"Dump: {document['out']}", markup=False, soft_wrap=True)
+
+
+def checkpoints_document(document: Mapping[str, Any]) -> None:
+    """A `svf.checkpoints/1` document: tensors that are not identical, fields that differ, the sentence."""
+    out = console()
+    odd = [row for row in document["rows"] if row["status"] != "identical"]
+    if odd:
+        table = Table(header_style="bold", show_edge=False, pad_edge=False)
+        for name in ("tensor", "status", "max |a - b|", "note"):
+            table.add_column(name)
+        for row in odd[:40]:
+            name = row.get("tensor") or row.get("name") or ""
+            table.add_row(escape(str(name)), row["status"], number(row.get("max_abs")), escape(row.get("note") or ""))
+        out.print(table)
+    for field in document["config"]["differences"]:
+        out.print(f"config {field['field']}: {field['a']} and {field['b']}", markup=False)
+    out.print(", ".join(f"{count} {status}" for status, count in document["counts"].items()))
+    style = {"agree": "bold green", "diverged": "bold red"}.get(document["outcome"], "bold yellow")
+    out.print(f"[{style}]{document['outcome'].upper()}[/]  {escape(document['verdict'])}", soft_wrap=True)
+
+
 def _stage_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """One line per stage, the worst over tensors: what a newcomer reads first."""
     table = Table(title=None, header_style="bold", show_edge=False, pad_edge=False)
-    for name in ("stage", "tensors", "verdict", "worst error / bound", "max |a - b|", "elements that differ", "bytes"):
+    for name in ("stage", "of", "verdict", "worst error / bound", "max |a - b|", "elements that differ", "bytes"):
         table.add_column(name, justify="left" if name in ("stage", "verdict") else "right", no_wrap=True)
     for stage in dict.fromkeys(row["stage"] for row in rows):
         group = [row for row in rows if row["stage"] == stage]

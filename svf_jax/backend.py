@@ -12,6 +12,8 @@ import numpy as np
 from jax import Array
 
 from stages.errors import UsageError
+from stages.production import Production, Weights
+from stages.qwen import QwenConfig
 from svf_jax.components import REPLAY_STAGES
 from svf_jax.qwen import FORWARD_STAGES
 
@@ -23,6 +25,8 @@ class JaxBackend:
     device: str = "cpu"
     # GPUs and TPUs default to TF32-like products; a port is judged at full precision first (numerics.md).
     precision: str = "highest"
+    # Without jit every operation is dispatched by itself: what fusion inside a stage does shows as the difference.
+    jit: bool = True
     name: str = "jax"
 
     def __post_init__(self) -> None:
@@ -54,13 +58,21 @@ class JaxBackend:
 
     def compile(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """`fn` under jit, one stage at a time: jitting stages together would let XLA fuse and change bits."""
-        jitted = jax.jit(fn)
+        jitted = jax.jit(fn) if self.jit else fn
 
         def call(*arrays: Array) -> Array:
             with jax.default_matmul_precision(self.precision):
                 return jitted(*arrays)
 
         return call
+
+    def production(
+        self, config: QwenConfig, weights: Weights, *, dtype: str = "model", raw_config: Mapping[str, Any] | None = None
+    ) -> Production:
+        """The flax.nnx model of `config`, whole under jit; `raw_config` is for its twin."""
+        from svf_jax.production import production  # flax takes a second to import
+
+        return production(config, weights, dtype=dtype, device=self.device, precision=self.precision)
 
     def facts(self) -> dict[str, str]:
         """What may change results: versions, device, threads, precision flags."""
@@ -71,5 +83,6 @@ class JaxBackend:
             "device": device.device_kind if device.platform != "cpu" else "cpu",
             "cpus": str(len(os.sched_getaffinity(0))),
             "matmul_precision": self.precision,
+            "jit": str(self.jit),
             "xla_flags": os.environ.get("XLA_FLAGS", ""),
         }

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from stages.errors import UsageError
 from stages.memory import aligned_copy, is_aligned
+from stages.production import Production, Weights
+from stages.qwen import QwenConfig
 from svf_torch.components import REPLAY_STAGES
 from svf_torch.qwen import FORWARD_STAGES
 
@@ -58,6 +60,14 @@ class TorchBackend:
     def compile(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """`fn` without autograd: torch runs eagerly, operation by operation."""
         return torch.inference_mode()(fn)
+
+    def production(
+        self, config: QwenConfig, weights: Weights, *, dtype: str = "model", raw_config: Mapping[str, Any] | None = None
+    ) -> Production:
+        """The transformers model of `config`, eager attention; `raw_config` is the checkpoint's own config.json."""
+        from svf_torch.production import production  # transformers takes seconds to import
+
+        return production(config, weights, dtype=dtype, device=self.device, raw_config=raw_config)
 
     def facts(self) -> dict[str, str]:
         """What may change results: versions, device, threads, precision flags."""

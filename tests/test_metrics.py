@@ -1,4 +1,4 @@
-"""Each metric against its formula in plain numpy, over any cut into chunks; and each in a case where it must not pass."""
+"""Each metric against its formula in plain numpy, over any cut into chunks, and in a case where it must not pass."""
 
 from __future__ import annotations
 

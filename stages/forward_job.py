@@ -1,0 +1,334 @@
+"""The forward command on one backend: trace, dump, repeat, and compare with the production model."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stages import stats
+from stages.adapted import ADAPTED_FILE, AdaptedWeights, write_adapted
+from stages.aprt import write_tree
+from stages.backend import Backend
+from stages.checkpoint import Checkpoint, open_checkpoint
+from stages.defaults import default_source
+from stages.errors import UsageError
+from stages.forward import LM_HEAD
+from stages.forward_dump import ForwardDump, ForwardSide
+from stages.forward_run import Forwarder, StageResult, Weights, resolve_layers, resolve_stages
+from stages.jsonio import copy_atomic
+from stages.memory import available_bytes
+from stages.metrics import Difference
+from stages.output import prepare_folder
+from stages.production import Production, compare_production, greedy, with_stored_head
+from stages.progress import Progress
+from stages.qwen import QwenConfig, parameter_shapes
+from stages.tensorfile import TensorFile, stored_dtype
+from stages.tokens import DEFAULT_TOKENS, check_tokens, encode, parse_tokens, read_tokens
+
+FORMATS = ("safetensors", "aprt")
+# A loaded production model takes its weights and, while it runs, activations and a copy of the largest weight.
+_PRODUCTION_OVERHEAD = 1.4
+_MEMORY_SHARE = 0.7
+
+
+@dataclass(frozen=True)
+class ForwardCommand:
+    """The parsed command; fields as in `svf forward --help`. `production` None: when the weights fit memory."""
+
+    model: str | None
+    tokens: str | None
+    tokens_file: Path | None
+    prompt: str | None
+    backend: str
+    layers: str
+    stages: str
+    positions: str
+    dtype: str
+    adapted: Path | None
+    layout: str
+    repeat: int
+    out: Path | None
+    format: str
+    device: str
+    jit: str
+    production: bool | None
+    generate: int
+    top: int
+
+
+def with_model(command: ForwardCommand, progress: Progress) -> ForwardCommand:
+    """The command with the built-in tiny model filled in when it names none."""
+    if command.model is not None:
+        return command
+    folder, fresh = default_source()
+    progress.say(f"no model given: using the built-in tiny one {'made now ' if fresh else ''}in {folder / 'model'}")
+    return replace(command, model=str(folder / "model"))
+
+
+def token_ids(command: ForwardCommand, checkpoint: Checkpoint) -> np.ndarray:
+    """The run's token ids, from whichever option gave them; a default list when none did."""
+    given = [x for x in (command.tokens, command.tokens_file, command.prompt) if x is not None]
+    if len(given) > 1:
+        raise UsageError("give one of --tokens, --tokens-file, --prompt")
+    if command.tokens is not None:
+        ids = parse_tokens(command.tokens)
+    elif command.tokens_file is not None:
+        ids = read_tokens(command.tokens_file)
+    elif command.prompt is not None:
+        ids = encode(command.prompt, checkpoint.path)
+    else:
+        ids = np.array(DEFAULT_TOKENS)
+    return check_tokens(ids, checkpoint.config.vocab_size)
+
+
+def forward_one(command: ForwardCommand, backend: Callable[[], Backend], progress: Progress) -> dict[str, Any]:
+    """Trace one forward on one backend; the `svf.forward/1` document."""
+    command = with_model(command, progress)
+    assert command.model is not None
+    with ExitStack() as stack:
+        checkpoint = stack.enter_context(open_checkpoint(command.model))
+        checkpoint.check()
+        job = _Job(command, checkpoint, stack, progress)
+        if command.out is not None:
+            prepare_folder(command.out)
+        return job.run(backend())
+
+
+class _Job:
+    """One forward: what was asked for, resolved against the model."""
+
+    def __init__(self, command: ForwardCommand, checkpoint: Checkpoint, stack: ExitStack, progress: Progress):
+        self.command, self.checkpoint, self.stack, self.progress = command, checkpoint, stack, progress
+        self.config = checkpoint.config
+        self.tokens = token_ids(command, checkpoint)
+        self.config.check_length(len(self.tokens))
+        self.layers = resolve_layers(command.layers, self.config)
+        self.adapted: dict[str, str] | None = None
+
+    def run(self, backend: Backend) -> dict[str, Any]:
+        command = self.command
+        scratch = Path(self.stack.enter_context(tempfile.TemporaryDirectory(prefix="svf-forward-")))
+        weights = self._weights(backend, scratch)
+        forwarder = Forwarder(backend, self.config, weights, dtype=command.dtype, fuse_layers=command.jit == "layer")
+        self.stages = resolve_stages(command.stages, forwarder.path)
+        logits, digest = self._trace(forwarder, backend, scratch)
+        repeated = self._repeat(forwarder, scratch) if command.repeat > 1 else None
+        generated = self._generate(forwarder) if command.generate else None
+        production = self._production(backend, weights, logits, generated)
+        return {
+            "schema": "svf.forward/1",
+            "backend": backend.name,
+            "model": command.model,
+            "tokens": self.tokens.tolist(),
+            "positions": command.positions,
+            "dtype": forwarder.path["embedding"].dtype,
+            "layers": list(self.layers),
+            "stages": list(self.stages),
+            "next_token": greedy(logits),
+            "top5": stats.top_tokens(logits[-1].astype(np.float32)),
+            "lm_head_sha256": digest,
+            "adapted": self.adapted,
+            "generated": generated,
+            "production": production,
+            "deterministic": repeated,
+            "facts": backend.facts(),
+            "jit": command.jit,
+            "out": str(command.out) if command.out else None,
+        }
+
+    def _weights(self, backend: Backend, scratch: Path) -> Weights:
+        """The checkpoint, or the checkpoint with the bundle's adapted tensors in place of its own."""
+        command = self.command
+        if command.adapted is None:
+            if command.layout != "declared":
+                raise UsageError(f"--layout {command.layout} is about --adapted COMPONENTS")
+            return self.checkpoint
+        path = scratch / ADAPTED_FILE
+        self.adapted = write_adapted(command.adapted, command.layout, self.checkpoint, backend, path, self.progress)
+        kept = [name for name, layout in self.adapted.items() if command.layout not in ("declared", layout)]
+        if kept:
+            self.progress.say(
+                f"V of {', '.join(kept)} does not fit layout {command.layout} by shape: contracted as declared"
+            )
+        file = TensorFile(path)
+        self.stack.callback(file.close)
+        weights = AdaptedWeights(self.checkpoint, file)
+        self.config = with_stored_head(self.config, weights)
+        return weights
+
+    def _trace(self, forwarder: Forwarder, backend: Backend, scratch: Path) -> tuple[np.ndarray, str]:
+        """Run once, writing what was asked for; the logits and their sha256."""
+        command = self.command
+        results = self._results(forwarder)
+        kept: list[np.ndarray] = []
+
+        def asked() -> Iterator[StageResult]:
+            for result in results:
+                if result.stage == "lm_head":
+                    kept.append(result.array)
+                if result.stage in self.stages:
+                    yield result
+
+        if command.out is not None and command.format == "aprt":
+            write_tree(command.out, ((r.layer, r.stage, r.array) for r in asked()))
+        elif command.out is not None or command.repeat > 1:
+            folder = command.out if command.out is not None else scratch / "first"
+            with ForwardDump(folder) as dump:
+                for _ in dump.record(asked()):
+                    pass
+                if self.adapted is not None:  # so that a diff can judge the stages that used them
+                    copy_atomic(scratch / ADAPTED_FILE, folder / ADAPTED_FILE)
+                dump.commit(self._manifest(forwarder, backend))
+        else:
+            for _ in asked():
+                pass
+        return kept[0], hashlib.sha256(np.ascontiguousarray(kept[0]).reshape(-1).view(np.uint8).data).hexdigest()
+
+    def _results(self, forwarder: Forwarder) -> Iterator[StageResult]:
+        """The asked stages and the logits, with progress."""
+        wanted = dict.fromkeys((*self.stages, "lm_head"))
+        total = self.config.num_hidden_layers
+        for result in forwarder.run(
+            self.tokens.tolist(), layers=self.layers, stages=wanted, positions=self.command.positions
+        ):
+            done = total if result.layer is None else result.layer
+            self.progress(f"{forwarder.backend.name} forward, {result.stage}", done / total)
+            yield result
+
+    def _manifest(self, forwarder: Forwarder, backend: Backend) -> dict[str, Any]:
+        command = self.command
+        return {
+            "backend": backend.name,
+            "facts": {**backend.facts(), "jit": command.jit},
+            "precision": "native",
+            "model": {
+                "source": str(self.checkpoint.path.resolve()) if self.checkpoint.revision is None else command.model,
+                "fingerprint": self.checkpoint.fingerprint(),
+                "config": self.checkpoint.raw_config,
+            },
+            "dtype": forwarder.path["embedding"].dtype,
+            "tokens": self.tokens.tolist(),
+            "tokens_sha256": hashlib.sha256(self.tokens.astype("<i8").tobytes()).hexdigest(),
+            "positions": command.positions,
+            "layers": list(self.layers),
+            "stages": list(self.stages),
+            "adapted": self.adapted,
+            "layout": command.layout if command.adapted else None,
+        }
+
+    def _repeat(self, forwarder: Forwarder, scratch: Path) -> dict[str, Any]:
+        """Run again and again; how many elements were not byte-identical to the first run's."""
+        if self.command.out is not None and self.command.format == "aprt":
+            raise UsageError("--repeat compares with the first run's dump, which --format aprt does not keep in full")
+        side = ForwardSide(self.command.out or scratch / "first")
+        different = elements = 0
+        first: str | None = None
+        try:
+            for _ in range(self.command.repeat - 1):
+                for result in self._results(forwarder):
+                    if (result.layer, result.stage) not in side.places:
+                        continue
+                    d = Difference(0)
+                    d.add(side.read((result.layer, result.stage)), result.array)
+                    different, elements = different + d.mismatched, elements + d.count
+                    if d.mismatched and first is None:
+                        first = result.stage if result.layer is None else f"layers.{result.layer}.{result.stage}"
+        finally:
+            side.close()
+        return {
+            "runs": self.command.repeat,
+            "identical": different == 0,
+            "different_elements": different,
+            "elements": elements,
+            "first": first,
+        }
+
+    def _generate(self, forwarder: Forwarder) -> list[int]:
+        """Greedy tokens of the traced path, each from a forward of all before it."""
+        tokens = self.tokens.tolist()
+        for step in range(self.command.generate):
+            self.progress(f"{forwarder.backend.name} generating", step / self.command.generate)
+            (last,) = [r.array for r in forwarder.run(tokens, layers=(), stages=("lm_head",), positions="last")]
+            tokens.append(greedy(last))
+        return tokens[len(self.tokens) :]
+
+    def _production(
+        self, backend: Backend, weights: Weights, logits: np.ndarray, generated: list[int] | None
+    ) -> dict[str, Any]:
+        """The comparison with the uninstrumented model, or why there is none."""
+        command = self.command
+        why = self._why_not()
+        if why is not None:
+            return {"ran": False, "why": why}
+        self.progress(f"{backend.name} production model", 0.0)
+        tokens, last = self.tokens.tolist(), command.positions == "last"
+
+        def load(dtype: str) -> Production | None:
+            return backend.production(self.config, weights, dtype=dtype, raw_config=self.checkpoint.raw_config)
+
+        model = load(command.dtype)
+        if model is None:
+            return {"ran": False, "why": f"{backend.name} is the specification and has no production model"}
+        found = compare_production(
+            logits,
+            model(tokens, last_only=last),
+            layers=self.config.num_hidden_layers,
+            reordered=lambda: model.reordered(tokens, last_only=last),
+            wider=lambda: self._wider(backend, weights, load("float32"), tokens, last),
+        )
+        if generated is not None:
+            produced = model.generate(tokens, command.generate)
+            found |= {"generated": produced, "generated_agrees": produced == generated}
+        return found
+
+    def _wider(
+        self, backend: Backend, weights: Weights, model: Production | None, tokens: list[int], last: bool
+    ) -> dict[str, Any]:
+        """The same comparison in float32, for a dtype too narrow to decide."""
+        forwarder = Forwarder(backend, self.config, weights, dtype="float32")
+        run = forwarder.run(tokens, layers=(), stages=("lm_head",), positions=self.command.positions)
+        (traced,) = [result.array for result in run]
+        assert model is not None
+        return compare_production(
+            traced,
+            model(tokens, last_only=last),
+            layers=self.config.num_hidden_layers,
+            reordered=lambda: model.reordered(tokens, last_only=last),
+        )
+
+    def _why_not(self) -> str | None:
+        command = self.command
+        if command.production is False:
+            return "--no-production"
+        if command.production is None:
+            needed = production_bytes(self.config, command.dtype)
+            free = available_bytes()
+            if needed > _MEMORY_SHARE * free:
+                return (
+                    f"the weights need about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; --production forces"
+                )
+        return None
+
+
+def production_bytes(config: QwenConfig, dtype: str) -> int:
+    """Memory that the production model of `config` takes."""
+    size = stored_dtype(config.dtype if dtype == "model" else dtype).itemsize
+    shapes = parameter_shapes(config)
+    count = sum(int(np.prod(s)) for n, s in shapes.items() if n != LM_HEAD or not config.tie_word_embeddings)
+    return int(count * size * _PRODUCTION_OVERHEAD)
+
+
+def sound(document: dict[str, Any]) -> bool:
+    """Whether instrumenting changed nothing and repeating changed nothing."""
+    production, repeated = document["production"], document["deterministic"]
+    agrees = not production["ran"] or (
+        production["verdict"] in ("exact", "rounding") and production.get("generated_agrees", True)
+    )
+    return agrees and (repeated is None or repeated["identical"])
