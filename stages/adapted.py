@@ -39,11 +39,11 @@ class AdaptedWeights:
 
 def write_adapted(
     components: Path, layout: str, checkpoint: Checkpoint, backend: Backend, path: Path, progress: Progress
-) -> dict[str, str]:
+) -> tuple[dict[str, str], dict[str, str]]:
     """Replay every tensor of a bundle and store it at `path`, source-oriented, in the checkpoint's dtype.
 
-    Returns tensor -> layout it was contracted under. A V whose shape does not fit `layout` is contracted as the
-    bundle declares, since the wrong layout cannot be computed there at all; the caller says so.
+    Returns tensor -> layout it was contracted under, and tensor -> sha256. A V whose shape does not fit `layout`
+    is contracted as the bundle declares, since the wrong layout cannot be computed there; the caller says so.
     """
     with ExitStack() as stack:
         bundle = Bundle(components)
@@ -54,7 +54,7 @@ def write_adapted(
             for task in tasks
         }
         replayer = Replayer(backend)
-        writer = stack.enter_context(TensorWriter(path, specs))
+        writer = stack.enter_context(TensorWriter(path, specs, hashes=True))
         for task in tasks:
             dtype = specs[task.source_name][0]
             # A bfloat16 checkpoint stores final_bf16; any other dtype is one rounding of final_f32.
@@ -62,8 +62,8 @@ def write_adapted(
             for chunk in replayer.run(task):
                 writer.write(task.source_name, chunk.values[stage].astype(dtype, copy=False), chunk.start)
                 progress(f"adapting {task.source_name}", chunk.stop / task.shape[0])
-        writer.commit()
-        return {task.source_name: task.layout for task in tasks}
+        digests = writer.commit()
+        return {task.source_name: task.layout for task in tasks}, digests
 
 
 def _task(bundle: Bundle, index: int, layout: str, checkpoint: Checkpoint) -> ReplayTask:

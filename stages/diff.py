@@ -186,7 +186,8 @@ def sentence(
         who = {"a": a["source"], "b": b["source"], "both": "both sides"}.get(culprit["side"] or "")
         blame = f"{who} computed it wrong" if who else "the sides differ"
         ratio = f", {culprit['ratio']:.3g} times the bound" if culprit["ratio"] else ""
-        return f"{culprit['verdict'].capitalize()} at {where}: {blame}{ratio}."
+        hint = f" ({culprit['hint']})" if culprit["hint"] else ""
+        return f"{culprit['verdict'].capitalize()} at {where}: {blame}{ratio}{hint}."
     failed = [name for name, passed in gates.items() if not passed]
     if failed:
         return f"No bug found, but the gate {', '.join(failed)} failed."

@@ -16,7 +16,7 @@ from stages.aprt import is_aprt_tree
 from stages.checkpoint import open_checkpoint
 from stages.compare import row_verdict, side_fields
 from stages.errors import InputError, NotFoundError, UsageError
-from stages.forward import ALIASES, RUN_PARAMS, declare, forward_path, producers
+from stages.forward import ALIASES, RUN_PARAMS, declare, forward_path, parameter_name, producers
 from stages.forward_dump import AprtSide, ForwardSide, Place, forward_key
 from stages.forward_run import Weights, judge_stage
 from stages.metrics import Difference
@@ -182,7 +182,8 @@ def _row(place: Place, a: _Run, b: _Run, top: int) -> dict[str, Any]:
     if place not in b.side.places or place not in a.side.places:
         verdict = Verdict.MISSING if place not in b.side.places else Verdict.EXTRA
         return {**row, "verdict": verdict.value}
-    x, y = a.side.read(place), b.side.read(place)
+    recorded_a, recorded_b = a.side.read(place), b.side.read(place)
+    x, y = recorded_a, recorded_b
     if a.path is None or b.path is None:
         x, y = _flat(x, y), _flat(y, x)
     if x.shape != y.shape or x.dtype != y.dtype:
@@ -193,8 +194,9 @@ def _row(place: Place, a: _Run, b: _Run, top: int) -> dict[str, Any]:
         return {**row, "verdict": Verdict.SHAPE.value, "note": note}
     d = Difference(top)
     d.add(x, y)
-    side_a, side_b = (_judge(place, run, array) for run, array in ((a, x), (b, y)))
+    side_a, side_b = (_judge(place, run, array) for run, array in ((a, recorded_a), (b, recorded_b)))
     given = name == "embedding" or (name == "inv_freq" and a.path is not None)
+    other_weights = _other_weights(place, a, b)
     population_a, population_b = stats.population(x), stats.population(y)
     return {
         **row,
@@ -206,7 +208,22 @@ def _row(place: Place, a: _Run, b: _Run, top: int) -> dict[str, Any]:
         "stats_b": population_b,
         "std_ratio": stats.std_ratio(population_a, population_b),
         **d.result(),
+        **({"verdict": Verdict.BUG.value, "note": other_weights} if other_weights else {}),
     }
+
+
+def _other_weights(place: Place, a: _Run, b: _Run) -> str | None:
+    """A note when the two sides' stage read differently adapted weights: each may be right, they are not one model."""
+    if a.path is None or b.path is None or place[1] not in a.path:
+        return None
+    assert isinstance(a.side, ForwardSide)
+    assert isinstance(b.side, ForwardSide)
+    adapted_a, adapted_b = (side.dump.manifest.get("adapted_sha256") or {} for side in (a.side, b.side))
+    stage = a.path[place[1]]
+    names = [parameter_name(stage, param, place[0]) for param in stage.params]
+    other = [name for name in names if adapted_a.get(name) != adapted_b.get(name)]
+    layouts = [side.dump.manifest.get("layout") or "not adapted" for side in (a.side, b.side)]
+    return f"the sides ran on different {', '.join(other)} ({layouts[0]}, {layouts[1]})" if other else None
 
 
 def _judge(place: Place, run: _Run, observed: np.ndarray) -> SideVerdict | None:

@@ -110,7 +110,8 @@ class _Job:
         self.tokens = token_ids(command, checkpoint)
         self.config.check_length(len(self.tokens))
         self.layers = resolve_layers(command.layers, self.config)
-        self.adapted: dict[str, str] | None = None
+        self.adapted: dict[str, str] | None = None  # tensor -> layout
+        self.adapted_sha256: dict[str, str] | None = None
 
     def run(self, backend: Backend) -> dict[str, Any]:
         command = self.command
@@ -151,7 +152,11 @@ class _Job:
                 raise UsageError(f"--layout {command.layout} is about --adapted COMPONENTS")
             return self.checkpoint
         path = scratch / ADAPTED_FILE
-        self.adapted = write_adapted(command.adapted, command.layout, self.checkpoint, backend, path, self.progress)
+        self.adapted, self.adapted_sha256 = write_adapted(
+            command.adapted, command.layout, self.checkpoint, backend, path, self.progress
+        )
+            command.adapted, command.layout, self.checkpoint, backend, path, self.progress
+        )
         kept = [name for name, layout in self.adapted.items() if command.layout not in ("declared", layout)]
         if kept:
             self.progress.say(
@@ -220,6 +225,7 @@ class _Job:
             "layers": list(self.layers),
             "stages": list(self.stages),
             "adapted": self.adapted,
+            "adapted_sha256": self.adapted_sha256,
             "layout": command.layout if command.adapted else None,
         }
 

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from stages.diff import place_of
+
 _STYLES = {"exact": "green", "rounding": "green", "unjudged": "yellow", "suspect": "yellow"}
 
 
@@ -197,11 +199,11 @@ def _stage_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 def _row_table(rows: Sequence[Mapping[str, Any]], title: str, limit: int = 30) -> Table:
     table = Table(title=title, title_justify="left", header_style="bold", show_edge=False, pad_edge=False)
-    for name in ("tensor", "stage", "verdict", "a / bound", "b / bound", "max |a - b|", "at", "a", "b"):
-        table.add_column(name, justify="left" if name in ("tensor", "stage", "verdict") else "right")
+    for name in ("where", "stage", "verdict", "a / bound", "b / bound", "max |a - b|", "at", "a", "b"):
+        table.add_column(name, justify="left" if name in ("where", "stage", "verdict") else "right")
     for row in rows[:limit]:
         table.add_row(
-            escape(str(row["tensor"])),
+            escape(place_of(row)),
             row["stage"],
             _styled(row["verdict"]),
             number(row["ratio_a"]),
