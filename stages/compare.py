@@ -113,15 +113,18 @@ class TensorComparison:
         options = {name: self.options[name] for name in row.stage.options}
         arguments_a, arguments_b = a.arguments(row.stage), b.arguments(row.stage)
         oracle: Oracle | None = None
-        if arguments_a is not None:
-            oracle = consult(row.stage, arguments_a, options)
-            row.side_a = row.side_a or SideVerdict()
-            row.side_a.add(oracle, a.values[row.stage.name])
-        if arguments_b is not None:
-            if oracle is None or arguments_a is None or not _same(arguments_a, arguments_b):
-                oracle = consult(row.stage, arguments_b, options)
-            row.side_b = row.side_b or SideVerdict()
-            row.side_b.add(oracle, b.values[row.stage.name])
+        try:
+            if arguments_a is not None:
+                oracle = consult(row.stage, arguments_a, options)
+                row.side_a = row.side_a or SideVerdict()
+                row.side_a.add(oracle, a.values[row.stage.name])
+            if arguments_b is not None:
+                if oracle is None or arguments_a is None or not _same(arguments_a, arguments_b):
+                    oracle = consult(row.stage, arguments_b, options)
+                row.side_b = row.side_b or SideVerdict()
+                row.side_b.add(oracle, b.values[row.stage.name])
+        except ValueError as error:  # numpy's, for operands whose shapes do not go together
+            row.shape_note = f"its recorded inputs do not fit each other: {error}"
 
     def rows(self) -> list[dict[str, Any]]:
         """One `svf.diff/1` row per stage that either side has, in execution order."""

@@ -173,7 +173,8 @@ def sentence(
     if not rows:
         return "Nothing was compared."
     miss = misfit(zero_offset)
-    if miss is not None:
+    # A wrong contraction misses by about the weights' own size; less is a faulty stage, and the culprit says which.
+    if miss is not None and (culprit is None or max(miss["relative_a"], miss["relative_b"]) > 0.1):
         letter = "a" if miss["fits_a"] is False else "b"
         who = {"a": a, "b": b}[letter]["source"] if miss["fits_a"] != miss["fits_b"] else "both sides"
         return (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from stages.forward_dump import is_forward_dump
 from stages.replay import REPLAY
 from stages.replay_run import chunk_plan, default_chunk_rows
 from stages.sides import Side, SideTensor, check_comparable, open_side, pair_samples
+from stages.stage import Stage
 from stages.trinity_report import diff_reports, is_report
 from stages.verdict import Verdict
 
@@ -31,18 +32,20 @@ def diff_recorded(
     top: int = 5,
     gates: diff.Gates | None = None,
     runs: tuple[Any, Any] = (None, None),
+    more_rows: Sequence[dict[str, Any]] = (),
     progress: Progress = lambda _label, _done: None,
 ) -> dict[str, Any]:
     """The `svf.diff/1` document of two dumps, component bundles or stage files.
 
-    `runs` are the documents of the runs that made them. `InputError` when the two replayed different weights.
+    `runs` are the documents of the runs that made them, `more_rows` what these know of tensors without a dump.
+    `InputError` when the two replayed different weights.
     """
     with open_side(path_a, components) as a, open_side(path_b, components) as b:
         a, b = _same_kind(a, b, path_a, path_b, components)
         check_comparable(a, b)
         pair_samples(a, b)
         comparisons: list[TensorComparison] = []
-        hash_rows: list[dict[str, Any]] = []
+        hash_rows: list[dict[str, Any]] = [*more_rows, *_unknown_rows(a, b)]
         keys = [*a.tensors, *(key for key in b.tensors if key not in a.tensors)]
         for key in keys:
             one, other = a.tensors.get(key), b.tensors.get(key)
@@ -51,7 +54,7 @@ def diff_recorded(
             else:
                 comparisons.append(_compare(key, one, other, top, progress))
         if gates is not None and gates.current_python and gates.current is None:
-            gates = _gates_of_pair(gates, comparisons)
+            gates = _gates_of_pair(gates, [row for c in comparisons for row in c.rows()] + hash_rows)
         return diff.document(
             comparisons,
             diff.side(a.label, a.facts, runs[0]),
@@ -160,9 +163,19 @@ def _hash_rows(key: str, a: SideTensor, b: SideTensor) -> list[dict[str, Any]]:
     return rows
 
 
-def _gates_of_pair(gates: diff.Gates, comparisons: list[TensorComparison]) -> diff.Gates:
+def _unknown_rows(a: Side, b: Side) -> list[dict[str, Any]]:
+    """Rows of stages that no replay has and one side alone holds: an unknown stage is not passed over."""
+    rows = []
+    for keys, verdict in ((a.unknown - b.unknown, Verdict.MISSING), (b.unknown - a.unknown, Verdict.EXTRA)):
+        for key in sorted(keys):
+            stage = Stage(key.rpartition(".")[2], required=False)
+            rows.append({**empty_row(key, key, stage, verdict), "key": key, "note": "no stage of the replay"})
+    return rows
+
+
+def _gates_of_pair(gates: diff.Gates, rows: list[dict[str, Any]]) -> diff.Gates:
     """Without a report the reference side is a: every tensor's final bf16 hash must be a's."""
-    finals = [c.stages["final_bf16"].hashes.digests() for c in comparisons if "final_bf16" in c.stages]
-    equal = bool(finals) and all(one == other for one, other in finals)
+    finals = [(row.get("sha256_a"), row.get("sha256_b")) for row in rows if row["stage"] == "final_bf16"]
+    equal = bool(finals) and all(one is not None and one == other for one, other in finals)
     one = finals[0][0] if finals else None
     return diff.Gates(**{**vars(gates), "current": one, "replayed_hashes": (one,) if equal and one else ()})

@@ -13,7 +13,7 @@ import numpy as np
 from stages.bundle import tensor_stage_key
 from stages.errors import InputError, NotFoundError, UsageError, shown
 from stages.jsonio import read_object, write_json
-from stages.output import ensure_space, new_folder
+from stages.output import ensure_space, new_folder, prepare_folder
 from stages.replay import REPLAY
 from stages.replay_run import Chunk, ReplayTask
 from stages.selection import layer_of
@@ -110,6 +110,14 @@ class ReplayDump:
         for writer in self._writers.values():
             writer.close()
         self._stack.__exit__(*exc)
+
+
+def keep_hashes(manifest: Path, folder: Path) -> None:
+    """Write the manifest of a full dump into the new `folder` as that of a dump of hashes."""
+    document = read_object(manifest)
+    tensors = {key: {**entry, "file": None} for key, entry in document["tensors"].items()}
+    prepare_folder(folder)
+    write_json(folder / MANIFEST_FILE, {**document, "tensors": tensors})
 
 
 class Dump:

@@ -155,8 +155,6 @@ class _Job:
         self.adapted, self.adapted_sha256 = write_adapted(
             command.adapted, command.layout, self.checkpoint, backend, path, self.progress
         )
-            command.adapted, command.layout, self.checkpoint, backend, path, self.progress
-        )
         kept = [name for name, layout in self.adapted.items() if command.layout not in ("declared", layout)]
         if kept:
             self.progress.say(

@@ -15,12 +15,14 @@ from stages.children import ChildResult, run_svf
 from stages.defaults import default_source
 from stages.diff import Gates
 from stages.diff_job import diff_recorded
+from stages.dump import MANIFEST_FILE, keep_hashes
 from stages.errors import SvfError, UsageError
 from stages.jsonio import write_json
 from stages.output import prepare_folder
 from stages.progress import Progress
 from stages.replay_job import ReplayJob, ReplayOptions
 from stages.trinity_report import reference_hashes, replay_report
+from stages.verdict import Verdict
 
 
 @dataclass(frozen=True)
@@ -122,28 +124,34 @@ def replay_both(command: ReplayCommand, names: Sequence[str], progress: Progress
     with Bundle(command.components) as bundle:
         declared = bundle.entries[0].layout
     with ExitStack() as stack:
-        out = prepare_folder(command.out) if command.out is not None else _scratch(stack)
+        out = prepare_folder(command.out) if command.out is not None else None
+        # A dump of hashes alone cannot be compared stage by stage: full ones are, and their hashes kept.
+        work = out if out is not None and command.dump == "full" else _scratch(stack)
         gates = _gates(command)
-        children = [_child(command, name, out / name, progress) for name in names]
+        children = [_child(command, name, work / name, progress) for name in names]
         for name, child in zip(names, children, strict=True):
             _check_child(name, child)
         runs = (children[0].document, children[1].document)
-        layouts = [declared] if command.layout == "declared" else [command.layout]
-        folders = [out / name / declared if command.layout == "all" else out / name for name in names]
-        document = diff_recorded(
-            folders[0],
-            folders[1],
-            components=command.components,
-            top=command.top,
-            gates=_pair_gates(gates, runs, command),
-            runs=runs,
-            progress=progress,
-        )
-        document["a"]["source"], document["b"]["source"] = (f"{name} replay" for name in names)
-        document["layouts"] = _layouts(names, runs)
-        document["out"] = str(out) if command.out is not None else None
-        document["layout"] = layouts[0]
-        return document
+        folders = [work / name / declared if command.layout == "all" else work / name for name in names]
+        document = runs[0]  # its shape rows say it all when no tensor's V fits the layout
+        if all(folder.is_dir() for folder in folders):
+            document = diff_recorded(
+                folders[0],
+                folders[1],
+                components=command.components,
+                top=command.top,
+                gates=_pair_gates(gates, runs, command),
+                runs=runs,
+                more_rows=[row for row in runs[0]["rows"] if row["verdict"] == Verdict.SHAPE],
+                progress=progress,
+            )
+        if out is not None and command.dump == "hash":
+            for manifest in work.rglob(MANIFEST_FILE):
+                keep_hashes(manifest, out / manifest.parent.relative_to(work))
+    document["a"]["source"], document["b"]["source"] = (f"{name} replay" for name in names)
+    document["layouts"] = _layouts(names, runs)
+    document["out"] = str(out) if out is not None else None
+    return document
 
 
 def _scratch(stack: ExitStack) -> Path:
@@ -152,9 +160,8 @@ def _scratch(stack: ExitStack) -> Path:
 
 def _child(command: ReplayCommand, name: str, out: Path, progress: Progress) -> ChildResult:
     progress.say(f"replaying on {name}")
-    mode = "full" if command.dump == "none" else command.dump
     arguments = ["replay", str(command.components), "--backend", name, "--layout", command.layout]
-    arguments += ["--out", str(out), "--dump", mode, "--device", command.device, "--top", str(command.top), "--json"]
+    arguments += ["--out", str(out), "--dump", "full", "--device", command.device, "--top", str(command.top), "--json"]
     arguments += ["--no-verdicts"]  # the parent judges both dumps
     for flag, value in (("--model", command.model), ("--chunk-rows", command.chunk_rows)):
         arguments += [flag, str(value)] if value is not None else []

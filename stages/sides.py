@@ -86,6 +86,7 @@ class Side:
         self.label = label
         self.facts: dict[str, str] = {}
         self.tensors: dict[str, SideTensor] = {}
+        self.unknown: set[str] = set()  # keys that are no stage of the replay
         self._stack = stack
 
     def close(self) -> None:
@@ -127,11 +128,13 @@ def _from_dump(path: Path, components: Path | None, stack: ExitStack) -> Side:
     side = Side(str(path), stack)
     side.facts = {str(k): str(v) for k, v in dict(dump.manifest.get("facts", {})).items()}
     bundle = _open_bundle(components or _recorded_path(dump), stack, required=components is not None)
+    side.unknown = set(dump.tensors)
     for item in dump.manifest.get("selected", []):
         name = item.get("source_name") if isinstance(item, dict) else None
         if not isinstance(name, str):
             raise InputError(f"{path / MANIFEST_FILE}: an entry of 'selected' has no source_name")
         keys = {stage: bundles.tensor_stage_key(name, stage) for stage in REPLAY}
+        side.unknown -= set(keys.values())
         entries = {stage: dump.tensors[key] for stage, key in keys.items() if key in dump.tensors}
         identity = {str(k): str(v) for k, v in dict(item.get("sha256", {})).items()}
         side.tensors[safe_key(name)] = SideTensor(
@@ -190,6 +193,7 @@ def _from_stages(label: str, file: TensorFile, bundle: Bundle | None, stack: Exi
     if not found:
         keys = ", ".join(shown(key, 40) for key in list(file.tensors)[:4])
         raise InputError(f"{file.path}: holds no replay stages ('stage.<name>' or 'tensor.<tensor>.<name>'): {keys}")
+    side.unknown = set(file.tensors) - {key for stages in found.values() for key in stages.values()}
     for key, stages in found.items():
         safe = key or (safe_key(bundle.sample_name) if bundle and bundle.sample_name else "")
         entry = _entry(bundle, safe)
