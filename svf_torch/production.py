@@ -1,0 +1,135 @@
+"""`transformers`' own Qwen3 and Qwen2/2.5: the production model of the torch side. Twin of svf_jax/production.py.
+
+The classes are taken by family, never by what a checkpoint's folder names, and nothing in the folder is executed.
+Weights come through the same reader as the traced path's, so adapted ones work too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from stages.memory import ALIGNMENT, aligned_copy
+from stages.production import Weights, check_names, checked_tokens, greedy, parameters_of, with_stored_head
+from stages.qwen import QwenConfig
+
+CLASSES: Mapping[str, tuple[Any, Any]] = MappingProxyType(
+    {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}
+)
+
+
+def load_model(
+    config: QwenConfig,
+    weights: Weights,
+    dtype: str = "model",
+    device: str = "cpu",
+    raw_config: Mapping[str, Any] | None = None,
+) -> PreTrainedModel:
+    """`transformers`' model, eager attention, whose every parameter was read from `weights`, one tensor at a time.
+
+    `dtype`: what weights are cast to and activations computed in, `model` for the config's. `raw_config`: the object
+    in `config.json`; with it `transformers` reads the config by itself, and a misreading of ours shows. The model has
+    an LM head of its own where the weights have one, whatever the config ties. `InputError` for a tensor that is
+    missing, unexpected or of another shape: `transformers` itself would fill in a missing norm with ones.
+    """
+    config = with_stored_head(config, weights)
+    made, kind = getattr(torch, config.dtype if dtype == "model" else dtype), CLASSES[config.family][1]
+    settings = transformers_config(config, raw_config)
+    with torch.device("meta"):
+        model = kind._from_config(settings, dtype=made, attn_implementation="eager")
+    # Not in any checkpoint, so not on the meta device: the inverse frequencies, float32 in every model.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
+    check_names(config, [name for name, _ in model.named_parameters()])
+    state = {name: _put(array).to(device, made) for name, array in parameters_of(config, weights)}
+    model.load_state_dict(state, strict=not config.tie_word_embeddings, assign=True)
+    model.tie_weights()
+    return model.to(device).eval().requires_grad_(False)
+
+
+def transformers_config(config: QwenConfig, raw_config: Mapping[str, Any] | None = None) -> Any:
+    """`config` as `transformers` has it, or its own reading of `raw_config`; tied as `config` is."""
+    c, kind = config, CLASSES[config.family][0]
+    if raw_config is not None:
+        return kind.from_dict({**raw_config, "tie_word_embeddings": c.tie_word_embeddings})
+    return kind(
+        vocab_size=c.vocab_size,
+        hidden_size=c.hidden_size,
+        intermediate_size=c.intermediate_size,
+        num_hidden_layers=c.num_hidden_layers,
+        num_attention_heads=c.num_attention_heads,
+        num_key_value_heads=c.num_key_value_heads,
+        head_dim=c.head_dim,
+        max_position_embeddings=c.max_position_embeddings,
+        rms_norm_eps=c.rms_norm_eps,
+        rope_parameters={"rope_type": c.rope_type, "rope_theta": c.rope_theta, **c.rope},
+        tie_word_embeddings=c.tie_word_embeddings,
+        # Sequences that a window could cut are refused, so full attention is the same and always right.
+        use_sliding_window=False,
+        layer_types=["full_attention"] * c.num_hidden_layers,
+        **({"attention_bias": c.qkv_bias} if c.family == "qwen3" else {}),
+    )
+
+
+class TorchProduction:
+    """`transformers`' model in numpy terms; see `stages.production.Production`."""
+
+    def __init__(self, model: PreTrainedModel, config: QwenConfig):
+        self.model, self.config = model, config
+
+    def __call__(self, tokens: Sequence[int] | np.ndarray, *, last_only: bool = False) -> np.ndarray:
+        """Logits `[tokens, vocab]`, or the last token's, `[1, vocab]`, from one call of the model."""
+        return self._run(checked_tokens(self.config, tokens), last_only)
+
+    def reordered(self, tokens: Sequence[int] | np.ndarray, *, last_only: bool = False) -> np.ndarray:
+        """The same model with `sdpa` attention, `transformers`' default: other orders of rounding."""
+        try:
+            self.model.set_attn_implementation("sdpa")
+            return self._run(checked_tokens(self.config, tokens), last_only)
+        finally:
+            self.model.set_attn_implementation("eager")
+
+    def generate(self, tokens: Sequence[int] | np.ndarray, n: int) -> list[int]:
+        """The `n` greedy tokens that follow, each from a forward of all before it: there is no cache.
+
+        `generation_config.json` has no say: nothing is sampled, and no token ends the sequence.
+        """
+        ids = checked_tokens(self.config, tokens)
+        for _ in range(n):
+            self.config.check_length(len(ids))
+            ids = np.append(ids, np.int32(greedy(self._run(ids, last_only=True))))
+        return [int(token) for token in ids[len(tokens) :]]
+
+    def _run(self, ids: np.ndarray, last_only: bool) -> np.ndarray:
+        put = torch.from_numpy(ids.astype(np.int64))[None].to(self.model.device)
+        with torch.inference_mode():
+            out = self.model(put, use_cache=False, logits_to_keep=1 if last_only else 0).logits[0]
+        out = out.contiguous().cpu()
+        return out.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if out.dtype == torch.bfloat16 else out.numpy()
+
+
+def production(
+    config: QwenConfig,
+    weights: Weights,
+    *,
+    dtype: str = "model",
+    device: str = "cpu",
+    raw_config: Mapping[str, Any] | None = None,
+) -> TorchProduction:
+    """The production model of `config`, with all `weights` loaded."""
+    return TorchProduction(load_model(config, weights, dtype, device, raw_config), config)
+
+
+def _put(array: np.ndarray) -> Tensor:
+    array = np.require(array, requirements=("C", "W"))
+    if array.ctypes.data % ALIGNMENT:  # MKL's products depend on it, see stages/memory.py
+        array = aligned_copy(array)
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
