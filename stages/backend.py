@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from stages.production import Production, Weights
-    from stages.qwen import QwenConfig
+from stages.qwen import QwenConfig
+
+
+class Weights(Protocol):
+    """Where parameters come from: a `Checkpoint`, or something that reads like one."""
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows `[start:stop]` of parameter `name`; the caller does not change the array."""
+
+
+class Production(Protocol):
+    """A loaded, uninstrumented model of one backend."""
+
+    def __call__(self, tokens: Sequence[int], *, last_only: bool = False) -> np.ndarray:
+        """Logits `[tokens, vocab]`, or the last token's, `[1, vocab]`, in the activations' dtype."""
+
+    def reordered(self, tokens: Sequence[int], *, last_only: bool = False) -> np.ndarray:
+        """The same logits by another legitimate order of evaluation: the difference is rounding, by construction."""
+
+    def generate(self, tokens: Sequence[int], n: int) -> list[int]:
+        """The `n` greedy tokens that follow, each from a forward of all before it."""
 
 
 class Backend(Protocol):

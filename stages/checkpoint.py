@@ -20,14 +20,12 @@ import numpy as np
 
 from stages.errors import InputError, NotFoundError, shown
 from stages.jsonio import MAX_JSON_BYTES, parse_json, read_bytes, read_object
-from stages.qwen import DTYPES, QwenConfig, parameter_shapes, parse_config
+from stages.qwen import DTYPES, EMBEDDING, LM_HEAD, QwenConfig, parameter_shapes, parse_config
 from stages.tensorfile import TensorFile, TensorInfo, dtype_name
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-EMBEDDING = "model.embed_tokens.weight"
-LM_HEAD = "lm_head.weight"
 
 # What is fetched from the hub: no pickles, no code, nothing in subfolders.
 HUB_PATTERNS = (

@@ -12,10 +12,9 @@ from types import MappingProxyType
 from typing import Any
 
 from stages.noise import Noise
-from stages.qwen import QwenConfig
+from stages.qwen import EMBEDDING, LM_HEAD, QwenConfig
 from stages.stage import Path, Scope, Stage
 
-EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Parameters that come with the run, not with the weights: token ids and their positions, int32.
 RUN_PARAMS = ("tokens", "positions")
 # What a layer has from the one before it.

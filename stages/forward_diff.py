@@ -13,12 +13,13 @@ import numpy as np
 from stages import diff, stats
 from stages.adapted import ADAPTED_FILE, AdaptedWeights
 from stages.aprt import is_aprt_tree
+from stages.backend import Weights
 from stages.checkpoint import open_checkpoint
 from stages.compare import row_verdict, side_fields
 from stages.errors import InputError, NotFoundError, UsageError
 from stages.forward import ALIASES, RUN_PARAMS, declare, forward_path, parameter_name, producers
 from stages.forward_dump import AprtSide, ForwardSide, Place, forward_key
-from stages.forward_run import Weights, judge_stage
+from stages.forward_run import judge_stage
 from stages.metrics import Difference
 from stages.qwen import QwenConfig, parse_config
 from stages.stage import Path as StagePath

@@ -15,20 +15,19 @@ import numpy as np
 from stages import stats
 from stages.adapted import ADAPTED_FILE, AdaptedWeights, write_adapted
 from stages.aprt import write_tree
-from stages.backend import Backend
+from stages.backend import Backend, Production, Weights
 from stages.checkpoint import Checkpoint, open_checkpoint
 from stages.defaults import default_source
 from stages.errors import UsageError
-from stages.forward import LM_HEAD
 from stages.forward_dump import ForwardDump, ForwardSide
-from stages.forward_run import Forwarder, StageResult, Weights, resolve_layers, resolve_stages
+from stages.forward_run import Forwarder, StageResult, resolve_layers, resolve_stages
 from stages.jsonio import copy_atomic
 from stages.memory import available_bytes
 from stages.metrics import Difference
 from stages.output import prepare_folder
-from stages.production import Production, compare_production, greedy, with_stored_head
+from stages.production import compare_production, greedy, with_stored_head
 from stages.progress import Progress
-from stages.qwen import QwenConfig, parameter_shapes
+from stages.qwen import LM_HEAD, QwenConfig, parameter_shapes
 from stages.tensorfile import TensorFile, stored_dtype
 from stages.tokens import DEFAULT_TOKENS, check_tokens, encode, parse_tokens, read_tokens
 

@@ -6,11 +6,11 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
-from stages.backend import Backend
+from stages.backend import Backend, Weights
 from stages.errors import InputError, UsageError, shown
 from stages.forward import EMBEDDING, LM_HEAD, RUN_PARAMS, forward_path, parameter_name, producers, stage_options
 from stages.memory import aligned_copy, is_aligned
@@ -28,13 +28,6 @@ MIN_CHUNK = 4096
 
 _Item = TypeVar("_Item")
 _Loaded = TypeVar("_Loaded")
-
-
-class Weights(Protocol):
-    """Where parameters come from: a `Checkpoint`, or something that reads like one."""
-
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Rows `[start:stop]` of parameter `name`; the caller does not change the array."""
 
 
 class LoadedWeights:

@@ -8,16 +8,15 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
+from stages.backend import Weights
 from stages.errors import InputError, shown
 from stages.noise import rounding_unit
-from stages.qwen import QwenConfig, parameter_shapes
+from stages.qwen import EMBEDDING, LM_HEAD, QwenConfig, parameter_shapes
 from stages.verdict import Verdict
-
-EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 # Largest RMS difference in units of the noise that is still rounding: over all rows, and in the worst row. Seen on
 # right models: 1.5 and 4.4; on the mildest planted fault: 2,600 (float32).
@@ -27,26 +26,6 @@ ROW_LIMIT = 24.0
 _HEAD_ROWS = 4096
 # Padded lengths of a generation: a power of two, this at least.
 _SHORTEST_BUCKET = 16
-
-
-class Weights(Protocol):
-    """Where parameters come from: a `Checkpoint`, or something that reads like one."""
-
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Rows `[start:stop]` of parameter `name`; the caller does not change the array."""
-
-
-class Production(Protocol):
-    """A loaded, uninstrumented model of one backend."""
-
-    def __call__(self, tokens: Sequence[int], *, last_only: bool = False) -> np.ndarray:
-        """Logits `[tokens, vocab]`, or the last token's, `[1, vocab]`, in the activations' dtype."""
-
-    def reordered(self, tokens: Sequence[int], *, last_only: bool = False) -> np.ndarray:
-        """The same logits by another legitimate order of evaluation: the difference is rounding, by construction."""
-
-    def generate(self, tokens: Sequence[int], n: int) -> list[int]:
-        """The `n` greedy tokens that follow, each from a forward of all before it."""
 
 
 def with_stored_head(config: QwenConfig, weights: Weights) -> QwenConfig:

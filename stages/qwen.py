@@ -57,6 +57,9 @@ _REFUSED = {
     "per_layer_config": "layers of different shapes are not supported",
 }
 
+# The two parameters that a tied checkpoint stores once.
+EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
 
 @dataclass(frozen=True)
 class QwenConfig:

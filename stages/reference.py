@@ -10,20 +10,18 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from stages.backend import Weights
 from stages.forward import DTYPES
 from stages.layouts import LAYOUTS
+from stages.qwen import QwenConfig
 from stages.reference_qwen import FORWARD_STAGES
 from stages.replay import REPLAY
 from stages.rounding import round_once
 from stages.tensorfile import stored_dtype
-
-if TYPE_CHECKING:
-    from stages.production import Weights
-    from stages.qwen import QwenConfig
 
 
 def source_f32(source: np.ndarray) -> np.ndarray:

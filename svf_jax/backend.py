@@ -11,8 +11,8 @@ import jax
 import numpy as np
 from jax import Array
 
+from stages.backend import Production, Weights
 from stages.errors import UsageError
-from stages.production import Production, Weights
 from stages.qwen import QwenConfig
 from svf_jax.components import REPLAY_STAGES
 from svf_jax.qwen import FORWARD_STAGES

@@ -15,7 +15,8 @@ import numpy as np
 from flax import nnx
 from jax import Array, lax
 
-from stages.production import Weights, bucket, check_names, checked_tokens, greedy, parameters_of, with_stored_head
+from stages.backend import Weights
+from stages.production import bucket, check_names, checked_tokens, greedy, parameters_of, with_stored_head
 from stages.qwen import QwenConfig
 from svf_jax.qwen import inv_freq
 

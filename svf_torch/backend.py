@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stages.backend import Production, Weights
 from stages.errors import UsageError
 from stages.memory import aligned_copy, is_aligned
-from stages.production import Production, Weights
 from stages.qwen import QwenConfig
 from svf_torch.components import REPLAY_STAGES
 from svf_torch.qwen import FORWARD_STAGES

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from stages.backend import Weights
 from stages.memory import ALIGNMENT, aligned_copy
-from stages.production import Weights, check_names, checked_tokens, greedy, parameters_of, with_stored_head
+from stages.production import check_names, checked_tokens, greedy, parameters_of, with_stored_head
 from stages.qwen import QwenConfig
 
 CLASSES: Mapping[str, tuple[Any, Any]] = MappingProxyType(
