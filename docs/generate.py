@@ -82,8 +82,8 @@ def stages_page() -> str:
     lines += [
         "",
         "`model` is the dtype of the activations. `layer_input` is `embedding` in layer 0 and the previous layer's "
-        "`post_ffn_residual` after that; `layer_output` is another name of `post_ffn_residual`. A stage with an `absent` "
-        "noise does not exist in the family, one with `identity` is a copy.",
+        "`post_ffn_residual` after that; `layer_output` is another name of `post_ffn_residual`. A stage whose noise "
+        "is `absent` does not exist in the family; one with `identity` is a copy.",
     ]
     return "\n".join(lines) + "\n"
 
