@@ -14,9 +14,9 @@ from stages import diff, stats
 from stages.adapted import ADAPTED_FILE, AdaptedWeights
 from stages.aprt import is_aprt_tree
 from stages.backend import Weights
-from stages.checkpoint import open_checkpoint
+from stages.checkpoint import Checkpoint, open_checkpoint
 from stages.compare import row_verdict, side_fields
-from stages.errors import InputError, NotFoundError, UsageError
+from stages.errors import InputError, NotFoundError, UsageError, shown
 from stages.forward import ALIASES, RUN_PARAMS, declare, forward_path, parameter_name, producers
 from stages.forward_dump import AprtSide, ForwardSide, Place, forward_key
 from stages.forward_run import judge_stage
@@ -42,6 +42,7 @@ class _Run:
     tokens: list[int]
     positions: str
     weights: Weights | None
+    checkpoint: Checkpoint | None = None  # what `weights` come from, adapted or not
 
 
 def diff_forward(
@@ -102,12 +103,13 @@ def _open(folder: Path, model: str | None, stack: ExitStack) -> _Run:
     if not isinstance(tokens, list) or not tokens or not all(isinstance(t, int) for t in tokens):
         raise InputError(f"{folder}: the manifest has no token ids")
     path = forward_path(config, str(manifest.get("dtype", "model")))
-    weights = _weights(folder, recorded, model, stack)
-    return _Run(side, config, path, tokens, str(manifest.get("positions", "all")), weights)
+    checkpoint = _checkpoint(folder, recorded, model, stack)
+    weights = _weights(folder, checkpoint, stack)
+    return _Run(side, config, path, tokens, str(manifest.get("positions", "all")), weights, checkpoint)
 
 
-def _weights(folder: Path, recorded: Mapping[str, Any], model: str | None, stack: ExitStack) -> Weights | None:
-    """The weights a dump was made from: the given model's, or the recorded one's if it is still the same."""
+def _checkpoint(folder: Path, recorded: Mapping[str, Any], model: str | None, stack: ExitStack) -> Checkpoint | None:
+    """The model a dump was made from: the given one, or the recorded one if it is still the same."""
     source = model or recorded.get("source")
     try:
         checkpoint = stack.enter_context(open_checkpoint(str(source)))
@@ -119,7 +121,12 @@ def _weights(folder: Path, recorded: Mapping[str, Any], model: str | None, stack
         if model is not None:
             raise InputError(f"{model}: is not the model that {folder} was made from (config or tensor headers differ)")
         return None
-    if not (folder / ADAPTED_FILE).is_file():
+    return checkpoint
+
+
+def _weights(folder: Path, checkpoint: Checkpoint | None, stack: ExitStack) -> Weights | None:
+    """The model's weights, adapted ones as the dump keeps them."""
+    if checkpoint is None or not (folder / ADAPTED_FILE).is_file():
         return checkpoint
     file = TensorFile(folder / ADAPTED_FILE)
     stack.callback(file.close)
@@ -147,6 +154,19 @@ def check_comparable(a: _Run, b: _Run) -> None:
         raise InputError(
             f"not comparable: {pair} computed in {a.path['embedding'].dtype} and {b.path['embedding'].dtype}"
         )
+    other = _other_tensor(a.checkpoint, b.checkpoint)
+    if other is not None:
+        raise InputError(f"not comparable: {pair} ran different models: '{shown(other)}' has other values")
+
+
+def _other_tensor(a: Checkpoint | None, b: Checkpoint | None) -> str | None:
+    """The first tensor whose values differ in two checkpoints of one shape; None where one is not to be had.
+
+    A fingerprint is the same for two fine-tunes: each stage would be right on its own weights, and all would agree.
+    """
+    if a is None or b is None or a.path.resolve() == b.path.resolve():
+        return None
+    return next((name for name in a.tensors if a.weights_sha256([name]) != b.weights_sha256([name])), None)
 
 
 def _places(a: _Run, b: _Run) -> Iterator[Place]:
