@@ -24,10 +24,10 @@ def parse_tokens(text: str, where: str = "--tokens") -> np.ndarray:
     if stripped.startswith("["):
         try:
             stripped = ",".join(str(item) for item in json.loads(stripped))
-        except (ValueError, TypeError):
+        except (ValueError, RecursionError):
             raise UsageError(f"{where}: '{shown(text, 40)}' is not a JSON list of token ids") from None
     parts = [part for part in re.split(r"[\s,]+", stripped) if part]
-    if not parts or not all(re.fullmatch(r"\d{1,9}", part) for part in parts):
+    if not parts or not all(re.fullmatch(r"[0-9]{1,9}", part) for part in parts):
         raise UsageError(f"{where}: expected token ids such as 1,2,3, got '{shown(text, 40)}'")
     return np.array([int(part) for part in parts], np.int64)
 

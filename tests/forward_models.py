@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,14 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from stages.forward import EMBEDDING, LM_HEAD
-from stages.qwen import QwenConfig, parameter_shapes, parse_config
-from stages.tensorfile import write_tensors
+from stages.adapted import ADAPTED_FILE
+from stages.backend import Backend
+from stages.dump import MANIFEST_FILE
+from stages.forward_dump import ForwardSide, layer_file, parse_key
+from stages.forward_job import ForwardCommand, forward_one
+from stages.progress import Progress
+from stages.qwen import EMBEDDING, LM_HEAD, QwenConfig, parameter_shapes, parse_config
+from stages.tensorfile import sha256, write_tensors
 
 YARN = {
     "rope_type": "yarn",
@@ -134,4 +139,71 @@ def write_model(folder: Path, model: Model, dtype: str, seed: int = 0) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(model.raw(dtype)))
     write_tensors(folder / "model.safetensors", random_weights(model.config(dtype), seed), metadata={"format": "pt"})
+    return folder
+
+
+def forward_command(model: Path, **changes: Any) -> ForwardCommand:
+    """`svf forward MODEL --no-production` with `changes`, as the command line parses it."""
+    parsed: dict[str, Any] = {
+        "tokens": "3,141,59,26,53",
+        "tokens_file": None,
+        "prompt": None,
+        "backend": "torch",
+        "layers": "all",
+        "stages": "all",
+        "positions": "all",
+        "dtype": "model",
+        "adapted": None,
+        "layout": "declared",
+        "repeat": 1,
+        "out": None,
+        "format": "safetensors",
+        "device": "cpu",
+        "jit": "stage",
+        "production": False,
+        "generate": 0,
+        "top": 5,
+    }
+    assert changes.keys() <= parsed.keys()
+    return ForwardCommand(model=str(model), **{**parsed, **changes})
+
+
+def trace(model: Path, backend: Backend, **changes: Any) -> dict[str, Any]:
+    """The `svf.forward/1` document of one run in this process; without production unless asked for."""
+    return forward_one(forward_command(model, **changes), lambda: backend, Progress(False))
+
+
+def dumped(folder: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a forward dump, by key."""
+    side = ForwardSide(folder)
+    try:
+        return {key: side.read(place) for place, key in side.places.items()}
+    finally:
+        side.close()
+
+
+def change_dump(folder: Path, change: Callable[[dict[str, np.ndarray]], object]) -> Path:
+    """Rewrite a forward dump after `change(tensors)`: files, shapes, dtypes and sums all speak the same lie."""
+    manifest = json.loads((folder / MANIFEST_FILE).read_text())
+    tensors = dumped(folder)
+    change(tensors)
+    files: dict[str, dict[str, np.ndarray]] = {}
+    for key, array in tensors.items():
+        place = parse_key(key)
+        assert place is not None
+        files.setdefault(layer_file(place[0]), {})[key] = array
+    for path in folder.glob("*.safetensors"):
+        if path.name != ADAPTED_FILE:
+            path.unlink()
+    manifest["tensors"] = {}
+    for file, held in files.items():
+        write_tensors(folder / file, held)
+        for key, a in held.items():
+            manifest["tensors"][key] = {
+                "file": file,
+                "dtype": a.dtype.name,
+                "shape": list(a.shape),
+                "sha256": sha256(a),
+            }
+    (folder / MANIFEST_FILE).write_text(json.dumps(manifest))
     return folder
