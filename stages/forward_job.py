@@ -89,6 +89,8 @@ def token_ids(command: ForwardCommand, checkpoint: Checkpoint) -> np.ndarray:
 
 def forward_one(command: ForwardCommand, backend: Callable[[], Backend], progress: Progress) -> dict[str, Any]:
     """Trace one forward on one backend; the `svf.forward/1` document."""
+    if command.repeat > 1 and command.out is not None and command.format == "aprt":
+        raise UsageError("--repeat compares with the first run's dump, which --format aprt does not keep in full")
     command = with_model(command, progress)
     assert command.model is not None
     with ExitStack() as stack:
@@ -228,8 +230,6 @@ class _Job:
 
     def _repeat(self, forwarder: Forwarder, scratch: Path) -> dict[str, Any]:
         """Run again and again; how many elements were not byte-identical to the first run's."""
-        if self.command.out is not None and self.command.format == "aprt":
-            raise UsageError("--repeat compares with the first run's dump, which --format aprt does not keep in full")
         side = ForwardSide(self.command.out or scratch / "first")
         different = elements = 0
         first: str | None = None

@@ -170,7 +170,7 @@ def forward_command(model: Path, **changes: Any) -> ForwardCommand:
 
 def trace(model: Path, backend: Backend, **changes: Any) -> dict[str, Any]:
     """The `svf.forward/1` document of one run in this process; without production unless asked for."""
-    return forward_one(forward_command(model, **changes), lambda: backend, Progress(False))
+    return forward_one(forward_command(model, backend=backend.name, **changes), lambda: backend, Progress(False))
 
 
 def dumped(folder: Path) -> dict[str, np.ndarray]:
