@@ -6,9 +6,11 @@ Every file but the manifest is in place before the manifest names it.
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +69,7 @@ class Method:
     vh_label: str
     vh: Decomposer | None = None
     stored: bool = False
+    parallel: bool = False  # whether its bits stay the same when several run at once
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,7 @@ FLOAT64 = Method(
     float64_svd,
     "recomputed_float64_svd",
     "python_recomputed_float64_svd_vh_final_bf16",
+    parallel=True,
 )
 
 
@@ -302,18 +306,27 @@ class _BundleWriter:
             groups.setdefault(one, []).append(t)
         # Leaving and entering per tensor would make OpenBLAS restart its threads each time (stages/svd.py).
         writing = TensorWriter(self.folder / bundles.COMPONENTS_FILE, specs)
-        with svd.single_threaded_blas(), writing as writer:
-            for members in groups.values():
-                self._decompose(members, writer, progress)
+        with svd.single_threaded_blas(), ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool, writing as writer:
+            small = {
+                name: pool.submit(self._factors, members[0])
+                for name, members in groups.items()
+                if self.method.parallel and math.prod(members[0].shape) <= svd.DIRECT_ELEMENTS
+            }
+            for name, members in groups.items():
+                progress(f"decomposing {members[0].source_name}", 0.0)
+                factors = small[name].result() if name in small else self._factors(members[0])
+                self._write_components(members, factors, writer, progress)
             writer.commit()
         offsets = {offsets_key(t.source_name): self.vector.offsets(t) for t in tensors}
         write_tensors(self.folder / bundles.OFFSETS_FILE, offsets)
 
-    def _decompose(self, members: Sequence[SelectedTensor], writer: TensorWriter, progress: Progress) -> None:
-        first = members[0]
-        label = f"decomposing {first.source_name}"
-        progress(label, 0.0)
-        factors = self.method.decompose(first.source_name, _Source(self.checkpoint, first), first.shape)
+    def _factors(self, tensor: SelectedTensor) -> Factors:
+        return self.method.decompose(tensor.source_name, _Source(self.checkpoint, tensor), tensor.shape)
+
+    def _write_components(
+        self, members: Sequence[SelectedTensor], factors: Factors, writer: TensorWriter, progress: Progress
+    ) -> None:
+        """U, S and V under the keys of all tensors that they belong to."""
         for t in members:
             keys = component_keys(t.source_name)
             bundles.check_normalization(factors.s, self.vector.offsets(t), f"offsets of '{t.source_name}'")
@@ -322,7 +335,7 @@ class _BundleWriter:
         for start, stop, rows in factors.u_chunks():
             for t in members:
                 writer.write(component_keys(t.source_name)["u"], rows, start)
-            progress(label, stop / first.shape[0])
+            progress(f"decomposing {members[0].source_name}", stop / members[0].shape[0])
 
     def stages(
         self, tensors: Sequence[SelectedTensor], readback: _Readback, all_selected: bool, progress: Progress

@@ -19,8 +19,9 @@ from stages.tensorfile import stored_dtype
 # MKL sums products of 9 to 11 rows in another order than larger ones (docs/findings/row-chunks.md), so a
 # chunk, the tail included, has at least this many rows.
 MIN_CHUNK_ROWS = 16
-# A chunk holds about this many bytes of stages; 8,192 rows of a 1,024-column embedding.
-CHUNK_BYTES = 256 * 1024 * 1024
+# A chunk holds about this many bytes of stages: 4,681 rows of a 1,024-column embedding, 19 MB a stage. Above 32 MB an
+# array's memory comes fresh from the system each time, and clearing its pages costs as much as the product.
+CHUNK_BYTES = 128 * 1024 * 1024
 
 
 @dataclass(frozen=True)
