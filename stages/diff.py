@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 from stages.compare import TensorComparison
@@ -186,7 +187,7 @@ def sentence(
         where = f"{culprit['stage']} of {place_of(culprit)}"
         who = {"a": a["source"], "b": b["source"], "both": "both sides"}.get(culprit["side"] or "")
         blame = f"{who} computed it wrong" if who else "the sides differ"
-        ratio = f", {culprit['ratio']:.3g} times the bound" if culprit["ratio"] else ""
+        ratio = f", {culprit['ratio']:.3g} times the bound" if culprit["ratio"] and isfinite(culprit["ratio"]) else ""
         hint = f" ({culprit['hint']})" if culprit["hint"] else ""
         return f"{culprit['verdict'].capitalize()} at {where}: {blame}{ratio}{hint}."
     failed = [name for name, passed in gates.items() if not passed]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ class _Run:
     positions: str
     weights: Weights | None
     checkpoint: Checkpoint | None = None  # what `weights` come from, adapted or not
+    misshapen: set[Place] = field(default_factory=set)  # nothing can be said of a stage that reads one of these
 
 
 def diff_forward(
@@ -207,15 +208,19 @@ def _row(place: Place, a: _Run, b: _Run, top: int) -> dict[str, Any]:
     x, y = recorded_a, recorded_b
     if a.path is None or b.path is None:
         x, y = _flat(x, y), _flat(y, x)
-    if x.shape != y.shape or x.dtype != y.dtype:
+    side_a, side_b = (_judge(place, run, array) for run, array in ((a, recorded_a), (b, recorded_b)))
+    alike = x.shape == y.shape and x.dtype == y.dtype
+    for run, side in ((a, side_a), (b, side_b)):
+        if (side is None and not alike) or (side is not None and side.verdict is Verdict.SHAPE):
+            run.misshapen.add(place)
+    if not alike:
         expected = a.path[name].shape if a.path else "as many elements"
         note = f'a has {x.dtype} {list(x.shape)}, b has {y.dtype} {list(y.shape)}; expected "{expected}"'
         if x.shape[:2] == y.shape[:2][::-1] and x.ndim == y.ndim:
             note += ". Is one dump head-first?"
-        return {**row, "verdict": Verdict.SHAPE.value, "note": note}
+        return {**row, "verdict": Verdict.SHAPE.value, **side_fields(side_a, side_b), "note": note}
     d = Difference(top)
     d.add(x, y)
-    side_a, side_b = (_judge(place, run, array) for run, array in ((a, recorded_a), (b, recorded_b)))
     given = name == "embedding" or (name == "inv_freq" and a.path is not None)
     other_weights = _other_weights(place, a, b)
     population_a, population_b = stats.population(x), stats.population(y)
@@ -258,14 +263,17 @@ def _judge(place: Place, run: _Run, observed: np.ndarray) -> SideVerdict | None:
     if run.positions == "last" and _mixes_positions(run.path, stage):
         return None
     sources = producers(run.path, stage, layer, run.config.num_hidden_layers)
-    if any(source not in run.side.places for source in sources.values()):
+    if any(source not in run.side.places or source in run.misshapen for source in sources.values()):
         return None
     inputs = {name: run.side.read(source) for name, source in sources.items()}
     chosen = slice(-1, None) if run.positions == "last" else slice(None)
     tokens, positions = np.asarray(run.tokens, np.int32), np.arange(len(run.tokens), dtype=np.int32)
     inputs |= {"tokens": tokens[chosen], "positions": positions[chosen]}
     weights = run.weights if run.weights is not None else _NoWeights()
-    return judge_stage(run.path, run.config, stage, inputs, weights, observed, layer)
+    try:
+        return judge_stage(run.path, run.config, stage, inputs, weights, observed, layer)
+    except (ValueError, IndexError):  # numpy's, for operands whose shapes do not go together
+        return SideVerdict(Verdict.SHAPE, np.inf)
 
 
 def _flat(x: np.ndarray, other: np.ndarray) -> np.ndarray:

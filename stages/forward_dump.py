@@ -111,6 +111,8 @@ class ForwardSide:
             place = parse_key(key)
             if place is None:
                 raise InputError(f"{folder}: '{shown(key)}' is no key of a forward dump")
+            if self.dump.tensors[key]["file"] is None:
+                raise InputError(f"{folder}: '{shown(key)}' has no file; a forward is compared by its values")
             self.places[place] = key
 
     def read(self, place: Place) -> np.ndarray:

@@ -12,6 +12,8 @@ from rich.table import Table
 
 from stages.diff import place_of
 
+# Columns of a terminal below which tables leave out what is the least needed, rather than cut names.
+_WIDE = 110
 _STYLES = {"exact": "green", "rounding": "green", "unjudged": "yellow", "suspect": "yellow"}
 
 
@@ -35,7 +37,7 @@ def diff_document(document: Mapping[str, Any], *, top: bool = False) -> None:
     if document.get("kind") == "forward":
         _forward_view(document, out)
     elif rows:
-        out.print(_stage_table(rows))
+        out.print(_stage_table(rows, narrow=out.width < _WIDE))
     if rows:
         problems = [row for row in rows if row["verdict"] not in ("exact", "rounding")]
         if problems:
@@ -56,7 +58,7 @@ def _forward_view(document: Mapping[str, Any], out: Console) -> None:
     """Stages by layers, then one line per stage, the growth over depth, the FFN's amplification, the logits."""
     rows = document["rows"]
     _grid(rows, out)
-    out.print(_stage_table(rows))
+    out.print(_stage_table(rows, narrow=out.width < _WIDE))
     if document["growth"]:
         line = "  ".join(f"{g['layer']}: {g['rel_l2']:.1e}" for g in document["growth"])
         out.print(f"Relative difference of the layers' outputs, by depth (inherited error included):\n  {line}")
@@ -85,7 +87,7 @@ def _grid(rows: Sequence[Mapping[str, Any]], out: Console) -> None:
     by_place = {(row["layer"], row["stage"]): row for row in rows}
     stages = list(dict.fromkeys(row["stage"] for row in rows if row["layer"] is not None))
     first = next((row["key"] for row in rows if row.get("byte_match") is False), None)
-    fit = max(1, (out.width - 22) // 5)
+    fit = max(1, (out.width - 20) // 6)  # three characters, a space on either side, a line; one cell has the mark too
     for at in range(0, len(layers), fit):
         table = Table(title="Relative difference per layer, 10^n ('=' equal bytes)" if not at else None)
         table.title_justify, table.show_edge, table.pad_edge, table.header_style = "left", False, False, "bold"
@@ -173,10 +175,13 @@ def checkpoints_document(document: Mapping[str, Any]) -> None:
     out.print(f"[{style}]{document['outcome'].upper()}[/]  {escape(document['verdict'])}", soft_wrap=True)
 
 
-def _stage_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+def _stage_table(rows: Sequence[Mapping[str, Any]], *, narrow: bool = False) -> Table:
     """One line per stage, the worst over tensors: what a newcomer reads first."""
     table = Table(title=None, header_style="bold", show_edge=False, pad_edge=False)
-    for name in ("stage", "of", "verdict", "worst error / bound", "max |a - b|", "elements that differ", "bytes"):
+    ratio = "error / bound" if narrow else "worst error / bound"
+    headers = ["stage", "of", "verdict", ratio, "max |a - b|", "elements that differ", "bytes"]
+    shown = [i for i in range(len(headers)) if not (narrow and headers[i] in ("of", "elements that differ"))]
+    for name in (headers[i] for i in shown):
         table.add_column(name, justify="left" if name in ("stage", "verdict") else "right", no_wrap=True)
     for stage in dict.fromkeys(row["stage"] for row in rows):
         group = [row for row in rows if row["stage"] == stage]
@@ -185,7 +190,7 @@ def _stage_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         ratios = [r for row in group for r in (row["ratio_a"], row["ratio_b"]) if r is not None]
         errors = [row["max_abs"] for row in group if row.get("max_abs") is not None]
         different, count = sum(row.get("mismatched", 0) for row in group), sum(row.get("count", 0) for row in group)
-        table.add_row(
+        cells = (
             stage,
             str(len(group)),
             _styled(worst["verdict"], inherits=worst["verdict"] == "exact" and same < len(group)),
@@ -194,6 +199,7 @@ def _stage_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             f"{different:,} of {count:,}" if count else "-",
             "equal" if same == len(group) else f"equal in {same}" if same else "differ",
         )
+        table.add_row(*(cells[i] for i in shown))
     return table
 
 

@@ -64,5 +64,6 @@ def _top(x: np.ndarray, count: int) -> np.ndarray:
 
 
 def _log_softmax(x: np.ndarray) -> np.ndarray:
-    shifted = x - x.max(axis=-1, keepdims=True)
+    with np.errstate(invalid="ignore"):  # an infinity gives a NaN, which the verdict on the logits has already named
+        shifted = x - x.max(axis=-1, keepdims=True)
     return shifted - np.log(np.sum(np.exp(shifted), axis=-1, keepdims=True))

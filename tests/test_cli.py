@@ -34,7 +34,7 @@ def _default(made: Path, model: Path, vector: Path) -> None:
 
 
 def test_the_commands_of_the_issue_are_there() -> None:
-    assert {"synth", "decompose", "replay", "diff", "demo"} <= set(COMMANDS)
+    assert {"synth", "decompose", "replay", "forward", "diff", "demo"} <= set(COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -57,10 +57,13 @@ def test_the_help_tells_the_exit_codes() -> None:
                   "--decompose-all-selected-if-missing"),
     ("replay", "--backend --layout --model --reference-report --python-report --source-from-stage --select "
                "--all-selected-tensors --selected-source-filter --chunk-rows --dump --out --report --device --json"),
-    ("diff", "--top --strict-stage-tolerances --strict-current-python --strict-reference --json"),
+    ("forward", "--tokens --tokens-file --prompt --backend --layers --stages --positions --dtype --adapted --layout "
+                "--repeat --generate --production --no-production --out --format --device --jit --json"),
+    ("diff", "--model --top --strict-stage-tolerances --strict-current-python --strict-reference --json"),
 ])  # fmt: skip
 def test_the_options_of_the_issue_are_there(command: str, flags: str) -> None:
-    options = {o for p in typer.main.get_command(cli.app).commands[command].params for o in p.opts}  # type: ignore[attr-defined]
+    params = typer.main.get_command(cli.app).commands[command].params  # type: ignore[attr-defined]
+    options = {o for p in params for o in (*p.opts, *p.secondary_opts)}
     assert set(flags.split()) <= options
 
 
@@ -334,3 +337,29 @@ def test_a_chunked_replay_reports_its_chunks(made: Path, tmp_path: Path) -> None
     assert all(c["stage_debug"]["functional_parity_passed"] and len(c["checks"]) >= 7 for c in checks)
     for file in ("model.safetensors", "manifest.json"):
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "chunks" / file).read_bytes()
+
+
+def test_a_forward_on_both_backends_with_no_more_arguments() -> None:
+    code = 'import runpy; runpy.run_module("cli", run_name="__main__")'
+    done = fresh(code, "forward", "--backend", "both", "--json")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert (document["schema"], document["kind"], document["outcome"]) == ("svf.diff/1", "forward", "agree")
+    assert (document["coverage"]["compared"], document["tokens"]) == (83, 8)  # 7 of the model, 19 of each of 4 layers
+    for letter, name in (("a", "torch"), ("b", "jax")):
+        run = document[letter]["run"]
+        assert (run["schema"], run["backend"], run["production"]["agrees"]) == ("svf.forward/1", name, True)
+        assert document[letter]["source"] == f"{name} forward"
+    assert "built-in" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_a_forward_prints_one_document_or_what_a_person_reads(model: Path, backend: str) -> None:
+    command = ["forward", model, "--tokens", "1,2,3", "--backend", backend]
+    done = svf(*command, "--json")
+    assert (done.code, done.err, done.json["schema"]) == (0, "", "svf.forward/1")
+    table = svf(*command)
+    assert table.code == 0
+    assert f"Next token {done.json['next_token']}" in table.out
+    assert "production model" in table.out
