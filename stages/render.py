@@ -179,8 +179,11 @@ def _stage_table(rows: Sequence[Mapping[str, Any]], *, narrow: bool = False) -> 
     """One line per stage, the worst over tensors: what a newcomer reads first."""
     table = Table(title=None, header_style="bold", show_edge=False, pad_edge=False)
     ratio = "error / bound" if narrow else "worst error / bound"
-    headers = ["stage", "of", "verdict", ratio, "max |a - b|", "elements that differ", "bytes"]
-    shown = [i for i in range(len(headers)) if not (narrow and headers[i] in ("of", "elements that differ"))]
+    headers = ["stage", "of", "verdict", ratio, "max |a - b|", "elements that differ", "bytes", "std b / a"]
+    hidden = {"of", "elements that differ", "std b / a"} if narrow else set()
+    if not any(row.get("std_ratio") for row in rows):
+        hidden.add("std b / a")
+    shown = [i for i, name in enumerate(headers) if name not in hidden]
     for name in (headers[i] for i in shown):
         table.add_column(name, justify="left" if name in ("stage", "verdict") else "right", no_wrap=True)
     for stage in dict.fromkeys(row["stage"] for row in rows):
@@ -198,9 +201,15 @@ def _stage_table(rows: Sequence[Mapping[str, Any]], *, narrow: bool = False) -> 
             number(max(errors)) if errors else "-",
             f"{different:,} of {count:,}" if count else "-",
             "equal" if same == len(group) else f"equal in {same}" if same else "differ",
+            _furthest([row["std_ratio"] for row in group if row.get("std_ratio")]),
         )
         table.add_row(*(cells[i] for i in shown))
     return table
+
+
+def _furthest(ratios: Sequence[float]) -> str:
+    """The ratio furthest from 1, in enough digits to see that it is not 1."""
+    return f"{max(ratios, key=lambda r: abs(math.log(r))):.6g}" if ratios else "-"
 
 
 def _row_table(rows: Sequence[Mapping[str, Any]], title: str, limit: int = 30) -> Table:
