@@ -13,7 +13,7 @@ from rich.table import Table
 from stages.diff import place_of
 
 # Columns of a terminal below which tables leave out what is the least needed, rather than cut names.
-_WIDE = 110
+_WIDE = 130
 _STYLES = {"exact": "green", "rounding": "green", "unjudged": "yellow", "suspect": "yellow"}
 
 

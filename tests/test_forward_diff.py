@@ -663,7 +663,7 @@ def test_eighty_columns_show_every_layer(monkeypatch: pytest.MonkeyPatch, one: P
         assert found[20].rstrip("*") in ("-20", "=")
 
 
-@pytest.mark.parametrize("width", [80, 110, 160])
+@pytest.mark.parametrize("width", [80, 110, 130, 160])
 def test_the_stage_table_cuts_no_name_and_no_verdict(
     width: int, monkeypatch: pytest.MonkeyPatch, one: Path, two: Path
 ) -> None:
