@@ -6,12 +6,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from stages import bundle as bundles
 from stages import diff
 from stages.aprt import AprtFile, compare_files, is_aprt, is_aprt_tree
 from stages.checkpoint import CONFIG, open_checkpoint
 from stages.checkpoint_diff import diff_checkpoints
 from stages.compare import TensorComparison, empty_row
-from stages.errors import UsageError
+from stages.dump import MANIFEST_FILE
+from stages.errors import InputError, UsageError
 from stages.forward_diff import diff_forward
 from stages.forward_dump import is_forward_dump
 from stages.replay import REPLAY
@@ -92,6 +94,9 @@ def diff_any(
     raise UsageError(f"{path_a} is a {one} and {path_b} a {other}; compare two of one kind")
 
 
+_MANIFESTS = (MANIFEST_FILE, bundles.MANIFEST_FILE)
+
+
 def kind_of(path: Path) -> str:
     """What a path holds, by its files' names and first bytes: replay, forward, aprt, aprt tree, checkpoint, report."""
     if is_report(path):
@@ -101,7 +106,11 @@ def kind_of(path: Path) -> str:
             return "forward"
         if (path / CONFIG).is_file():
             return "checkpoint"
-        return "aprt tree" if is_aprt_tree(path) else "replay"
+        if is_aprt_tree(path):
+            return "aprt tree"
+        if not any((path / name).is_file() for name in _MANIFESTS) and any(path.glob("*.safetensors")):
+            raise InputError(f"{path}: no {MANIFEST_FILE}: this dump was not written to its end; run it again")
+        return "replay"
     return "aprt" if is_aprt(path) else "replay"
 
 

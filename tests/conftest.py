@@ -7,6 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
+import hypothesis
 import pytest
 from helpers import GATE, ROOT
 
@@ -17,6 +18,10 @@ from stages.defaults import LAYER, router_vector, write_vector
 from stages.qwen import parameter_shapes, parse_config
 from stages.selection import Selection, select_by_rule
 from stages.synth import config_json, synthesize
+
+# A machine under load is slow, not wrong.
+hypothesis.settings.register_profile("svf", deadline=None)
+hypothesis.settings.load_profile("svf")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -287,7 +287,6 @@ def test_a_dump_that_was_not_committed_is_refused(one: Path, tmp_path: Path) -> 
             diff_forward(*pair)
 
 
-@pytest.mark.xfail(strict=True, reason="stages.diff_job.kind_of takes a folder without a manifest for a replay")
 def test_svf_diff_says_that_a_dump_was_not_committed(one: Path, tmp_path: Path) -> None:
     cut = Path(shutil.copytree(one, tmp_path / "cut"))
     (cut / MANIFEST_FILE).unlink()
