@@ -166,10 +166,13 @@ class TensorComparison:
         }
 
 
-def judge_chunk(verdict: SideVerdict | None, oracle: Oracle, observed: np.ndarray) -> SideVerdict:
+def judge_chunk(
+    verdict: SideVerdict | None, oracle: Oracle, observed: np.ndarray, *, explained: bool = True
+) -> SideVerdict:
     """The verdict on a side's stage with one chunk more; the first one that fails without a reason is explained."""
     verdict = verdict or SideVerdict()
-    if verdict.add(oracle, observed) in (Verdict.BUG, Verdict.SUSPECT) and verdict.hint is None:
+    failed = verdict.add(oracle, observed) in (Verdict.BUG, Verdict.SUSPECT)
+    if failed and explained and verdict.hint is None:
         verdict.hint = explain(Case(oracle, observed))
     return verdict
 

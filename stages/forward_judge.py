@@ -115,22 +115,24 @@ def why_unjudged(place: Place, run: ForwardRun) -> str | None:
     """What a stage's judging lacks, in words; None when it can be judged."""
     if run.path is None or run.config is None:
         return "the model is not known; give --model and --tokens"
-    stage = _stage(run.path, place)
+    stage = stage_of(run.path, place)
     if run.weights is None and any(param not in RUN_PARAMS for param in stage.params):
         return f"the weights {', '.join(stage.params)} are not to be had; give --model"
     if run.positions == "last" and _mixes_positions(run.path, stage):
         return "the dump holds the last position alone, and this stage needs them all"
-    missing = [forward_key(source) for source in _sources(place, run).values() if _find(run, source) is None]
+    missing = [forward_key(source) for source in sources_of(place, run).values() if _find(run, source) is None]
     return f"not recorded: {', '.join(missing)}" if missing else None
 
 
-def oracles_of(place: Place, run: ForwardRun) -> Iterator[tuple[slice, Oracle]]:
+def oracles_of(place: Place, run: ForwardRun, observed: np.ndarray) -> Iterator[tuple[slice, Oracle]]:
     """The oracle of a recorded stage from its own recorded inputs, by columns; `ValueError` if these do not fit."""
     assert run.path is not None
     assert run.config is not None
-    stage = _stage(run.path, place)
+    stage, inputs = stage_of(run.path, place), _inputs(place, run)
+    if stage.by_vocab and observed.ndim == 2:  # logits may be recorded of the last tokens alone
+        inputs = {name: array[-len(observed) :] if name in stage.inputs else array for name, array in inputs.items()}
     with np.errstate(all="ignore"):  # a NaN among the inputs is their own row's verdict
-        yield from oracles(run.path, run.config, stage, _inputs(place, run), _weights_of(run), place[0])
+        yield from oracles(run.path, run.config, stage, inputs, _weights_of(run), place[0])
 
 
 def judge_place(place: Place, run: ForwardRun, observed: np.ndarray) -> SideVerdict | None:
@@ -138,7 +140,7 @@ def judge_place(place: Place, run: ForwardRun, observed: np.ndarray) -> SideVerd
     if why_unjudged(place, run) is not None:
         return None
     verdict = SideVerdict()
-    for columns, oracle in oracles_of(place, run):
+    for columns, oracle in oracles_of(place, run, observed):
         verdict.add(oracle, part(observed, columns))
     return verdict
 
@@ -152,7 +154,7 @@ def explain_place(place: Place, run: ForwardRun, observed: np.ndarray) -> str | 
     """A hint at why a recorded stage failed; None when its error has no shape that is known."""
     if why_unjudged(place, run) is not None:
         return None
-    for columns, oracle in oracles_of(place, run):
+    for columns, oracle in oracles_of(place, run, observed):
         shown = part(observed, columns)
         if not judge(oracle, shown)[0].passes:
             return explain(Case(oracle, shown, functools.partial(_of_other_weights, place, run, oracle, columns)))
@@ -191,7 +193,8 @@ def _of_other_weights(place: Place, run: ForwardRun, oracle: Oracle, columns: sl
             yield f"the weights of layer {layer + step} in the place of layer {layer}'s", value
 
 
-def _stage(path: StagePath, place: Place) -> Stage:
+def stage_of(path: StagePath, place: Place) -> Stage:
+    """The declared stage of a place, which may go by an alias."""
     return path[path.aliases.get(place[1], place[1])]
 
 
@@ -202,15 +205,16 @@ def _find(run: ForwardRun, source: Place) -> Place | None:
     return next(((source[0], name) for name in names if (source[0], name) in run.side.places), None)
 
 
-def _sources(place: Place, run: ForwardRun) -> dict[str, Place]:
+def sources_of(place: Place, run: ForwardRun) -> dict[str, Place]:
+    """Where each input of a stage would be recorded."""
     assert run.path is not None
     assert run.config is not None
-    return producers(run.path, _stage(run.path, place), place[0], run.config.num_hidden_layers)
+    return producers(run.path, stage_of(run.path, place), place[0], run.config.num_hidden_layers)
 
 
 def _inputs(place: Place, run: ForwardRun) -> dict[str, np.ndarray]:
     inputs: dict[str, np.ndarray] = {}
-    for name, source in _sources(place, run).items():
+    for name, source in sources_of(place, run).items():
         found = _find(run, source)
         assert found is not None
         inputs[name] = run.side.read(found)
