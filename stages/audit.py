@@ -27,7 +27,6 @@ from stages.forward_judge import (
     oracles_of,
     order_of,
     part,
-    sources_of,
     stage_of,
     why_unjudged,
 )
@@ -105,12 +104,9 @@ def _open_forward(path: Path, model: str | None, tokens: str | None, stack: Exit
 def _audit_forward(run: ForwardRun, model: str | None, top: int, progress: Progress) -> dict[str, Any]:
     places = order_of(run.path, {*run.side.places, *_promised(run)})
     rows: list[Row] = []
-    misshapen: set[Place] = set()
     for number, place in enumerate(places):
         progress(f"auditing {forward_key(place)}", number / len(places))
-        rows.append(_forward_row(place, run, misshapen, top))
-        if rows[-1]["verdict"] == Verdict.SHAPE:
-            misshapen.add(place)
+        rows.append(_forward_row(place, run, top))
 
     def explain(row: Mapping[str, Any]) -> str | None:
         place = (row["layer"], row["stage"])
@@ -130,7 +126,7 @@ def _promised(run: ForwardRun) -> set[Place]:
     return {(n, s.name) for s in stages for n in (layers if s.scope.value == "layer" else [None])}
 
 
-def _forward_row(place: Place, run: ForwardRun, misshapen: set[Place], top: int) -> Row:
+def _forward_row(place: Place, run: ForwardRun, top: int) -> Row:
     assert run.path is not None
     stage = stage_of(run.path, place)
     row = _row(forward_key(place), place[0], None, place[1], stage.required)
@@ -139,9 +135,6 @@ def _forward_row(place: Place, run: ForwardRun, misshapen: set[Place], top: int)
     observed = run.side.read(place)
     row |= {"sha256": run.side.sha256(place), "stats": stats.population(observed)}
     why = why_unjudged(place, run)
-    bad = [forward_key(source) for source in sources_of(place, run).values() if source in misshapen]
-    if why is None and bad:
-        why = f"of another shape: {', '.join(bad)}"
     if why is not None:
         return {**row, "verdict": Verdict.UNJUDGED.value, "note": why}
     judged = _Judged(stage, top)

@@ -21,8 +21,10 @@ from stages.forward_dump import Place, forward_key, parse_key
 from stages.forward_judge import ForwardRun, order_of, stage_of
 from stages.qwen import QwenConfig
 from stages.stage import Path as StagePath
+from stages.stage import Stage
 from stages.tensorfile import TensorFile, sha256, stored_dtype
 
+Reader = Callable[[], np.ndarray]
 _BF16 = np.dtype(ml_dtypes.bfloat16)
 _BFLOAT16 = NARROW[0]
 
@@ -34,8 +36,9 @@ class ForeignSide:
     values of a bfloat16 run are cast back. What does not fit is handed on as it is, to be judged `shape`.
     """
 
-    def __init__(self, label: str, readers: Mapping[Place, Callable[[], np.ndarray]]):
+    def __init__(self, label: str, readers: Mapping[Place, Reader], shapes: Mapping[Place, tuple[int, ...]]):
         self.label = label
+        self._shapes = dict(shapes)
         self.facts: dict[str, str] = {}
         self.places = {place: forward_key(place) for place in readers}
         self._readers = dict(readers)
@@ -54,16 +57,24 @@ class ForeignSide:
     def read(self, place: Place) -> np.ndarray:
         """A stage as declared, if it fits."""
         assert self._path is not None
-        assert self._config is not None
         stage, array = stage_of(self._path, place), self.raw(place)
-        expected = stage_shape(self._config, stage, self._tokens)
-        if array.shape == (1, *expected) or (array.ndim == 1 and array.size == np.prod(expected)):
-            array = array.reshape(expected)
-        if stage.by_vocab and array.size == expected[-1]:
-            array = array.reshape(1, -1)  # of the last token alone
+        array = array.reshape(self._shape(stage, array.shape))
         dtype = stored_dtype(stage.dtype)
         narrowed = dtype == _BF16 and array.dtype == np.float32 and _BFLOAT16.holds(array)
         return array.astype(dtype) if narrowed else array
+
+    def _shape(self, stage: Stage, stored: tuple[int, ...]) -> tuple[int, ...]:
+        """The declared shape if what is stored has it but for a batch axis of 1, or flat; otherwise what is stored."""
+        assert self._config is not None
+        expected = stage_shape(self._config, stage, self._tokens)
+        size = int(np.prod(stored, dtype=object))
+        if stored == (1, *expected) or (len(stored) == 1 and size == np.prod(expected, dtype=object)):
+            return expected
+        return (1, size) if stage.by_vocab and size == expected[-1] else stored  # logits of the last token alone
+
+    def shape(self, place: Place) -> list[int]:
+        assert self._path is not None
+        return list(self._shape(stage_of(self._path, place), self._shapes[place]))
 
     def sha256(self, place: Place) -> str:
         return sha256(self.raw(place))
@@ -95,12 +106,14 @@ def _side(path: Path, stack: ExitStack) -> ForeignSide:
         tree = AprtTree(path)
         if tree.extra:
             raise InputError(f"{path}: '{shown(tree.extra[0])}' is no stage file; name the folder that has them alone")
-        return ForeignSide(f"{path} (APRT, flat)", {place: file.read for place, file in tree.files.items()})
+        flat = {place: (file.count,) for place, file in tree.files.items()}
+        return ForeignSide(f"{path} (APRT, flat)", {place: file.read for place, file in tree.files.items()}, flat)
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files:
         what = "no *.safetensors and no APRT stage files" if path.is_dir() else "no such file"
         raise (InputError if path.is_dir() else NotFoundError)(f"{path}: {what}")
-    readers: dict[Place, Callable[[], np.ndarray]] = {}
+    readers: dict[Place, Reader] = {}
+    shapes: dict[Place, tuple[int, ...]] = {}
     for name in files:
         file = TensorFile(name)
         stack.callback(file.close)
@@ -113,13 +126,13 @@ def _side(path: Path, stack: ExitStack) -> ForeignSide:
             if place in readers:
                 raise InputError(f"{name}: '{shown(key)}' is also in another file of {path}; which one counts?")
             _check_dtype(file, key, place)
-            readers[place] = _reader(file, key)
+            readers[place], shapes[place] = _reader(file, key), file.info(key).shape
     if not readers:
         raise InputError(f"{path}: holds no tensors")
-    return ForeignSide(str(path), readers)
+    return ForeignSide(str(path), readers, shapes)
 
 
-def _reader(file: TensorFile, key: str) -> Callable[[], np.ndarray]:
+def _reader(file: TensorFile, key: str) -> Reader:
     return lambda: file.read(key)
 
 

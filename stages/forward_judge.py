@@ -17,7 +17,7 @@ from stages.aprt import is_aprt_tree
 from stages.backend import Weights
 from stages.checkpoint import open_checkpoint
 from stages.errors import InputError, NotFoundError, UsageError
-from stages.forward import ALIASES, RUN_PARAMS, declare, forward_path, parameter_name, producers
+from stages.forward import ALIASES, RUN_PARAMS, declare, forward_path, parameter_name, producers, stage_shape
 from stages.forward_dump import AprtSide, ForwardSide, Place, forward_key
 from stages.forward_run import oracles, parameters
 from stages.hints import Case, explain
@@ -36,6 +36,8 @@ class Recorded(Protocol):
     places: dict[Place, str]
 
     def read(self, place: Place) -> np.ndarray: ...
+
+    def shape(self, place: Place) -> list[int]: ...
 
     def sha256(self, place: Place) -> str: ...
 
@@ -120,8 +122,23 @@ def why_unjudged(place: Place, run: ForwardRun) -> str | None:
         return f"the weights {', '.join(stage.params)} are not to be had; give --model"
     if run.positions == "last" and _mixes_positions(run.path, stage):
         return "the dump holds the last position alone, and this stage needs them all"
-    missing = [forward_key(source) for source in sources_of(place, run).values() if _find(run, source) is None]
-    return f"not recorded: {', '.join(missing)}" if missing else None
+    found = {source: _find(run, source) for source in sources_of(place, run).values()}
+    missing = [forward_key(source) for source, at in found.items() if at is None]
+    if missing:
+        return f"not recorded: {', '.join(missing)}"
+    misshapen = [forward_key(at) for at in found.values() if at is not None and not _fits(run, at)]
+    return f"recorded in another shape: {', '.join(misshapen)}" if misshapen else None
+
+
+def _fits(run: ForwardRun, place: Place) -> bool:
+    """Whether a recorded stage has the shape that the model and the tokens give it."""
+    assert run.path is not None
+    assert run.config is not None
+    stage = stage_of(run.path, place)
+    shape, names = list(stage_shape(run.config, stage, len(run.tokens))), stage.shape.split()
+    if run.positions == "last":
+        shape = [1 if name in ("tokens", "queries") else size for name, size in zip(names, shape, strict=True)]
+    return run.side.shape(place) == shape
 
 
 def oracles_of(place: Place, run: ForwardRun, observed: np.ndarray) -> Iterator[tuple[slice, Oracle]]:

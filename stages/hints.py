@@ -84,9 +84,10 @@ class Case:
             return False
         size = max(float(np.linalg.norm(self.value)), noise.TINY)
         scale = max(1.0, float(np.linalg.norm(value)) / size)
-        unit = noise.rounding_unit(self.observed.dtype)
+        # The bound is that of the right value; where this one is larger, so is its rounding: 64 u covers a softmax's.
+        unit = 2 * noise.rounding_unit(self.observed.dtype) + 64 * noise.U32
         error = np.abs(self.got - value)
-        if not (error <= 2 * scale * self.bound + 2 * unit * np.abs(value)).all():
+        if not (error <= 2 * scale * self.bound + unit * np.abs(value)).all():
             return False
         return bool((error / self.bound).max() * _NEARER <= (self.error / self.bound).max())
 
@@ -136,7 +137,9 @@ def permuted(case: Case) -> str | None:
             continue
         order = _order(case.along(axis, case.value), case.along(axis, case.got))
         if order is not None and case.explained_by(np.take(case.value, order, axis)):
-            return f"{_name(case, axis)} are in another order: {_listed(order)}"
+            moved = int(np.argmax(order != np.arange(n)))
+            one = _name(case, axis, one=True)
+            return f"{_name(case, axis)} are in another order: {one} {moved} holds what belongs to {int(order[moved])}"
     return None
 
 
@@ -168,8 +171,9 @@ def other_theta(case: Case) -> str | None:
         return None
     ratios = np.log(case.got[1:]) / np.log(case.value[1:])
     theta = float(np.exp(np.log(options["rope_theta"]) * np.median(ratios)))
-    digits = next((d for d in (1, 2, 4, 6, 9) if _explains_theta(case, float(f"{theta:.{d}g}"))), None)
-    return None if digits is None else f"as if rope_theta were {theta:.{digits}g}, not {options['rope_theta']:g}"
+    short = (float(f"{theta:.{digits}g}") for digits in (1, 2, 4, 6, 9))
+    fitting = next((value for value in short if _explains_theta(case, value)), None)
+    return None if fitting is None else f"as if rope_theta were {fitting:.9g}, not {options['rope_theta']:.9g}"
 
 
 def _explains_theta(case: Case, theta: float) -> bool:
