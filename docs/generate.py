@@ -125,9 +125,9 @@ dtype, then times its weight; cos and sin are computed in float32 and cast; soft
 With `attn_implementation="eager"`: outputs of forward hooks on `embed_tokens`, `input_layernorm` (`attn_norm`),
 `q_proj`, `k_proj`, `v_proj` (joined: `qkv_bias`, and in Qwen3 without bias `qkv_matmul` as well), `q_norm`, `k_norm`,
 `o_proj` (`attn_out`; its input is `attention`), `post_attention_layernorm` (`ffn_norm`; its input is
-`post_attn_residual`), `gate_proj`, `up_proj`, `act_fn`, `down_proj` (`ffn_out`; its input is `ffn_swigl`), the layer itself
-(`post_ffn_residual`), `norm` and `lm_head`. `rotary_emb` gives `rope_cos` and `rope_sin` and holds `inv_freq`; the
-angle is `positions * inv_freq` in float32, joined with itself. `self_attn` returns `attn_softmax` second. No hook
+`post_attn_residual`), `gate_proj`, `up_proj`, `act_fn`, `down_proj` (`ffn_out`; its input is `ffn_swigl`), the layer
+itself (`post_ffn_residual`), `norm` and `lm_head`. `rotary_emb` gives `rope_cos` and `rope_sin` and holds `inv_freq`;
+the angle is `positions * inv_freq` in float32, joined with itself. `self_attn` returns `attn_softmax` second. No hook
 reaches `q_post_rope`, `k_post_rope` and `attn_scores`: wrap `apply_rotary_pos_emb` and `eager_attention_forward`.
 """
 

@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from forward_models import MODELS, tokens_of, write_model
-from helpers import GATE, K_PROJ, ROOT, Result, svf, tensors_of, with_json, with_tensors
+from helpers import GATE, K_PROJ, ROOT, Result, fresh, svf, tensors_of, with_json, with_tensors
 
 from stages import dump
 from stages.bundle import ALL_STAGES_FILE, COMPONENTS_FILE, MANIFEST_FILE, tensor_stage_key
@@ -178,11 +178,15 @@ FAULTS: dict[str, tuple[str, int | None, str, str]] = {
     "head-first": ("shape", 1, "q_post_rope", "are two axes swapped?"),
 }
 
+# Those that are seen in bfloat16 too, by the same words.
+BFLOAT16_FAULTS = ("no 1/sqrt(d)", "eps", "wrong kv head map", "no mask", "sin has the other sign")
+
 # Model and dtype -> file or folder, and what is wrong with it.
 RUNS: dict[tuple[str, str], dict[str, str]] = {
     ("qwen3", "float32"): {"folder": "", "cos": "no cos", "unknown.safetensors": "unknown key"}
     | {f"{number}.safetensors": fault for number, fault in enumerate(FAULTS)},
-    ("qwen3", "bfloat16"): {"one.safetensors": "", "wide.safetensors": "as float32", "batch": "a batch axis"},
+    ("qwen3", "bfloat16"): {"one.safetensors": "", "wide.safetensors": "as float32", "batch": "a batch axis"}
+    | {f"{number}.safetensors": fault for number, fault in enumerate(BFLOAT16_FAULTS)},
     ("qwen2", "float32"): {"one.safetensors": ""},
 }
 
@@ -228,8 +232,16 @@ def test_its_dump_is_sound(models: Path, programs: Path, name: str, dtype: str) 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_its_fault_is_named(models: Path, programs: Path, fault: str) -> None:
+    check_fault(audited(models, programs, fault), fault)
+
+
+@pytest.mark.parametrize("fault", BFLOAT16_FAULTS)
+def test_its_fault_is_named_in_bfloat16(models: Path, programs: Path, fault: str) -> None:
+    check_fault(audited(models, programs, fault, dtype="bfloat16"), fault)
+
+
+def check_fault(done: Result, fault: str) -> None:
     verdict, layer, stage, hint = FAULTS[fault]
-    done = audited(models, programs, fault)
     assert culprit(done) == (1, verdict, layer, stage)
     assert hint in done.json["culprit"]["hint"]
     assert hint in done.json["verdict"]
@@ -402,6 +414,26 @@ def test_without_components_products_are_unjudged(made: Path, tmp_path: Path) ->
 
 
 # Usage.
+
+LOADED = """
+import sys
+import cli
+try:
+    cli.app(["--no-progress", *sys.argv[1:]])
+except SystemExit as end:
+    code = end.code
+print(sorted({"torch", "jax", "transformers"} & sys.modules.keys()), code)
+"""
+
+
+def test_neither_audit_nor_layouts_loads_a_framework(made: Path, ours: Path) -> None:
+    for command in (
+        ("audit", ours / "reference-float32", "--json"),
+        ("audit", made / "components", "--json"),
+        ("layouts", made / "components", "--json"),
+    ):
+        done = fresh(LOADED, *command)
+        assert done.stdout.splitlines()[-1] == "[] 0", done.stderr
 
 
 def test_what_does_not_fit_together_is_refused(made: Path, ours: Path, tmp_path: Path) -> None:
