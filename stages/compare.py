@@ -210,10 +210,7 @@ def empty_row(source_name: str, key: str, stage: Stage, verdict: Verdict) -> dic
         "stage": stage.name,
         "required": stage.required,
         "verdict": verdict.value,
-        "verdict_a": None,
-        "verdict_b": None,
-        "ratio_a": None,
-        "ratio_b": None,
+        **side_fields(None, None),
         "tolerance_passed": False,
     }
 

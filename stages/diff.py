@@ -162,7 +162,7 @@ def find_culprit(
         return None
     wrong = [name for name in ("a", "b") if row.get(f"verdict_{name}") == row["verdict"]]
     ratios = [row[f"ratio_{name}"] for name in wrong]
-    hints = (row.get("note"), *(row[f"hint_{name}"] or explain(row, name) for name in wrong[:1]))
+    hints = (row.get("note"), *(row.get(f"hint_{name}") or explain(row, name) for name in wrong[:1]))
     return {
         "side": wrong[0] if len(wrong) == 1 else ("both" if wrong else None),
         "layer": row["layer"],
