@@ -471,6 +471,59 @@ def _finish_diff(document: Any, json: bool, *, top: bool = False) -> None:
 
 @app.command(
     epilog=examples(
+        "svf audit dumps/torch",
+        "svf audit recorded.safetensors --model MODEL --tokens 1,2,3",
+        "svf audit bundle --json",
+    )
+)
+def audit(
+    dump: Annotated[
+        Path, typer.Argument(help="Dump, bundle or stage file; or another program's: safetensors, folder, APRT tree.")
+    ],
+    model: Annotated[str | None, typer.Option(help="Weights; another program's dump does not name them.")] = None,
+    tokens: Annotated[str | None, typer.Option(help="Token ids of another program's dump, such as 1,2,3.")] = None,
+    components: Annotated[Path | None, typer.Option(help="Bundle with U, S and V, to judge products.")] = None,
+    top: Annotated[int, typer.Option(min=0, help="Largest errors kept per stage.")] = 5,
+    json: Json = False,
+) -> None:
+    """Judge one dump by itself: every stage against float64, from the inputs that the dump recorded."""
+    from stages import audit as job
+    from stages import render
+    from stages.progress import Progress
+
+    with Progress(STATE.progress) as progress:
+        document = job.audit(dump, model=model, tokens=tokens, components=components, top=top, progress=progress)
+    emit(document) if json else render.audit_document(document)
+    raise typer.Exit(job.EXIT_CODES[document["outcome"]])
+
+
+@app.command(
+    epilog=examples(
+        "svf layouts",
+        "svf layouts components",
+        "svf layouts components --model Qwen/Qwen3-0.6B --json",
+    )
+)
+def layouts(
+    components: Annotated[
+        Path | None, typer.Argument(help="Component bundle; without it, a built-in tiny one.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Source weights; default the recorded source_f32.")] = None,
+    json: Json = False,
+) -> None:
+    """Say which layout of V gives each tensor back, whatever the label says, for square matrices too."""
+    from stages import layout_job as job
+    from stages import render
+    from stages.progress import Progress
+
+    with Progress(STATE.progress) as progress:
+        document = job.diagnose(components, model, progress)
+    emit(document) if json else render.layouts_document(document)
+    raise typer.Exit(job.EXIT_CODES[document["outcome"]])
+
+
+@app.command(
+    epilog=examples(
         "svf demo",
         "svf demo --json",
     )

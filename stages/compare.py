@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from stages.hints import Case, explain
 from stages.metrics import Difference, PairHash, Residual
 from stages.noise import U32, Noise
 from stages.replay import REPLAY
@@ -116,13 +117,11 @@ class TensorComparison:
         try:
             if arguments_a is not None:
                 oracle = consult(row.stage, arguments_a, options)
-                row.side_a = row.side_a or SideVerdict()
-                row.side_a.add(oracle, a.values[row.stage.name])
+                row.side_a = judge_chunk(row.side_a, oracle, a.values[row.stage.name])
             if arguments_b is not None:
                 if oracle is None or arguments_a is None or not _same(arguments_a, arguments_b):
                     oracle = consult(row.stage, arguments_b, options)
-                row.side_b = row.side_b or SideVerdict()
-                row.side_b.add(oracle, b.values[row.stage.name])
+                row.side_b = judge_chunk(row.side_b, oracle, b.values[row.stage.name])
         except ValueError as error:  # numpy's, for operands whose shapes do not go together
             row.shape_note = f"its recorded inputs do not fit each other: {error}"
 
@@ -167,6 +166,17 @@ class TensorComparison:
         }
 
 
+def judge_chunk(
+    verdict: SideVerdict | None, oracle: Oracle, observed: np.ndarray, *, explained: bool = True
+) -> SideVerdict:
+    """The verdict on a side's stage with one chunk more; the first one that fails without a reason is explained."""
+    verdict = verdict or SideVerdict()
+    failed = verdict.add(oracle, observed) in (Verdict.BUG, Verdict.SUSPECT)
+    if failed and explained and verdict.hint is None:
+        verdict.hint = explain(Case(oracle, observed))
+    return verdict
+
+
 def row_verdict(d: Difference, a: SideVerdict | None, b: SideVerdict | None, *, given: bool) -> Verdict:
     """A row's verdict from its sides' (None: not judged); `given` says that the stage copies what a side was given."""
     sides = [side.verdict for side in (a, b) if side is not None]
@@ -180,12 +190,14 @@ def row_verdict(d: Difference, a: SideVerdict | None, b: SideVerdict | None, *, 
 
 
 def side_fields(a: SideVerdict | None, b: SideVerdict | None) -> dict[str, Any]:
-    """Each side's verdict and largest error / bound, as row fields."""
+    """Each side's verdict, largest error / bound and what is known of the reason, as row fields."""
     return {
         "verdict_a": a.verdict.value if a else None,
         "verdict_b": b.verdict.value if b else None,
         "ratio_a": a.ratio if a else None,
         "ratio_b": b.ratio if b else None,
+        "hint_a": a.hint if a else None,
+        "hint_b": b.hint if b else None,
     }
 
 
@@ -198,10 +210,7 @@ def empty_row(source_name: str, key: str, stage: Stage, verdict: Verdict) -> dic
         "stage": stage.name,
         "required": stage.required,
         "verdict": verdict.value,
-        "verdict_a": None,
-        "verdict_b": None,
-        "ratio_a": None,
-        "ratio_b": None,
+        **side_fields(None, None),
         "tolerance_passed": False,
     }
 

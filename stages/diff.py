@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any
@@ -86,13 +86,17 @@ def finish(
     gates: Gates | None = None,
     expected: int,
     zero_offset: Sequence[Mapping[str, Any]] = (),
+    explain: Explain = lambda _row, _side: None,
     extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """A `svf.diff/1` document from its rows; `expected` is how many of them a complete comparison has at least."""
+    """A `svf.diff/1` document from its rows; `expected` is how many of them a complete comparison has at least.
+
+    `explain` gives a hint at why a row's side, a or b, failed, where the row itself has none.
+    """
     gate_results = gates.results(rows) if gates else {}
     compared = sum(row["verdict"] not in (Verdict.MISSING, Verdict.EXTRA) for row in rows)
     coverage = {"compared": compared, "expected": max(expected, len(rows))}
-    culprit = find_culprit(rows)
+    culprit = find_culprit(rows, explain)
     return {
         "schema": "svf.diff/1",
         "outcome": outcome(rows, zero_offset, gate_results, coverage),
@@ -131,26 +135,43 @@ def misfit(zero_offset: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None
     return next((z for z in zero_offset if z["fits_a"] is False or z["fits_b"] is False), None)
 
 
-def find_culprit(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The first row in execution order with the gravest isolated verdict: a bug, then a suspect, then the rest."""
-    for grave in (Verdict.BUG, Verdict.SUSPECT, Verdict.NONFINITE, Verdict.SHAPE, Verdict.MISSING, Verdict.EXTRA):
-        for row in rows:
-            if row["verdict"] == grave:
-                return _culprit(row, grave)
-    return None
+# A row and the letter of a side -> a hint at why that side failed.
+Explain = Callable[[Mapping[str, Any], str], str | None]
+# Graver first; within one verdict, the first in execution order.
+GRAVE = (
+    Verdict.BUG,
+    Verdict.PRECISION,
+    Verdict.SUSPECT,
+    Verdict.NONFINITE,
+    Verdict.SHAPE,
+    Verdict.MISSING,
+    Verdict.EXTRA,
+)
 
 
-def _culprit(row: Mapping[str, Any], verdict: Verdict) -> dict[str, Any]:
-    wrong = [name for name in ("a", "b") if row.get(f"verdict_{name}") == verdict]
+def gravest(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The first row in execution order with the gravest isolated verdict: a bug, then lost bits, then the rest."""
+    return next((row for grave in GRAVE for row in rows if row["verdict"] == grave), None)
+
+
+def find_culprit(
+    rows: Sequence[Mapping[str, Any]], explain: Explain = lambda _row, _side: None
+) -> dict[str, Any] | None:
+    """The gravest row, with the side that is wrong and a hint at the reason; None when nothing failed."""
+    row = gravest(rows)
+    if row is None:
+        return None
+    wrong = [name for name in ("a", "b") if row.get(f"verdict_{name}") == row["verdict"]]
     ratios = [row[f"ratio_{name}"] for name in wrong]
+    hints = (row.get("note"), *(row.get(f"hint_{name}") or explain(row, name) for name in wrong[:1]))
     return {
         "side": wrong[0] if len(wrong) == 1 else ("both" if wrong else None),
         "layer": row["layer"],
         "tensor": row["tensor"],
         "stage": row["stage"],
-        "verdict": verdict.value,
+        "verdict": row["verdict"],
         "ratio": max(ratios) if ratios else None,
-        "hint": row.get("note"),
+        "hint": next((hint for hint in hints if hint), None),
     }
 
 
@@ -186,7 +207,8 @@ def sentence(
     if culprit is not None:
         where = f"{culprit['stage']} of {place_of(culprit)}"
         who = {"a": a["source"], "b": b["source"], "both": "both sides"}.get(culprit["side"] or "")
-        blame = f"{who} computed it wrong" if who else "the sides differ"
+        how = "with fewer bits than declared" if culprit["verdict"] == Verdict.PRECISION else "wrong"
+        blame = f"{who} computed it {how}" if who else "the sides differ"
         ratio = f", {culprit['ratio']:.3g} times the bound" if culprit["ratio"] and isfinite(culprit["ratio"]) else ""
         hint = f" ({culprit['hint']})" if culprit["hint"] else ""
         return f"{culprit['verdict'].capitalize()} at {where}: {blame}{ratio}{hint}."

@@ -285,6 +285,24 @@ def stage_options(config: QwenConfig, stage: Stage) -> dict[str, Any]:
     return {name: values[name] for name in stage.options}
 
 
+def stage_shape(config: QwenConfig, stage: Stage, tokens: int) -> tuple[int, ...]:
+    """The shape of a stage's whole result for a sequence of `tokens`."""
+    heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    sizes = {
+        **dict.fromkeys(("tokens", "queries", "keys"), tokens),
+        "hidden": config.hidden_size,
+        "intermediate": config.intermediate_size,
+        "vocab": config.vocab_size,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "heads*head_dim": heads * head_dim,
+        "qkv": (heads + 2 * kv_heads) * head_dim,
+        "frequencies": head_dim // 2,
+    }
+    return tuple(sizes[axis] for axis in stage.shape.split())
+
+
 def parameter_name(stage: Stage, param: str, layer: int | None) -> str:
     """The checkpoint's name of a stage's parameter in a layer."""
     return f"model.layers.{layer}.{param}" if stage.scope is Scope.LAYER else param

@@ -54,6 +54,65 @@ def diff_document(document: Mapping[str, Any], *, top: bool = False) -> None:
     out.print(f"[{style}]{document['outcome'].upper()}[/]  {escape(document['verdict'])}", soft_wrap=True)
 
 
+def audit_document(document: Mapping[str, Any]) -> None:
+    """A `svf.audit/1` document: one line per stage, what needs a look, the sentence."""
+    out = console()
+    facts = ", ".join(f"{name} {value}" for name, value in document["facts"].items() if name.startswith("dtype"))
+    out.print(escape(f"{document['source']}{f' ({facts})' if facts else ''}"), soft_wrap=True)
+    rows = document["rows"]
+    table = _table("stage", "of", "verdict", "worst error / bound", "max |error|", "not correctly rounded")
+    for stage in dict.fromkeys(row["stage"] for row in rows):
+        group = [row for row in rows if row["stage"] == stage]
+        worst = max(group, key=lambda row: _severity(row["verdict"]))
+        ratios = [row["ratio"] for row in group if row["ratio"]]
+        errors = [row["max_abs"] for row in group if row.get("max_abs") is not None]
+        different, count = sum(row.get("mismatched", 0) for row in group), sum(row.get("count", 0) for row in group)
+        table.add_row(
+            stage,
+            str(len(group)),
+            _styled(worst["verdict"]),
+            number(max(ratios)) if ratios else "-",
+            number(max(errors)) if errors else "-",
+            f"{different:,} of {count:,}" if count else "-",
+        )
+    out.print(table)
+    problems = [row for row in rows if row["verdict"] not in ("exact", "rounding")]
+    if problems:
+        out.print(_audit_problems(problems))
+    coverage = document["coverage"]
+    style = {"sound": "bold green", "faulty": "bold red"}.get(document["outcome"], "bold yellow")
+    out.print(f"Judged {coverage['judged']} of {coverage['expected']} stages.")
+    out.print(f"[{style}]{document['outcome'].upper()}[/]  {escape(document['verdict'])}", soft_wrap=True)
+
+
+def _audit_problems(rows: Sequence[Mapping[str, Any]], limit: int = 30) -> Table:
+    table = _table("where", "stage", "verdict", "error / bound", "at", "expected", "got", "note")
+    table.title, table.title_justify = "Rows that need a look", "left"
+    for row in rows[:limit]:
+        table.add_row(
+            escape(place_of(row)),
+            row["stage"],
+            _styled(row["verdict"]),
+            number(row["ratio"]),
+            str(row.get("max_abs_index") or "-"),
+            number(row.get("max_abs_expected")),
+            number(row.get("max_abs_got")),
+            escape(row["hint"] or row["note"] or ""),
+        )
+    if len(rows) > limit:
+        table.add_row(f"... and {len(rows) - limit} more; --json has them all")
+    return table
+
+
+def _table(*columns: str) -> Table:
+    """A plain table; what is words stands left, what is a number right."""
+    table = Table(header_style="bold", show_edge=False, pad_edge=False)
+    words = ("stage", "where", "verdict", "note", "tensor", "declared", "fits")
+    for name in columns:
+        table.add_column(name, justify="left" if name in words else "right")
+    return table
+
+
 def _forward_view(document: Mapping[str, Any], out: Console) -> None:
     """Stages by layers, then one line per stage, the growth over depth, the FFN's amplification, the logits."""
     rows = document["rows"]
@@ -270,6 +329,25 @@ def layouts(rows: Sequence[Mapping[str, Any]], out: Console | None = None) -> No
             number(max(bounds)) if bounds else "-",
         )
     out.print(table)
+
+
+def layouts_document(document: Mapping[str, Any]) -> None:
+    """A `svf.layouts/1` document: each tensor's residuals in units of its bound, and what fits."""
+    out = console()
+    names = list(document["tensors"][0]["residuals"]) if document["tensors"] else []
+    table = _table("tensor", "declared", *names, "fits")
+    for row in document["tensors"]:
+        values = (number(row["residuals"][name]) for name in names)
+        fits = "[yellow]unjudged[/]" if row["fits"] is None else ", ".join(row["matches"]) or "[bold red]none[/]"
+        wrong = row["fits"] is False
+        table.add_row(escape(row["tensor"]), row["declared"], *values, f"[bold red]{fits}[/]" if wrong else fits)
+    out.print("Zero-offset residuals in units of their bound; at most 1 fits, a dash does not fit by shape.")
+    out.print(table)
+    for note in dict.fromkeys(row["note"] for row in document["tensors"] if row["note"]):
+        of = [row["tensor"] for row in document["tensors"] if row["note"] == note]
+        out.print(f"{of[0]}{f' and {len(of) - 1} more' if len(of) > 1 else ''}: {note}", markup=False, soft_wrap=True)
+    style = {"agree": "bold green", "contradicted": "bold red"}.get(document["outcome"], "bold yellow")
+    out.print(f"[{style}]{document['outcome'].upper()}[/]  {escape(document['verdict'])}", soft_wrap=True)
 
 
 def decompose_document(document: Mapping[str, Any]) -> None:

@@ -5,7 +5,7 @@ Inherited error is never blamed: the oracle starts from what the stage was given
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from stages import noise, reference, reference_qwen
+from stages.bits import NARROW, Narrow
 from stages.noise import Noise
 from stages.rounding import round_once
 from stages.stage import Stage
@@ -35,6 +36,7 @@ class Verdict(StrEnum):
     ROUNDING = "rounding"
     UNJUDGED = "unjudged"
     SUSPECT = "suspect"
+    PRECISION = "precision"
     BUG = "bug"
     NONFINITE = "nonfinite"
     SHAPE = "shape"
@@ -67,6 +69,8 @@ class Oracle:
     value: np.ndarray
     calibrated: Callable[[], np.ndarray]
     rigorous: Callable[[], np.ndarray]
+    arguments: tuple[np.ndarray, ...]
+    options: Mapping[str, Any]
 
     @cached_property
     def bound(self) -> np.ndarray:
@@ -94,20 +98,32 @@ def consult(stage: Stage, arguments: tuple[np.ndarray, ...], options: Mapping[st
         value,
         lambda: noise.calibrated(stage.noise, operands, value, dtype),
         lambda: noise.rigorous(stage.noise, operands, value, dtype),
+        arguments,
+        options,
     )
 
 
 @dataclass
 class SideVerdict:
-    """Verdict of one side on one stage, over all chunks added; `ratio` is the largest error / bound."""
+    """Verdict of one side on one stage, over all chunks added; `ratio` is the largest error / bound.
+
+    `hint` says what is known of the reason for the verdict: of `precision`, in which way bits were lost.
+    """
 
     verdict: Verdict = Verdict.EXACT
     ratio: float = 0.0
+    hint: str | None = None
 
-    def add(self, oracle: Oracle, observed: np.ndarray) -> None:
-        """Judge one chunk."""
+    def add(self, oracle: Oracle, observed: np.ndarray) -> Verdict:
+        """Judge one chunk, and return its verdict; where it is beyond its bound, ask whether only bits were lost."""
         verdict, ratio = judge(oracle, observed)
-        self.verdict, self.ratio = worst(self.verdict, verdict), max(self.ratio, ratio)
+        bits = fewer_bits(oracle, observed) if verdict in (Verdict.SUSPECT, Verdict.BUG) else None
+        if bits is not None:
+            verdict = Verdict.PRECISION
+        if worst(self.verdict, verdict) is not self.verdict:
+            self.verdict, self.hint = verdict, bits
+        self.ratio = max(self.ratio, ratio)
+        return verdict
 
 
 def judge(oracle: Oracle, observed: np.ndarray) -> tuple[Verdict, float]:
@@ -141,6 +157,57 @@ def _worst_ratio(got: np.ndarray, value: np.ndarray, bound: np.ndarray) -> float
         ratios = error / np.maximum(limit[at : at + _BLOCK], np.finfo(np.float64).tiny)
         largest = max(largest, float(ratios.max(initial=0.0)))
     return largest
+
+
+def fewer_bits(oracle: Oracle, observed: np.ndarray) -> str | None:
+    """In which way the right function lost bits, if rounding its operands, its result or both explains the output.
+
+    None when no narrow format does. Explained means within the calibrated bound of the function of rounded operands.
+    """
+    if oracle.stage.noise in _LONG_SUMS and _relative(oracle, observed) > _MOST_LOST:
+        return None
+    for narrow in NARROW:
+        stored = observed.dtype == np.float32 and narrow.holds(observed)
+        if stored and _within(oracle, observed, narrow):
+            return f"its result has {narrow.bits} mantissa bits, {narrow.name}"
+        for which, arguments in _narrowed(oracle, narrow):
+            rounded = consult(oracle.stage, arguments, oracle.options)
+            if judge(rounded, observed)[0].passes:
+                return f"its {which} have {narrow.bits} mantissa bits, {narrow.name}"
+            if stored and _within(rounded, observed, narrow):
+                return f"its {which} and its result have {narrow.bits} mantissa bits, {narrow.name}"
+    return None
+
+
+# Bits lost in the operands of a long sum lose as many of the result's, not all: more is another function, and it is
+# not worth six more products to find that out.
+_LONG_SUMS = (Noise.PRODUCT, Noise.SCORES, Noise.WEIGHTED)
+_MOST_LOST = 0.05
+
+
+def _relative(oracle: Oracle, observed: np.ndarray) -> float:
+    return float(np.linalg.norm(observed - oracle.value) / max(float(np.linalg.norm(oracle.value)), noise.TINY))
+
+
+def _within(oracle: Oracle, observed: np.ndarray, narrow: Narrow) -> bool:
+    """Whether a result that `narrow` holds is as near as truncation to it allows."""
+    allowed = oracle.bound + 2.0**-narrow.bits * (np.abs(oracle.value) + oracle.bound)
+    return bool((np.abs(observed - oracle.value) <= allowed).all())
+
+
+def _narrowed(oracle: Oracle, narrow: Narrow) -> Iterator[tuple[str, tuple[np.ndarray, ...]]]:
+    """The stage's arguments in fewer bits, where that differs: all, inputs or parameters alone, each input alone."""
+    given, inputs = oracle.arguments, len(oracle.stage.inputs)
+    rounded = tuple(narrow.round(a).astype(a.dtype) if a.dtype.kind != "i" else a for a in given)
+    changed = [not np.array_equal(a, b) for a, b in zip(rounded, given, strict=True)]
+    if any(changed):
+        yield "operands", rounded
+    if any(changed[:inputs]) and any(changed[inputs:]):
+        yield "inputs", (*rounded[:inputs], *given[inputs:])
+        yield "weights", (*given[:inputs], *rounded[inputs:])
+    if sum(changed[:inputs]) > 1:
+        for i, name in enumerate(oracle.stage.inputs):
+            yield f"values of {name}", (*given[:i], rounded[i], *given[i + 1 :])
 
 
 def canonical(a: np.ndarray) -> np.ndarray:

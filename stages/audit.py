@@ -1,0 +1,389 @@
+"""One recorded run against the oracle, each stage from its own recorded inputs; needs no other side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stages import bundle as bundles
+from stages import diff, dump, stats
+from stages.aprt import is_aprt, is_aprt_tree
+from stages.backend import Weights
+from stages.bundle import stages_in
+from stages.checkpoint import Checkpoint, open_checkpoint
+from stages.compare import judge_chunk, residual_bound
+from stages.errors import InputError, NotFoundError, UsageError, shown
+from stages.foreign import open_foreign
+from stages.forward_dump import Place, forward_key, is_forward_dump
+from stages.forward_judge import (
+    ForwardRun,
+    explain_place,
+    open_run,
+    oracles_of,
+    order_of,
+    part,
+    stage_of,
+    why_unjudged,
+)
+from stages.metrics import Difference, Residual
+from stages.replay import REPLAY
+from stages.replay_run import Chunk, chunk_plan, default_chunk_rows
+from stages.selection import layer_of
+from stages.sides import SideTensor, open_side
+from stages.stage import Stage
+from stages.tensorfile import TensorFile
+from stages.tokens import check_tokens, parse_tokens
+from stages.verdict import Oracle, SideVerdict, Verdict, consult
+
+Progress = Callable[[str, float], None]
+Row = dict[str, Any]
+
+EXIT_CODES = {"sound": 0, "faulty": 1, "incomplete": 5}
+
+
+def audit(
+    path: Path,
+    *,
+    model: str | None = None,
+    tokens: str | None = None,
+    components: Path | None = None,
+    top: int = 5,
+    progress: Progress = lambda _label, _done: None,
+) -> dict[str, Any]:
+    """The `svf.audit/1` document of a dump, a component bundle, a stage file, or another program's forward.
+
+    `model` and `tokens` are needed for another program's, which does not name them. `InputError` for a key that is
+    no stage.
+    """
+    with ExitStack() as stack:
+        if _is_replay(path):
+            if tokens is not None:
+                raise UsageError(f"--tokens is about forwards; {path} is a component replay")
+            return _audit_replay(path, model, components, top, stack, progress)
+        if components is not None:
+            raise UsageError(f"--components is about component replays; {path} is a forward")
+        return _audit_forward(_open_forward(path, model, tokens, stack), model, top, progress)
+
+
+def _is_replay(path: Path) -> bool:
+    if path.is_dir():
+        ours = (path / dump.MANIFEST_FILE).is_file() and not is_forward_dump(path)
+        return ours or (path / bundles.MANIFEST_FILE).is_file()
+    if not path.is_file():
+        raise NotFoundError(f"{path}: no such file or folder")
+    if is_aprt(path):
+        raise UsageError(f"{path}: one APRT file has no inputs to be judged from; name the folder of the tree")
+    with TensorFile(path) as file:
+        return bool(stages_in(file))
+
+
+# -- a forward ----------------------------------------------------------------------------------------------------
+
+
+def _open_forward(path: Path, model: str | None, tokens: str | None, stack: ExitStack) -> ForwardRun:
+    ids = None if tokens is None else parse_tokens(tokens)
+    if path.is_dir() and not is_aprt_tree(path) and is_forward_dump(path):
+        run = open_run(path, model, stack)
+        if ids is not None and ids.tolist() != run.tokens:
+            raise InputError(f"{path}: ran {len(run.tokens)} tokens, other ones than --tokens; leave the option out")
+        return run
+    if model is None or ids is None:
+        raise UsageError(f"{path}: is no dump of svf, so it names neither model nor tokens; give --model and --tokens")
+    checkpoint = stack.enter_context(open_checkpoint(model))
+    checkpoint.check()
+    checked = check_tokens(ids, checkpoint.config.vocab_size).tolist()
+    weights: Weights = checkpoint
+    return open_foreign(path, checkpoint.config, weights, checked, stack)
+
+
+def _audit_forward(run: ForwardRun, model: str | None, top: int, progress: Progress) -> dict[str, Any]:
+    places = order_of(run.path, {*run.side.places, *_promised(run)})
+    rows: list[Row] = []
+    for number, place in enumerate(places):
+        progress(f"auditing {forward_key(place)}", number / len(places))
+        rows.append(_forward_row(place, run, top))
+
+    def explain(row: Mapping[str, Any]) -> str | None:
+        place = (row["layer"], row["stage"])
+        return explain_place(place, run, run.side.read(place)) if row["ratio"] is not None else None
+
+    facts = {**run.side.facts, **({"model": model} if model else {})}
+    return document(rows, run.side.label, facts, kind="forward", explain=explain)
+
+
+def _promised(run: ForwardRun) -> set[Place]:
+    """What a dump's manifest says was recorded: a stage that is not there is missing."""
+    if not hasattr(run.side, "dump") or run.path is None:
+        return set()
+    manifest, path = run.side.dump.manifest, run.path
+    stages = [stage_of(path, (None, name)) for name in manifest.get("stages", [])]
+    layers: list[int] = manifest.get("layers", [])
+    return {(n, s.name) for s in stages for n in (layers if s.scope.value == "layer" else [None])}
+
+
+def _forward_row(place: Place, run: ForwardRun, top: int) -> Row:
+    assert run.path is not None
+    stage = stage_of(run.path, place)
+    row = _row(forward_key(place), place[0], None, place[1], stage.required)
+    if place not in run.side.places:
+        return {**row, "verdict": Verdict.MISSING.value, "note": "the manifest says it was recorded"}
+    observed = run.side.read(place)
+    row |= {"sha256": run.side.sha256(place), "stats": stats.population(observed)}
+    why = why_unjudged(place, run)
+    if why is not None:
+        return {**row, "verdict": Verdict.UNJUDGED.value, "note": why}
+    judged = _Judged(stage, top)
+    for columns, oracle in oracles_of(place, run, observed):
+        judged.add(oracle, part(observed, columns), columns.start or 0, observed.ndim - 1)
+    return {**row, **judged.fields()}
+
+
+# -- a component replay -------------------------------------------------------------------------------------------
+
+
+def _audit_replay(
+    path: Path, model: str | None, components: Path | None, top: int, stack: ExitStack, progress: Progress
+) -> dict[str, Any]:
+    side = stack.enter_context(open_side(path, components))
+    if side.unknown:
+        raise InputError(
+            f"{path}: '{shown(min(side.unknown))}' is no stage of the replay; there are {', '.join(REPLAY)}"
+        )
+    checkpoint = None if model is None else stack.enter_context(open_checkpoint(model))
+    audits = [_TensorAudit(key, tensor, checkpoint, top) for key, tensor in side.tensors.items()]
+    for number, tensor in enumerate(audits):
+        tensor.run(lambda label, done, at=number: progress(label, (at + done) / len(audits)))  # type: ignore[misc]
+    rows = [row for tensor in audits for row in tensor.rows()]
+    return document(rows, side.label, side.facts, kind="replay", zero_offset=[t.zero_offset() for t in audits])
+
+
+class _TensorAudit:
+    """One tensor of a replay, chunk by chunk."""
+
+    def __init__(self, key: str, tensor: SideTensor, checkpoint: Checkpoint | None, top: int):
+        self.key, self.tensor, self.checkpoint, self.top = key, tensor, checkpoint, top
+        # Judged by what it says it did; the zero-offset replay tells whether that was right.
+        self.options = {"layout": tensor.layout, "transpose": tensor.transpose}
+        self.judged: dict[str, _Judged] = {}
+        self.residual, self.rank = Residual(), 1
+
+    def run(self, progress: Progress) -> None:
+        if not self.tensor.stages:
+            return
+        shape = self.tensor.shape
+        with np.errstate(all="ignore"):  # a NaN is a verdict, not a warning
+            for chunk in self.tensor.chunks(chunk_plan(shape[0], default_chunk_rows(shape))):
+                self._add(chunk)
+                progress(f"auditing {self.tensor.source_name}", chunk.stop / shape[0])
+
+    def _add(self, chunk: Chunk) -> None:
+        chunk = self._with_source(chunk)
+        for name, observed in chunk.values.items():
+            stage = REPLAY[name]
+            judged = self.judged.setdefault(name, _Judged(stage, self.top))
+            arguments = chunk.arguments(stage)
+            if any(self.judged[n].verdict.verdict is Verdict.SHAPE for n in stage.inputs if n in self.judged):
+                judged.note = f"of another shape: {', '.join(stage.inputs)}"
+            elif arguments is None:
+                judged.note = self._missing(stage, chunk)
+            else:
+                options = {option: self.options[option] for option in stage.options}
+                axis = int(self.tensor.transpose and name.startswith("final_"))
+                try:
+                    oracle = consult(stage, arguments, options)
+                except ValueError as error:  # numpy's, for operands whose shapes do not go together
+                    judged.note = f"its recorded inputs do not fit each other: {error}"
+                    continue
+                judged.add(oracle, observed, chunk.start if stage.by_rows else 0, axis)
+        source, zero = chunk.values.get("source_f32"), chunk.values.get("zero_source_f32")
+        if source is not None and zero is not None and source.shape == zero.shape:
+            self.residual.add(source, zero)
+        self.rank = chunk.shared.get("scaled_s", np.empty(self.rank)).size
+
+    def _with_source(self, chunk: Chunk) -> Chunk:
+        """The chunk with the source weight among its parameters: the model's, or known by its hash."""
+        if self.checkpoint is not None:
+            name = self.checkpoint.resolve(self.tensor.source_name)
+            source = self.checkpoint.read(name, chunk.start, chunk.stop).astype(np.float32)
+        elif self._source_is_known() and "source_f32" in chunk.values:
+            source = chunk.values["source_f32"]
+        else:
+            return chunk
+        return Chunk(chunk.start, chunk.stop, chunk.values, chunk.shared, {**chunk.params, "source": source})
+
+    def _source_is_known(self) -> bool:
+        """Whether the recorded source is, by its sha256, the one that the components were made from."""
+        c, place = self.tensor.components, self.tensor.stages.get("source_f32")
+        known = c.entry.identity.get("source_f32") if c else None
+        return known is not None and place is not None and place[0].sha256(place[1]) == known
+
+    def _missing(self, stage: Stage, chunk: Chunk) -> str:
+        recorded = {*chunk.values, *chunk.shared}
+        notes = []
+        if inputs := [name for name in stage.inputs if name not in recorded]:
+            notes.append(f"not recorded: {', '.join(inputs)}")
+        if params := [name for name in stage.params if name not in chunk.params]:
+            option = "--model" if params == ["source"] else "--components"
+            notes.append(f"{', '.join(params)} not to be had; give {option}")
+        return "; ".join(notes)
+
+    def rows(self) -> list[Row]:
+        """One row per stage, in execution order."""
+        name, rows = self.tensor.source_name, []
+        for stage in REPLAY.values():
+            row = _row(f"tensor.{self.key}.{stage.name}", layer_of(name), name, stage.name, stage.required)
+            if stage.name in self.judged:
+                rows.append({**row, **self.judged[stage.name].fields()})
+            elif stage.name in self.tensor.hashes and not self.tensor.stages:
+                note = "the dump keeps hashes alone"
+                rows.append({**row, "verdict": Verdict.UNJUDGED.value, "note": note})
+            else:
+                rows.append({**row, "verdict": Verdict.MISSING.value})
+        return rows
+
+    def zero_offset(self) -> dict[str, Any]:
+        """How well the zero-offset replay gives the source back: the test of a layout."""
+        bound, known = residual_bound(self.rank), self.residual.known
+        return {
+            "tensor": self.tensor.source_name,
+            "layout": self.tensor.layout,
+            "max_abs": self.residual.max_abs,
+            "relative": self.residual.relative,
+            "bound": bound,
+            "fits": self.residual.relative <= bound if known else None,
+        }
+
+
+# -- rows and the document ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Judged:
+    """A stage's verdict and its difference from the correctly rounded result, over all chunks."""
+
+    stage: Stage
+    top: int
+    note: str | None = None
+    verdict: SideVerdict = field(default_factory=SideVerdict)
+    difference: Difference = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.difference = Difference(self.top)
+
+    def add(self, oracle: Oracle, observed: np.ndarray, start: int, axis: int) -> None:
+        """Judge one chunk, which begins at `start` along `axis`."""
+        judge_chunk(self.verdict, oracle, observed, explained=self.stage.scope.value == "tensor")
+        expected = oracle.rounded
+        if expected.shape != observed.shape or expected.dtype != observed.dtype:
+            self.note = (
+                f"expected {expected.dtype.name} {list(expected.shape)} ({self.stage.shape}), it is "
+                f"{observed.dtype.name} {list(observed.shape)}{_turned(expected, observed)}"
+            )
+            return
+        self.difference.add(expected, observed, start, axis)
+
+    def fields(self) -> Row:
+        if self.difference.count == 0 and self.verdict.verdict is not Verdict.SHAPE:
+            return {"verdict": Verdict.UNJUDGED.value, "note": self.note}
+        of_oracle = {"max_abs_a": "max_abs_expected", "max_abs_b": "max_abs_got"}
+        return {
+            "verdict": self.verdict.verdict.value,
+            "ratio": self.verdict.ratio,
+            "hint": self.verdict.hint,
+            "note": self.note,
+            **{of_oracle.get(name, name): value for name, value in self.difference.result().items()},
+        }
+
+
+def _turned(expected: np.ndarray, observed: np.ndarray) -> str:
+    if expected.shape != observed.shape and sorted(expected.shape) == sorted(observed.shape):
+        return "; are two axes swapped?"
+    return ""
+
+
+def _row(key: str, layer: int | None, tensor: str | None, stage: str, required: bool) -> Row:
+    return {
+        "key": key,
+        "layer": layer,
+        "tensor": tensor,
+        "stage": stage,
+        "required": required,
+        "verdict": Verdict.UNJUDGED.value,
+        "ratio": None,
+        "hint": None,
+        "note": None,
+    }
+
+
+def document(
+    rows: Sequence[Row],
+    source: str,
+    facts: Mapping[str, str],
+    *,
+    kind: str,
+    zero_offset: Sequence[Mapping[str, Any]] = (),
+    explain: Callable[[Mapping[str, Any]], str | None] = lambda _row: None,
+) -> dict[str, Any]:
+    """The whole `svf.audit/1` document of finished rows."""
+    unjudged = sum(row["verdict"] == Verdict.UNJUDGED for row in rows)
+    missing = sum(row["verdict"] == Verdict.MISSING for row in rows)
+    coverage = {"judged": len(rows) - unjudged - missing, "unjudged": unjudged, "expected": len(rows)}
+    culprit = _culprit(rows, explain)
+    miss = next((z for z in zero_offset if z["fits"] is False), None)
+    outcome = "faulty" if culprit or miss else "incomplete" if unjudged or not coverage["judged"] else "sound"
+    return {
+        "schema": "svf.audit/1",
+        "outcome": outcome,
+        "verdict": _sentence(rows, culprit, miss, coverage),
+        "culprit": culprit,
+        "rows": list(rows),
+        "zero_offset": list(zero_offset),
+        "coverage": coverage,
+        "kind": kind,
+        "source": source,
+        "facts": dict(facts),
+    }
+
+
+def _culprit(
+    rows: Sequence[Mapping[str, Any]], explain: Callable[[Mapping[str, Any]], str | None]
+) -> dict[str, Any] | None:
+    row = diff.gravest(rows)
+    if row is None:
+        return None
+    fields = {name: row[name] for name in ("layer", "tensor", "stage", "verdict", "ratio")}
+    return {"side": None, **fields, "hint": row["hint"] or row["note"] or explain(row)}
+
+
+def _sentence(
+    rows: Sequence[Mapping[str, Any]],
+    culprit: Mapping[str, Any] | None,
+    miss: Mapping[str, Any] | None,
+    coverage: Mapping[str, int],
+) -> str:
+    """The verdict as a sentence."""
+    if culprit is not None:
+        ratio = f"{culprit['ratio']:.3g} times the bound" if culprit["ratio"] else "nothing to measure"
+        hint = f": {culprit['hint']}" if culprit["hint"] else ""
+        return f"{culprit['verdict'].capitalize()} at {culprit['stage']} of {diff.place_of(culprit)}, {ratio}{hint}."
+    if miss is not None:
+        return (
+            f"Each stage is right from its inputs, but zero offsets do not give {miss['tensor']} back: relative "
+            f"{miss['relative']:.2g}, bound {miss['bound']:.2g}; V is contracted the wrong way, or U, S, V are not "
+            "this tensor's."
+        )
+    if not coverage["judged"]:
+        return "Nothing could be judged" + (f": {rows[0]['note']}." if rows and rows[0]["note"] else ".")
+    if coverage["unjudged"]:
+        first = next(row for row in rows if row["verdict"] == Verdict.UNJUDGED)
+        return (
+            f"{coverage['judged']} of {coverage['expected']} stages are right from their own inputs; "
+            f"{coverage['unjudged']} could not be judged, first {first['key']} ({first['note']})."
+        )
+    exact = sum(row["verdict"] == Verdict.EXACT for row in rows)
+    return f"{len(rows)} stages are right from their own inputs: {exact} exact, {len(rows) - exact} within rounding."

@@ -1,0 +1,269 @@
+"""One recorded forward with what judging it needs: its path, weights and tokens. Every stage from its own inputs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from stages.adapted import ADAPTED_FILE, AdaptedWeights
+from stages.alternatives import Wrong
+from stages.aprt import is_aprt_tree
+from stages.backend import Weights
+from stages.checkpoint import Checkpoint, open_checkpoint
+from stages.errors import InputError, NotFoundError, UsageError
+from stages.forward import ALIASES, RUN_PARAMS, declare, forward_path, parameter_name, producers, stage_shape
+from stages.forward_dump import AprtSide, ForwardSide, Place, forward_key
+from stages.forward_run import oracles, parameters
+from stages.hints import Case, explain
+from stages.qwen import EMBEDDING, LM_HEAD, QwenConfig, parse_config
+from stages.stage import Path as StagePath
+from stages.stage import Scope, Stage
+from stages.tensorfile import TensorFile, stored_dtype
+from stages.verdict import STAGES, Oracle, SideVerdict, Verdict, judge
+
+
+class Recorded(Protocol):
+    """A recorded forward, read by layer and stage."""
+
+    label: str
+    facts: dict[str, str]
+    places: dict[Place, str]
+
+    def read(self, place: Place) -> np.ndarray: ...
+
+    def shape(self, place: Place) -> list[int]: ...
+
+    def sha256(self, place: Place) -> str: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass
+class ForwardRun:
+    """One side: its recorded stages, and its config, path, weights and tokens as far as they are known."""
+
+    side: Recorded
+    config: QwenConfig | None  # None: an APRT tree, which says nothing of its model
+    path: StagePath | None
+    tokens: list[int]
+    positions: str
+    weights: Weights | None  # None: not to be had
+    checkpoint: Checkpoint | None = None  # what `weights` come from, adapted or not
+    misshapen: set[Place] = field(default_factory=set)  # nothing can be said of a stage that reads one of these
+
+
+def open_run(folder: Path, model: str | None, stack: ExitStack) -> ForwardRun:
+    """A forward dump with the model it names, or that of `model`; or an APRT tree, of which nothing is known."""
+    if is_aprt_tree(folder):
+        return ForwardRun(AprtSide(folder), None, None, [], "all", None)
+    side = ForwardSide(folder)
+    stack.callback(side.close)
+    manifest = side.dump.manifest
+    recorded = manifest.get("model")
+    if not isinstance(recorded, dict) or not isinstance(recorded.get("config"), dict):
+        raise InputError(f"{folder}: the manifest names no model")
+    config = parse_config(recorded["config"], f"{folder}: model config")
+    tokens = manifest.get("tokens")
+    if not isinstance(tokens, list) or not tokens or not all(isinstance(t, int) for t in tokens):
+        raise InputError(f"{folder}: the manifest has no token ids")
+    path = forward_path(config, str(manifest.get("dtype", "model")))
+    checkpoint = _checkpoint(folder, recorded, model, stack)
+    weights = _weights(folder, checkpoint, stack)
+    return ForwardRun(side, config, path, tokens, str(manifest.get("positions", "all")), weights, checkpoint)
+
+
+def _checkpoint(folder: Path, recorded: Mapping[str, Any], model: str | None, stack: ExitStack) -> Checkpoint | None:
+    """The model a dump was made from: the given one, or the recorded one if it is still the same."""
+    source = model or recorded.get("source")
+    try:
+        checkpoint = stack.enter_context(open_checkpoint(str(source)))
+    except (InputError, NotFoundError):
+        if model is not None:
+            raise
+        return None
+    if checkpoint.fingerprint() != recorded.get("fingerprint"):
+        if model is not None:
+            raise InputError(f"{model}: is not the model that {folder} was made from (config or tensor headers differ)")
+        return None
+    return checkpoint
+
+
+def _weights(folder: Path, checkpoint: Checkpoint | None, stack: ExitStack) -> Weights | None:
+    """The model's weights, adapted ones as the dump keeps them."""
+    if checkpoint is None or not (folder / ADAPTED_FILE).is_file():
+        return checkpoint
+    file = TensorFile(folder / ADAPTED_FILE)
+    stack.callback(file.close)
+    return AdaptedWeights(checkpoint, file)
+
+
+def order_of(path: StagePath | None, have: Iterable[Place]) -> list[Place]:
+    """The places that are there, in execution order; `InputError` naming one that no Qwen, or not this one, has."""
+    have = set(have)
+    # Of an APRT tree nothing is known: the fullest family's order serves for any.
+    stages = list(path.values()) if path else list(declare(qk_norm=True, qkv_bias=True, o_bias=True))
+    first = next(i for i, stage in enumerate(stages) if stage.scope is Scope.LAYER)
+    order: list[Place] = [(None, s.name) for s in stages[:first]]
+    in_layer = [*(s.name for s in stages if s.scope is Scope.LAYER), *ALIASES]
+    layers = sorted({layer for layer, _ in have if layer is not None})
+    order += [(layer, name) for layer in layers for name in in_layer]
+    order += [(None, s.name) for s in stages[first:] if s.scope is Scope.MODEL]
+    unknown = sorted(have - set(order), key=str)
+    if unknown:
+        names = ", ".join(stage.name for stage in stages)
+        raise InputError(f"'{forward_key(unknown[0])}' is no stage of a Qwen model; there are {names}")
+    return [place for place in order if place in have]
+
+
+def why_unjudged(place: Place, run: ForwardRun) -> str | None:
+    """What a stage's judging lacks, in words; None when it can be judged."""
+    if run.path is None or run.config is None:
+        return "the model is not known; give --model and --tokens"
+    stage = stage_of(run.path, place)
+    if run.weights is None and any(param not in RUN_PARAMS for param in stage.params):
+        return f"the weights {', '.join(stage.params)} are not to be had; give --model"
+    if run.positions == "last" and _mixes_positions(run.path, stage):
+        return "the dump holds the last position alone, and this stage needs them all"
+    found = {source: _find(run, source) for source in sources_of(place, run).values()}
+    missing = [forward_key(source) for source, at in found.items() if at is None]
+    if missing:
+        return f"not recorded: {', '.join(missing)}"
+    misshapen = [
+        forward_key(at) for at in found.values() if at is not None and (at in run.misshapen or not _fits(run, at))
+    ]
+    return f"recorded in another shape: {', '.join(misshapen)}" if misshapen else None
+
+
+def _fits(run: ForwardRun, place: Place) -> bool:
+    """Whether a recorded stage has the shape that the model and the tokens give it."""
+    assert run.path is not None
+    assert run.config is not None
+    stage = stage_of(run.path, place)
+    shape, names = list(stage_shape(run.config, stage, len(run.tokens))), stage.shape.split()
+    if run.positions == "last":
+        shape = [1 if name in ("tokens", "queries") else size for name, size in zip(names, shape, strict=True)]
+    return run.side.shape(place) == shape
+
+
+def oracles_of(place: Place, run: ForwardRun, observed: np.ndarray) -> Iterator[tuple[slice, Oracle]]:
+    """The oracle of a recorded stage from its own recorded inputs, by columns; `ValueError` if these do not fit."""
+    assert run.path is not None
+    assert run.config is not None
+    stage, inputs = stage_of(run.path, place), _inputs(place, run)
+    if stage.by_vocab and observed.ndim == 2:  # logits may be recorded of the last tokens alone
+        inputs = {name: array[-len(observed) :] if name in stage.inputs else array for name, array in inputs.items()}
+    with np.errstate(all="ignore"):  # a NaN among the inputs is their own row's verdict
+        yield from oracles(run.path, run.config, stage, inputs, _weights_of(run), place[0])
+
+
+def judge_place(place: Place, run: ForwardRun, observed: np.ndarray) -> SideVerdict | None:
+    """The verdict on one recorded stage from its own recorded inputs; None where these, or weights, are not there."""
+    if why_unjudged(place, run) is not None:
+        return None
+    verdict = SideVerdict()
+    try:
+        for columns, oracle in oracles_of(place, run, observed):
+            verdict.add(oracle, part(observed, columns))
+    except (ValueError, IndexError):  # numpy's, for operands whose shapes do not go together
+        return SideVerdict(Verdict.SHAPE, np.inf)
+    return verdict
+
+
+def part(observed: np.ndarray, columns: slice) -> np.ndarray:
+    """The columns of a result that an oracle speaks of."""
+    return observed if columns == slice(None) else observed[..., columns]
+
+
+def explain_place(place: Place, run: ForwardRun, observed: np.ndarray) -> str | None:
+    """A hint at why a recorded stage failed; None when its error has no shape that is known."""
+    if why_unjudged(place, run) is not None:
+        return None
+    for columns, oracle in oracles_of(place, run, observed):
+        shown = part(observed, columns)
+        if not judge(oracle, shown)[0].passes:
+            return explain(Case(oracle, shown, functools.partial(_of_other_weights, place, run, oracle, columns)))
+    return None
+
+
+# Parameters of one shape that a loader may mix up.
+_ALIKE = (
+    ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    ("self_attn.q_norm.weight", "self_attn.k_norm.weight"),
+    ("input_layernorm.weight", "post_attention_layernorm.weight"),
+)
+
+
+def _of_other_weights(place: Place, run: ForwardRun, oracle: Oracle, columns: slice) -> Iterator[Wrong]:
+    """What the stage would give with another weight of the model of the same shape: a mix-up while loading."""
+    assert run.path is not None
+    assert run.config is not None
+    layer, stage, weights = place[0], oracle.stage, run.weights
+    if weights is None or stage.params[:1] == ("tokens",):
+        return
+    inputs, dtype = oracle.arguments[: len(stage.inputs)], stored_dtype(run.path["embedding"].dtype)
+    for one, other in (*_ALIKE, *(pair[::-1] for pair in _ALIKE)):
+        if stage.params == (one,):
+            weight = weights.read(parameter_name(stage, other, layer)).astype(dtype)
+            yield f"{other} in the place of {one}", STAGES[stage.name](*inputs, weight, **oracle.options)
+    if stage.by_vocab and not run.config.tie_word_embeddings:
+        weight = weights.read(EMBEDDING, columns.start or 0, columns.stop).astype(dtype)
+        yield f"the embedding in the place of {LM_HEAD}", STAGES[stage.name](*inputs, weight)
+    if layer is None or not stage.params:
+        return
+    for step in (-1, 1):
+        if 0 <= layer + step < run.config.num_hidden_layers:
+            others = parameters(stage, {}, weights, layer + step, dtype)
+            value = STAGES[stage.name](*inputs, *others, **oracle.options)
+            yield f"the weights of layer {layer + step} in the place of layer {layer}'s", value
+
+
+def stage_of(path: StagePath, place: Place) -> Stage:
+    """The declared stage of a place, which may go by an alias."""
+    return path[path.aliases.get(place[1], place[1])]
+
+
+def _find(run: ForwardRun, source: Place) -> Place | None:
+    """Where a stage is recorded: under its own name, or an alias."""
+    assert run.path is not None
+    names = (source[1], *(alias for alias, name in run.path.aliases.items() if name == source[1]))
+    return next(((source[0], name) for name in names if (source[0], name) in run.side.places), None)
+
+
+def sources_of(place: Place, run: ForwardRun) -> dict[str, Place]:
+    """Where each input of a stage would be recorded."""
+    assert run.path is not None
+    assert run.config is not None
+    return producers(run.path, stage_of(run.path, place), place[0], run.config.num_hidden_layers)
+
+
+def _inputs(place: Place, run: ForwardRun) -> dict[str, np.ndarray]:
+    inputs: dict[str, np.ndarray] = {}
+    for name, source in sources_of(place, run).items():
+        found = _find(run, source)
+        assert found is not None
+        inputs[name] = run.side.read(found)
+    chosen = slice(-1, None) if run.positions == "last" else slice(None)
+    tokens, positions = np.asarray(run.tokens, np.int32), np.arange(len(run.tokens), dtype=np.int32)
+    return inputs | {"tokens": tokens[chosen], "positions": positions[chosen]}
+
+
+def _weights_of(run: ForwardRun) -> Weights:
+    return run.weights if run.weights is not None else _NoWeights()
+
+
+class _NoWeights:
+    """Stands for weights in stages that take none."""
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        raise UsageError(f"{name}: the weights are not to be had")
+
+
+def _mixes_positions(path: StagePath, stage: Stage) -> bool:
+    """Whether one position's result needs another's: attention, whose axes are queries and keys."""
+    return any("keys" in path[name].shape.split() for name in (stage.name, *stage.inputs) if name in path)
