@@ -40,24 +40,20 @@ def with_precision(backend: Backend, mode: str) -> Backend:
     return backend if mode == NATIVE else PreciseBackend(backend, mode)
 
 
+# What a report says of a run's precision; all but the first in `exact` alone.
+PRECISION_FIELDS = ("precision", "elements", "flagged", "recomputed", "corrected", "ziv")
+
+
 def precision_fields(backend: Backend) -> dict[str, Any]:
     """What a report says of a run's precision; in `exact`, also what Ziv's test found, in all and per stage."""
     if not isinstance(backend, PreciseBackend):
         return {"precision": NATIVE}
     fields: dict[str, Any] = {"precision": backend.mode}
     if backend.mode == EXACT:
-        for name in ("elements", "flagged", "recomputed", "corrected"):
+        for name in PRECISION_FIELDS[1:-1]:
             fields[name] = sum(getattr(count, name) for count in backend.counts.values())
         fields["ziv"] = {stage: asdict(count) for stage, count in backend.counts.items()}
     return fields
-
-
-def of_different_precision(a: Mapping[str, Any], b: Mapping[str, Any]) -> str | None:
-    """A sentence when two sides' facts tell of different precisions: their bits are not meant to be equal."""
-    one, other = a.get("precision"), b.get("precision")
-    if one is None or other is None or one == other:
-        return None
-    return f"a was computed in {one} precision, b in {other}"
 
 
 class PreciseBackend:
