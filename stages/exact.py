@@ -403,8 +403,12 @@ def _settled(function: Callable[[], Any], dtype: np.dtype) -> Any:
 
 
 def _fraction(x: Any) -> Fraction:
-    mantissa, exponent = x.man_exp
-    return Fraction(int(mantissa)) * Fraction(2) ** int(exponent)
+    """`x` without error; what is far below all of float64's numbers, exp(-1e9) say, as something still below them."""
+    sign = int(mpmath.sign(x))
+    if x and mpmath.mag(x) < -2000:
+        return Fraction(sign, 2**2000)
+    mantissa, exponent = x.man_exp  # of the absolute value
+    return sign * Fraction(int(mantissa)) * Fraction(2) ** int(exponent)
 
 
 def _to_odd(x: Fraction) -> float:

@@ -156,7 +156,7 @@ def test_what_was_not_flagged_is_what_computing_it_again_gives(
     with np.errstate(all="ignore"):
         places = np.nonzero(np.isfinite(found))
         operands = exact._operands(name, arguments, options)
-        again = KINDS[NOISE[name]].exact(places, found.dtype, *operands)
+        again = KINDS[NOISE[name]].exact(places, found.dtype, *operands) if places[0].size else found[places]
     assert np.array_equal(found[places], again)
 
 
