@@ -21,7 +21,7 @@ from typing import Any
 import mpmath
 import numpy as np
 
-from stages import reference, reference_qwen
+from stages import noise, reference, reference_qwen
 from stages.forward import declare
 from stages.noise import TINY, Noise
 from stages.replay import REPLAY
@@ -176,8 +176,14 @@ def scores_exact(
 
 
 def _norm(x: np.ndarray, axis: int) -> np.ndarray:
-    wide = x.astype(np.float64)
-    return np.sqrt(np.sum(wide * wide, axis=axis))
+    """Euclidean norms along `axis`, in float64, not too small by more than 2^-50 of themselves."""
+    rows = x.swapaxes(axis, -1)
+    # A large weight is not widened for this: float32 errs by gamma_K, which is added, while no square is near its ends.
+    squares = np.einsum("...k,...k->...", rows, rows).astype(np.float64)
+    if squares.size and squares.min() > 1e-25 and squares.max() < 1e37:
+        return np.sqrt(squares) * (1 + 2 * x.shape[axis] * noise.U32)
+    wide = rows.astype(np.float64)
+    return np.sqrt(np.sum(wide * wide, axis=-1))
 
 
 def _terms(places: Places, a: np.ndarray, b: np.ndarray) -> list[np.ndarray]:
