@@ -360,7 +360,7 @@ def test_there_is_no_other_precision() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("model", ["qwen3-yarn", "qwen3-bias", "qwen2-linear", "qwen2-gqa7"])
+@pytest.mark.parametrize("model", ["qwen3-yarn", "qwen2-linear"])
 def test_forwards_are_bit_identical_in_all_stages_of_all_layers(model: str, dtype: str) -> None:
     config = MODELS[model].config(dtype)
     weights = MemoryWeights(random_weights(config, 3))
