@@ -33,6 +33,7 @@ Dtype = StrEnum("Dtype", ["bfloat16", "float32"])
 Positions = StrEnum("Positions", ["all", "last"])
 RunDtype = StrEnum("RunDtype", ["model", "float32", "bfloat16"])
 Format = StrEnum("Format", ["safetensors", "aprt"])
+Precision = StrEnum("Precision", ["native", "reference", "exact"])
 Jit = StrEnum("Jit", ["stage", "layer", "none"])
 SvdMethod = StrEnum("SvdMethod", ["float64", "torch"])
 
@@ -118,6 +119,12 @@ def examples(*commands: str) -> str:
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
+InPrecision = Annotated[
+    Precision,
+    typer.Option(
+        help="native: the framework's own; reference: float64, rounded at stage boundaries; exact: correctly rounded."
+    ),
+]
 Layers = Annotated[str | None, typer.Option(help="Layers the selection rule takes, such as 26 or 0,3-5.")]
 StrictStages = Annotated[
     bool, typer.Option("--strict-stage-tolerances", help="Fail unless every required stage is within its tolerance.")
@@ -148,11 +155,13 @@ def main(
         raise typer.Exit
 
 
-def load_backend(name: str, device: str, **options: Any) -> Backend:
-    """The backend called `name`, its framework imported now."""
+def load_backend(name: str, device: str, precision: str = "native", **options: Any) -> Backend:
+    """The backend called `name`, its framework imported now, computing in `precision`."""
+    from stages.precision import with_precision
+
     module, _, attribute = BACKENDS[name].partition(":")
     backend: Backend = getattr(importlib.import_module(module), attribute)(device=device, **options)
-    return backend
+    return with_precision(backend, precision)
 
 
 def emit(document: Any) -> None:
@@ -294,6 +303,7 @@ def replay(
     out: Annotated[Path | None, typer.Option(help="New folder for the dump.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write the replaying side's report here.")] = None,
     device: Annotated[str, typer.Option(help="cpu, or a GPU: cuda, gpu, gpu:1.")] = "cpu",
+    precision: InPrecision = Precision.native,
     top: Annotated[int, typer.Option(min=0, help="Largest differences kept per stage.")] = 5,
     strict_stage_tolerances: StrictStages = False,
     strict_current_python: StrictCurrent = False,
@@ -322,6 +332,7 @@ def replay(
         top=top,
         gates=Gates(strict_stage_tolerances, strict_current_python, strict_reference),
         verdicts=verdicts,
+        precision=precision.value,
     )
     _finish_diff(_replay(command), json)
 
@@ -333,7 +344,8 @@ def _replay(command: Any) -> Any:
     with Progress(STATE.progress) as progress:
         if command.backend == "both":
             return replay_command.replay_both(command, BOTH, progress)
-        return replay_command.replay_one(command, lambda: load_backend(command.backend, command.device), progress)
+        load = lambda: load_backend(command.backend, command.device, command.precision)  # noqa: E731
+        return replay_command.replay_one(command, load, progress)
 
 
 @app.command(
@@ -365,6 +377,7 @@ def forward(
     out: Annotated[Path | None, typer.Option(help="New folder for the dump.")] = None,
     format: Annotated[Format, typer.Option(help="Format of the dump.")] = Format.safetensors,
     device: Annotated[str, typer.Option(help="cpu, or a GPU: cuda, gpu, gpu:1.")] = "cpu",
+    precision: InPrecision = Precision.native,
     jit: Annotated[Jit, typer.Option(help="What XLA compiles at a time; other than stage shows what fusion does.")] = (
         Jit.stage
     ),
@@ -379,6 +392,10 @@ def forward(
         raise UsageError("--layout all is for svf replay; a forward runs on one layout")
     if jit is not Jit.stage and backend not in ("jax", "both"):
         raise UsageError(f"--jit {jit.value} is about JAX; use --backend jax")
+    if precision is not Precision.native and jit is Jit.layer:
+        raise UsageError(f"--precision {precision.value} rounds at every stage's boundary, --jit layer has none")
+    if precision is not Precision.native and production:
+        raise UsageError(f"--production computes natively; --precision {precision.value} cannot be compared with it")
     command = ForwardCommand(
         model=model,
         tokens=tokens,
@@ -395,6 +412,7 @@ def forward(
         out=out,
         format=format.value,
         device=device,
+        precision=precision.value,
         jit=jit.value,
         production=production,
         generate=generate,
@@ -414,7 +432,7 @@ def _forward(command: Any, json: bool) -> None:
             document = forward_both(command, BOTH, progress)
         else:
             options = {"jit": command.jit != "none"} if command.backend == "jax" else {}
-            load = lambda: load_backend(command.backend, command.device, **options)  # noqa: E731
+            load = lambda: load_backend(command.backend, command.device, command.precision, **options)  # noqa: E731
             document = forward_one(command, load, progress)
     if command.backend == "both":
         _finish_diff(document, json)

@@ -48,6 +48,16 @@ class Backend(Protocol):
     def forward(self) -> Mapping[str, Callable[..., Any]]:
         """Stage name -> function, for the Qwen forward; identity stages have none."""
 
+    @property
+    def wide(self) -> Mapping[str, Callable[..., Any]]:
+        """Stage name -> function of float64 arrays that gives the value before the final rounding, for both paths.
+
+        Stages with a rounding to the activations' dtype inside (`forward.ROUNDED_INSIDE`) take it as `dtype`.
+        """
+
+    def widened(self) -> Backend:
+        """This backend, able to compute in float64: to call `wide` with."""
+
     def put(self, array: np.ndarray) -> Any:
         """The framework's array with the same bits, on this backend's device."""
 

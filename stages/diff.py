@@ -97,10 +97,11 @@ def finish(
     compared = sum(row["verdict"] not in (Verdict.MISSING, Verdict.EXTRA) for row in rows)
     coverage = {"compared": compared, "expected": max(expected, len(rows))}
     culprit = find_culprit(rows, explain)
+    verdict = sentence(rows, zero_offset, culprit, gate_results, a, b, coverage)
     return {
         "schema": "svf.diff/1",
         "outcome": outcome(rows, zero_offset, gate_results, coverage),
-        "verdict": sentence(rows, zero_offset, culprit, gate_results, a, b, coverage),
+        "verdict": " ".join([verdict, *filter(None, [of_different_precision(a, b)])]),
         "culprit": culprit,
         "rows": list(rows),
         "zero_offset": list(zero_offset),
@@ -173,6 +174,14 @@ def find_culprit(
         "ratio": max(ratios) if ratios else None,
         "hint": next((hint for hint in hints if hint), None),
     }
+
+
+def of_different_precision(a: Mapping[str, Any], b: Mapping[str, Any]) -> str | None:
+    """A sentence when the sides tell of different precisions: their bits are not meant to be equal."""
+    one, other = a["facts"].get("precision"), b["facts"].get("precision")
+    if one is None or other is None or one == other:
+        return None
+    return f"The sides differ in precision: a was computed in {one}, b in {other}."
 
 
 def place_of(row: Mapping[str, Any]) -> str:

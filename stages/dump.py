@@ -140,6 +140,13 @@ class Dump:
         self._files: dict[str, TensorFile] = {}
         self._check(path)
 
+    @property
+    def facts(self) -> dict[str, str]:
+        """What may have changed this run's results, its precision too."""
+        facts = {str(k): str(v) for k, v in dict(self.manifest.get("facts", {})).items()}
+        precision = self.manifest.get("precision")
+        return facts if precision is None else {**facts, "precision": str(precision)}
+
     def _check(self, path: Path) -> None:
         for key, entry in self.tensors.items():
             file = entry.get("file") if isinstance(entry, dict) else self

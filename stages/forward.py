@@ -257,6 +257,15 @@ DTYPES: Mapping[str, str] = MappingProxyType(
 )
 
 
+# Stages with a rounding to the activations' dtype inside: the cast before a norm's weight, the scores' before the
+# scale, the two products of RoPE.
+ROUNDED_INSIDE: frozenset[str] = frozenset(
+    stage.name
+    for stage in declare(qk_norm=True, qkv_bias=True, o_bias=True)
+    if stage.noise in (Noise.RMS_NORM, Noise.SCORES, Noise.ROPE)
+)
+
+
 def forward_path(config: QwenConfig, dtype: str = "model") -> Path:
     """The path of a model, its stages' dtype resolved: activations are computed in `dtype`, `model` the config's."""
     activations = config.dtype if dtype == "model" else dtype

@@ -34,6 +34,7 @@ def forward_both(command: ForwardCommand, names: Sequence[str], progress: Progre
             out / names[0], out / names[1], top=command.top, runs=(runs[0], runs[1]), progress=progress
         )
     document["a"]["source"], document["b"]["source"] = (f"{name} forward" for name in names)
+    document["precision"] = command.precision
     document["out"] = str(command.out) if command.out is not None else None
     unsound = [name for name, run in zip(names, runs, strict=True) if not sound(run)]
     if unsound and document["outcome"] == "agree":
@@ -48,6 +49,7 @@ def _child(command: ForwardCommand, name: str, tokens: list[int], out: Path, pro
     arguments += ["--layers", command.layers, "--stages", command.stages, "--positions", command.positions]
     arguments += ["--dtype", command.dtype, "--repeat", str(command.repeat), "--generate", str(command.generate)]
     arguments += ["--out", str(out), "--device", command.device, "--json"]
+    arguments += ["--precision", command.precision]
     if name != "torch":
         arguments += ["--jit", command.jit]
     if command.adapted is not None:

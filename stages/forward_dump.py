@@ -105,7 +105,7 @@ class ForwardSide:
         manifest = self.dump.manifest
         if manifest.get("kind") != "forward":
             raise InputError(f"{folder}: is a dump of {shown(manifest.get('kind'))}, expected forward")
-        self.facts = {str(k): str(v) for k, v in dict(manifest.get("facts", {})).items()}
+        self.facts = self.dump.facts
         self.places: dict[Place, str] = {}
         for key in self.dump.tensors:
             place = parse_key(key)

@@ -25,6 +25,7 @@ from stages.jsonio import copy_atomic
 from stages.memory import available_bytes
 from stages.metrics import Difference
 from stages.output import prepare_folder
+from stages.precision import NATIVE, precision_fields
 from stages.production import compare_production, greedy, with_stored_head
 from stages.progress import Progress
 from stages.qwen import LM_HEAD, QwenConfig, parameter_shapes
@@ -56,6 +57,7 @@ class ForwardCommand:
     out: Path | None
     format: str
     device: str
+    precision: str
     jit: str
     production: bool | None
     generate: int
@@ -142,6 +144,7 @@ class _Job:
             "deterministic": repeated,
             "facts": backend.facts(),
             "jit": command.jit,
+            **precision_fields(backend),
             "out": str(command.out) if command.out else None,
         }
 
@@ -211,7 +214,7 @@ class _Job:
         return {
             "backend": backend.name,
             "facts": {**backend.facts(), "jit": command.jit},
-            "precision": "native",
+            "precision": command.precision,
             "model": {
                 "source": str(self.checkpoint.path.resolve()) if self.checkpoint.revision is None else command.model,
                 "fingerprint": self.checkpoint.fingerprint(),
@@ -310,6 +313,8 @@ class _Job:
         command = self.command
         if command.production is False:
             return "--no-production"
+        if command.precision != NATIVE:
+            return f"production computes natively, this trace in {command.precision} precision"
         if command.production is None:
             needed = production_bytes(self.config, command.dtype)
             free = available_bytes()

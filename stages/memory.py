@@ -3,6 +3,8 @@ JAX takes an aligned array as it is and copies any other."""
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 # Bytes; where torch's own allocator places every tensor. numpy's places large arrays 16 bytes behind a page.
@@ -21,7 +23,7 @@ def available_bytes() -> int:
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """An uninitialised array that begins at a multiple of `ALIGNMENT`."""
-    count = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    count = math.prod(shape) * dtype.itemsize
     buffer = np.empty(count + ALIGNMENT, np.uint8)
     start = -buffer.ctypes.data % ALIGNMENT
     return buffer[start : start + count].view(dtype).reshape(shape)

@@ -17,6 +17,8 @@ from types import MappingProxyType
 import ml_dtypes
 import numpy as np
 
+from stages.rounding import round_once
+
 # Unit roundoff of float32.
 U32 = 2.0**-24
 # Unit roundoff of bfloat16 (8 significant bits).
@@ -139,7 +141,7 @@ def prescribed(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
     To float32 it is left out: there the rounding is part of the kind's noise, not of the model's meaning.
     """
-    return x if dtype == np.float32 else x.astype(dtype).astype(np.float64)
+    return x if dtype == np.float32 else round_once(x, dtype).astype(np.float64)
 
 
 def _after_prescribed(x: np.ndarray, error: np.ndarray, dtype: np.dtype) -> np.ndarray:

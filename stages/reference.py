@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from stages.backend import Weights
-from stages.forward import DTYPES
+from stages.forward import DTYPES, ROUNDED_INSIDE
 from stages.layouts import LAYOUTS
 from stages.qwen import QwenConfig
 from stages.reference_qwen import FORWARD_STAGES
@@ -122,6 +122,15 @@ def _rounded_forward(fn: Callable[..., np.ndarray], dtype: str) -> Callable[...,
     return call
 
 
+def _of_wide(fn: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+    """`fn` of float64 arrays, narrowed to what was stored: its roundings inside go by its arguments' dtype."""
+
+    def call(*args: np.ndarray, dtype: str = "float32", **options: Any) -> np.ndarray:
+        return fn(*(array.astype(stored_dtype(dtype)) for array in args), **options)
+
+    return call
+
+
 @dataclass(frozen=True)
 class ReferenceBackend:
     """numpy in float64; stage boundaries round to the stage's dtype."""
@@ -136,6 +145,15 @@ class ReferenceBackend:
     @property
     def forward(self) -> Mapping[str, Callable[..., np.ndarray]]:
         return {name: _rounded_forward(fn, DTYPES[name]) for name, fn in FORWARD_STAGES.items()}
+
+    @property
+    def wide(self) -> Mapping[str, Callable[..., np.ndarray]]:
+        replay = {name: _of_wide(fn) for name, fn in REPLAY_STAGES.items()}
+        inside = {name: _of_wide(fn) for name, fn in FORWARD_STAGES.items() if name in ROUNDED_INSIDE}
+        return {**FORWARD_STAGES, **replay, **inside}
+
+    def widened(self) -> ReferenceBackend:
+        return self
 
     def put(self, array: np.ndarray) -> np.ndarray:
         return array

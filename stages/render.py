@@ -48,6 +48,7 @@ def diff_document(document: Mapping[str, Any], *, top: bool = False) -> None:
     for name, passed in document["gates"].items():
         flag = "--" + name.replace("_", "-")
         out.print(f"{flag}: {'[green]passed[/]' if passed else '[red]failed[/]'}")
+    _precision_lines(document, out)
     coverage = document["coverage"]
     style = {"agree": "bold green", "diverged": "bold red"}.get(document["outcome"], "bold yellow")
     out.print(f"Compared {coverage['compared']} of {coverage['expected']} stages.")
@@ -111,6 +112,16 @@ def _table(*columns: str) -> Table:
     for name in columns:
         table.add_column(name, justify="left" if name in words else "right")
     return table
+
+
+def _precision_lines(document: Mapping[str, Any], out: Console) -> None:
+    """What Ziv's test found, of a run or of both sides' runs; nothing for a precision without it."""
+    for run in (document, document.get("a", {}).get("run"), document.get("b", {}).get("run")):
+        if run and "flagged" in run:
+            out.print(
+                f"{run.get('backend') or 'exact'}: {run['flagged']:,} of {run['elements']:,} elements undecided in "
+                f"float64, {run['recomputed']:,} computed again exactly, {run['corrected']:,} of them changed"
+            )
 
 
 def _forward_view(document: Mapping[str, Any], out: Console) -> None:
@@ -203,6 +214,7 @@ def forward_document(document: Mapping[str, Any]) -> None:
         out.print(f"{len(document['adapted'])} weights adapted, V contracted as {layouts_used}")
     if document["generated"] is not None:
         out.print(f"Generated: {document['generated']}")
+    _precision_lines(document, out)
     out.print(_production_line(document), markup=False, soft_wrap=True)
     repeated = document["deterministic"]
     if repeated is not None:

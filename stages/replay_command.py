@@ -45,6 +45,7 @@ class ReplayCommand:
     top: int
     gates: Gates = field(default_factory=Gates)
     verdicts: bool = True
+    precision: str = "native"
 
 
 def with_source(command: ReplayCommand, progress: Progress) -> ReplayCommand:
@@ -150,6 +151,7 @@ def replay_both(command: ReplayCommand, names: Sequence[str], progress: Progress
                 keep_hashes(manifest, out / manifest.parent.relative_to(work))
     document["a"]["source"], document["b"]["source"] = (f"{name} replay" for name in names)
     document["layouts"] = _layouts(names, runs)
+    document["precision"] = command.precision
     document["out"] = str(out) if out is not None else None
     return document
 
@@ -162,6 +164,7 @@ def _child(command: ReplayCommand, name: str, out: Path, progress: Progress) -> 
     progress.say(f"replaying on {name}")
     arguments = ["replay", str(command.components), "--backend", name, "--layout", command.layout]
     arguments += ["--out", str(out), "--dump", "full", "--device", command.device, "--top", str(command.top), "--json"]
+    arguments += ["--precision", command.precision]
     arguments += ["--no-verdicts"]  # the parent judges both dumps
     for flag, value in (("--model", command.model), ("--chunk-rows", command.chunk_rows)):
         arguments += [flag, str(value)] if value is not None else []

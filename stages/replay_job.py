@@ -19,6 +19,7 @@ from stages.compare import TensorComparison, empty_row, residual_bound
 from stages.dump import ReplayDump
 from stages.errors import InputError, UsageError, shown
 from stages.layouts import LAYOUTS
+from stages.precision import precision_fields
 from stages.replay import REPLAY
 from stages.replay_run import Chunk, Replayer, ReplayTask, chunk_plan, default_chunk_rows
 from stages.selection import safe_key
@@ -244,7 +245,7 @@ class ReplayJob:
             "kind": "replay",
             "backend": backend.name,
             "facts": backend.facts(),
-            "precision": "native",
+            "precision": precision_fields(backend)["precision"],
             "components": str(self.options.components.resolve()),
             "model": self.options.model,
             "selected": [
@@ -276,10 +277,12 @@ class ReplayJob:
             expected_tensors=len(self.entries),
             more_rows=unfit_rows(main),
             extra={
+                "backend": backend.name,
                 "layouts": layout_rows(runs),
                 "components": str(self.options.components),
                 "final_sha256": main.final_sha256,
                 "sample_sha256": main.sample_sha256,
+                **precision_fields(backend),
             },
         )
 

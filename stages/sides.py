@@ -126,7 +126,7 @@ def _from_dump(path: Path, components: Path | None, stack: ExitStack) -> Side:
     dump = Dump(path)
     stack.callback(dump.close)
     side = Side(str(path), stack)
-    side.facts = {str(k): str(v) for k, v in dict(dump.manifest.get("facts", {})).items()}
+    side.facts = dump.facts
     bundle = _open_bundle(components or _recorded_path(dump), stack, required=components is not None)
     side.unknown = set(dump.tensors)
     for item in dump.manifest.get("selected", []):

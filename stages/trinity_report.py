@@ -14,6 +14,7 @@ from stages.diff import Gates
 from stages.errors import InputError, shown
 from stages.jsonio import read_object
 from stages.metrics import Difference
+from stages.precision import PRECISION_FIELDS
 from stages.replay import REPLAY
 from stages.replay_job import LayoutRun, ReplayResult
 from stages.selection import safe_key
@@ -100,6 +101,7 @@ def replay_report(result: ReplayResult, gates: Gates, backend: str, stage_file: 
         "native_elixir_svd_variants": [],
         "semantic_python_component_variants": variants,
         "large_tensor_chunk_checks": chunk_checks,
+        **{name: result.document[name] for name in PRECISION_FIELDS if name in result.document},
     }
 
 

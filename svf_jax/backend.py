@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from stages.errors import UsageError
 from stages.qwen import QwenConfig
 from svf_jax.components import REPLAY_STAGES
 from svf_jax.qwen import FORWARD_STAGES
+from svf_jax.wide import WIDE_STAGES
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class JaxBackend:
     precision: str = "highest"
     # Without jit every operation is dispatched by itself: what fusion inside a stage does shows as the difference.
     jit: bool = True
+    # Float64 at all; within this backend's calls, the process keeps its own setting.
+    x64: bool = False
     name: str = "jax"
 
     def __post_init__(self) -> None:
@@ -48,9 +51,20 @@ class JaxBackend:
     def forward(self) -> Mapping[str, Callable[..., Array]]:
         return FORWARD_STAGES
 
-    def put(self, array: np.ndarray) -> Array:
+    @property
+    def wide(self) -> Mapping[str, Callable[..., Array]]:
+        return WIDE_STAGES
+
+    def widened(self) -> JaxBackend:
+        return replace(self, x64=True)
+
+    def put(self, array: np.ndarray) -> Array | np.ndarray:
         """A JAX array with the bits of `array`."""
-        return jax.device_put(np.asarray(array, order="C"), self._device())
+        array = np.asarray(array, order="C")
+        if self.x64 and self.jit:
+            return array  # a compiled stage takes it to the device itself, ten times sooner than device_put
+        with jax.enable_x64(self.x64):
+            return jax.device_put(array, self._device())
 
     def get(self, array: Array) -> np.ndarray:
         """The bits of `array` as a C-contiguous numpy array."""
@@ -58,10 +72,10 @@ class JaxBackend:
 
     def compile(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """`fn` under jit, one stage at a time: jitting stages together would let XLA fuse and change bits."""
-        jitted = jax.jit(fn) if self.jit else fn
+        jitted, device = jax.jit(fn) if self.jit else fn, self._device()
 
-        def call(*arrays: Array) -> Array:
-            with jax.default_matmul_precision(self.precision):
+        def call(*arrays: Array | np.ndarray) -> Array:
+            with jax.default_matmul_precision(self.precision), jax.enable_x64(self.x64), jax.default_device(device):
                 return jitted(*arrays)
 
         return call

@@ -105,7 +105,8 @@ def attn_softmax(attn_scores: Array) -> Array:
 def attention(attn_softmax: Array, qkv_bias: Array, *, heads: int, kv_heads: int, head_dim: int) -> Array:
     """attn_softmax @ v, heads joined, `[tokens, heads * head_dim]`."""
     values = _repeated(_values(qkv_bias, heads, kv_heads, head_dim), heads)
-    return _joined(jnp.matmul(attn_softmax, values, preferred_element_type=jnp.float32)).astype(qkv_bias.dtype)
+    product = jnp.matmul(attn_softmax, values, preferred_element_type=_accumulator(values.dtype))
+    return _joined(product).astype(qkv_bias.dtype)
 
 
 def attn_out(attention: Array, weight: Array, bias: Array | None = None) -> Array:
@@ -188,8 +189,13 @@ def _rms_norm(x: Array, weight: Array, eps: float) -> Array:
 
 def _linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
     # Summed in float32 and rounded once, after the bias, as torch's bfloat16 products are.
-    out = lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-    return (out if bias is None else out + bias.astype(jnp.float32)).astype(x.dtype)
+    out = lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=_accumulator(x.dtype))
+    return (out if bias is None else out + bias.astype(out.dtype)).astype(x.dtype)
+
+
+def _accumulator(dtype: jnp.dtype) -> jnp.dtype:
+    """What products are summed in: float32, and float64 for float64 operands."""
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 def _turned(x: Array, cos: Array, sin: Array) -> Array:

@@ -17,6 +17,7 @@ from stages.memory import aligned_copy, is_aligned
 from stages.qwen import QwenConfig
 from svf_torch.components import REPLAY_STAGES
 from svf_torch.qwen import FORWARD_STAGES
+from svf_torch.wide import WIDE_STAGES
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,13 @@ class TorchBackend:
     @property
     def forward(self) -> Mapping[str, Callable[..., Tensor]]:
         return FORWARD_STAGES
+
+    @property
+    def wide(self) -> Mapping[str, Callable[..., Tensor]]:
+        return WIDE_STAGES
+
+    def widened(self) -> TorchBackend:
+        return self
 
     def put(self, array: np.ndarray) -> Tensor:
         """A tensor with the bits of `array`; bfloat16 travels as int16, which torch and numpy share."""
