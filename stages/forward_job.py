@@ -57,11 +57,11 @@ class ForwardCommand:
     out: Path | None
     format: str
     device: str
-    precision: str
     jit: str
     production: bool | None
     generate: int
     top: int
+    precision: str = "native"
 
 
 def with_model(command: ForwardCommand, progress: Progress) -> ForwardCommand:
