@@ -639,7 +639,7 @@ def test_jit_reaches_the_backend(qwen2: Path, monkeypatch: pytest.MonkeyPatch) -
     class Seen(Exception):
         pass
 
-    def load(name: str, device: str, **options: Any) -> Backend:
+    def load(name: str, device: str, _precision: str, **options: Any) -> Backend:
         raise Seen(f"{name} {options}")
 
     monkeypatch.setattr(cli, "load_backend", load)
