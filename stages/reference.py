@@ -89,23 +89,8 @@ OPERANDS: Mapping[str, Callable[..., tuple[np.ndarray, ...]]] = MappingProxyType
     }
 )
 
-REPLAY_STAGES: Mapping[str, Callable[..., np.ndarray]] = MappingProxyType(
-    {
-        f.__name__: f
-        for f in (
-            source_f32,
-            offsets_f32,
-            scaled_s,
-            normalization,
-            u_scaled,
-            matmul_pre_norm,
-            zero_source_f32,
-            adapted_source_f32,
-            final_f32,
-            final_bf16,
-        )
-    }
-)
+# The declaration names the stages; a function has its stage's name.
+REPLAY_STAGES: Mapping[str, Callable[..., np.ndarray]] = MappingProxyType({name: globals()[name] for name in REPLAY})
 
 
 def _rounded(fn: Callable[..., np.ndarray], dtype: np.dtype) -> Callable[..., np.ndarray]:

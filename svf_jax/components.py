@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from stages.layouts import LAYOUTS
+from stages.replay import REPLAY
 
 
 def source_f32(source: Array) -> Array:
@@ -65,20 +66,5 @@ def _v_transposed(v: Array, layout: str) -> Array:
     return v.T if LAYOUTS[layout].transposed else v
 
 
-REPLAY_STAGES: Mapping[str, Callable[..., Array]] = MappingProxyType(
-    {
-        f.__name__: f
-        for f in (
-            source_f32,
-            offsets_f32,
-            scaled_s,
-            normalization,
-            u_scaled,
-            matmul_pre_norm,
-            zero_source_f32,
-            adapted_source_f32,
-            final_f32,
-            final_bf16,
-        )
-    }
-)
+# The declaration names the stages; a function has its stage's name.
+REPLAY_STAGES: Mapping[str, Callable[..., Array]] = MappingProxyType({name: globals()[name] for name in REPLAY})
