@@ -12,6 +12,7 @@ from types import MappingProxyType
 
 import numpy as np
 
+from stages.forward import DTYPES
 from stages.noise import prescribed
 
 
@@ -324,36 +325,5 @@ OPERANDS: Mapping[str, Callable[..., Operands]] = MappingProxyType(
     }
 )
 
-FORWARD_STAGES: Mapping[str, Callable[..., np.ndarray]] = MappingProxyType(
-    {
-        f.__name__: f
-        for f in (
-            inv_freq,
-            rope_angle,
-            rope_cos,
-            rope_sin,
-            embedding,
-            attn_norm,
-            qkv_matmul,
-            qkv_bias,
-            q_norm,
-            k_norm,
-            q_post_rope,
-            k_post_rope,
-            attn_scores,
-            attn_softmax,
-            attention,
-            attn_out,
-            post_attn_residual,
-            ffn_norm,
-            ffn_gate,
-            ffn_up,
-            ffn_silu,
-            ffn_swigl,
-            ffn_out,
-            post_ffn_residual,
-            final_norm,
-            lm_head,
-        )
-    }
-)
+# The declaration names the stages; a function has its stage's name.
+FORWARD_STAGES: Mapping[str, Callable[..., np.ndarray]] = MappingProxyType({name: globals()[name] for name in DTYPES})

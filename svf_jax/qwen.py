@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from stages.forward import DTYPES
+
 
 def inv_freq(
     *, head_dim: int, rope_theta: float, rope_type: str, rope_parameters: tuple[tuple[str, float], ...]
@@ -241,36 +243,5 @@ def _joined(x: Array) -> Array:
     return x.swapaxes(0, 1).reshape(x.shape[1], -1)
 
 
-FORWARD_STAGES: Mapping[str, Callable[..., Array]] = MappingProxyType(
-    {
-        f.__name__: f
-        for f in (
-            inv_freq,
-            rope_angle,
-            rope_cos,
-            rope_sin,
-            embedding,
-            attn_norm,
-            qkv_matmul,
-            qkv_bias,
-            q_norm,
-            k_norm,
-            q_post_rope,
-            k_post_rope,
-            attn_scores,
-            attn_softmax,
-            attention,
-            attn_out,
-            post_attn_residual,
-            ffn_norm,
-            ffn_gate,
-            ffn_up,
-            ffn_silu,
-            ffn_swigl,
-            ffn_out,
-            post_ffn_residual,
-            final_norm,
-            lm_head,
-        )
-    }
-)
+# The declaration names the stages; a function has its stage's name.
+FORWARD_STAGES: Mapping[str, Callable[..., Array]] = MappingProxyType({name: globals()[name] for name in DTYPES})

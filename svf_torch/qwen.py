@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from stages.forward import DTYPES
+
 
 def inv_freq(
     *, head_dim: int, rope_theta: float, rope_type: str, rope_parameters: tuple[tuple[str, float], ...]
@@ -223,36 +225,5 @@ def _joined(x: Tensor) -> Tensor:
     return x.transpose(0, 1).reshape(x.shape[1], -1)
 
 
-FORWARD_STAGES: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
-    {
-        f.__name__: f
-        for f in (
-            inv_freq,
-            rope_angle,
-            rope_cos,
-            rope_sin,
-            embedding,
-            attn_norm,
-            qkv_matmul,
-            qkv_bias,
-            q_norm,
-            k_norm,
-            q_post_rope,
-            k_post_rope,
-            attn_scores,
-            attn_softmax,
-            attention,
-            attn_out,
-            post_attn_residual,
-            ffn_norm,
-            ffn_gate,
-            ffn_up,
-            ffn_silu,
-            ffn_swigl,
-            ffn_out,
-            post_ffn_residual,
-            final_norm,
-            lm_head,
-        )
-    }
-)
+# The declaration names the stages; a function has its stage's name.
+FORWARD_STAGES: Mapping[str, Callable[..., Tensor]] = MappingProxyType({name: globals()[name] for name in DTYPES})
