@@ -175,6 +175,7 @@ def emit(document: Any) -> None:
     epilog=examples(
         "svf synth /tmp/tiny --preset tiny",
         "svf synth /tmp/qwen --preset qwen3-0.6b --dtype float32 --seed 1",
+        "svf synth model --vector router.npy --layers 2",
     )
 )
 def synth(
@@ -182,13 +183,21 @@ def synth(
     preset: Annotated[Preset, typer.Option(help="Shape of the model.")] = Preset.tiny,
     seed: Annotated[int, typer.Option(help="The same seed gives the same bytes.")] = 0,
     dtype: Annotated[Dtype, typer.Option(help="Dtype of the weights.")] = Dtype.bfloat16,
+    vector: Annotated[Path | None, typer.Option(help="Write a random router vector (.npy) for --layers too.")] = None,
+    layers: Layers = None,
     json: Json = False,
 ) -> None:
     """Write a random, seeded, byte-reproducible Qwen checkpoint with a byte-level tokenizer."""
     from stages import render
+    from stages.defaults import router_vector, write_vector
+    from stages.errors import UsageError
     from stages.progress import Progress
+    from stages.selection import parse_layers
     from stages.synth import synthesize
 
+    if (vector is None) != (layers is None):
+        raise UsageError("--vector FILE and --layers N go together")
+    router = None if vector is None else router_vector(preset.value, parse_layers(layers), seed)
     with Progress(STATE.progress) as progress:
         document = synthesize(
             out,
@@ -197,6 +206,8 @@ def synth(
             dtype.value,
             lambda done, total, name: progress(f"writing {name}", done / max(total, 1)),
         )
+    if vector is not None and router is not None:
+        write_vector(vector, router)
     emit(document) if json else render.synth_document(document)
 
 
