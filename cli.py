@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import signal
@@ -78,6 +79,8 @@ def _report(error: Exception) -> int:
         return _fail(str(error), error.exit_code)
     if isinstance(error, MemoryError):
         return _fail("out of memory; try a smaller --chunk-rows", 7)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+        return _fail(f"{error.filename or 'a file'}: cannot be written: {error.strerror}", 6)
     hint = "" if STATE.debug else "; 'svf --debug COMMAND' shows where, please report it"
     return _fail(f"internal error: {type(error).__name__}: {error}{hint}", 70)
 
@@ -125,6 +128,10 @@ InPrecision = Annotated[
         help="native: the framework's own; reference: float64, rounded at stage boundaries; exact: correctly rounded."
     ),
 ]
+Timeout = Annotated[
+    float | None, typer.Option(min=0.1, help="Seconds after which a side of --backend both is stopped.")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Finish the run that was cut short in --out.")]
 Layers = Annotated[str | None, typer.Option(help="Layers the selection rule takes, such as 26 or 0,3-5.")]
 StrictStages = Annotated[
     bool, typer.Option("--strict-stage-tolerances", help="Fail unless every required stage is within its tolerance.")
@@ -146,6 +153,9 @@ def main(
     no_progress: Annotated[bool, typer.Option("--no-progress", help="Nothing but errors on stderr.")] = False,
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
+    from stages.watch import end_with_parent
+
+    end_with_parent()
     STATE.debug = debug or bool(os.environ.get("SVF_DEBUG"))
     STATE.progress = not no_progress
     if version:
@@ -319,6 +329,8 @@ def replay(
     strict_stage_tolerances: StrictStages = False,
     strict_current_python: StrictCurrent = False,
     strict_reference: StrictReference = False,
+    timeout: Timeout = None,
+    resume: Resume = False,
     json: Json = False,
     verdicts: Annotated[bool, typer.Option(hidden=True)] = True,
 ) -> None:
@@ -344,6 +356,8 @@ def replay(
         gates=Gates(strict_stage_tolerances, strict_current_python, strict_reference),
         verdicts=verdicts,
         precision=precision.value,
+        timeout=timeout,
+        resume=resume,
     )
     _finish_diff(_replay(command), json)
 
@@ -393,6 +407,8 @@ def forward(
         Jit.stage
     ),
     top: Annotated[int, typer.Option(min=0, help="Largest differences kept per stage.")] = 5,
+    timeout: Timeout = None,
+    resume: Resume = False,
     json: Json = False,
 ) -> None:
     """Run a Qwen checkpoint layer by layer, every intermediate named, and compare with the production model."""
@@ -428,6 +444,8 @@ def forward(
         production=production,
         generate=generate,
         top=top,
+        timeout=timeout,
+        resume=resume,
     )
     _forward(command, json)
 

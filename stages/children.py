@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stages.errors import ResourceError, SvfError, shown
 from stages.jsonio import parse_json
+from stages.output import Run
+from stages.progress import Progress
+from stages.watch import FILE_VARIABLE, PARENT_VARIABLE, last_place
 
 # Where this package is imported from: an installed wheel or a source tree.
 _ROOT = Path(__file__).resolve().parent.parent
@@ -18,18 +24,96 @@ _ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class ChildResult:
-    """Exit code of a child and the JSON document it printed (None when it printed none)."""
+    """How a child ended: exit code (negative: a signal), its JSON document (None: it printed none), the stage it was
+    in last, and the limit in seconds that it ran past, if that is why it ended."""
 
     returncode: int
     document: Any
+    place: str | None = None
+    timeout: float | None = None
 
 
-def run_svf(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> ChildResult:
-    """Run `svf ARGUMENTS` in a fresh interpreter; its stderr passes through, its stdout is the document."""
+def run_svf(
+    arguments: Sequence[str], environment: Mapping[str, str] | None = None, *, timeout: float | None = None
+) -> ChildResult:
+    """Run `svf ARGUMENTS` in a fresh interpreter, for `timeout` seconds at most.
+
+    Its stderr passes through, its stdout is the document. It ends with this process, however that ends.
+    """
     # -P keeps the current folder off sys.path: a user's own cli.py must not be what runs.
     command = [sys.executable, "-P", "-m", "cli", *arguments]
     path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH", ""))))
-    env = {**os.environ, "PYTHONPATH": path, **(environment or {})}
-    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, check=False)
+    with tempfile.NamedTemporaryFile(prefix="svf-watch-") as watch:
+        watched = {FILE_VARIABLE: watch.name, PARENT_VARIABLE: str(os.getpid())}
+        env = {**os.environ, "PYTHONPATH": path, **watched, **(environment or {})}
+        try:
+            done = subprocess.run(command, env=env, stdout=subprocess.PIPE, check=False, timeout=timeout)
+        except subprocess.TimeoutExpired:
+            return ChildResult(-signal.SIGKILL, None, last_place(watch.name), timeout)
+        place = last_place(watch.name)
     text = done.stdout.strip()
-    return ChildResult(done.returncode, parse_json(text, f"output of svf {arguments[0]}") if text else None)
+    document = parse_json(text, f"output of svf {arguments[0]}") if text else None
+    return ChildResult(done.returncode, document, place)
+
+
+def document_of(name: str, child: ChildResult) -> Any:
+    """What the side called `name` printed; otherwise an `SvfError` that says how it ended, in which stage.
+
+    The exit code is the child's own, 7 when it ran out of time or memory, 70 when it crashed.
+    """
+    if child.document is not None and child.returncode >= 0:
+        return child.document
+    where = f" in {shown(child.place)}" if child.place else ""
+    if child.timeout is not None:
+        raise ResourceError(f"the {name} side was stopped after {child.timeout:g} s (--timeout){where}")
+    if child.returncode == -signal.SIGKILL:
+        raise ResourceError(
+            f"the {name} side was killed{where}, which is what a machine out of memory does; try fewer tokens, "
+            "--stages or --chunk-rows"
+        )
+    if child.returncode < 0:
+        raise SvfError(f"the {name} side crashed with {signal.Signals(-child.returncode).name}{where}")
+    error = SvfError(f"the {name} side stopped with exit code {child.returncode}{where}; its message stands above")
+    error.exit_code = child.returncode if child.returncode > 1 else 70
+    raise error
+
+
+def command_line(arguments: Mapping[str, Sequence[str]]) -> list[str]:
+    """What all sides are asked, as one list: the same when two commands ask the same."""
+    return [word for words in arguments.values() for word in words]
+
+
+def run_sides(
+    arguments: Mapping[str, Sequence[str]], folder: Path, run: Run | None, timeout: float | None, progress: Progress
+) -> tuple[Any, ...]:
+    """The documents of `svf ARGUMENTS --out FOLDER/NAME` for each name; one that `run` has done is not run again.
+
+    Every side runs before the first error is raised: one that crashes or hangs costs itself alone.
+    """
+    done: dict[str, Any] = {} if run is None else run.done
+    failed: list[SvfError] = []
+    for name, words in arguments.items():
+        if name in done:
+            progress.say(f"{name} was finished by an earlier run")
+            continue
+        progress.say(f"{words[0]} on {name}")
+        flags = [] if progress.enabled else ["--no-progress"]
+        try:
+            document = document_of(name, run_svf([*flags, *words, "--out", str(folder / name)], timeout=timeout))
+        except SvfError as error:
+            failed.append(error)
+            continue
+        done[name] = document
+        if run is not None:
+            run.save()
+    if failed:
+        raise _with_kept(failed[0], run)
+    return tuple(done[name] for name in arguments)
+
+
+def _with_kept(error: SvfError, run: Run | None) -> SvfError:
+    """The error, saying too which side's dump is kept."""
+    if run is not None and run.done:
+        kept = ", ".join(str(run.folder / name) for name in run.done)
+        error.args = (f"{error}; {kept} is kept: --resume runs the other side alone",)
+    return error

@@ -34,14 +34,14 @@ def dump_file(source_name: str) -> str:
 class ReplayDump:
     """A replay dump being written, chunk by chunk; nothing counts until `commit`.
 
-    Mode `full` writes tensors and their sha256, `hash` the sha256 alone.
+    Mode `full` writes tensors and their sha256, `hash` the sha256 alone. `resume` takes the folder of a killed run.
     """
 
-    def __init__(self, folder: Path, tasks: Sequence[ReplayTask], mode: str = "full"):
+    def __init__(self, folder: Path, tasks: Sequence[ReplayTask], mode: str = "full", *, resume: bool = False):
         if mode not in ("full", "hash"):
             raise UsageError(f"--dump {mode}: expected {', '.join(MODES)}")
         self._stack = ExitStack()
-        self.folder, self.mode = self._stack.enter_context(new_folder(folder)), mode
+        self.folder, self.mode = self._stack.enter_context(new_folder(folder, resume=resume)), mode
         self._specs = {
             tensor_stage_key(task.source_name, stage.name): (
                 dump_file(task.source_name),

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from stages.checkpoint import open_checkpoint
-from stages.children import run_svf
-from stages.errors import SvfError, UsageError
+from stages.children import command_line, run_sides
+from stages.errors import UsageError
 from stages.forward_diff import diff_forward
 from stages.forward_job import ForwardCommand, sound, token_ids, with_model
-from stages.output import prepare_folder
+from stages.output import claimed
 from stages.progress import Progress
 
 
@@ -24,12 +24,15 @@ def forward_both(command: ForwardCommand, names: Sequence[str], progress: Progre
     command = with_model(command, progress)
     with open_checkpoint(str(command.model)) as checkpoint:
         tokens = token_ids(command, checkpoint).tolist()
+    arguments = {name: _arguments(command, name, tokens) for name in names}
     with ExitStack() as stack:
+        run = None
         if command.out is not None:
-            out = prepare_folder(command.out)
+            run = stack.enter_context(claimed(command.out, command_line(arguments), resume=command.resume))
+            out = run.folder
         else:
             out = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="svf-forward-")))
-        runs = tuple(_child(command, name, tokens, out / name, progress) for name in names)
+        runs = run_sides(arguments, out, run, command.timeout, progress)
         document = diff_forward(
             out / names[0], out / names[1], top=command.top, runs=(runs[0], runs[1]), progress=progress
         )
@@ -43,22 +46,16 @@ def forward_both(command: ForwardCommand, names: Sequence[str], progress: Progre
     return document
 
 
-def _child(command: ForwardCommand, name: str, tokens: list[int], out: Path, progress: Progress) -> Any:
-    progress.say(f"forward on {name}")
+def _arguments(command: ForwardCommand, name: str, tokens: list[int]) -> list[str]:
+    """What one side's process is asked, but for its folder."""
     arguments = ["forward", str(command.model), "--backend", name, "--tokens", ",".join(map(str, tokens))]
     arguments += ["--layers", command.layers, "--stages", command.stages, "--positions", command.positions]
     arguments += ["--dtype", command.dtype, "--repeat", str(command.repeat), "--generate", str(command.generate)]
-    arguments += ["--out", str(out), "--device", command.device, "--json"]
-    arguments += ["--precision", command.precision]
+    arguments += ["--device", command.device, "--json", "--precision", command.precision]
     if name != "torch":
         arguments += ["--jit", command.jit]
     if command.adapted is not None:
         arguments += ["--adapted", str(command.adapted), "--layout", command.layout]
     if command.production is not None:
         arguments += ["--production" if command.production else "--no-production"]
-    child = run_svf(arguments if progress.enabled else ["--no-progress", *arguments])
-    if child.document is None:
-        error = SvfError(f"the {name} side stopped with exit code {child.returncode}; its message stands above")
-        error.exit_code = child.returncode if child.returncode > 1 else 70
-        raise error
-    return child.document
+    return arguments

@@ -41,11 +41,14 @@ def layer_file(layer: int | None) -> str:
 
 
 class ForwardDump:
-    """A forward dump being written, one layer at a time; nothing counts until `commit`."""
+    """A forward dump being written, one layer at a time; nothing counts until `commit`.
 
-    def __init__(self, folder: Path):
+    `resume` takes the folder of a killed run.
+    """
+
+    def __init__(self, folder: Path, *, resume: bool = False):
         self._stack = ExitStack()
-        self.folder = self._stack.enter_context(new_folder(folder))
+        self.folder = self._stack.enter_context(new_folder(folder, resume=resume))
         self._tensors: dict[str, dict[str, Any]] = {}
         self._model: dict[str, np.ndarray] = {}
 

@@ -62,6 +62,8 @@ class ForwardCommand:
     generate: int
     top: int
     precision: str = "native"
+    timeout: float | None = None
+    resume: bool = False
 
 
 def with_model(command: ForwardCommand, progress: Progress) -> ForwardCommand:
@@ -99,7 +101,7 @@ def forward_one(command: ForwardCommand, backend: Callable[[], Backend], progres
         checkpoint = stack.enter_context(open_checkpoint(command.model))
         checkpoint.check()
         job = _Job(command, checkpoint, stack, progress)
-        if command.out is not None:
+        if command.out is not None and not command.resume:
             prepare_folder(command.out)
         return job.run(backend())
 
@@ -187,7 +189,7 @@ class _Job:
             write_tree(command.out, ((r.layer, r.stage, r.array) for r in asked()))
         elif command.out is not None or command.repeat > 1:
             folder = command.out if command.out is not None else scratch / "first"
-            with ForwardDump(folder) as dump:
+            with ForwardDump(folder, resume=command.resume) as dump:
                 for _ in dump.record(asked()):
                     pass
                 if self.adapted is not None:  # so that a diff can judge the stages that used them

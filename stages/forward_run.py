@@ -18,6 +18,7 @@ from stages.qwen import QwenConfig, parameter_shapes
 from stages.stage import Path, Scope, Stage
 from stages.tensorfile import stored_dtype
 from stages.verdict import Oracle, SideVerdict, consult
+from stages.watch import at
 
 POSITIONS = ("all", "last")
 # Rows of the LM head at a time: 8 chunks of Qwen's 151,936. Products narrower than MIN_CHUNK sum in another order
@@ -131,6 +132,7 @@ class Forwarder:
         self.dtype = stored_dtype(config.dtype if dtype == "model" else dtype)
         self._compiled: dict[str, Callable[..., Any]] = {}
         self._needed: frozenset[str] = frozenset()
+        self._where = ""  # layers.<n>. within a layer
 
     def run(
         self,
@@ -162,12 +164,14 @@ class Forwarder:
         count = self.config.num_hidden_layers if after else 1 + max(chosen, default=-1) if in_layer else 0
         output: Any = None
         for layer, params in _ahead(self._layer_params, range(count)):
+            self._where = f"layers.{layer}."
             values = self._layer(layer, output, model, params)
             output = values[self.path.carried["layer_input"][1]]
             if layer in chosen:
                 for stage in self._scoped(Scope.LAYER):
                     if stage.name in captured:
                         yield self._result(layer, stage, values[stage.name], positions)
+        self._where = ""
         model[self.path.carried["layer_input"][1]] = output
         for stage in after:
             if stage.by_vocab:
@@ -250,6 +254,7 @@ class Forwarder:
         inputs = [values[name] for name in stage.inputs]
         if stage.identity:
             return inputs[0]
+        at(self._where + stage.name)
         if stage.name not in self._compiled:
             function = functools.partial(self.backend.forward[stage.name], **stage_options(self.config, stage))
             self._compiled[stage.name] = self.backend.compile(function)

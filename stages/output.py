@@ -1,15 +1,28 @@
-"""Output folders: refused, in one line and before anything is computed, when they cannot take a result."""
+"""Output folders: refused, in one line and before anything is computed, when they cannot take a result.
+
+One run at a time; of a run that failed nothing stays but its finished sides.
+"""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+import socket
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from stages.errors import OutputError, ResourceError
+from stages.errors import InputError, OutputError, ResourceError, SvfError, shown
+from stages.jsonio import read_object, write_json
+
+# What a run that is not finished keeps in its folder: who it is, what it was asked, which sides are done.
+RUN_FILE = ".svf-run.json"
+_PROBE = ".svf-probe."
 
 
 def prepare_folder(path: str | os.PathLike[str]) -> Path:
@@ -18,36 +31,137 @@ def prepare_folder(path: str | os.PathLike[str]) -> Path:
     `OutputError` when `path` is a file, a device, a link to anything but a folder, a folder with content, or
     cannot be created or written. Nothing that exists is changed.
     """
+    folder = _existing_folder(path)
+    with _told(folder), _locked(folder):
+        _refuse_content(folder)
+        _probe(folder)
+    return folder
+
+
+def _refuse_content(folder: Path) -> None:
+    if (folder / RUN_FILE).is_file():
+        raise OutputError(
+            f"{folder}: holds an unfinished run ({_who(folder)}); add --resume to finish it, or empty the folder"
+        )
+    for entry in os.scandir(folder):
+        if not entry.name.startswith((_PROBE, f".{RUN_FILE}.")):  # of a run killed before it could say who it is
+            raise OutputError(
+                f"{folder}: exists and is not empty (it has '{shown(entry.name)}'), and holds no unfinished run; name "
+                "a new folder, or empty this one"
+            )
+        os.unlink(entry.path)
+
+
+def _existing_folder(path: str | os.PathLike[str]) -> Path:
     folder = Path(path)
-    try:
+    with _told(folder):
         _refuse_other_than_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        first = next(os.scandir(folder), None)
-        if first is not None:
-            raise OutputError(
-                f"{folder}: exists and is not empty (it has '{first.name}'); name a new folder, or empty this one"
-            )
-        _probe(folder)
-    except OSError as error:
-        raise OutputError(f"{folder}: cannot be written: {error.strerror}") from None
-    except ValueError as error:  # a NUL byte in the name never reaches the system
-        raise OutputError(f"{str(folder)!r}: is not a path: {error}") from None
     return folder
 
 
 @contextmanager
-def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """`prepare_folder`, emptied again when the block fails: no half-written result stays behind."""
-    made = not os.path.lexists(path)
-    folder = prepare_folder(path)
+def _told(folder: Path) -> Iterator[None]:
+    """The system's refusals as one line."""
     try:
-        yield folder
-    except BaseException:
-        for entry in os.scandir(folder):
+        yield
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written: {error.strerror}") from None
+    except ValueError as error:  # a NUL byte in the name never reaches the system
+        raise OutputError(f"{str(folder)!r}: is not a path: {error}") from None
+
+
+@dataclass
+class Run:
+    """A folder that one run holds; `done` are the documents of the sides that are finished, by name."""
+
+    folder: Path
+    command: list[str]
+    done: dict[str, Any]
+
+    def save(self) -> None:
+        """Write the run file, so that a resumed run need not compute again what is done."""
+        about = {"pid": os.getpid(), "host": socket.gethostname(), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
+        record = {"schema": "svf.run/1", **about, "command": self.command, "done": self.done}
+        write_json(self.folder / RUN_FILE, record)
+
+
+@contextmanager
+def claimed(path: str | os.PathLike[str], command: Sequence[str], *, resume: bool = False) -> Iterator[Run]:
+    """Hold the folder `path` for this run alone, new or, with `resume`, that of the same `command` cut short.
+
+    Of a run cut short the sides that are done are kept, and all else is thrown away; when the block fails, too. After
+    success the folder says nothing of the run any more. `OutputError` as in `prepare_folder`, and when another run
+    holds the folder, naming it; `InputError` when the run cut short was of another command.
+    """
+    made = not os.path.lexists(path)
+    folder = _existing_folder(path)
+    with _locked(folder):
+        if resume and (folder / RUN_FILE).is_file():
+            run = _resumed(folder, list(command))
+        else:
+            _refuse_content(folder)
+            run = Run(folder, list(command), {})
+        try:
+            run.save()
+            yield run
+            with _told(folder):
+                (folder / RUN_FILE).unlink()
+        except BaseException:
+            _empty(folder, keep=(RUN_FILE, *run.done) if run.done else ())
+            if made and not run.done:
+                folder.rmdir()
+            raise
+
+
+@contextmanager
+def new_folder(path: str | os.PathLike[str], *, resume: bool = False) -> Iterator[Path]:
+    """A claimed folder of one result: all of it, or nothing. With `resume`, that of a run that was killed."""
+    with claimed(path, [], resume=resume) as run:
+        yield run.folder
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """An advisory lock on the folder itself; the system lets go of it however this process ends."""
+    with _told(folder):
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise OutputError(f"{folder}: another run is writing here ({_who(folder)}); name another folder") from None
+    finally:
+        os.close(fd)
+
+
+def _resumed(folder: Path, command: list[str]) -> Run:
+    record = read_object(folder / RUN_FILE)
+    if record.get("command") != command or not isinstance(record.get("done"), dict):
+        begun = record.get("command")
+        words = " ".join(map(str, begun)) if isinstance(begun, list) else begun
+        raise InputError(
+            f"{folder}: the unfinished run was begun with other options ('{shown(words)}'); give the same, without "
+            "--resume into a new folder, or empty this one"
+        )
+    done = dict(record["done"])
+    _empty(folder, keep=(RUN_FILE, *done))
+    return Run(folder, command, done)
+
+
+def _who(folder: Path) -> str:
+    """Process, host and start of the run that a folder tells of."""
+    try:
+        record = read_object(folder / RUN_FILE)
+    except SvfError:
+        return "it has not said who it is"
+    return shown(f"process {record.get('pid')} on {record.get('host')}, started {record.get('started')}")
+
+
+def _empty(folder: Path, keep: Sequence[str] = ()) -> None:
+    for entry in os.scandir(folder):
+        if entry.name not in keep:
             shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
-        if made:
-            folder.rmdir()
-        raise
 
 
 def _refuse_other_than_folder(folder: Path) -> None:
@@ -62,7 +176,7 @@ def _refuse_other_than_folder(folder: Path) -> None:
 
 def _probe(folder: Path) -> None:
     """Write a file and remove it: permission bits say nothing to root, nor about a read-only file system."""
-    probe = folder / f".svf-probe.{os.getpid()}.tmp"
+    probe = folder / f"{_PROBE}{os.getpid()}.tmp"
     os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     probe.unlink()
 

@@ -11,14 +11,14 @@ from typing import Any
 
 from stages.backend import Backend
 from stages.bundle import Bundle
-from stages.children import ChildResult, run_svf
+from stages.children import command_line, run_sides
 from stages.defaults import default_source
 from stages.diff import Gates
 from stages.diff_job import diff_recorded
 from stages.dump import MANIFEST_FILE, keep_hashes
-from stages.errors import SvfError, UsageError
+from stages.errors import UsageError
 from stages.jsonio import write_json
-from stages.output import prepare_folder
+from stages.output import claimed
 from stages.progress import Progress
 from stages.replay_job import ReplayJob, ReplayOptions
 from stages.trinity_report import reference_hashes, replay_report
@@ -46,6 +46,8 @@ class ReplayCommand:
     gates: Gates = field(default_factory=Gates)
     verdicts: bool = True
     precision: str = "native"
+    timeout: float | None = None
+    resume: bool = False
 
 
 def with_source(command: ReplayCommand, progress: Progress) -> ReplayCommand:
@@ -104,6 +106,7 @@ def replay_one(command: ReplayCommand, backend: Callable[[], Backend], progress:
         top=command.top,
         verdicts=command.verdicts,
         gates=gates,
+        resume=command.resume,
     )
     with ExitStack() as stack:
         job = ReplayJob(options, stack)
@@ -125,14 +128,16 @@ def replay_both(command: ReplayCommand, names: Sequence[str], progress: Progress
     with Bundle(command.components) as bundle:
         declared = bundle.entries[0].layout
     with ExitStack() as stack:
-        out = prepare_folder(command.out) if command.out is not None else None
+        arguments = {name: _arguments(command, name) for name in names}
+        run = None
+        if (out := command.out) is not None:
+            run = stack.enter_context(claimed(out, command_line(arguments), resume=command.resume))
         # A dump of hashes alone cannot be compared stage by stage: full ones are, and their hashes kept.
-        work = out if out is not None and command.dump == "full" else _scratch(stack)
+        full = run if command.dump == "full" else None
+        work = full.folder if full is not None else _scratch(stack)
         gates = _gates(command)
-        children = [_child(command, name, work / name, progress) for name in names]
-        for name, child in zip(names, children, strict=True):
-            _check_child(name, child)
-        runs = (children[0].document, children[1].document)
+        one, other = run_sides(arguments, work, full, command.timeout, progress)
+        runs = (one, other)
         folders = [work / name / declared if command.layout == "all" else work / name for name in names]
         document = runs[0]  # its shape rows say it all when no tensor's V fits the layout
         if all(folder.is_dir() for folder in folders):
@@ -160,10 +165,10 @@ def _scratch(stack: ExitStack) -> Path:
     return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="svf-replay-")))
 
 
-def _child(command: ReplayCommand, name: str, out: Path, progress: Progress) -> ChildResult:
-    progress.say(f"replaying on {name}")
+def _arguments(command: ReplayCommand, name: str) -> list[str]:
+    """What one side's process is asked, but for its folder."""
     arguments = ["replay", str(command.components), "--backend", name, "--layout", command.layout]
-    arguments += ["--out", str(out), "--dump", "full", "--device", command.device, "--top", str(command.top), "--json"]
+    arguments += ["--dump", "full", "--device", command.device, "--top", str(command.top), "--json"]
     arguments += ["--precision", command.precision]
     arguments += ["--no-verdicts"]  # the parent judges both dumps
     for flag, value in (("--model", command.model), ("--chunk-rows", command.chunk_rows)):
@@ -175,16 +180,7 @@ def _child(command: ReplayCommand, name: str, out: Path, progress: Progress) -> 
         arguments += [flag] if given else []
     for part in command.select:
         arguments += ["--select", part]
-    return run_svf(arguments if progress.enabled else ["--no-progress", *arguments])
-
-
-def _check_child(name: str, child: ChildResult) -> None:
-    """An `SvfError` with the child's own exit code unless it ran to its end."""
-    if child.document is not None:
-        return
-    error = SvfError(f"the {name} side stopped with exit code {child.returncode}; its message stands above")
-    error.exit_code = child.returncode if child.returncode > 1 else 70
-    raise error
+    return arguments
 
 
 def _pair_gates(gates: Gates, runs: tuple[Any, Any], command: ReplayCommand) -> Gates:

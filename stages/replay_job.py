@@ -46,6 +46,7 @@ class ReplayOptions:
     top: int = 5
     verdicts: bool = True
     gates: diff.Gates = field(default_factory=diff.Gates)
+    resume: bool = False
 
     @property
     def layouts(self) -> tuple[str, ...]:
@@ -203,7 +204,7 @@ class ReplayJob:
         if out is None or self.options.dump == "none" or not tasks:
             return None
         folder = out / layout if self.options.layout == "all" else out
-        return stack.enter_context(ReplayDump(folder, tasks, self.options.dump))
+        return stack.enter_context(ReplayDump(folder, tasks, self.options.dump, resume=self.options.resume))
 
     def _run_tensor(
         self,

@@ -15,6 +15,7 @@ from stages.layouts import LAYOUTS
 from stages.replay import REPLAY
 from stages.stage import Stage
 from stages.tensorfile import stored_dtype
+from stages.watch import at
 
 # MKL sums products of 9 to 11 rows in another order than larger ones (docs/findings/row-chunks.md), so a
 # chunk, the tail included, has at least this many rows.
@@ -130,6 +131,7 @@ class Replayer:
                     continue
                 where = values if stage.by_rows else shared
                 inputs = [values.get(name, shared.get(name)) for name in stage.inputs]
+                at(f"{task.source_name} {stage.name}")
                 out = self._function(stage, task.options)(*inputs, *(params[name] for name in stage.params))
                 where[stage.name] = out
                 results[stage.name] = self._checked(stage, out)

@@ -18,6 +18,7 @@ from stages.backend import Backend
 from stages.bundle import tensor_stage_key
 from stages.dump import MANIFEST_FILE, Dump, ReplayDump
 from stages.errors import InputError, NotFoundError, OutputError, SvfError, UsageError
+from stages.output import RUN_FILE
 from stages.replay import REPLAY
 from stages.replay_run import Replayer, ReplayTask
 from stages.tensorfile import dtype_name, sha256
@@ -100,7 +101,7 @@ def test_the_manifest_is_written_last(tmp_path: Path, torch_backend: Backend, mo
 
     monkeypatch.setattr(module, "write_json", spy)
     write(tmp_path / "dump", torch_backend, [task(EMBED), task(GATE)])
-    assert sorted(present) == ["layer-2.safetensors", "model.safetensors"]
+    assert sorted(present) == [RUN_FILE, "layer-2.safetensors", "model.safetensors"]
 
 
 def test_an_interrupted_dump_leaves_no_file_and_is_refused(tmp_path: Path, torch_backend: Backend) -> None:

@@ -1,0 +1,194 @@
+"""Nothing half-written passes for a whole result: kills and full disks at every write, and two runs in one place."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers import ROOT, Result, one_line, svf
+
+from stages.children import ChildResult, document_of, run_svf
+from stages.errors import InputError, OutputError, ResourceError, SvfError
+from stages.output import RUN_FILE, claimed, new_folder
+from stages.watch import at, last_place
+
+pytestmark = pytest.mark.faults
+COMMANDS = {
+    "replay": ("replay", "COMPONENTS", "--backend", "reference", "--select", "q_proj", "--out", "@"),
+    "forward": (
+        *("forward", "MODEL", "--tokens", "1,2", "--backend", "reference"),
+        *("--layers", "0", "--stages", "attn_norm", "--out", "@"),
+    ),
+}
+
+
+@pytest.mark.parametrize("mode", ["kill", "full"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_write_point(
+    command: str, mode: str, made: Path, model: Path, tmp_path: Path, record_property: pytest.RecordProperty
+) -> None:
+    """A run that is killed leaves no commit and is resumed to the same bytes; a full disk leaves nothing, exit 6."""
+    given = {"COMPONENTS": str(made / "components"), "MODEL": str(model)}
+    words = [given.get(word, word) for word in COMMANDS[command]]
+    program = [sys.executable, "-P", str(ROOT / "tests" / "write_points.py"), mode, str(tmp_path), *words]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run(program, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    points = json.loads(done.stdout)["points"]
+    assert points >= 12
+    record_property("survived", points)
+
+
+def test_two_runs_in_one_folder(tmp_path: Path) -> None:
+    """The second is told who holds it, and the first is not disturbed."""
+    with claimed(tmp_path / "x", ["a"]):
+        for resume in (False, True):
+            with pytest.raises(OutputError) as error, claimed(tmp_path / "x", ["a"], resume=resume):
+                pass
+            one_line(error.value, f"process {os.getpid()}", "another run is writing here")
+        assert (tmp_path / "x" / RUN_FILE).is_file()
+    assert list((tmp_path / "x").iterdir()) == []
+
+
+def cut_short(folder: Path) -> Path:
+    """A folder as a killed run of both sides leaves it: one done, the other half written."""
+    with claimed(folder, ["words"]) as run:
+        for name in ("torch", "jax"):
+            (folder / name).mkdir()
+            (folder / name / "file").touch()
+        run.done["torch"] = {"n": 1}
+        run.save()
+        kept = (folder / RUN_FILE).read_bytes()
+    (folder / RUN_FILE).write_bytes(kept)
+    return folder
+
+
+def test_resume_keeps_what_is_done(tmp_path: Path) -> None:
+    folder = cut_short(tmp_path / "x")
+    with pytest.raises(OutputError) as error, claimed(folder, ["words"]):
+        pass
+    one_line(error.value, "--resume")
+    with pytest.raises(InputError) as refused, claimed(folder, ["other"], resume=True):
+        pass
+    one_line(refused.value, "other options", "words")
+    with claimed(folder, ["words"], resume=True) as run:
+        assert run.done == {"torch": {"n": 1}}
+        assert {p.name for p in folder.iterdir()} == {RUN_FILE, "torch"}
+
+
+def twice(folder: Path) -> None:
+    """Make a folder, and fail."""
+    folder.mkdir()
+    folder.mkdir()
+
+
+def test_a_failure_keeps_finished_sides_alone(tmp_path: Path) -> None:
+    folder = cut_short(tmp_path / "x")
+    with pytest.raises(FileExistsError), claimed(folder, ["words"], resume=True):
+        twice(folder / "jax")
+    assert {p.name for p in folder.iterdir()} == {RUN_FILE, "torch"}
+    with pytest.raises(FileExistsError), new_folder(tmp_path / "y") as new:
+        twice(new / "file")
+    assert not (tmp_path / "y").exists()
+
+
+def forward_both(model: Path, out: Path, *more: str) -> Result:
+    command = ("forward", model, "--tokens", "1,2", "--backend", "both", "--no-production", "--out", out, "--json")
+    return svf(*command, *more)
+
+
+def test_a_side_that_dies_costs_itself_alone(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """JAX is killed in a stage: the report names the stage, torch's dump stays, --resume runs JAX alone."""
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "if 'jax' in sys.argv:\n"
+        "    import stages.watch as w\n"
+        "    real = w.at\n"
+        "    def at(place):\n"
+        "        real(place)\n"
+        "        if place == 'layers.1.ffn_gate':\n"
+        "            os.kill(os.getpid(), 9)\n"
+        "    w.at = at\n"
+    )
+    with monkeypatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{broken}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+        done = forward_both(model, tmp_path / "out")
+    assert done.code == 7
+    assert "jax side was killed in layers.1.ffn_gate" in done.error
+    assert "torch is kept" in done.error
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {RUN_FILE, "torch"}
+    before = (tmp_path / "out" / "torch" / "manifest.json").stat().st_mtime_ns
+    again = forward_both(model, tmp_path / "out", "--resume")
+    assert again.code == 0, again.err
+    assert (tmp_path / "out" / "torch" / "manifest.json").stat().st_mtime_ns == before
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"torch", "jax"}
+
+
+def test_a_side_that_hangs_is_stopped(model: Path, tmp_path: Path) -> None:
+    done = forward_both(model, tmp_path / "out", "--timeout", "0.1")
+    assert done.code == 7
+    assert "stopped after 0.1 s (--timeout)" in done.error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("child", "kind", "words"),
+    [
+        (ChildResult(-signal.SIGSEGV, None, "layers.3.q_norm"), SvfError, ("crashed with SIGSEGV", "layers.3.q_norm")),
+        (ChildResult(-signal.SIGKILL, None, None), ResourceError, ("was killed", "out of memory")),
+        (ChildResult(-signal.SIGKILL, None, "embedding", 3.0), ResourceError, ("after 3 s", "embedding")),
+        (ChildResult(3, None), SvfError, ("exit code 3",)),
+    ],
+)
+def test_how_a_side_ended_is_said(child: ChildResult, kind: type[SvfError], words: tuple[str, ...]) -> None:
+    with pytest.raises(kind) as error:
+        document_of("jax", child)
+    one_line(error.value, "jax", *words)
+
+
+def test_the_watch_says_the_last_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "w").touch()
+    assert last_place(str(tmp_path / "w")) is None
+    monkeypatch.setattr("stages.watch._Watch.fd", -1)
+    monkeypatch.setenv("SVF_WATCH_FILE", str(tmp_path / "w"))
+    at("a longer name")
+    at("b")
+    assert last_place(str(tmp_path / "w")) == "b"
+    monkeypatch.setattr("stages.watch._Watch.fd", -1)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="prctl is Linux's")
+def test_a_child_ends_with_its_parent(tmp_path: Path) -> None:
+    """Even when the parent is killed: the child would otherwise go on writing into a folder nobody waits for."""
+    program = (
+        "import os, subprocess, sys\n"
+        "env = {**os.environ, 'SVF_WATCH_PARENT': str(os.getpid())}\n"
+        "code = 'import time; from stages.watch import end_with_parent as e; e(); print(1, flush=True); '\n"
+        "code += 'time.sleep(60)'\n"
+        "child = subprocess.Popen([sys.executable, '-P', '-c', code], env=env, stdout=subprocess.PIPE)\n"
+        "child.stdout.read(1)\n"
+        "print(child.pid, flush=True)\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-P", "-c", program], env=env, capture_output=True, text=True, check=False)
+    pid = int(done.stdout)
+    for _ in range(100):
+        status = Path(f"/proc/{pid}/stat")
+        if not status.exists() or status.read_text().split(")")[1].split()[0] == "Z":
+            return
+        time.sleep(0.1)
+    pytest.fail("the child outlived its parent")
+
+
+def test_run_svf_gives_what_a_child_printed() -> None:
+    done = run_svf(["layouts", "--json", "/nowhere"])
+    assert (done.returncode, done.document, done.timeout) == (4, None, None)
