@@ -2,13 +2,16 @@
 PYTHON ?= python3
 PIP = .venv/bin/pip --disable-pip-version-check
 
-.PHONY: demo test check docs bench wheel clean
+.PHONY: demo test faults check docs bench wheel clean
 
 demo: .venv/installed
 	.venv/bin/svf demo
 
 test: .venv/dev
 	.venv/bin/pytest -n 2
+
+faults: .venv/dev
+	.venv/bin/pytest -n 2 -m faults
 
 check: .venv/dev
 	.venv/bin/ruff check .

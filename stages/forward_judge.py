@@ -16,16 +16,19 @@ from stages.alternatives import Wrong
 from stages.aprt import is_aprt_tree
 from stages.backend import Weights
 from stages.checkpoint import Checkpoint, open_checkpoint
-from stages.errors import InputError, NotFoundError, UsageError
+from stages.errors import InputError, NotFoundError, UsageError, shown
 from stages.forward import ALIASES, RUN_PARAMS, declare, forward_path, parameter_name, producers, stage_shape
 from stages.forward_dump import AprtSide, ForwardSide, Place, forward_key
-from stages.forward_run import oracles, parameters
+from stages.forward_run import POSITIONS, oracles, parameters
 from stages.hints import Case, explain
 from stages.qwen import EMBEDDING, LM_HEAD, QwenConfig, parse_config
 from stages.stage import Path as StagePath
 from stages.stage import Scope, Stage
 from stages.tensorfile import TensorFile, stored_dtype
 from stages.verdict import STAGES, Oracle, SideVerdict, Verdict, judge
+
+# What a forward may say it was computed in; `model` is what its config says.
+RUN_DTYPES = ("model", "float32", "bfloat16", "float16")
 
 
 class Recorded(Protocol):
@@ -69,13 +72,38 @@ def open_run(folder: Path, model: str | None, stack: ExitStack) -> ForwardRun:
     if not isinstance(recorded, dict) or not isinstance(recorded.get("config"), dict):
         raise InputError(f"{folder}: the manifest names no model")
     config = parse_config(recorded["config"], f"{folder}: model config")
-    tokens = manifest.get("tokens")
-    if not isinstance(tokens, list) or not tokens or not all(isinstance(t, int) for t in tokens):
-        raise InputError(f"{folder}: the manifest has no token ids")
-    path = forward_path(config, str(manifest.get("dtype", "model")))
+    path = forward_path(config, _checked_dtype(folder, manifest))
+    _check_manifest(folder, manifest, config, path)
+    tokens: list[int] = manifest["tokens"]
     checkpoint = _checkpoint(folder, recorded, model, stack)
     weights = _weights(folder, checkpoint, stack)
     return ForwardRun(side, config, path, tokens, str(manifest.get("positions", "all")), weights, checkpoint)
+
+
+def _checked_dtype(folder: Path, manifest: Mapping[str, Any]) -> str:
+    dtype = manifest.get("dtype", "model")
+    if dtype not in RUN_DTYPES:
+        raise InputError(f"{folder}: the manifest's dtype is {shown(dtype)}, expected {', '.join(RUN_DTYPES)}")
+    return str(dtype)
+
+
+def _check_manifest(folder: Path, manifest: Mapping[str, Any], config: QwenConfig, path: StagePath) -> None:
+    """`InputError` naming the first field of a forward's manifest that is not what a forward writes."""
+    tokens, layers, stages = (manifest.get(name) for name in ("tokens", "layers", "stages"))
+    known = {*path, *path.aliases}
+    for name, good in {
+        "tokens": _ints_below(tokens, config.vocab_size) and bool(tokens),
+        "layers": layers is None or _ints_below(layers, config.num_hidden_layers),
+        "stages": stages is None or (isinstance(stages, list) and all(str(stage) in known for stage in stages)),
+        "positions": manifest.get("positions", "all") in POSITIONS,
+        **{name: isinstance(manifest.get(name) or {}, dict) for name in ("adapted", "adapted_sha256")},
+    }.items():
+        if not good:
+            raise InputError(f"{folder}: the manifest's '{name}' is {shown(manifest.get(name))}, not a forward's")
+
+
+def _ints_below(value: Any, limit: int) -> bool:
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < limit for n in value)
 
 
 def _checkpoint(folder: Path, recorded: Mapping[str, Any], model: str | None, stack: ExitStack) -> Checkpoint | None:

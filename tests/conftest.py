@@ -24,6 +24,20 @@ hypothesis.settings.register_profile("svf", deadline=None)
 hypothesis.settings.load_profile("svf")
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """With `-m faults`: how many faults of each test file were survived. A test counts as one unless it says more."""
+    if terminalreporter.config.getoption("-m") != "faults":
+        return
+    counts: dict[str, int] = {}
+    for report in terminalreporter.getreports("passed"):
+        file = Path(report.nodeid.partition("::")[0]).name
+        counts[file] = counts.get(file, 0) + int(dict(report.user_properties).get("survived", 1))
+    for file, count in sorted(counts.items()):
+        terminalreporter.write_line(f"{count:6} {file}")
+    failed = len(terminalreporter.getreports("failed"))
+    terminalreporter.write_line(f"{sum(counts.values())} faults tried and survived, {failed} tests failed")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """No test writes into the user's cache."""

@@ -153,6 +153,7 @@ BAD = {
 }
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_file_is_refused(tmp_path: Path, name: str) -> None:
     data, words = BAD[name]
@@ -165,6 +166,7 @@ def test_a_bad_file_is_refused(tmp_path: Path, name: str) -> None:
         AprtTree(tmp_path)
 
 
+@pytest.mark.faults
 @given(data=st.binary(max_size=24))
 def test_any_bytes_are_read_or_refused(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
     path = tmp_path_factory.mktemp("aprt") / "x.bin"
@@ -178,6 +180,7 @@ def test_any_bytes_are_read_or_refused(tmp_path_factory: pytest.TempPathFactory,
         assert struct.pack("<4sII", b"APRT", layer, file.count) + file.read().tobytes() == content
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(("folder", "layer"), [("layer-1", 0), ("layer-0", None), ("layer-0", 1), ("layer-10", 1)])
 def test_a_layer_that_its_folder_denies(tmp_path: Path, folder: str, layer: int | None) -> None:
     with pytest.raises(InputError) as error:
@@ -211,6 +214,7 @@ def test_elements_that_are_not_there(tmp_path: Path, start: int, stop: int | Non
         file_of(tmp_path, np.float32([1, 2, 3])).read(start, stop)
 
 
+@pytest.mark.faults
 def test_a_file_that_changes_while_it_is_read(tmp_path: Path) -> None:
     file = file_of(tmp_path, np.float32([1, 2]))
     write_aprt(file.path, 1, np.float32([1, 2]))
@@ -221,6 +225,7 @@ def test_a_file_that_changes_while_it_is_read(tmp_path: Path) -> None:
         file.read()
 
 
+@pytest.mark.faults
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = file_of(tmp_path, np.float32([1, 2]))
 
@@ -279,6 +284,7 @@ def test_logits_of_one_token_are_written_whole(tmp_path: Path) -> None:
     assert AprtTree(tmp_path / "out").files[None, "lm_head"].read().tolist() == [1, 2, 3]
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("name", ["../up", "a/b", "/abs", "", ".", "x.bin", "A", "attn_norm\n", "attn\0norm", "naïve"])
 def test_a_name_never_becomes_a_path_unchecked(tmp_path: Path, name: str) -> None:
     with pytest.raises(InputError) as error:
@@ -303,6 +309,7 @@ def test_a_failing_iterator_leaves_nothing(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["out"]
 
 
+@pytest.mark.faults
 def test_a_place_that_cannot_take_a_tree(tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a").write_text("mine")
@@ -343,6 +350,7 @@ def test_what_is_no_stage_file_is_reported(tmp_path: Path) -> None:
     assert set(found.extra) == reported
 
 
+@pytest.mark.faults
 def test_one_bad_file_refuses_the_tree_by_name(tmp_path: Path) -> None:
     write_tree(tmp_path / "out", stages())
     path = tmp_path / "out" / "layer-10" / "attn_scores.bin"

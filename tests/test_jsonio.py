@@ -13,6 +13,8 @@ from stages import jsonio
 from stages.errors import InputError, NotFoundError, OutputError, shown
 from stages.jsonio import parse_json, read_bytes, read_object, to_json, write_atomic, write_json
 
+pytestmark = pytest.mark.faults
+
 REFUSED = {
     "nothing": b"",
     "half an object": b'{"a": 1',

@@ -10,6 +10,8 @@ import pytest
 from stages.errors import OutputError, ResourceError
 from stages.output import ensure_space, prepare_folder
 
+pytestmark = pytest.mark.faults
+
 
 def _one_line(error: pytest.ExceptionInfo[Exception], *words: str) -> None:
     text = str(error.value)

@@ -189,6 +189,7 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
 }
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("kind", MALFORMED)
 def test_a_malformed_file_is_one_line(tmp_path: Path, kind: str) -> None:
     data, word = MALFORMED[kind]
@@ -207,6 +208,7 @@ def test_the_malformed_cases_start_from_a_good_one(tmp_path: Path) -> None:
         assert file.metadata == {"a": "b"}
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("name", ["\x00", "\x1b[31mred", "a\nb", "\u202eabc", "x" * 500], ids=repr)
 def test_a_hostile_name_is_printed_safely(tmp_path: Path, name: str) -> None:
     path = tmp_path / "bad.safetensors"
@@ -234,6 +236,7 @@ def test_a_file_that_is_not_there_or_a_folder_is_not_found(tmp_path: Path) -> No
         one_line(error.value, word)
 
 
+@pytest.mark.faults
 def test_a_file_truncated_while_open_is_an_error_not_a_crash(tmp_path: Path) -> None:
     path = tmp_path / "a"
     write_tensors(path, {"w": np.zeros(1000, np.float32)})
@@ -279,6 +282,7 @@ def test_without_commit_nothing_is_left(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.faults
 def test_an_error_inside_leaves_an_earlier_file_alone(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("kept")
     with pytest.raises(KeyboardInterrupt), TensorWriter(tmp_path / "a", spec()):
@@ -330,6 +334,7 @@ except OutputError as error:
 """
 
 
+@pytest.mark.faults
 def test_a_full_disk_is_an_output_error_and_the_earlier_file_stays(tmp_path: Path) -> None:
     done = fresh(FULL_DISK, tmp_path / "a.safetensors")
     assert done.stdout.strip() == "refused", done.stderr

@@ -21,6 +21,8 @@ from stages.tensorfile import TensorFile, sha256
 from svf_torch import weights_file
 from svf_torch.weights_file import load_svd_weights
 
+pytestmark = pytest.mark.faults
+
 NAME = "model.layers.0.self_attn.q_proj.weight"
 
 
