@@ -13,14 +13,13 @@ first-order perturbation, |g_i - g_j| / |s_i - s_j| times the residual, does not
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from stages.compare import residual_bound
-from stages.noise import U32
+from stages.noise import U32, residual_bound
 
 # Beyond this many times what the two decompositions explain, it is a bug. The triangle inequality allows sqrt(2); the
 # rest is room for the float32 products. Seen: 1.4 at most (docs/findings/basis.md).
@@ -183,3 +182,32 @@ def partners(overlap: np.ndarray) -> Mapping[str, int]:
         "permuted": int((alone & ~here).sum()),
         "mixed": int((~alone).sum()),
     }
+
+
+def unexplained(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The first tensor whose sides differ by more than their bases explain."""
+    return next((row for row in rows if not row["explained"]), None)
+
+
+def of_basis(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """The diagnosis as a sentence: of the tensor that is not explained, otherwise of the one that differs most."""
+    if not rows:
+        return None
+    row = unexplained(rows) or max(rows, key=lambda one: one["relative"])
+    size = f"the adapted weights differ by {row['relative']:.2g} relative"
+    times = f"{row['ratio']:.2g} times what the basis explains (limit {row['limit']:g})"
+    if row["explained"]:
+        most = f" in {row['tensor']}" if len(rows) > 1 else ""
+        return f"Basis: {size}{most}, {times}: two decompositions of one matrix, not a bug.{_carried(row)}"
+    if row["faults"]:
+        return f"Basis: no explanation for {row['tensor']}, where {size}: {'; '.join(row['faults'])}."
+    return f"Basis: no explanation for {row['tensor']}: {size}, {times}: a bug, not the basis."
+
+
+def _carried(row: Mapping[str, Any]) -> str:
+    """Which cluster carries most of the difference; nothing when it is spread over the spectrum."""
+    if not row["clusters"]:
+        return ""
+    cluster = row["clusters"][0]
+    s = " to ".join(f"{value:.6g}" for value in dict.fromkeys(cluster["s"]))
+    return f" {cluster['share']:.0%} of it lies in singular values {cluster['first']}-{cluster['last']} (s {s})."
