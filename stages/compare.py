@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
+from stages.basis import BasisComparison
 from stages.hints import Case, explain
+from stages.layouts import LAYOUTS
 from stages.metrics import Difference, PairHash, Residual
-from stages.noise import U32, Noise
+from stages.noise import Noise, residual_bound
 from stages.replay import REPLAY
 from stages.replay_run import Chunk
 from stages.selection import layer_of
@@ -18,13 +20,17 @@ from stages.stage import Stage
 from stages.verdict import Oracle, SideVerdict, Verdict, consult, worst
 
 
-def residual_bound(rank: int) -> float:
-    """Largest relative residual |W - USV^T|_F / |W|_F of a float32 decomposition contracted the right way.
+class Operands(Protocol):
+    """S, V as stored, and offsets of one side: `Components` or a `ReplayTask`."""
 
-    Each of `rank` terms carries a few float32 roundings that add up like random steps: 16 u sqrt(rank).
-    Seen: 3e-7 (float64 SVD) to 2e-6 (float32 gesdd) at ranks 64 to 1,024; a wrong layout gives about 1.
-    """
-    return 16 * U32 * float(np.sqrt(rank))
+    @property
+    def s(self) -> np.ndarray: ...
+
+    @property
+    def v(self) -> np.ndarray: ...
+
+    @property
+    def offsets(self) -> np.ndarray: ...
 
 
 @dataclass
@@ -62,6 +68,7 @@ class TensorComparison:
         self.chunks: list[ChunkCheck] = []
         self.residual_a, self.residual_b = Residual(), Residual()
         self.rank = 1
+        self.basis: BasisComparison | None = None
 
     def expect(self, stages_a: set[str], stages_b: set[str]) -> None:
         """Note the stages that one side lacks: missing in b, or extra in b."""
@@ -75,6 +82,8 @@ class TensorComparison:
 
     def add(self, a: Chunk, b: Chunk) -> None:
         """Compare and judge one chunk of rows."""
+        if self.basis is not None:
+            self._add_basis(self.basis, a, b)
         with np.errstate(all="ignore"):  # a NaN on a side is a verdict, not a warning
             self.chunks.append(ChunkCheck(a.start, a.stop, self._add(a, b)))
 
@@ -124,6 +133,22 @@ class TensorComparison:
                 row.side_b = judge_chunk(row.side_b, oracle, b.values[row.stage.name])
         except ValueError as error:  # numpy's, for operands whose shapes do not go together
             row.shape_note = f"its recorded inputs do not fit each other: {error}"
+
+    def diagnose_basis(self, a: Operands, b: Operands) -> None:
+        """From the first chunk on, ask whether the sides' different U, S, V explain their adapted weights."""
+        turned = LAYOUTS[self.options["layout"]].transposed
+        v = (a.v, b.v) if turned else (a.v.T, b.v.T)
+        self.basis = BasisComparison((a.s, b.s), v, a.offsets)
+
+    def _add_basis(self, basis: BasisComparison, a: Chunk, b: Chunk) -> None:
+        names = ("source_f32", "adapted_source_f32")
+        arrays = [chunk.values.get(name) for name in names for chunk in (a, b)]
+        shapes = {array.shape for array in arrays if array is not None}
+        if len(shapes) != 1 or any(array is None for array in arrays):
+            self.basis = None  # a stage is missing or of another shape, and its own row says so
+            return
+        source, _, one, other = (array for array in arrays if array is not None)
+        basis.add(source, (a.params["u"], b.params["u"]), (one, other))
 
     def rows(self) -> list[dict[str, Any]]:
         """One `svf.diff/1` row per stage that either side has, in execution order."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,17 +23,16 @@ from stages import svd
 from stages.backend import Backend
 from stages.bundle import component_keys, offsets_key, sample_stage_key, tensor_stage_key
 from stages.checkpoint import Checkpoint, open_checkpoint
+from stages.decompose_report import BASELINE_LABEL, BundleReport, Hashes, is_turned, variant
 from stages.errors import InputError, UsageError
 from stages.jsonio import write_json
 from stages.layouts import LAYOUTS
-from stages.metrics import Residual
 from stages.output import ensure_space, new_folder
 from stages.qwen import parameter_shapes
 from stages.replay import REPLAY
 from stages.replay_run import Replayer, ReplayTask, default_chunk_rows
 from stages.selection import RouterVector, SelectedTensor, Selection, load_manifest, load_router_vector, select_by_rule
 from stages.tensorfile import TensorFile, TensorWriter, sha256, stored_dtype, write_tensors
-from stages.trinity_report import REFERENCE_SCHEMA, summary
 
 Progress = Callable[[str, float], None]
 _F32 = np.dtype(np.float32)
@@ -185,17 +184,20 @@ def decompose(
             hashes = writer.stages(tensors, readback, options.all_selected, progress)
             variants = writer.variants(sample, selection, readback, progress)
             writer.sample_stages(sample, selection, readback)
-            report = writer.report(options, selection, tensors, variants, hashes)
-            write_json(folder / bundles.MANIFEST_FILE, writer.manifest(options, selection, tensors, variants, hashes))
+            report = BundleReport(
+                options, method, folder, vector, selection, tensors, hashes, variants, writer.in_memory
+            )
+            document = report.document(readback.source(sample))
+            write_json(folder / bundles.MANIFEST_FILE, report.manifest())
         if options.report is not None:
-            write_json(options.report, report)
+            write_json(options.report, document)
         return {
             "schema": "svf.decompose/1",
             "out": str(folder),
             "report": str(options.report) if options.report else None,
             "component_source": method.component_source,
             "tensors": [t.source_name for t in tensors],
-            "reference": report["reference"],
+            "reference": document["reference"],
             "variants": [{k: v[k] for k in ("label", "observed_bf16_sha256", *_ZERO)} for v in variants],
         }
 
@@ -268,20 +270,16 @@ class _Readback:
             transpose,
         )
 
+    def source(self, tensor: SelectedTensor) -> np.ndarray:
+        """The whole float32 weight."""
+        return _Source(self._checkpoint, tensor)(0, tensor.shape[0])
+
     def __enter__(self) -> _Readback:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._components.close()
         self._offsets.close()
-
-
-@dataclass(frozen=True)
-class _Hashes:
-    """sha256 of the float32 source and the offsets of each tensor."""
-
-    source: Mapping[str, str]
-    offsets: Mapping[str, str]
 
 
 class _BundleWriter:
@@ -339,7 +337,7 @@ class _BundleWriter:
 
     def stages(
         self, tensors: Sequence[SelectedTensor], readback: _Readback, all_selected: bool, progress: Progress
-    ) -> _Hashes:
+    ) -> Hashes:
         """The all-selected stage file, source-oriented; returns hashes of sources and offsets."""
         if not all_selected:
             return self._hashes_of(tensors)
@@ -359,20 +357,20 @@ class _BundleWriter:
                     progress(f"replaying {task.source_name}", chunk.stop / task.shape[0])
             digests = writer.commit()
         names = [t.source_name for t in tensors]
-        return _Hashes(
+        return Hashes(
             {n: digests[tensor_stage_key(n, "source_f32")] for n in names},
             {n: digests[tensor_stage_key(n, "offsets_f32")] for n in names},
         )
 
-    def _hashes_of(self, tensors: Sequence[SelectedTensor]) -> _Hashes:
-        return _Hashes(
+    def _hashes_of(self, tensors: Sequence[SelectedTensor]) -> Hashes:
+        return Hashes(
             {t.source_name: sha256(_Source(self.checkpoint, t)(0, t.shape[0])) for t in tensors},
             {t.source_name: sha256(self.vector.offsets(t)) for t in tensors},
         )
 
     def sample_stages(self, sample: SelectedTensor, selection: Selection, readback: _Readback) -> None:
         """The sample's stage file, its final stages in the target's orientation."""
-        values = self._sample_values(readback.task(sample, transpose=_turned(sample, selection)))
+        values = self._sample_values(readback.task(sample, transpose=is_turned(sample, selection)))
         tensors = {sample_stage_key(name): array for name, array in values.items()}
         write_tensors(self.folder / bundles.SAMPLE_STAGES_FILE, tensors)
 
@@ -389,7 +387,7 @@ class _BundleWriter:
     ) -> list[dict[str, Any]]:
         """The sample replayed from memory and from the files, with V contracted as `torch_v` and as `vh`."""
         progress(f"variants of {sample.source_name}", 0.0)
-        turned = _turned(sample, selection)
+        turned = is_turned(sample, selection)
         read = readback.task(sample, transpose=turned)
         memory = _with(read, **self._held(sample, self.method.decompose))
         self.in_memory = {"u": memory.u(0, sample.shape[0]), "s": memory.s, "v": memory.v, "offsets": read.offsets}
@@ -406,7 +404,7 @@ class _BundleWriter:
         result = []
         for label, component_source, task in tasks:
             if task.v.shape == LAYOUTS[task.layout].expected_shape(sample.shape[1], task.s.size):
-                result.append(_variant(label, component_source, task, self._sample_values(task), expected))
+                result.append(variant(label, component_source, task, self._sample_values(task), expected))
         progress(f"variants of {sample.source_name}", 1.0)
         return result
 
@@ -416,207 +414,6 @@ class _BundleWriter:
         u = np.concatenate([rows for _, _, rows in factors.u_chunks()])
         return {"u": lambda start, stop: u[start:stop], "s": factors.s, "v": factors.v}
 
-    def manifest(
-        self,
-        options: DecomposeOptions,
-        selection: Selection,
-        tensors: Sequence[SelectedTensor],
-        variants: Sequence[Mapping[str, Any]],
-        hashes: _Hashes,
-    ) -> dict[str, Any]:
-        """The debug manifest, which commits the bundle."""
-        expected = selection.sample.expected_bf16_sha256
-        return {
-            "all_selected_tensors": options.all_selected,
-            "baseline_label": variants[0]["label"],
-            "baseline_observed_bf16_sha256": variants[0]["observed_bf16_sha256"],
-            "component_source": self.method.component_source,
-            "component_v_layout": "torch_v",
-            "decomposed_all_selected_if_missing": options.all_selected and options.svd_weights is None,
-            "schema": bundles.SELECTED_SCHEMA if options.all_selected else bundles.SAMPLE_SCHEMA,
-            "selected_tensor_count": len(tensors),
-            "selected_tensors": self._entries(selection, tensors, hashes, options.all_selected),
-            "source_name": selection.sample.source_name,
-            "stored_reference_bf16_sha256": expected or "",
-            "stored_reference_hash_reproducible": any(v["matches_expected"] for v in variants),
-            "svd_weights_path": str(options.svd_weights) if options.svd_weights else None,
-            "warning": None,
-        }
-
-    def _entries(
-        self, selection: Selection, tensors: Sequence[SelectedTensor], hashes: _Hashes, all_selected: bool
-    ) -> list[dict[str, Any]]:
-        entries = []
-        for t in tensors:
-            key = tensor_stage_key if all_selected else lambda _name, stage: sample_stage_key(stage)
-            turned = not all_selected and _turned(t, selection)
-            entries.append(
-                {
-                    "component_source": self.method.component_source,
-                    "component_tensors": component_keys(t.source_name),
-                    "component_v_layout": "torch_v",
-                    "elixir_name": t.elixir_name,
-                    "index": selection.tensors.index(t),
-                    "offset_end": t.offset_end,
-                    "offset_start": t.offset_start,
-                    "offsets_sha256": hashes.offsets[t.source_name],
-                    "s_shape": [min(t.shape)],
-                    "safe_key": t.safe_key,
-                    "scale_tensor": offsets_key(t.source_name),
-                    "singular_values": t.singular_values,
-                    "source_dtype": "float32",
-                    "source_name": t.source_name,
-                    "source_sha256_as_f32": hashes.source[t.source_name],
-                    "source_shape": list(t.shape),
-                    "stage_final_orientation": "target" if turned else "source",
-                    "stage_final_shape": list(t.shape[::-1] if turned else t.shape),
-                    "stage_tensors": {stage: key(t.source_name, stage) for stage in REPLAY},
-                    "u_shape": [t.shape[0], min(t.shape)],
-                    "v_shape": [t.shape[1], min(t.shape)],
-                }
-            )
-        return entries
-
-    def report(
-        self,
-        options: DecomposeOptions,
-        selection: Selection,
-        tensors: Sequence[SelectedTensor],
-        variants: Sequence[Mapping[str, Any]],
-        hashes: _Hashes,
-    ) -> dict[str, Any]:
-        """The reference side's report in its schema."""
-        sample = next(t for t in tensors if t.source_name == selection.sample.source_name)
-        source = _Source(self.checkpoint, sample)(0, sample.shape[0])
-        entries = self._entries(selection, tensors, hashes, options.all_selected)
-        brief = ["elixir_name", "index", "offset_end", "offset_start", "safe_key", "source_name"]
-        brief += ["stage_final_orientation", "stage_final_shape", "stage_tensors"]
-        memory, prefixes = self.in_memory, {"offsets": 16, "s": 16, "u": 4, "v": 4}
-        written = _written(self.folder, sample)
-        return {
-            "schema": REFERENCE_SCHEMA,
-            "inputs": self._inputs(options),
-            "reference": _reference(options, selection, sample, variants),
-            "source_tensor": summary(source, 16),
-            "source_tensor_f32_svd_input": summary(source, 16),
-            "scale_offsets": summary(memory["offsets"], 16),
-            "component_bundle_before_write": {part: summary(memory[part], n) for part, n in prefixes.items()},
-            "component_bundle_readback": {part: summary(written[part], n) for part, n in prefixes.items()},
-            "selected_tensor_components": entries,
-            "selected_tensor_stage_debug": [{k: e[k] for k in brief} for e in entries] if options.all_selected else [],
-            "stage_debug": self._stage_debug(options, tensors),
-            "variants": list(variants),
-        }
-
-    def _inputs(self, options: DecomposeOptions) -> dict[str, Any]:
-        place = options.report.parent if options.report is not None else Path.cwd()
-        relative = os.path.relpath(self.folder, place)
-        return {
-            "all_selected_stage_tensor_file": f"{relative}/{bundles.ALL_STAGES_FILE}" if options.all_selected else None,
-            "all_selected_tensors_written": options.all_selected,
-            "component_source_written": self.method.component_source,
-            "model_name": options.model,
-            "model_torch_dtype_arg": "float32",
-            "readback_components_dir": relative,
-            "router_vector": str(options.vector),
-            "router_vector_dtype_after_load": "float32",
-            "router_vector_sha256": self.vector.sha256,
-            "source_tensor_dtype": "float32",
-            "stage_tensor_file": f"{relative}/{bundles.SAMPLE_STAGES_FILE}",
-            "svd_weights": str(options.svd_weights) if options.svd_weights else None,
-            "write_components_dir": relative,
-        }
-
-    def _stage_debug(self, options: DecomposeOptions, tensors: Sequence[SelectedTensor]) -> dict[str, Any]:
-        inputs = self._inputs(options)
-        keys = sorted(tensor_stage_key(t.source_name, stage) for t in tensors for stage in REPLAY)
-        return {
-            "all_selected_stage_keys": keys if options.all_selected else [],
-            "all_selected_stage_tensor_file": inputs["all_selected_stage_tensor_file"],
-            "baseline_label": BASELINE_LABEL,
-            "interpretation": "Stages of the components as read back: the baseline of stage-by-stage parity.",
-            "schema": "trinity_sakana_stage_debug.v1",
-            "stage_keys": sorted(sample_stage_key(stage) for stage in REPLAY),
-            "stage_tensor_file": inputs["stage_tensor_file"],
-        }
-
-
-BASELINE_LABEL = "python_safetensors_readback_torch_v_final_bf16"
-
-
-def _written(folder: Path, tensor: SelectedTensor) -> dict[str, np.ndarray]:
-    """U, S, V and offsets of one tensor as they are in the written files."""
-    with TensorFile(folder / bundles.COMPONENTS_FILE) as file:
-        parts = {part: file.read(key) for part, key in component_keys(tensor.source_name).items()}
-    with TensorFile(folder / bundles.OFFSETS_FILE) as file:
-        return {**parts, "offsets": file.read(offsets_key(tensor.source_name))}
-
-
-def _turned(sample: SelectedTensor, selection: Selection) -> bool:
-    """Whether the sample's target is the source's transpose; a square one is taken as it is."""
-    return sample.shape != selection.sample.target_shape
-
 
 def _with(task: ReplayTask, **changes: Any) -> ReplayTask:
     return ReplayTask(**{**vars(task), **changes})
-
-
-def _variant(
-    label: str, component_source: str, task: ReplayTask, values: Mapping[str, np.ndarray], expected: str | None
-) -> dict[str, Any]:
-    observed = sha256(values["final_bf16"])
-    s, scaled = task.s, values["scaled_s"]
-    source, zero = values["source_f32"], values["zero_source_f32"]
-    residual, roundtrip = Residual(), Residual()
-    residual.add(source, zero)
-    roundtrip.add(source.astype(stored_dtype("bfloat16")).astype(np.float32), zero)
-    return {
-        "component_source": component_source,
-        "expected_bf16_sha256": expected or "",
-        "final": summary(values["final_bf16"], 16),
-        "final_f32_before_bf16": summary(values["final_f32"], 16),
-        "label": label,
-        "matches_expected": observed == expected,
-        "observed_bf16_sha256": observed,
-        "s": {
-            "normalization": float(values["normalization"][0]),
-            "scaled_s": summary(scaled, 16),
-            "singular_values": summary(s, 16),
-            "sum_s": float(s.sum(dtype=np.float64)),
-            "sum_scaled_s": float(scaled.sum(dtype=np.float64)),
-            "typed_offsets": summary(task.offsets, 16),
-        },
-        "v_layout": task.layout,
-        "zero_offset_max_abs_error_vs_source": residual.max_abs,
-        "zero_offset_max_abs_error_vs_source_bf16_roundtrip": roundtrip.max_abs,
-    }
-
-
-def _reference(
-    options: DecomposeOptions, selection: Selection, sample: SelectedTensor, variants: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    expected = selection.sample.expected_bf16_sha256
-    reproducible = any(v["matches_expected"] for v in variants)
-    baseline = next((v for v in variants if v["matches_expected"]), None)
-    baseline = baseline or next(v for v in variants if v["label"] == BASELINE_LABEL)
-    if expected is None:
-        diagnosis = "there is no stored reference hash; compare with current_python_baseline_bf16_sha256"
-    elif reproducible:
-        diagnosis = "stored reference hash was reproduced"
-    else:
-        diagnosis = (
-            "stored reference hash was not reproduced; use current_python_baseline_bf16_sha256 for same-run parity, "
-            "or provide the original svd_weights.pt"
-        )
-    return {
-        "current_python_baseline_bf16_sha256": baseline["observed_bf16_sha256"],
-        "current_python_baseline_label": baseline["label"],
-        "diagnosis": diagnosis,
-        "elixir_name": sample.elixir_name,
-        "expected_bf16_sha256": expected or "",
-        "expected_hash_reproducible": reproducible,
-        "path": str(options.manifest) if options.manifest else None,
-        "sample_reconstructed_shape": list(selection.sample.target_shape),
-        "source_name": sample.source_name,
-        "source_shape": list(sample.shape),
-    }

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
+from stages.basis import of_basis, unexplained
 from stages.compare import TensorComparison
 from stages.replay import REPLAY
 from stages.verdict import Verdict
@@ -74,6 +75,7 @@ def document(
         gates=gates,
         expected=expected_tensors * sum(stage.required for stage in REPLAY.values()),
         zero_offset=[c.zero_offset() for c in comparisons if c.stages],
+        basis=[c.basis.row(c.source_name) for c in comparisons if c.basis],
         extra=extra,
     )
 
@@ -86,6 +88,7 @@ def finish(
     gates: Gates | None = None,
     expected: int,
     zero_offset: Sequence[Mapping[str, Any]] = (),
+    basis: Sequence[Mapping[str, Any]] = (),
     explain: Explain = lambda _row, _side: None,
     extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -100,11 +103,12 @@ def finish(
     verdict = sentence(rows, zero_offset, culprit, gate_results, a, b, coverage)
     return {
         "schema": "svf.diff/1",
-        "outcome": outcome(rows, zero_offset, gate_results, coverage),
-        "verdict": " ".join([verdict, *filter(None, [of_different_precision(a, b)])]),
+        "outcome": "diverged" if unexplained(basis) else outcome(rows, zero_offset, gate_results, coverage),
+        "verdict": " ".join(filter(None, [verdict, of_different_precision(a, b), of_basis(basis)])),
         "culprit": culprit,
         "rows": list(rows),
         "zero_offset": list(zero_offset),
+        "basis": list(basis),
         "coverage": coverage,
         "gates": gate_results,
         "a": dict(a),

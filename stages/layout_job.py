@@ -16,11 +16,11 @@ import numpy as np
 
 from stages.bundle import Bundle, BundleEntry, RecordedStages, component_keys
 from stages.checkpoint import Checkpoint, open_checkpoint
-from stages.compare import residual_bound
 from stages.defaults import default_source
 from stages.errors import InputError
 from stages.layouts import LAYOUTS
 from stages.metrics import Residual
+from stages.noise import residual_bound
 from stages.progress import Progress
 from stages.tensorfile import TensorFile
 

@@ -15,10 +15,11 @@ from stages import diff
 from stages.backend import Backend
 from stages.bundle import Bundle, BundleEntry, RecordedStages
 from stages.checkpoint import Checkpoint, open_checkpoint
-from stages.compare import TensorComparison, empty_row, residual_bound
+from stages.compare import TensorComparison, empty_row
 from stages.dump import ReplayDump
 from stages.errors import InputError, UsageError, shown
 from stages.layouts import LAYOUTS
+from stages.noise import residual_bound
 from stages.precision import precision_fields
 from stages.replay import REPLAY
 from stages.replay_run import Chunk, Replayer, ReplayTask, chunk_plan, default_chunk_rows
