@@ -27,6 +27,7 @@ BOTH = ("torch", "jax")
 
 BackendName = StrEnum("BackendName", [*BACKENDS, "both"])  # type: ignore[misc]
 ON_BOTH = BackendName("both")
+OneBackend = StrEnum("OneBackend", [*BACKENDS])  # type: ignore[misc]
 LayoutName = StrEnum("LayoutName", ["declared", "torch_v", "nx", "vh", "all"])
 DumpMode = StrEnum("DumpMode", ["full", "hash", "none"])
 Preset = StrEnum("Preset", {"tiny": "tiny", "qwen3_06b": "qwen3-0.6b", "qwen25_05b": "qwen2.5-0.5b"})
@@ -35,6 +36,7 @@ Positions = StrEnum("Positions", ["all", "last"])
 RunDtype = StrEnum("RunDtype", ["model", "float32", "bfloat16"])
 Format = StrEnum("Format", ["safetensors", "aprt"])
 Precision = StrEnum("Precision", ["native", "reference", "exact"])
+Tied = StrEnum("Tied", ["untie", "last"])
 Jit = StrEnum("Jit", ["stage", "layer", "none"])
 SvdMethod = StrEnum("SvdMethod", ["float64", "torch"])
 
@@ -567,6 +569,47 @@ def layouts(
         document = job.diagnose(components, model, progress)
     emit(document) if json else render.layouts_document(document)
     raise typer.Exit(job.EXIT_CODES[document["outcome"]])
+
+
+@app.command(
+    epilog=examples(
+        "svf apply components MODEL --out adapted",
+        "svf apply components Qwen/Qwen3-0.6B --out adapted --tied last --json",
+        "svf apply components MODEL --out adapted --dtype float32 --precision exact --backend jax",
+    )
+)
+def apply(
+    components: Annotated[Path, typer.Argument(help="Component bundle.")],
+    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id that the components are of.")],
+    out: Annotated[Path, typer.Option(help="New folder for the adapted checkpoint.")],
+    tied: Annotated[
+        Tied,
+        typer.Option(
+            help="A tied embedding and LM head, adapted apart: store both, untied; or, as copying both into a tied "
+            "PyTorch module does, let the last one copied stand for both."
+        ),
+    ] = Tied.untie,
+    dtype: Annotated[
+        RunDtype, typer.Option(help="Dtype of the written weights; float32 keeps what final_bf16 rounds.")
+    ] = RunDtype.model,
+    layout: Annotated[LayoutName, typer.Option(help="How V is contracted.")] = LayoutName.declared,
+    backend: Annotated[OneBackend, typer.Option(help="What computes the adapted weights.")] = OneBackend("torch"),
+    precision: InPrecision = Precision.native,
+    device: Annotated[str, typer.Option(help="cpu, or a GPU: cuda, gpu, gpu:1.")] = "cpu",
+    json: Json = False,
+) -> None:
+    """Write the adapted checkpoint in Hugging Face layout, for `transformers` as it is."""
+    from stages import apply as job
+    from stages import render_files
+    from stages.errors import UsageError
+    from stages.progress import Progress
+
+    if layout is LayoutName.all:
+        raise UsageError("--layout all is for svf replay; a checkpoint is written on one layout")
+    command = job.ApplyCommand(components, model, out, tied.value, dtype.value, layout.value)
+    with Progress(STATE.progress) as progress:
+        document = job.apply(command, lambda: load_backend(backend.value, device, precision.value), progress)
+    emit(document) if json else render_files.apply_document(document)
 
 
 @app.command(

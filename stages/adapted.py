@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from stages.backend import Backend
 from stages.bundle import Bundle
 from stages.checkpoint import Checkpoint
 from stages.errors import InputError
+from stages.progress import Progress as Reporter
 from stages.replay_run import Replayer, ReplayTask
 from stages.tensorfile import TensorFile, TensorInfo, TensorWriter
 
@@ -37,10 +39,47 @@ class AdaptedWeights:
         return {**self._checkpoint.tensors, **self._file.tensors}
 
 
+@dataclass(frozen=True)
+class Adapted:
+    """A bundle applied to a checkpoint: the weights, and of each adapted tensor, in the bundle's order, its layout
+    and sha256."""
+
+    weights: AdaptedWeights
+    layouts: dict[str, str]
+    sha256: dict[str, str]
+
+
+def adapt(
+    components: Path,
+    layout: str,
+    checkpoint: Checkpoint,
+    backend: Backend,
+    folder: Path,
+    stack: ExitStack,
+    progress: Reporter,
+    dtype: np.dtype | None = None,
+) -> Adapted:
+    """`write_adapted` into `folder`, opened until `stack` ends; says which tensors do not fit `layout`."""
+    path = folder / ADAPTED_FILE
+    layouts, digests = write_adapted(components, layout, checkpoint, backend, path, progress, dtype)
+    kept = [name for name, taken in layouts.items() if layout not in ("declared", taken)]
+    if kept:
+        progress.say(f"V of {', '.join(kept)} does not fit layout {layout} by shape: contracted as declared")
+    file = TensorFile(path)
+    stack.callback(file.close)
+    return Adapted(AdaptedWeights(checkpoint, file), layouts, digests)
+
+
 def write_adapted(
-    components: Path, layout: str, checkpoint: Checkpoint, backend: Backend, path: Path, progress: Progress
+    components: Path,
+    layout: str,
+    checkpoint: Checkpoint,
+    backend: Backend,
+    path: Path,
+    progress: Progress,
+    dtype: np.dtype | None = None,
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Replay every tensor of a bundle and store it at `path`, source-oriented, in the checkpoint's dtype.
+    """Replay every tensor of a bundle and store it at `path`, source-oriented, in `dtype` or the checkpoint's own.
 
     Returns tensor -> layout it was contracted under, and tensor -> sha256. A V whose shape does not fit `layout`
     is contracted as the bundle declares, since the wrong layout cannot be computed there; the caller says so.
@@ -50,20 +89,23 @@ def write_adapted(
         stack.callback(bundle.close)
         tasks = [_task(bundle, i, layout, checkpoint) for i in range(len(bundle.entries))]
         specs = {
-            task.source_name: (checkpoint.info(checkpoint.resolve(task.source_name)).dtype, task.shape)
-            for task in tasks
+            task.source_name: (dtype or checkpoint.info(task.source_name).dtype, task.shape) for task in tasks
         }
         replayer = Replayer(backend)
         writer = stack.enter_context(TensorWriter(path, specs, hashes=True))
         for task in tasks:
-            dtype = specs[task.source_name][0]
-            # A bfloat16 checkpoint stores final_bf16; any other dtype is one rounding of final_f32.
-            stage = "final_bf16" if dtype.name == "bfloat16" else "final_f32"
+            stored = specs[task.source_name][0]
+            stage = final_stage(stored)
             for chunk in replayer.run(task):
-                writer.write(task.source_name, chunk.values[stage].astype(dtype, copy=False), chunk.start)
+                writer.write(task.source_name, chunk.values[stage].astype(stored, copy=False), chunk.start)
                 progress(f"adapting {task.source_name}", chunk.stop / task.shape[0])
         digests = writer.commit()
         return {task.source_name: task.layout for task in tasks}, digests
+
+
+def final_stage(dtype: np.dtype) -> str:
+    """The stage that a weight of `dtype` is stored from: final_bf16, or for any other dtype one rounding of final_f32."""
+    return "final_bf16" if dtype.name == "bfloat16" else "final_f32"
 
 
 def _task(bundle: Bundle, index: int, layout: str, checkpoint: Checkpoint) -> ReplayTask:

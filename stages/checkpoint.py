@@ -39,9 +39,7 @@ HUB_PATTERNS = (
     "merges.txt",
 )
 _HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>\w[\w./-]*))?", re.ASCII)
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-# One read: large enough for the disk, little beside the memory of the smallest machine.
-_BLOCK_BYTES = 16 * 1024 * 1024
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 class Checkpoint:
@@ -82,6 +80,16 @@ class Checkpoint:
     def config(self) -> QwenConfig:
         """The checked meaning of `config.json`; `InputError` naming what is refused."""
         return parse_config(self.raw_config, str(self.path / CONFIG))
+
+    @property
+    def config_bytes(self) -> bytes:
+        """`config.json` as it was read."""
+        return self._config_bytes
+
+    @property
+    def files(self) -> tuple[TensorFile, ...]:
+        """The open weight files: one, or the shards by name."""
+        return tuple(self._files)
 
     def resolve(self, name: str) -> str:
         """The stored tensor that parameter `name` has its values from.
@@ -161,17 +169,9 @@ class Checkpoint:
 
     def _content_sha256(self, name: str) -> str:
         digest = hashlib.sha256()
-        for start, stop in self._blocks(name):
+        for start, stop in self.info(name).row_blocks():
             digest.update(self.read(name, start, stop).reshape(-1).view(np.uint8).data)
         return digest.hexdigest()
-
-    def _blocks(self, name: str) -> list[tuple[int, int | None]]:
-        info = self.info(name)
-        if not info.shape:
-            return [(0, None)]
-        rows = info.shape[0]
-        step = max(1, _BLOCK_BYTES * rows // max(1, info.nbytes))
-        return [(start, min(rows, start + step)) for start in range(0, rows, step)]
 
     def _check_dtypes(self) -> None:
         declared = self.config.dtype
@@ -184,7 +184,7 @@ class Checkpoint:
             raise InputError(f"{self.path}: config.json has dtype '{declared}', but {what}: {_listed(others)}")
 
     def _check_tied(self) -> None:
-        for start, stop in self._blocks(EMBEDDING):
+        for start, stop in self.info(EMBEDDING).row_blocks():
             head, embedding = (self.read(name, start, stop) for name in (LM_HEAD, EMBEDDING))
             same = head.view(np.uint8) == embedding.view(np.uint8)
             if not same.all():
@@ -236,13 +236,13 @@ class Checkpoint:
                 raise NotFoundError(f"{path}: is not in the hub's cache; run: {_fetch_command(self.source)}")
             state = "is not a regular file" if path.exists() else "is not there; is the download complete?"
             raise InputError(f"{index}: weight_map names '{shown(shard)}', which {state}")
-        if not any(path.resolve().is_relative_to(root) for root in self._roots()):
+        if not any(path.resolve().is_relative_to(root) for root in self.roots()):
             raise InputError(
                 f"{index}: '{shown(shard)}' is a link to {path.resolve()}, outside the folder; copy the file into it"
             )
         return path
 
-    def _roots(self) -> list[Path]:
+    def roots(self) -> list[Path]:
         """Folders that a shard may lie in; in the hub's cache a snapshot is links into `blobs` beside it."""
         folder = self.path.resolve()
         snapshot = folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--")
@@ -250,7 +250,7 @@ class Checkpoint:
 
     def _no_weights(self) -> InputError | NotFoundError:
         names = sorted(os.listdir(self.path))
-        pickles = [name for name in names if name.endswith(_PICKLES)]
+        pickles = [name for name in names if name.endswith(PICKLES)]
         if pickles:
             return InputError(
                 f"{self.path}: only pickled weights ({_listed(pickles)}), never opened because unpickling runs code; "

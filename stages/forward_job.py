@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from stages import stats
-from stages.adapted import ADAPTED_FILE, AdaptedWeights, write_adapted
+from stages.adapted import ADAPTED_FILE, adapt
 from stages.aprt import write_tree
 from stages.backend import Backend, Production, Weights
 from stages.checkpoint import Checkpoint, open_checkpoint
@@ -29,7 +29,7 @@ from stages.precision import NATIVE, precision_fields
 from stages.production import compare_production, greedy, with_stored_head
 from stages.progress import Progress
 from stages.qwen import LM_HEAD, QwenConfig, parameter_shapes
-from stages.tensorfile import TensorFile, stored_dtype
+from stages.tensorfile import stored_dtype
 from stages.tokens import DEFAULT_TOKENS, check_tokens, encode, parse_tokens, read_tokens
 
 FORMATS = ("safetensors", "aprt")
@@ -157,20 +157,12 @@ class _Job:
             if command.layout != "declared":
                 raise UsageError(f"--layout {command.layout} is about --adapted COMPONENTS")
             return self.checkpoint
-        path = scratch / ADAPTED_FILE
-        self.adapted, self.adapted_sha256 = write_adapted(
-            command.adapted, command.layout, self.checkpoint, backend, path, self.progress
+        found = adapt(
+            command.adapted, command.layout, self.checkpoint, backend, scratch, self.stack, self.progress
         )
-        kept = [name for name, layout in self.adapted.items() if command.layout not in ("declared", layout)]
-        if kept:
-            self.progress.say(
-                f"V of {', '.join(kept)} does not fit layout {command.layout} by shape: contracted as declared"
-            )
-        file = TensorFile(path)
-        self.stack.callback(file.close)
-        weights = AdaptedWeights(self.checkpoint, file)
-        self.config = with_stored_head(self.config, weights)
-        return weights
+        self.adapted, self.adapted_sha256 = found.layouts, found.sha256
+        self.config = with_stored_head(self.config, found.weights)
+        return found.weights
 
     def _trace(self, forwarder: Forwarder, backend: Backend, scratch: Path) -> tuple[np.ndarray, str]:
         """Run once, writing what was asked for; the logits and their sha256."""

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +48,8 @@ _BY_NAME = {dtype.name: dtype for dtype in DTYPES.values()}
 MAX_HEADER_BYTES = 100_000_000
 # Enough to keep the disk busy while the next chunk is computed, little beside the chunk itself.
 MAX_PENDING_BYTES = 512 * 1024 * 1024
+# One read: large enough for the disk, little beside the memory of the smallest machine.
+_BLOCK_BYTES = 16 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,14 @@ class TensorInfo:
     @property
     def nbytes(self) -> int:
         return self.dtype.itemsize * int(np.prod(self.shape, dtype=object))
+
+    def row_blocks(self) -> list[tuple[int, int | None]]:
+        """Row ranges of about 16 MiB that cover the tensor; one without rows is one block."""
+        if not self.shape:
+            return [(0, None)]
+        rows = self.shape[0]
+        step = max(1, _BLOCK_BYTES * rows // max(1, self.nbytes))
+        return [(start, min(rows, start + step)) for start in range(0, rows, step)]
 
 
 class TensorFile:
@@ -206,7 +216,7 @@ class TensorWriter:
     Slices of one tensor along axis 0 come in order and leave no gap. Writing happens on a thread, so the
     caller may compute the next chunk meanwhile and must not change an array that it handed over. With
     `commit()` the file takes its name; without it nothing remains. `hashes` asks for sha256: of all tensors (True)
-    or of those named.
+    or of those named. `keep_order` places tensors as `specs` lists them, not as the package would.
     """
 
     def __init__(
@@ -216,10 +226,11 @@ class TensorWriter:
         *,
         hashes: bool | Collection[str] = False,
         metadata: Mapping[str, str] | None = None,
+        keep_order: bool = False,
     ):
         self.path = Path(path)
         self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        header, self._tensors, self.nbytes = _layout(specs, metadata)
+        header, self._tensors, self.nbytes = _layout(specs, list(specs) if keep_order else _package_order(specs), metadata)
         wanted = (specs if hashes else ()) if isinstance(hashes, bool) else hashes
         self._hashes = {name: hashlib.sha256() for name in wanted}
         self._columnwise: set[str] = set()
@@ -316,14 +327,18 @@ class TensorWriter:
         self.close()
 
 
+def _package_order(specs: Mapping[str, tuple[np.dtype, tuple[int, ...]]]) -> list[str]:
+    order = {dtype: i for i, dtype in enumerate(DTYPES.values())}
+    return sorted(specs, key=lambda n: (order.get(np.dtype(specs[n][0]), -1), n))
+
+
 def _layout(
-    specs: Mapping[str, tuple[np.dtype, tuple[int, ...]]], metadata: Mapping[str, str] | None
+    specs: Mapping[str, tuple[np.dtype, tuple[int, ...]]], names: Iterable[str], metadata: Mapping[str, str] | None
 ) -> tuple[bytes, dict[str, TensorInfo], int]:
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     tensors: dict[str, TensorInfo] = {}
     position = 0
-    order = {dtype: i for i, dtype in enumerate(DTYPES.values())}
-    for name in sorted(specs, key=lambda n: (order.get(np.dtype(specs[n][0]), -1), n)):
+    for name in names:
         dtype, shape = np.dtype(specs[name][0]), tuple(int(n) for n in specs[name][1])
         if dtype not in _NAMES:
             raise TypeError(f"{name}: safetensors has no dtype for {dtype}")

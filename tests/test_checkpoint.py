@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from stages import checkpoint as module
+from stages import tensorfile
 from stages.checkpoint import Checkpoint, open_checkpoint
 from stages.errors import InputError, NotFoundError, SvfError
 from stages.qwen import parameter_shapes
@@ -171,7 +172,7 @@ def test_a_content_hash_is_that_of_the_raw_bytes(tiny: Path, monkeypatch: pytest
     expected = {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in tensors_of(tiny).items()}
     with open_checkpoint(tiny) as checkpoint:
         assert checkpoint.weights_sha256(checkpoint.tensors) == expected
-        monkeypatch.setattr(module, "_BLOCK_BYTES", 1000)  # several blocks for each matrix
+        monkeypatch.setattr(tensorfile, "_BLOCK_BYTES", 1000)  # several blocks for each matrix
         assert checkpoint.weights_sha256(checkpoint.tensors) == expected
 
 
@@ -242,8 +243,8 @@ def test_a_tensor_that_does_not_fit_the_config_is_named(folder: Path, case: str)
 
 def test_a_tied_head_may_be_stored_when_it_is_equal(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with_tensors(folder, lambda t: t.update({HEAD: t[EMBED].copy()}))
-    for block in (module._BLOCK_BYTES, 1000):
-        monkeypatch.setattr(module, "_BLOCK_BYTES", block)
+    for block in (tensorfile._BLOCK_BYTES, 1000):
+        monkeypatch.setattr(tensorfile, "_BLOCK_BYTES", block)
         with open_checkpoint(folder) as checkpoint:
             checkpoint.check()
 
