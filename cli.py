@@ -614,6 +614,51 @@ def apply(
 
 @app.command(
     epilog=examples(
+        "svf export traces/torch aprt",
+        "svf export recorded.safetensors aprt --json",
+    )
+)
+def export(
+    source: Annotated[Path, typer.Argument(help="Forward dump, or another program's safetensors.")],
+    out: Annotated[Path, typer.Argument(help="New folder for the APRT tree.")],
+    json: Json = False,
+) -> None:
+    """Write a forward dump as an APRT tree, and say what that format does not keep."""
+    from stages import render_files
+    from stages.export import export_aprt
+    from stages.progress import Progress
+
+    with Progress(STATE.progress) as progress:
+        document = export_aprt(source, out, progress)
+    emit(document) if json else render_files.export_document(document)
+
+
+@app.command(
+    "import",
+    epilog=examples(
+        "svf import aprt flat",
+        "svf import aprt dump --model MODEL --tokens 1,2,3",
+    ),
+)
+def import_(
+    source: Annotated[Path, typer.Argument(help="APRT tree.")],
+    out: Annotated[Path, typer.Argument(help="New folder for the safetensors.")],
+    model: Annotated[str | None, typer.Option(help="The model that was run: shapes and dtypes follow from it.")] = None,
+    tokens: Annotated[str | None, typer.Option(help="The token ids that it was run on, such as 1,2,3.")] = None,
+    json: Json = False,
+) -> None:
+    """Write an APRT tree as safetensors: flat, or a forward dump when the model and its tokens are told."""
+    from stages import render_files
+    from stages.export import import_aprt
+    from stages.progress import Progress
+
+    with Progress(STATE.progress) as progress:
+        document = import_aprt(source, out, model, tokens, progress)
+    emit(document) if json else render_files.import_document(document)
+
+
+@app.command(
+    epilog=examples(
         "svf demo",
         "svf demo --json",
     )

@@ -87,7 +87,7 @@ def open_foreign(
     path: Path, config: QwenConfig, weights: Weights, tokens: Sequence[int], stack: ExitStack
 ) -> ForwardRun:
     """The forward of another program at `path`; `InputError` naming a key that is no stage of this model."""
-    side = _side(path, stack)
+    side = open_side(path, stack)
     order_of(forward_path(config), side.places)
     for layer, stage in side.places:
         if layer is not None and layer >= config.num_hidden_layers:
@@ -101,7 +101,8 @@ def open_foreign(
     return ForwardRun(side, config, declared, list(tokens), "all", weights)
 
 
-def _side(path: Path, stack: ExitStack) -> ForeignSide:
+def open_side(path: Path, stack: ExitStack) -> ForeignSide:
+    """The stages that another program recorded at `path`, not yet interpreted; `InputError` naming an odd key."""
     if is_aprt_tree(path):
         tree = AprtTree(path)
         if tree.extra:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from stages.aprt import AprtTree
+from stages.checkpoint import Checkpoint
 from stages.dump import MANIFEST_FILE, SCHEMA, Dump
 from stages.errors import InputError, shown
 from stages.forward_run import StageResult
@@ -38,6 +40,19 @@ def parse_key(key: str) -> Place | None:
 def layer_file(layer: int | None) -> str:
     """File of a layer's stages."""
     return MODEL_FILE if layer is None else f"layer-{layer}.safetensors"
+
+
+def run_fields(checkpoint: Checkpoint, source: str, tokens: Sequence[int]) -> dict[str, Any]:
+    """What a manifest says of the model and the tokens: by these two dumps are comparable. `source`: as named."""
+    return {
+        "model": {
+            "source": str(checkpoint.path.resolve()) if checkpoint.revision is None else source,
+            "fingerprint": checkpoint.fingerprint(),
+            "config": checkpoint.raw_config,
+        },
+        "tokens": list(tokens),
+        "tokens_sha256": hashlib.sha256(np.asarray(tokens, "<i8").tobytes()).hexdigest(),
+    }
 
 
 class ForwardDump:

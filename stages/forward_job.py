@@ -19,7 +19,7 @@ from stages.backend import Backend, Production, Weights
 from stages.checkpoint import Checkpoint, open_checkpoint
 from stages.defaults import default_source
 from stages.errors import UsageError
-from stages.forward_dump import ForwardDump, ForwardSide
+from stages.forward_dump import ForwardDump, ForwardSide, run_fields
 from stages.forward_run import Forwarder, StageResult, resolve_layers, resolve_stages
 from stages.jsonio import copy_atomic
 from stages.memory import available_bytes
@@ -209,14 +209,8 @@ class _Job:
             "backend": backend.name,
             "facts": {**backend.facts(), "jit": command.jit},
             "precision": command.precision,
-            "model": {
-                "source": str(self.checkpoint.path.resolve()) if self.checkpoint.revision is None else command.model,
-                "fingerprint": self.checkpoint.fingerprint(),
-                "config": self.checkpoint.raw_config,
-            },
+            **run_fields(self.checkpoint, str(command.model), self.tokens.tolist()),
             "dtype": forwarder.path["embedding"].dtype,
-            "tokens": self.tokens.tolist(),
-            "tokens_sha256": hashlib.sha256(self.tokens.astype("<i8").tobytes()).hexdigest(),
             "positions": command.positions,
             "layers": list(self.layers),
             "stages": list(self.stages),

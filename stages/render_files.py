@@ -27,3 +27,24 @@ def apply_document(document: Mapping[str, Any]) -> None:
     for name in adapted:
         if name in tensors:
             _line(f"  {tensors[name]['sha256'][:16]}  {shown(name)}")
+
+
+def export_document(document: Mapping[str, Any]) -> None:
+    """A `svf.export/1` document."""
+    _line(f"Wrote {document['files']} stage files, {document['elements']:,} values, to {document['out']}")
+    for what in document["not_kept"]:
+        _line(f"APRT does not keep {shown(what)}")
+
+
+def import_document(document: Mapping[str, Any]) -> None:
+    """A `svf.import/1` document."""
+    _line(
+        f"Wrote {document['tensors']} tensors, {document['elements']:,} values as {document['dtype']}, "
+        f"to {document['out']}"
+    )
+    if document["flat"]:
+        _line(
+            f"Without a shape: {len(document['flat'])} of them, flat as APRT has them; --model and --tokens give shapes"
+        )
+    for what in document["not_kept"]:
+        _line(f"Left out: {shown(what)}")
