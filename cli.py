@@ -614,6 +614,67 @@ def apply(
 
 @app.command(
     epilog=examples(
+        "svf route MODEL --adapted components --head router.npy --prompt 'user: What is 6 times 7?'",
+        "svf route adapted --head trinity_router_head.safetensors --tokens 1,2,3 --backend jax",
+        "svf route MODEL --head router.npy --layers 26 --tokens 1,2,3 --precision exact",
+    )
+)
+def route(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
+    head: Annotated[Path, typer.Option(help="Router vector, .npy or safetensors; or trinity_router_head.safetensors.")],
+    adapted: Annotated[Path | None, typer.Option(help="Component bundle whose weights replace the model's.")] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Adapted layers of a router vector, such as 26; by default as --adapted says.")
+    ] = None,
+    layout: Annotated[LayoutName, typer.Option(help="How V of --adapted is contracted.")] = LayoutName.declared,
+    tokens: Annotated[str | None, typer.Option(help="Token ids, such as 1,2,3.")] = None,
+    tokens_file: Annotated[Path | None, typer.Option(help="File of token ids, as text or a JSON list.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="The transcript, taken as it is; TRINITY's has lines like 'user: ...'.")
+    ] = None,
+    backend: Annotated[BackendName, typer.Option(help="Which side computes.")] = ON_BOTH,
+    dtype: Annotated[RunDtype, typer.Option(help="What the model is computed in.")] = RunDtype.model,
+    precision: InPrecision = Precision.native,
+    device: Annotated[str, typer.Option(help="cpu, or a GPU: cuda, gpu, gpu:1.")] = "cpu",
+    out: Annotated[Path | None, typer.Option(help="File for one side's hidden state and logits, safetensors.")] = None,
+    json: Json = False,
+) -> None:
+    """Route with the TRINITY head: logits of agents and roles from the second-to-last token's hidden state."""
+    from stages import render_route
+    from stages.diff import EXIT_CODES as outcomes
+    from stages.errors import UsageError
+    from stages.progress import Progress
+    from stages.route_job import RouteCommand, route_both, route_one
+
+    if layout is LayoutName.all:
+        raise UsageError("--layout all is for svf replay; a route runs on one layout")
+    command = RouteCommand(
+        model=model,
+        head=head,
+        adapted=adapted,
+        layers=layers,
+        layout=layout.value,
+        tokens=tokens,
+        tokens_file=tokens_file,
+        prompt=prompt,
+        backend=backend.value,
+        dtype=dtype.value,
+        device=device,
+        precision=precision.value,
+        out=out,
+    )
+    with Progress(STATE.progress) as progress:
+        if backend is ON_BOTH:
+            document = route_both(command, BOTH, progress)
+        else:
+            load = lambda: load_backend(backend.value, device, precision.value)  # noqa: E731
+            document = route_one(command, load, progress)
+    emit(document) if json else render_route.route_document(document)
+    raise typer.Exit(outcomes[document["outcome"]])
+
+
+@app.command(
+    epilog=examples(
         "svf export traces/torch aprt",
         "svf export recorded.safetensors aprt --json",
     )

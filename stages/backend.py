@@ -49,8 +49,12 @@ class Backend(Protocol):
         """Stage name -> function, for the Qwen forward; identity stages have none."""
 
     @property
+    def router(self) -> Mapping[str, Callable[..., Any]]:
+        """Stage name -> function, for the router head."""
+
+    @property
     def wide(self) -> Mapping[str, Callable[..., Any]]:
-        """Stage name -> function of float64 arrays that gives the value before the final rounding, for both paths.
+        """Stage name -> function of float64 arrays that gives the value before the final rounding, for all paths.
 
         Stages with a rounding to the activations' dtype inside (`forward.ROUNDED_INSIDE`) take it as `dtype`.
         """

@@ -21,11 +21,12 @@ from typing import Any
 import mpmath
 import numpy as np
 
-from stages import noise, reference, reference_qwen
+from stages import noise, reference, reference_qwen, reference_router
 from stages.forward import declare
 from stages.noise import TINY, Noise
 from stages.replay import REPLAY
 from stages.rounding import round_once
+from stages.router import ROUTER
 
 # Unit roundoff of float64.
 U64 = 2.0**-53
@@ -38,7 +39,7 @@ _BITS = (128, 256, 512, 1024, 2048)
 Places = tuple[np.ndarray, ...]  # as np.nonzero gives them
 
 NOISE: Mapping[str, Noise] = MappingProxyType(
-    {s.name: s.noise for s in (*REPLAY.values(), *declare(qk_norm=True, qkv_bias=True, o_bias=True))}
+    {s.name: s.noise for s in (*REPLAY.values(), *ROUTER.values(), *declare(qk_norm=True, qkv_bias=True, o_bias=True))}
 )
 
 
@@ -94,7 +95,8 @@ def plain(array: np.ndarray) -> np.ndarray:
 
 def _operands(name: str, arguments: Sequence[np.ndarray], options: Mapping[str, Any]) -> tuple[Any, ...]:
     """What the bound and the exact result of a stage are computed from."""
-    table = OPERANDS.get(name) or reference.OPERANDS.get(name) or reference_qwen.OPERANDS.get(name)
+    tables = (OPERANDS, reference.OPERANDS, reference_qwen.OPERANDS, reference_router.OPERANDS)
+    table = next((found[name] for found in tables if name in found), None)
     return tuple(arguments) if table is None else table(*arguments, **options)
 
 

@@ -137,19 +137,15 @@ def _dump(source: Path, out: Path, model: str, tokens: str, progress: Progress) 
         checkpoint = stack.enter_context(open_checkpoint(model))
         ids = check_tokens(parse_tokens(tokens), checkpoint.config.vocab_size)
         run = open_foreign(source, checkpoint.config, checkpoint, ids.tolist(), stack)
-        flat = _misfits(run)
+        _check_sizes(run, source)
         places = order_of(run.path, run.side.places)
-        if len(flat) == len(places):
-            raise InputError(
-                f"{source}: no stage has as many elements as {len(ids)} tokens give it; are these its tokens and model?"
-            )
         dump = stack.enter_context(ForwardDump(out))
         for done, _ in enumerate(dump.record(StageResult(*place, run.side.read(place)) for place in places)):
             progress(f"writing {forward_key(places[done])}", (done + 1) / len(places))
         return {
             "dtype": run.side.facts["dtype"],
             "sha256": dump.commit(_manifest(run, checkpoint, model, source)),
-            "flat": _keys(flat),
+            "flat": [],
         }
 
 
@@ -166,13 +162,20 @@ def _manifest(run: ForwardRun, checkpoint: Any, model: str, source: Path) -> dic
     }
 
 
-def _misfits(run: ForwardRun) -> list[tuple[int | None, str]]:
-    """Places whose count of elements is not that of the declared shape; logits may be the last token's alone."""
+def _check_sizes(run: ForwardRun, source: Path) -> None:
+    """`InputError` naming a stage without as many elements as the model and tokens give it.
+
+    Of the logits the last token's alone are in a tree.
+    """
     assert run.path is not None
     assert run.config is not None
-    found = []
     for place in run.side.places:
         shape = list(stage_shape(run.config, stage_of(run.path, place), len(run.tokens)))
-        if run.side.shape(place) not in (shape, [1, *shape[1:]] if place[1] == "lm_head" else shape):
-            found.append(place)
-    return found
+        if place[1] == "lm_head":
+            shape[0] = 1
+        found = run.side.shape(place)
+        if found != shape:
+            raise InputError(
+                f"{source}: {forward_key(place)} has {np.prod(found, dtype=object)} elements, {len(run.tokens)} tokens "
+                f"of this model give it {np.prod(shape, dtype=object)}; are these its tokens and model?"
+            )

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -75,7 +75,20 @@ def with_model(command: ForwardCommand, progress: Progress) -> ForwardCommand:
     return replace(command, model=str(folder / "model"))
 
 
-def token_ids(command: ForwardCommand, checkpoint: Checkpoint) -> np.ndarray:
+class TokenOptions(Protocol):
+    """The options of a command that say which tokens it runs on."""
+
+    @property
+    def tokens(self) -> str | None: ...
+
+    @property
+    def tokens_file(self) -> Path | None: ...
+
+    @property
+    def prompt(self) -> str | None: ...
+
+
+def token_ids(command: TokenOptions, checkpoint: Checkpoint) -> np.ndarray:
     """The run's token ids, from whichever option gave them; a default list when none did."""
     given = [x for x in (command.tokens, command.tokens_file, command.prompt) if x is not None]
     if len(given) > 1:

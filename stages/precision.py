@@ -17,6 +17,7 @@ from stages.memory import aligned_copy
 from stages.qwen import QwenConfig
 from stages.replay import REPLAY
 from stages.rounding import round_once
+from stages.router import ROUTER
 from stages.tensorfile import stored_dtype
 
 NATIVE, REFERENCE, EXACT = "native", "reference", "exact"
@@ -70,6 +71,7 @@ class PreciseBackend:
         self._compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
         self.replay = {name: functools.partial(self._stage, name) for name in REPLAY}
         self.forward = {name: functools.partial(self._stage, name) for name in DTYPES if name in self.inside.forward}
+        self.router = {name: functools.partial(self._stage, name) for name in ROUTER}
         self.wide = self.inside.wide
 
     def widened(self) -> Backend:
@@ -126,7 +128,8 @@ class PreciseBackend:
 
 def boundary_dtype(name: str, arguments: Sequence[np.ndarray], options: Mapping[str, Any]) -> np.dtype:
     """What a stage is stored in: as declared, or as the activations are, by its option or its last argument."""
-    declared = REPLAY[name].dtype if name in REPLAY else DTYPES[name]
+    fixed = REPLAY if name in REPLAY else ROUTER
+    declared = fixed[name].dtype if name in fixed else DTYPES[name]
     return stored_dtype(declared if declared != "model" else options.get("dtype") or arguments[-1].dtype.name)
 
 

@@ -19,8 +19,10 @@ from stages.forward import DTYPES, ROUNDED_INSIDE
 from stages.layouts import LAYOUTS
 from stages.qwen import QwenConfig
 from stages.reference_qwen import FORWARD_STAGES
+from stages.reference_router import ROUTER_STAGES
 from stages.replay import REPLAY
 from stages.rounding import round_once
+from stages.router import ROUTER
 from stages.tensorfile import stored_dtype
 
 
@@ -132,10 +134,14 @@ class ReferenceBackend:
         return {name: _rounded_forward(fn, DTYPES[name]) for name, fn in FORWARD_STAGES.items()}
 
     @property
+    def router(self) -> Mapping[str, Callable[..., np.ndarray]]:
+        return {name: _rounded(fn, stored_dtype(ROUTER[name].dtype)) for name, fn in ROUTER_STAGES.items()}
+
+    @property
     def wide(self) -> Mapping[str, Callable[..., np.ndarray]]:
         replay = {name: _of_wide(fn) for name, fn in REPLAY_STAGES.items()}
         inside = {name: _of_wide(fn) for name, fn in FORWARD_STAGES.items() if name in ROUNDED_INSIDE}
-        return {**FORWARD_STAGES, **replay, **inside}
+        return {**FORWARD_STAGES, **ROUTER_STAGES, **replay, **inside}
 
     def widened(self) -> ReferenceBackend:
         return self

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from stages import noise, reference, reference_qwen
+from stages import noise, reference, reference_qwen, reference_router
 from stages.bits import NARROW, Narrow
 from stages.noise import Noise
 from stages.rounding import round_once
@@ -21,8 +21,8 @@ from stages.stage import Stage
 from stages.tensorfile import stored_dtype
 
 # Every path's stages: the float64 value of each, and what its noise bound is computed from.
-STAGES = {**reference.REPLAY_STAGES, **reference_qwen.FORWARD_STAGES}
-OPERANDS = {**reference.OPERANDS, **reference_qwen.OPERANDS}
+STAGES = {**reference.REPLAY_STAGES, **reference_qwen.FORWARD_STAGES, **reference_router.ROUTER_STAGES}
+OPERANDS = {**reference.OPERANDS, **reference_qwen.OPERANDS, **reference_router.OPERANDS}
 
 
 # Elements judged at a time: their float64 copies stay in the cache.

@@ -16,6 +16,7 @@ from stages.errors import UsageError
 from stages.qwen import QwenConfig
 from svf_jax.components import REPLAY_STAGES
 from svf_jax.qwen import FORWARD_STAGES
+from svf_jax.router import ROUTER_STAGES
 from svf_jax.wide import WIDE_STAGES
 
 
@@ -50,6 +51,10 @@ class JaxBackend:
     @property
     def forward(self) -> Mapping[str, Callable[..., Array]]:
         return FORWARD_STAGES
+
+    @property
+    def router(self) -> Mapping[str, Callable[..., Array]]:
+        return ROUTER_STAGES
 
     @property
     def wide(self) -> Mapping[str, Callable[..., Array]]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from svf_jax import components, qwen
+from svf_jax import components, qwen, router
 
 
 def source_f32(source: Array) -> Array:
@@ -177,5 +177,5 @@ _CHANGED: Mapping[str, Callable[..., Array]] = MappingProxyType(
     }
 )
 WIDE_STAGES: Mapping[str, Callable[..., Array]] = MappingProxyType(
-    {**components.REPLAY_STAGES, **qwen.FORWARD_STAGES, **_CHANGED}
+    {**components.REPLAY_STAGES, **qwen.FORWARD_STAGES, **router.ROUTER_STAGES, **_CHANGED}
 )

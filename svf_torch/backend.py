@@ -17,6 +17,7 @@ from stages.memory import aligned_copy, is_aligned
 from stages.qwen import QwenConfig
 from svf_torch.components import REPLAY_STAGES
 from svf_torch.qwen import FORWARD_STAGES
+from svf_torch.router import ROUTER_STAGES
 from svf_torch.wide import WIDE_STAGES
 
 
@@ -41,6 +42,10 @@ class TorchBackend:
     @property
     def forward(self) -> Mapping[str, Callable[..., Tensor]]:
         return FORWARD_STAGES
+
+    @property
+    def router(self) -> Mapping[str, Callable[..., Tensor]]:
+        return ROUTER_STAGES
 
     @property
     def wide(self) -> Mapping[str, Callable[..., Tensor]]:

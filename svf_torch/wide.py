@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from svf_torch import components, qwen
+from svf_torch import components, qwen, router
 
 
 def source_f32(source: Tensor) -> Tensor:
@@ -180,5 +180,5 @@ _CHANGED: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
     }
 )
 WIDE_STAGES: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
-    {**components.REPLAY_STAGES, **qwen.FORWARD_STAGES, **_CHANGED}
+    {**components.REPLAY_STAGES, **qwen.FORWARD_STAGES, **router.ROUTER_STAGES, **_CHANGED}
 )

@@ -1,0 +1,19 @@
+"""The router head's stage in JAX. Twin of svf_torch/router.py and stages/reference_router.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+from jax import Array
+
+from stages.router import ROUTER
+
+
+def router_logits(router_hidden: Array, router_head: Array) -> Array:
+    """router_hidden `[1, hidden]` @ router_head^T, `[1, agents + roles]`."""
+    return router_hidden @ router_head.T
+
+
+# The declaration names the stages; a function has its stage's name.
+ROUTER_STAGES: Mapping[str, Callable[..., Array]] = MappingProxyType({name: globals()[name] for name in ROUTER})
