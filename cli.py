@@ -28,6 +28,7 @@ BOTH = ("torch", "jax")
 BackendName = StrEnum("BackendName", [*BACKENDS, "both"])  # type: ignore[misc]
 ON_BOTH = BackendName("both")
 OneBackend = StrEnum("OneBackend", [*BACKENDS])  # type: ignore[misc]
+ON_TORCH = OneBackend("torch")
 LayoutName = StrEnum("LayoutName", ["declared", "torch_v", "nx", "vh", "all"])
 DumpMode = StrEnum("DumpMode", ["full", "hash", "none"])
 Preset = StrEnum("Preset", {"tiny": "tiny", "qwen3_06b": "qwen3-0.6b", "qwen25_05b": "qwen2.5-0.5b"})
@@ -593,7 +594,7 @@ def apply(
         RunDtype, typer.Option(help="Dtype of the written weights; float32 keeps what final_bf16 rounds.")
     ] = RunDtype.model,
     layout: Annotated[LayoutName, typer.Option(help="How V is contracted.")] = LayoutName.declared,
-    backend: Annotated[OneBackend, typer.Option(help="What computes the adapted weights.")] = OneBackend("torch"),
+    backend: Annotated[OneBackend, typer.Option(help="What computes the adapted weights.")] = ON_TORCH,
     precision: InPrecision = Precision.native,
     device: Annotated[str, typer.Option(help="cpu, or a GPU: cuda, gpu, gpu:1.")] = "cpu",
     json: Json = False,

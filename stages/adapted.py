@@ -88,9 +88,7 @@ def write_adapted(
         bundle = Bundle(components)
         stack.callback(bundle.close)
         tasks = [_task(bundle, i, layout, checkpoint) for i in range(len(bundle.entries))]
-        specs = {
-            task.source_name: (dtype or checkpoint.info(task.source_name).dtype, task.shape) for task in tasks
-        }
+        specs = {task.source_name: (dtype or checkpoint.info(task.source_name).dtype, task.shape) for task in tasks}
         replayer = Replayer(backend)
         writer = stack.enter_context(TensorWriter(path, specs, hashes=True))
         for task in tasks:
@@ -104,7 +102,7 @@ def write_adapted(
 
 
 def final_stage(dtype: np.dtype) -> str:
-    """The stage that a weight of `dtype` is stored from: final_bf16, or for any other dtype one rounding of final_f32."""
+    """The stage that a weight of `dtype` is stored from; of any dtype but bfloat16 it is one rounding of final_f32."""
     return "final_bf16" if dtype.name == "bfloat16" else "final_f32"
 
 

@@ -91,7 +91,14 @@ def _write(
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".adapted-", dir=folder)))
         adapted = adapt(
-            command.components, command.layout, checkpoint, backend, scratch, stack, progress, _unlike(checkpoint, dtype)
+            command.components,
+            command.layout,
+            checkpoint,
+            backend,
+            scratch,
+            stack,
+            progress,
+            _unlike(checkpoint, dtype),
         )
         tie = _tie(command, checkpoint, adapted)
         if tie.note is not None:

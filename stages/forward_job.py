@@ -170,9 +170,7 @@ class _Job:
             if command.layout != "declared":
                 raise UsageError(f"--layout {command.layout} is about --adapted COMPONENTS")
             return self.checkpoint
-        found = adapt(
-            command.adapted, command.layout, self.checkpoint, backend, scratch, self.stack, self.progress
-        )
+        found = adapt(command.adapted, command.layout, self.checkpoint, backend, scratch, self.stack, self.progress)
         self.adapted, self.adapted_sha256 = found.layouts, found.sha256
         self.config = with_stored_head(self.config, found.weights)
         return found.weights

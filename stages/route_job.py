@@ -32,9 +32,9 @@ from stages.verdict import Oracle, SideVerdict, consult
 
 SCHEMA = "svf.route/1"
 LOGITS = ROUTER["router_logits"]
-# Largest difference of a logit between two right sides, in units of `hidden_noise` along its row: SEEN
-# (docs/findings/route.md).
-HIDDEN_LAMBDA = 6.0
+# What two right sides' logits may differ by, in units of `hidden_noise` along their row. Seen: 2.2 between torch and
+# JAX, 5.8 between one of them and reference precision, so twice that between two (docs/findings/route.md).
+HIDDEN_LAMBDA = 12.0
 
 
 @dataclass(frozen=True)
@@ -139,9 +139,7 @@ def _weights(
     return adapt(command.adapted, command.layout, checkpoint, backend, scratch, stack, progress).weights
 
 
-def _hidden(
-    command: RouteCommand, given: _Given, backend: Backend, weights: Weights, progress: Progress
-) -> np.ndarray:
+def _hidden(command: RouteCommand, given: _Given, backend: Backend, weights: Weights, progress: Progress) -> np.ndarray:
     """The second-to-last token's hidden state after the final norm, float32 `[1, hidden]`."""
     progress(f"{backend.name} forward", 0.0)
     forwarder = Forwarder(backend, given.checkpoint.config, weights, dtype=command.dtype)
@@ -252,9 +250,7 @@ def compare(a: _Side, b: _Side, given: _Given, dtype: str) -> dict[str, Any]:
     hidden.add(a.hidden, b.hidden)
     rows = [
         {"output": name, "a": float(x), "b": float(y), "difference": float(d), "bound": float(limit)}
-        for name, x, y, d, limit in zip(
-            given.head.outputs, a.logits[0], b.logits[0], difference, bound, strict=True
-        )
+        for name, x, y, d, limit in zip(given.head.outputs, a.logits[0], b.logits[0], difference, bound, strict=True)
     ]
     return {
         **_verdict(a, b, choices, rows),

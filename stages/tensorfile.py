@@ -230,7 +230,9 @@ class TensorWriter:
     ):
         self.path = Path(path)
         self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        header, self._tensors, self.nbytes = _layout(specs, list(specs) if keep_order else _package_order(specs), metadata)
+        header, self._tensors, self.nbytes = _layout(
+            specs, list(specs) if keep_order else _package_order(specs), metadata
+        )
         wanted = (specs if hashes else ()) if isinstance(hashes, bool) else hashes
         self._hashes = {name: hashlib.sha256() for name in wanted}
         self._columnwise: set[str] = set()

@@ -114,7 +114,9 @@ def test_tied_last_is_what_copying_into_a_tied_module_gives(
     apart = tensors_of(tmp_path / "apart" / WEIGHTS)
     module_ = AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager")
     state = module_.state_dict()
-    order = [e["source_name"] for e in json.loads(next(components.glob("*manifest.json")).read_text())["selected_tensors"]]
+    order = [
+        e["source_name"] for e in json.loads(next(components.glob("*manifest.json")).read_text())["selected_tensors"]
+    ]
     assert order[0] == EMBED
     assert order[-1] == HEAD
     with torch.no_grad():
@@ -136,7 +138,7 @@ def test_tied_last_is_what_copying_into_a_tied_module_gives(
 def test_untouched_tensors_are_copied_byte_for_byte_and_told_by_hash(
     cases: Callable[[str], Case], torch_backend: Backend, tmp_path: Path
 ) -> None:
-    model, components = case = cases("qwen3-untied bfloat16")
+    model, _ = case = cases("qwen3-untied bfloat16")
     document = applied(case, torch_backend, tmp_path / "out")
     source, result = tensors_of(model / WEIGHTS), tensors_of(tmp_path / "out" / WEIGHTS)
     assert result.keys() == source.keys() == document["tensors"].keys()
@@ -226,9 +228,10 @@ def test_another_dtype_is_one_rounding_of_the_float32_stage(
     x, y = tensors_of(tmp_path / "wide" / WEIGHTS), tensors_of(tmp_path / "narrow" / WEIGHTS)
     assert x.keys() == y.keys()
     assert all(x[name].astype(ml_dtypes.bfloat16).tobytes() == y[name].tobytes() for name in x)
-    assert x[DOWN.replace("2", "1")].astype(ml_dtypes.bfloat16).astype(np.float32).tobytes() != x[
-        DOWN.replace("2", "1")
-    ].tobytes()
+    assert (
+        x[DOWN.replace("2", "1")].astype(ml_dtypes.bfloat16).astype(np.float32).tobytes()
+        != x[DOWN.replace("2", "1")].tobytes()
+    )
     for folder in ("wide", "narrow"):
         with open_checkpoint(tmp_path / folder) as checkpoint:
             checkpoint.check()
@@ -331,9 +334,7 @@ def test_config_is_written_last(
     """It is what commits: a run killed before has no config.json, and `transformers` loads nothing."""
     seen: list[set[str]] = []
     changes = module._config_changes
-    monkeypatch.setattr(
-        module, "_config_changes", lambda *a: seen.append(set(tree(tmp_path / "out"))) or changes(*a)
-    )
+    monkeypatch.setattr(module, "_config_changes", lambda *a: seen.append(set(tree(tmp_path / "out"))) or changes(*a))
     applied(cases("qwen3 bfloat16"), torch_backend, tmp_path / "out")
     assert seen == [{WEIGHTS, "tokenizer_config.json"}]
     assert set(tree(tmp_path / "out")) == {*seen[0], "config.json"}

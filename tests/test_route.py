@@ -119,9 +119,7 @@ def test_an_adapted_model_routes_by_its_own_hidden_state(
     assert adapted["rows"] == applied["rows"] != plain["rows"]
 
 
-def test_a_wrong_head_product_is_a_bug_and_exits_1(
-    model: Path, vector: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_head_product_is_a_bug_and_exits_1(model: Path, vector: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = {LOGITS.name: lambda hidden, head: ROUTER_STAGES[LOGITS.name](hidden, head * 1.01)}
     monkeypatch.setattr(TorchBackend, "router", property(lambda _: MappingProxyType(wrong)))
     done = svf("route", model, "--head", vector, "--layers", "2", "--tokens", TOKENS, "--backend", "torch", "--json")
@@ -214,9 +212,7 @@ def test_a_choice_is_the_first_of_equals_and_undecided() -> None:
 # -- the head's file ------------------------------------------------------------------------------------------------
 
 
-def test_a_head_file_and_a_vector_give_the_same_head(
-    vector: Path, selection: Selection, tmp_path: Path
-) -> None:
+def test_a_head_file_and_a_vector_give_the_same_head(vector: Path, selection: Selection, tmp_path: Path) -> None:
     head = load_head(vector, 64, selection, None)
     assert head.weight.shape == (head.agents + 3, 64)
     write_tensors(tmp_path / "head.safetensors", {HEAD_KEY: head.weight})
@@ -233,9 +229,7 @@ def test_the_published_vector_has_seven_agents(golden: Path) -> None:
         assert (head.agents, head.weight.shape) == (7, (10, 1024))
 
 
-def test_bad_heads_are_refused_in_one_line(
-    made: Path, model: Path, vector: Path, bundle: Path, tmp_path: Path
-) -> None:
+def test_bad_heads_are_refused_in_one_line(made: Path, model: Path, vector: Path, bundle: Path, tmp_path: Path) -> None:
     good = np.zeros((10, 64), np.float32)
     nan = good.copy()
     nan[0, 0] = np.nan
