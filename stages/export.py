@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from stages.aprt import AprtTree, is_aprt_tree, write_tree
-from stages.checkpoint import open_checkpoint
+from stages.checkpoint import Checkpoint, open_checkpoint
 from stages.errors import InputError, UsageError, shown
 from stages.foreign import open_foreign, open_side
 from stages.forward import stage_shape
-from stages.forward_dump import ForwardDump, ForwardSide, forward_key, is_forward_dump, run_fields
+from stages.forward_dump import ForwardDump, ForwardSide, Place, forward_key, is_forward_dump, run_fields
 from stages.forward_judge import ForwardRun, order_of, stage_of
 from stages.forward_run import StageResult
 from stages.output import ensure_space, new_folder
@@ -63,7 +63,9 @@ class _Kept:
         self.widened: list[str] = []
         self.cut: list[str] = []
 
-    def of(self, places: Iterable[Any], read: Any) -> Iterator[tuple[int | None, str, np.ndarray]]:
+    def of(
+        self, places: Iterable[Place], read: Callable[[Place], np.ndarray]
+    ) -> Iterator[tuple[int | None, str, np.ndarray]]:
         """Layer, stage and values of each place; `InputError` for a dtype that float32 does not hold."""
         places = list(places)
         for done, (layer, stage) in enumerate(places):
@@ -114,7 +116,7 @@ def import_aprt(source: Path, out: Path, model: str | None, tokens: str | None, 
     return document | _dump(source, out, model, tokens, progress)
 
 
-def _keys(places: Iterable[Any]) -> list[str]:
+def _keys(places: Iterable[Place]) -> list[str]:
     return [forward_key(place) for place in places]
 
 
@@ -149,7 +151,7 @@ def _dump(source: Path, out: Path, model: str, tokens: str, progress: Progress) 
         }
 
 
-def _manifest(run: ForwardRun, checkpoint: Any, model: str, source: Path) -> dict[str, Any]:
+def _manifest(run: ForwardRun, checkpoint: Checkpoint, model: str, source: Path) -> dict[str, Any]:
     places = run.side.places
     return {
         "backend": "aprt",
