@@ -23,8 +23,8 @@ from stages.synth import config_json, random_tensor
 from stages.verdict import Oracle, Verdict, consult, measure
 
 _ONE = dict.fromkeys(Noise, 1.0)
-# Preset, tokens and seed: products over K of 64 to 4,864, softmax over 1 to 500 keys; one token, where libraries take other
-# kernels; both families. The vocabulary is cut to one chunk: more columns are more of the same sums.
+# Preset, tokens and seed: products over K of 64 to 4,864, softmax over 1 to 500 keys; one token, where libraries take
+# other kernels; both families. The vocabulary is cut to one chunk: more columns are more of the same sums.
 FORWARDS = (
     ("tiny", 1, 0),
     ("tiny", 64, 1),

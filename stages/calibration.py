@@ -28,6 +28,8 @@ FACT, SHIPPED = "calibration", "shipped"
 SAFETY = 1.25
 # Beyond twice the shipped lambda it is not another order of summation: TF32-like products are 430 times theirs.
 CAP = 2.0
+# As Python prints three digits of it.
+_NUMBER = r"\d+(?:\.\d+)?(?:e[+-]\d+)?"
 
 
 @dataclass(frozen=True)
@@ -84,10 +86,10 @@ def lambdas_of(facts: Mapping[str, str], where: str) -> Lambdas:
     lambdas = dict(LAMBDA)
     date, _, parts = str(text).partition(": ")
     for part in parts.split(", ") if parts else [""]:
-        found = re.fullmatch(r"([a-z ]+) (\d[\d.e+-]*)/(\d[\d.e+-]*)", part)
+        found = re.fullmatch(rf"([a-z ]+) {_NUMBER}/({_NUMBER})", part)
         if not re.fullmatch(r"\d{4}-\d\d-\d\d", date) or not found or found[1] not in kinds:
             raise InputError(f"{where}: fact '{FACT}' is '{shown(text)}', expected '{SHIPPED}' or a calibration's")
-        kind, value = kinds[found[1]], float(found[3])
+        kind, value = kinds[found[1]], float(found[2])
         # Three digits are written.
         if not 0.99 * LAMBDA[kind] <= value <= 1.01 * (1 if kind is Noise.EXACT else CAP) * LAMBDA[kind]:
             raise InputError(
