@@ -52,7 +52,7 @@ def test_jax_rounds_to_float16_once_and_keeps_its_subnormals(dtype: type) -> Non
         out = np.asarray(jax.jit(lambda v: _reduced(v, jnp.dtype(jnp.float16)))(x))
         assert out.dtype == dtype
         assert np.array_equal(out, x.astype(np.float16).astype(dtype))
-    flushed = np.where(np.abs(x) < 2.0**-14, 0, x.astype(np.float16))
+        flushed = np.where(np.abs(x) < 2.0**-14, 0, x.astype(np.float16))
     assert not np.array_equal(out, flushed)  # what lax.reduce_precision alone gives
 
 
