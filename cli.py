@@ -29,12 +29,14 @@ BackendName = StrEnum("BackendName", [*BACKENDS, "both"])  # type: ignore[misc]
 ON_BOTH = BackendName("both")
 OneBackend = StrEnum("OneBackend", [*BACKENDS])  # type: ignore[misc]
 ON_TORCH = OneBackend("torch")
+CalibrateName = StrEnum("CalibrateName", [*BOTH, "both"])  # type: ignore[misc]
+CALIBRATE_BOTH = CalibrateName("both")
 LayoutName = StrEnum("LayoutName", ["declared", "torch_v", "nx", "vh", "all"])
 DumpMode = StrEnum("DumpMode", ["full", "hash", "none"])
 Preset = StrEnum("Preset", {"tiny": "tiny", "qwen3_06b": "qwen3-0.6b", "qwen25_05b": "qwen2.5-0.5b"})
-Dtype = StrEnum("Dtype", ["bfloat16", "float32"])
+Dtype = StrEnum("Dtype", ["bfloat16", "float32", "float16"])
 Positions = StrEnum("Positions", ["all", "last"])
-RunDtype = StrEnum("RunDtype", ["model", "float32", "bfloat16"])
+RunDtype = StrEnum("RunDtype", ["model", "float32", "bfloat16", "float16"])
 Format = StrEnum("Format", ["safetensors", "aprt"])
 Precision = StrEnum("Precision", ["native", "reference", "exact"])
 Tied = StrEnum("Tied", ["untie", "last"])
@@ -136,6 +138,10 @@ Timeout = Annotated[
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Finish the run that was cut short in --out.")]
 Layers = Annotated[str | None, typer.Option(help="Layers the selection rule takes, such as 26 or 0,3-5.")]
+Rerun = Annotated[
+    bool,
+    typer.Option("--rerun/--no-rerun", help="Run suspect stages again, on the backend that wrote the dump."),
+]
 StrictStages = Annotated[
     bool, typer.Option("--strict-stage-tolerances", help="Fail unless every required stage is within its tolerance.")
 ]
@@ -491,6 +497,7 @@ def diff(
     strict_stage_tolerances: StrictStages = False,
     strict_current_python: StrictCurrent = False,
     strict_reference: StrictReference = False,
+    rerun: Rerun = True,
     json: Json = False,
 ) -> None:
     """Compare two recorded runs, bundles, checkpoints or reports, stage by stage; loads no framework."""
@@ -501,7 +508,14 @@ def diff(
     gates = Gates(strict_stage_tolerances, strict_current_python, strict_reference)
     with Progress(STATE.progress) as progress:
         document = diff_any(
-            a, b, components=components, model=model, top=5 if top is None else top, gates=gates, progress=progress
+            a,
+            b,
+            components=components,
+            model=model,
+            top=5 if top is None else top,
+            gates=gates,
+            rerun=rerun,
+            progress=progress,
         )
     _finish_diff(document, json, top=top is not None)
 
@@ -534,6 +548,7 @@ def audit(
     tokens: Annotated[str | None, typer.Option(help="Token ids of another program's dump, such as 1,2,3.")] = None,
     components: Annotated[Path | None, typer.Option(help="Bundle with U, S and V, to judge products.")] = None,
     top: Annotated[int, typer.Option(min=0, help="Largest errors kept per stage.")] = 5,
+    rerun: Rerun = True,
     json: Json = False,
 ) -> None:
     """Judge one dump by itself: every stage against float64, from the inputs that the dump recorded."""
@@ -542,7 +557,9 @@ def audit(
     from stages.progress import Progress
 
     with Progress(STATE.progress) as progress:
-        document = job.audit(dump, model=model, tokens=tokens, components=components, top=top, progress=progress)
+        document = job.audit(
+            dump, model=model, tokens=tokens, components=components, top=top, rerun=rerun, progress=progress
+        )
     emit(document) if json else render.audit_document(document)
     raise typer.Exit(job.EXIT_CODES[document["outcome"]])
 
@@ -569,6 +586,39 @@ def layouts(
     with Progress(STATE.progress) as progress:
         document = job.diagnose(components, model, progress)
     emit(document) if json else render.layouts_document(document)
+    raise typer.Exit(job.EXIT_CODES[document["outcome"]])
+
+
+@app.command(hidden=True)
+def rerun(request: Annotated[Path, typer.Argument(help="What to run again, as stages/rerun.py writes it.")]) -> None:
+    """Run stages of a dump again from their recorded inputs, natively and in reference precision."""
+    from stages.rerun import answer
+
+    emit(answer(request, load_backend))
+
+
+@app.command(
+    epilog=examples(
+        "svf calibrate",
+        "svf calibrate --backend jax --device gpu --json",
+    )
+)
+def calibrate(
+    backend: Annotated[CalibrateName, typer.Option(help="Which side is measured.")] = CALIBRATE_BOTH,
+    device: Annotated[str, typer.Option(help="cpu, or a GPU: cuda, gpu, gpu:1.")] = "cpu",
+    json: Json = False,
+) -> None:
+    """Measure how each kind of stage rounds on this machine; dumps made here afterwards are judged by it."""
+    from stages import calibrate as job
+    from stages import render
+    from stages.progress import Progress
+
+    with Progress(STATE.progress) as progress:
+        if backend == "both":
+            document = job.calibrate_both(BOTH, device, progress)
+        else:
+            document = job.calibrate_one(load_backend(backend.value, device), progress)
+    emit(document) if json else render.calibrate_document(document)
     raise typer.Exit(job.EXIT_CODES[document["outcome"]])
 
 

@@ -160,9 +160,9 @@ the input, and the outcome is then `incomplete`. A key that is not in the table 
   `heads*head_dim` is the heads joined; `frequencies` is `head_dim / 2`; `queries` and `keys` are the tokens. A flat
   array of the right size is given its shape. `lm_head` may hold the last token's logits alone.
 - **Dtypes**: `inv_freq` and `rope_angle` are float32 always. All others, *activations*, have the dtype that the model
-  was run in: float32 or bfloat16, the same for all. A bfloat16 run may be stored as float32, value for value: if every
-  computed stage holds only values of bfloat16 it is taken as a bfloat16 run. The report says which dtype was taken,
-  and why. Weights are those of the checkpoint, cast to that dtype.
+  was run in: float32, bfloat16 or float16, the same for all. A narrow run may be stored as float32, value for value: if
+  every computed stage holds only values of bfloat16, or of float16, it is taken as such a run. The report
+  says which dtype was taken, and why. Weights are those of the checkpoint, cast to that dtype.
 - Record what was *computed*, before anybody rounds it again, and copy it: some frameworks reuse buffers.
 
 An APRT tree (`layer-<n>/<stage>.bin`, `<stage>.bin`; flat float32) with these stage names is taken as well.

@@ -15,6 +15,7 @@ from stages import diff, dump, stats
 from stages.aprt import is_aprt, is_aprt_tree
 from stages.backend import Weights
 from stages.bundle import stages_in
+from stages.calibration import lambdas_of
 from stages.checkpoint import Checkpoint, open_checkpoint
 from stages.compare import judge_chunk, residual_bound
 from stages.errors import InputError, NotFoundError, UsageError, shown
@@ -31,8 +32,10 @@ from stages.forward_judge import (
     why_unjudged,
 )
 from stages.metrics import Difference, Residual
+from stages.noise import Lambdas
 from stages.replay import REPLAY
 from stages.replay_run import Chunk, chunk_plan, default_chunk_rows
+from stages.rerun import Recorded, recorded_of, settle
 from stages.selection import layer_of
 from stages.sides import SideTensor, open_side
 from stages.stage import Stage
@@ -53,21 +56,22 @@ def audit(
     tokens: str | None = None,
     components: Path | None = None,
     top: int = 5,
+    rerun: bool = True,
     progress: Progress = lambda _label, _done: None,
 ) -> dict[str, Any]:
     """The `svf.audit/1` document of a dump, a component bundle, a stage file, or another program's forward.
 
     `model` and `tokens` are needed for another program's, which does not name them. `InputError` for a key that is
-    no stage.
+    no stage. With `rerun`, suspect stages of our own dumps are run again on their backend.
     """
     with ExitStack() as stack:
         if _is_replay(path):
             if tokens is not None:
                 raise UsageError(f"--tokens is about forwards; {path} is a component replay")
-            return _audit_replay(path, model, components, top, stack, progress)
+            return _audit_replay(path, model, components, top, rerun, stack, progress)
         if components is not None:
             raise UsageError(f"--components is about component replays; {path} is a forward")
-        return _audit_forward(_open_forward(path, model, tokens, stack), model, top, progress)
+        return _audit_forward(_open_forward(path, model, tokens, stack), model, top, rerun, progress)
 
 
 def _is_replay(path: Path) -> bool:
@@ -101,12 +105,14 @@ def _open_forward(path: Path, model: str | None, tokens: str | None, stack: Exit
     return open_foreign(path, checkpoint.config, weights, checked, stack)
 
 
-def _audit_forward(run: ForwardRun, model: str | None, top: int, progress: Progress) -> dict[str, Any]:
+def _audit_forward(run: ForwardRun, model: str | None, top: int, rerun: bool, progress: Progress) -> dict[str, Any]:
     places = order_of(run.path, {*run.side.places, *_promised(run)})
     rows: list[Row] = []
     for number, place in enumerate(places):
         progress(f"auditing {forward_key(place)}", number / len(places))
         rows.append(_forward_row(place, run, top))
+    if rerun:
+        settle(rows, recorded_of(run, model))
 
     def explain(row: Mapping[str, Any]) -> str | None:
         place = (row["layer"], row["stage"])
@@ -147,7 +153,13 @@ def _forward_row(place: Place, run: ForwardRun, top: int) -> Row:
 
 
 def _audit_replay(
-    path: Path, model: str | None, components: Path | None, top: int, stack: ExitStack, progress: Progress
+    path: Path,
+    model: str | None,
+    components: Path | None,
+    top: int,
+    rerun: bool,
+    stack: ExitStack,
+    progress: Progress,
 ) -> dict[str, Any]:
     side = stack.enter_context(open_side(path, components))
     if side.unknown:
@@ -155,18 +167,21 @@ def _audit_replay(
             f"{path}: '{shown(min(side.unknown))}' is no stage of the replay; there are {', '.join(REPLAY)}"
         )
     checkpoint = None if model is None else stack.enter_context(open_checkpoint(model))
-    audits = [_TensorAudit(key, tensor, checkpoint, top) for key, tensor in side.tensors.items()]
+    lambdas = lambdas_of(side.facts, str(path))
+    audits = [_TensorAudit(key, tensor, checkpoint, top, lambdas) for key, tensor in side.tensors.items()]
     for number, tensor in enumerate(audits):
         tensor.run(lambda label, done, at=number: progress(label, (at + done) / len(audits)))  # type: ignore[misc]
     rows = [row for tensor in audits for row in tensor.rows()]
+    if rerun:
+        settle(rows, Recorded(path, side.backend, side.facts, source=components))
     return document(rows, side.label, side.facts, kind="replay", zero_offset=[t.zero_offset() for t in audits])
 
 
 class _TensorAudit:
     """One tensor of a replay, chunk by chunk."""
 
-    def __init__(self, key: str, tensor: SideTensor, checkpoint: Checkpoint | None, top: int):
-        self.key, self.tensor, self.checkpoint, self.top = key, tensor, checkpoint, top
+    def __init__(self, key: str, tensor: SideTensor, checkpoint: Checkpoint | None, top: int, lambdas: Lambdas):
+        self.key, self.tensor, self.checkpoint, self.top, self.lambdas = key, tensor, checkpoint, top, lambdas
         # Judged by what it says it did; the zero-offset replay tells whether that was right.
         self.options = {"layout": tensor.layout, "transpose": tensor.transpose}
         self.judged: dict[str, _Judged] = {}
@@ -195,7 +210,7 @@ class _TensorAudit:
                 options = {option: self.options[option] for option in stage.options}
                 axis = int(self.tensor.transpose and name.startswith("final_"))
                 try:
-                    oracle = consult(stage, arguments, options)
+                    oracle = consult(stage, arguments, options, self.lambdas)
                 except ValueError as error:  # numpy's, for operands whose shapes do not go together
                     judged.note = f"its recorded inputs do not fit each other: {error}"
                     continue
@@ -294,6 +309,7 @@ class _Judged:
         return {
             "verdict": self.verdict.verdict.value,
             "ratio": self.verdict.ratio,
+            "rms_ratio": self.verdict.rms_ratio,
             "hint": self.verdict.hint,
             "note": self.note,
             **{of_oracle.get(name, name): value for name, value in self.difference.result().items()},
@@ -315,6 +331,7 @@ def _row(key: str, layer: int | None, tensor: str | None, stage: str, required: 
         "required": required,
         "verdict": Verdict.UNJUDGED.value,
         "ratio": None,
+        "rms_ratio": None,
         "hint": None,
         "note": None,
     }

@@ -12,7 +12,7 @@ from stages.basis import BasisComparison
 from stages.hints import Case, explain
 from stages.layouts import LAYOUTS
 from stages.metrics import Difference, PairHash, Residual
-from stages.noise import Noise, residual_bound
+from stages.noise import LAMBDA, Lambdas, Noise, residual_bound
 from stages.replay import REPLAY
 from stages.replay_run import Chunk
 from stages.selection import layer_of
@@ -57,11 +57,21 @@ class ChunkCheck:
 class TensorComparison:
     """Both sides of one tensor; feed it chunks of the same rows, then ask for rows.
 
-    `options` say what the oracle computes (layout, transpose). `verdicts=False` skips the oracle.
+    `options` say what the oracle computes (layout, transpose), `lambdas` what each side's noise is judged by.
+    `verdicts=False` skips the oracle.
     """
 
-    def __init__(self, source_name: str, key: str, options: Mapping[str, Any], *, top: int = 5, verdicts: bool = True):
-        self.source_name, self.key, self.options = source_name, key, options
+    def __init__(
+        self,
+        source_name: str,
+        key: str,
+        options: Mapping[str, Any],
+        *,
+        top: int = 5,
+        verdicts: bool = True,
+        lambdas: tuple[Lambdas, Lambdas] = (LAMBDA, LAMBDA),
+    ):
+        self.source_name, self.key, self.options, self.lambdas = source_name, key, options, lambdas
         self.verdicts, self.top = verdicts, top
         self.stages: dict[str, StageComparison] = {}
         self.missing: dict[str, Verdict] = {}
@@ -125,11 +135,12 @@ class TensorComparison:
         oracle: Oracle | None = None
         try:
             if arguments_a is not None:
-                oracle = consult(row.stage, arguments_a, options)
+                oracle = consult(row.stage, arguments_a, options, self.lambdas[0])
                 row.side_a = judge_chunk(row.side_a, oracle, a.values[row.stage.name])
             if arguments_b is not None:
-                if oracle is None or arguments_a is None or not _same(arguments_a, arguments_b):
-                    oracle = consult(row.stage, arguments_b, options)
+                alike = self.lambdas[0] == self.lambdas[1]
+                if oracle is None or not (alike and _same(arguments_a, arguments_b)):
+                    oracle = consult(row.stage, arguments_b, options, self.lambdas[1])
                 row.side_b = judge_chunk(row.side_b, oracle, b.values[row.stage.name])
         except ValueError as error:  # numpy's, for operands whose shapes do not go together
             row.shape_note = f"its recorded inputs do not fit each other: {error}"
@@ -197,8 +208,8 @@ def judge_chunk(
     """The verdict on a side's stage with one chunk more; the first one that fails without a reason is explained."""
     verdict = verdict or SideVerdict()
     failed = verdict.add(oracle, observed) in (Verdict.BUG, Verdict.SUSPECT)
-    if failed and explained and verdict.hint is None:
-        verdict.hint = explain(Case(oracle, observed))
+    if failed and explained and verdict.reason is None:
+        verdict.reason = explain(Case(oracle, observed))
     return verdict
 
 
@@ -221,6 +232,8 @@ def side_fields(a: SideVerdict | None, b: SideVerdict | None) -> dict[str, Any]:
         "verdict_b": b.verdict.value if b else None,
         "ratio_a": a.ratio if a else None,
         "ratio_b": b.ratio if b else None,
+        "rms_ratio_a": a.rms_ratio if a else None,
+        "rms_ratio_b": b.rms_ratio if b else None,
         "hint_a": a.hint if a else None,
         "hint_b": b.hint if b else None,
     }
@@ -240,7 +253,9 @@ def empty_row(source_name: str, key: str, stage: Stage, verdict: Verdict) -> dic
     }
 
 
-def _same(a: tuple[np.ndarray, ...], b: tuple[np.ndarray, ...]) -> bool:
+def _same(a: tuple[np.ndarray, ...] | None, b: tuple[np.ndarray, ...]) -> bool:
+    if a is None:
+        return False
     return all(x is y or (x.shape == y.shape and np.array_equal(x, y)) for x, y in zip(a, b, strict=True))
 
 

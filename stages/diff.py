@@ -63,11 +63,13 @@ def document(
     gates: Gates | None = None,
     expected_tensors: int,
     more_rows: Sequence[dict[str, Any]] = (),
+    settle: Callable[[Sequence[dict[str, Any]]], None] = lambda _rows: None,
     extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The whole `svf.diff/1` document of a finished comparison of replays."""
+    """The whole `svf.diff/1` document of a finished comparison of replays; `settle` may change suspect rows."""
     comparisons = list(comparisons)
     rows = [*(row for comparison in comparisons for row in comparison.rows()), *more_rows]
+    settle(rows)
     return finish(
         rows,
         a,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from stages import bundle as bundles
 from stages import diff
 from stages.aprt import AprtFile, compare_files, is_aprt, is_aprt_tree
+from stages.calibration import lambdas_of
 from stages.checkpoint import CONFIG, open_checkpoint
 from stages.checkpoint_diff import diff_checkpoints
 from stages.compare import TensorComparison, empty_row
@@ -16,8 +17,10 @@ from stages.dump import MANIFEST_FILE
 from stages.errors import InputError, UsageError
 from stages.forward_diff import diff_forward
 from stages.forward_dump import is_forward_dump
+from stages.noise import Lambdas
 from stages.replay import REPLAY
 from stages.replay_run import chunk_plan, default_chunk_rows
+from stages.rerun import Recorded, settle
 from stages.sides import Side, SideTensor, check_comparable, open_side, pair_samples
 from stages.stage import Stage
 from stages.trinity_report import diff_reports, is_report
@@ -35,17 +38,20 @@ def diff_recorded(
     gates: diff.Gates | None = None,
     runs: tuple[Any, Any] = (None, None),
     more_rows: Sequence[dict[str, Any]] = (),
+    rerun: bool = True,
     progress: Progress = lambda _label, _done: None,
 ) -> dict[str, Any]:
     """The `svf.diff/1` document of two dumps, component bundles or stage files.
 
     `runs` are the documents of the runs that made them, `more_rows` what these know of tensors without a dump.
+    With `rerun`, suspect stages of our own dumps are run again on their backend.
     `InputError` when the two replayed different weights.
     """
     with open_side(path_a, components) as a, open_side(path_b, components) as b:
         a, b = _same_kind(a, b, path_a, path_b, components)
         check_comparable(a, b)
         pair_samples(a, b)
+        lambdas = lambdas_of(a.facts, a.label), lambdas_of(b.facts, b.label)
         comparisons: list[TensorComparison] = []
         hash_rows: list[dict[str, Any]] = [*more_rows, *_unknown_rows(a, b)]
         keys = [*a.tensors, *(key for key in b.tensors if key not in a.tensors)]
@@ -54,7 +60,7 @@ def diff_recorded(
             if one and other and (_hashes_only(one) or _hashes_only(other)):
                 hash_rows += _hash_rows(key, one, other)
             else:
-                comparisons.append(_compare(key, one, other, top, progress))
+                comparisons.append(_compare(key, one, other, top, lambdas, progress))
         if gates is not None and gates.current_python and gates.current is None:
             gates = _gates_of_pair(gates, [row for c in comparisons for row in c.rows()] + hash_rows)
         return diff.document(
@@ -64,7 +70,13 @@ def diff_recorded(
             gates=gates,
             expected_tensors=len(keys),
             more_rows=hash_rows,
+            settle=lambda rows: _settle(rows, {"a": a, "b": b}, components) if rerun else None,
         )
+
+
+def _settle(rows: Sequence[dict[str, Any]], sides: Mapping[str, Side], components: Path | None) -> None:
+    for letter, side in sides.items():
+        settle(rows, Recorded(Path(side.label), side.backend, side.facts, source=components), letter)
 
 
 def diff_any(
@@ -75,6 +87,7 @@ def diff_any(
     model: str | None = None,
     top: int,
     gates: diff.Gates,
+    rerun: bool = True,
     progress: Progress,
 ) -> dict[str, Any]:
     """The document of two things of one kind: recorded replays, forward dumps, APRT, checkpoints or reports."""
@@ -87,9 +100,11 @@ def diff_any(
     if kinds == {"aprt"}:
         return diff_aprt_files(path_a, path_b, top=top)
     if kinds <= {"forward", "aprt tree"}:
-        return diff_forward(path_a, path_b, model=model, top=top, progress=progress)
+        return diff_forward(path_a, path_b, model=model, top=top, rerun=rerun, progress=progress)
     if kinds == {"replay"}:
-        return diff_recorded(path_a, path_b, components=components, top=top, gates=gates, progress=progress)
+        return diff_recorded(
+            path_a, path_b, components=components, top=top, gates=gates, rerun=rerun, progress=progress
+        )
     one, other = kind_of(path_a), kind_of(path_b)
     raise UsageError(f"{path_a} is a {one} and {path_b} a {other}; compare two of one kind")
 
@@ -133,14 +148,21 @@ def _turned(side: Side) -> bool:
     return any(tensor.transpose for tensor in side.tensors.values())
 
 
-def _compare(key: str, a: SideTensor | None, b: SideTensor | None, top: int, progress: Progress) -> TensorComparison:
+def _compare(
+    key: str,
+    a: SideTensor | None,
+    b: SideTensor | None,
+    top: int,
+    lambdas: tuple[Lambdas, Lambdas],
+    progress: Progress,
+) -> TensorComparison:
     known = a or b
     assert known is not None
     # Two sides that contracted V alike are judged by what they did; otherwise by what the components declare.
     same = a is None or b is None or a.layout == b.layout
     declared = known.components.entry.layout if known.components else known.layout
     options = {"layout": known.layout if same else declared, "transpose": known.transpose}
-    comparison = TensorComparison(known.source_name, key, options, top=top)
+    comparison = TensorComparison(known.source_name, key, options, top=top, lambdas=lambdas)
     comparison.expect(set(a.stages) if a else set(), set(b.stages) if b else set())
     if a is None or b is None:
         return comparison

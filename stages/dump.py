@@ -147,6 +147,12 @@ class Dump:
         precision = self.manifest.get("precision")
         return facts if precision is None else {**facts, "precision": str(precision)}
 
+    @property
+    def backend(self) -> str | None:
+        """The backend that computed it, by name; None where the manifest does not tell."""
+        name = self.manifest.get("backend")
+        return name if isinstance(name, str) else None
+
     def _check(self, path: Path) -> None:
         for key, entry in self.tensors.items():
             file = entry.get("file") if isinstance(entry, dict) else self

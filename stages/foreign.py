@@ -14,7 +14,6 @@ import numpy as np
 
 from stages.aprt import AprtTree, is_aprt_tree
 from stages.backend import Weights
-from stages.bits import NARROW
 from stages.errors import InputError, NotFoundError, shown
 from stages.forward import DTYPES, forward_path, stage_shape
 from stages.forward_dump import Place, forward_key, parse_key
@@ -26,14 +25,14 @@ from stages.tensorfile import TensorFile, sha256, stored_dtype
 
 Reader = Callable[[], np.ndarray]
 _BF16 = np.dtype(ml_dtypes.bfloat16)
-_BFLOAT16 = NARROW[0]
+_NARROW = (_BF16, np.dtype(np.float16))
 
 
 class ForeignSide:
     """Stages of another program with the face of a `ForwardSide`: shaped and typed as the model's path declares.
 
     A batch axis of 1 is dropped, flat values are given their shape where they have as many elements, and float32
-    values of a bfloat16 run are cast back. What does not fit is handed on as it is, to be judged `shape`.
+    values of a bfloat16 or float16 run are cast back. What does not fit is handed on as it is, to be judged `shape`.
     """
 
     def __init__(self, label: str, readers: Mapping[Place, Reader], shapes: Mapping[Place, tuple[int, ...]]):
@@ -60,7 +59,7 @@ class ForeignSide:
         stage, array = stage_of(self._path, place), self.raw(place)
         array = array.reshape(self._shape(stage, array.shape))
         dtype = stored_dtype(stage.dtype)
-        narrowed = dtype == _BF16 and array.dtype == np.float32 and _BFLOAT16.holds(array)
+        narrowed = dtype in _NARROW and array.dtype == np.float32 and _holds(dtype, array)
         return array.astype(dtype) if narrowed else array
 
     def _shape(self, stage: Stage, stored: tuple[int, ...]) -> tuple[int, ...]:
@@ -139,7 +138,7 @@ def _reader(file: TensorFile, key: str) -> Reader:
 
 def _check_dtype(file: TensorFile, key: str, place: Place) -> None:
     dtype = file.info(key).dtype
-    wanted = (np.dtype(np.float32),) if DTYPES.get(place[1]) == "float32" else (np.dtype(np.float32), _BF16)
+    wanted = (np.dtype(np.float32),) if DTYPES.get(place[1]) == "float32" else (np.dtype(np.float32), *_NARROW)
     if dtype not in wanted:
         names = " or ".join(d.name for d in wanted)
         raise InputError(f"{file.path}: '{shown(key)}' is {dtype.name}, expected {names}")
@@ -148,22 +147,34 @@ def _check_dtype(file: TensorFile, key: str, place: Place) -> None:
 def _activations(side: ForeignSide) -> tuple[str, str]:
     """The dtype that the program computed in, and what says so."""
     stored: set[str] = set()
-    wide: str | None = None  # a computed stage with bits that bfloat16 has not
+    wider: dict[str, str] = {}  # narrow dtype -> a computed stage, stored in float32, with values that it has not
     for place, key in side.places.items():
         if DTYPES.get(place[1]) == "float32":
             continue
         array = side.raw(place)
         stored.add(array.dtype.name)
-        # The embedding is a copy: of a bfloat16 checkpoint it says nothing about the arithmetic.
-        if wide is None and place[1] != "embedding" and array.dtype == np.float32 and not _BFLOAT16.holds(array):
-            wide = key
-        if wide is not None and "bfloat16" in stored:
-            raise InputError(f"{side.label}: some stages are bfloat16, '{wide}' is not; one dtype for all activations")
-    if stored == {"bfloat16"}:
-        return "bfloat16", "as stored"
-    if wide is None and any(stage not in ("embedding", *_TABLES) for _, stage in side.places):
-        return "bfloat16", "every stored value is one of bfloat16"
+        # The embedding is a copy: of a narrow checkpoint it says nothing about the arithmetic.
+        if place[1] != "embedding" and array.dtype == np.float32:
+            wider |= {d.name: key for d in _NARROW if d.name not in wider and not _holds(d, array)}
+    narrow = sorted(stored - {"float32"})
+    if len(narrow) > 1:
+        raise InputError(f"{side.label}: some stages are {narrow[0]}, some {narrow[1]}; one dtype for all activations")
+    if narrow and narrow[0] in wider:
+        raise InputError(
+            f"{side.label}: some stages are {narrow[0]}, '{wider[narrow[0]]}' is not; one dtype for all activations"
+        )
+    if narrow and stored == set(narrow):
+        return narrow[0], "as stored"
+    fitting = narrow or [d.name for d in _NARROW if d.name not in wider]
+    if fitting and any(stage not in ("embedding", *_TABLES) for _, stage in side.places):
+        return fitting[0], f"every stored value is one of {fitting[0]}"
     return "float32", "as stored"
+
+
+def _holds(dtype: np.dtype, array: np.ndarray) -> bool:
+    """Whether every value of a float32 array is one of a narrower dtype."""
+    with np.errstate(over="ignore"):
+        return bool(np.array_equal(array.astype(dtype).astype(np.float32), array))
 
 
 # Stages that may have few bits whatever they were computed in: cos and sin of position 0 alone are 1 and 0.

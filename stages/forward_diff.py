@@ -17,6 +17,7 @@ from stages.forward import parameter_name
 from stages.forward_dump import ForwardSide, Place, forward_key
 from stages.forward_judge import ForwardRun, explain_place, judge_place, open_run, order_of
 from stages.metrics import Difference
+from stages.rerun import recorded_of, settle
 from stages.verdict import Verdict
 
 Progress = Callable[[str, float], None]
@@ -31,12 +32,14 @@ def diff_forward(
     model: str | None = None,
     top: int = 5,
     runs: tuple[Any, Any] = (None, None),
+    rerun: bool = True,
     progress: Progress = lambda _label, _done: None,
 ) -> dict[str, Any]:
     """The `svf.diff/1` document of two forward dumps.
 
     `model` overrides where the weights are looked for (otherwise where each dump says). `InputError` when the two
     ran another model, other tokens or positions: a ratio of statistics over different samples means nothing.
+    With `rerun`, suspect stages of our own dumps are run again on their backend.
     """
     with ExitStack() as stack:
         a, b = (open_run(path, model, stack) for path in (path_a, path_b))
@@ -52,6 +55,8 @@ def diff_forward(
                 logits = stats.logits(
                     np.atleast_2d(x)[-len(np.atleast_2d(y)) :], np.atleast_2d(y)[-len(np.atleast_2d(x)) :]
                 )
+        for letter, run in (("a", a), ("b", b)) if rerun else ():
+            settle(rows, recorded_of(run, model), letter)
         return diff.finish(
             rows,
             diff.side(a.side.label, a.side.facts, runs[0]),

@@ -16,6 +16,7 @@ from stages import stats
 from stages.adapted import ADAPTED_FILE, adapt
 from stages.aprt import write_tree
 from stages.backend import Backend, Production, Weights
+from stages.calibration import facts_of
 from stages.checkpoint import Checkpoint, open_checkpoint
 from stages.defaults import default_source
 from stages.errors import UsageError
@@ -157,7 +158,7 @@ class _Job:
             "generated": generated,
             "production": production,
             "deterministic": repeated,
-            "facts": backend.facts(),
+            "facts": facts_of(backend),
             "jit": command.jit,
             **precision_fields(backend),
             "out": str(command.out) if command.out else None,
@@ -218,7 +219,7 @@ class _Job:
         command = self.command
         return {
             "backend": backend.name,
-            "facts": {**backend.facts(), "jit": command.jit},
+            "facts": {**facts_of(backend), "jit": command.jit},
             "precision": command.precision,
             **run_fields(self.checkpoint, str(command.model), self.tokens.tolist()),
             "dtype": forwarder.path["embedding"].dtype,

@@ -15,12 +15,14 @@ from stages.adapted import ADAPTED_FILE, AdaptedWeights
 from stages.alternatives import Wrong
 from stages.aprt import is_aprt_tree
 from stages.backend import Weights
+from stages.calibration import lambdas_of
 from stages.checkpoint import Checkpoint, open_checkpoint
 from stages.errors import InputError, NotFoundError, UsageError, shown
 from stages.forward import ALIASES, RUN_PARAMS, declare, forward_path, parameter_name, producers, stage_shape
 from stages.forward_dump import AprtSide, ForwardSide, Place, forward_key
 from stages.forward_run import POSITIONS, oracles, parameters
 from stages.hints import Case, explain
+from stages.noise import LAMBDA, Lambdas
 from stages.qwen import EMBEDDING, LM_HEAD, QwenConfig, parse_config
 from stages.stage import Path as StagePath
 from stages.stage import Scope, Stage
@@ -59,6 +61,7 @@ class ForwardRun:
     weights: Weights | None  # None: not to be had
     checkpoint: Checkpoint | None = None  # what `weights` come from, adapted or not
     misshapen: set[Place] = field(default_factory=set)  # nothing can be said of a stage that reads one of these
+    lambdas: Lambdas = field(default_factory=lambda: LAMBDA)
 
 
 def open_run(folder: Path, model: str | None, stack: ExitStack) -> ForwardRun:
@@ -77,7 +80,8 @@ def open_run(folder: Path, model: str | None, stack: ExitStack) -> ForwardRun:
     tokens: list[int] = manifest["tokens"]
     checkpoint = _checkpoint(folder, recorded, model, stack)
     weights = _weights(folder, checkpoint, stack)
-    return ForwardRun(side, config, path, tokens, str(manifest.get("positions", "all")), weights, checkpoint)
+    positions, lambdas = str(manifest.get("positions", "all")), lambdas_of(side.facts, str(folder))
+    return ForwardRun(side, config, path, tokens, positions, weights, checkpoint, lambdas=lambdas)
 
 
 def _checked_dtype(folder: Path, manifest: Mapping[str, Any]) -> str:
@@ -183,11 +187,11 @@ def oracles_of(place: Place, run: ForwardRun, observed: np.ndarray) -> Iterator[
     """The oracle of a recorded stage from its own recorded inputs, by columns; `ValueError` if these do not fit."""
     assert run.path is not None
     assert run.config is not None
-    stage, inputs = stage_of(run.path, place), _inputs(place, run)
+    stage, inputs = stage_of(run.path, place), inputs_of(place, run)
     if stage.by_vocab and observed.ndim == 2:  # logits may be recorded of the last tokens alone
         inputs = {name: array[-len(observed) :] if name in stage.inputs else array for name, array in inputs.items()}
     with np.errstate(all="ignore"):  # a NaN among the inputs is their own row's verdict
-        yield from oracles(run.path, run.config, stage, inputs, _weights_of(run), place[0])
+        yield from oracles(run.path, run.config, stage, inputs, _weights_of(run), place[0], run.lambdas)
 
 
 def judge_place(place: Place, run: ForwardRun, observed: np.ndarray) -> SideVerdict | None:
@@ -270,7 +274,8 @@ def sources_of(place: Place, run: ForwardRun) -> dict[str, Place]:
     return producers(run.path, stage_of(run.path, place), place[0], run.config.num_hidden_layers)
 
 
-def _inputs(place: Place, run: ForwardRun) -> dict[str, np.ndarray]:
+def inputs_of(place: Place, run: ForwardRun) -> dict[str, np.ndarray]:
+    """The recorded inputs of a stage by declared name, and the run's tokens and positions."""
     inputs: dict[str, np.ndarray] = {}
     for name, source in sources_of(place, run).items():
         found = _find(run, source)

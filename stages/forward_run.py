@@ -14,6 +14,7 @@ from stages.backend import Backend, Weights
 from stages.errors import InputError, UsageError, shown
 from stages.forward import EMBEDDING, LM_HEAD, RUN_PARAMS, forward_path, parameter_name, producers, stage_options
 from stages.memory import aligned_copy, is_aligned
+from stages.noise import LAMBDA, Lambdas
 from stages.qwen import QwenConfig, parameter_shapes
 from stages.stage import Path, Scope, Stage
 from stages.tensorfile import stored_dtype
@@ -350,6 +351,7 @@ def oracles(
     inputs: Mapping[str, np.ndarray],
     weights: Weights,
     layer: int | None = None,
+    lambdas: Lambdas = LAMBDA,
 ) -> Iterator[tuple[slice, Oracle]]:
     """The oracle of a stage for recorded inputs, and the columns of the result that it speaks of.
 
@@ -359,11 +361,11 @@ def oracles(
     options = stage_options(config, stage)
     if not stage.by_vocab:
         params = parameters(stage, inputs, weights, layer, dtype)
-        yield slice(None), consult(stage, (*given, *params), options)
+        yield slice(None), consult(stage, (*given, *params), options, lambdas)
         return
     for start, stop in vocabulary_plan(config.vocab_size):
         weight = _cast(weights.read(LM_HEAD, start, stop), dtype)
-        yield slice(start, stop), consult(stage, (*given, weight), options)
+        yield slice(start, stop), consult(stage, (*given, weight), options, lambdas)
 
 
 def judge_stage(
@@ -374,10 +376,11 @@ def judge_stage(
     weights: Weights,
     observed: np.ndarray,
     layer: int | None = None,
+    lambdas: Lambdas = LAMBDA,
 ) -> SideVerdict:
     """The verdict on a recorded stage, from its own recorded inputs by declared name."""
     verdict = SideVerdict()
-    for columns, oracle in oracles(path, config, stage, inputs, weights, layer):
+    for columns, oracle in oracles(path, config, stage, inputs, weights, layer, lambdas):
         verdict.add(oracle, observed if columns == slice(None) else observed[..., columns])
     return verdict
 

@@ -21,7 +21,7 @@ from stages.alternatives import (
     without_a_parameter,
 )
 from stages.noise import Noise
-from stages.verdict import Oracle, consult, judge
+from stages.verdict import Oracle, judge
 
 # A wrong value explained by another function is this many times nearer to that function than to the right one.
 _NEARER = 4.0
@@ -190,7 +190,7 @@ def _explains_theta(case: Case, theta: float) -> bool:
 
 def _right_with(case: Case, **options: float) -> bool:
     """Whether the stage would be right if its options were others, by the bound of that function."""
-    other = consult(case.oracle.stage, case.oracle.arguments, {**case.oracle.options, **options})
+    other = case.oracle.of(case.oracle.arguments, {**case.oracle.options, **options})
     return judge(other, case.observed)[0].passes
 
 

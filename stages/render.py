@@ -362,6 +362,24 @@ def layouts_document(document: Mapping[str, Any]) -> None:
     out.print(f"[{style}]{document['outcome'].upper()}[/]  {escape(document['verdict'])}", soft_wrap=True)
 
 
+def calibrate_document(document: Mapping[str, Any]) -> None:
+    """A `svf.calibrate/1` document: what each kind of stage was seen to do, and the lambda it is judged by."""
+    out = console()
+    for backend in document["backends"]:
+        table = _table("kind", "worst error / noise", "lambda", "shipped", "RMS", "shipped RMS")
+        for row in backend["kinds"]:
+            changed = "yellow" if row["lambda"] > row["shipped"] else "default"
+            shown = (number(row[name]) for name in ("shipped", "rms", "rms_shipped"))
+            table.add_row(row["kind"], number(row["seen"]), f"[{changed}]{number(row['lambda'])}[/]", *shown)
+        facts = backend["facts"]
+        out.print(f"{backend['backend']} on {facts['device']}, {facts['cpu']}", markup=False)
+        out.print(table)
+        for fault in backend["faults"]:
+            out.print(f"[bold red]FAULTY[/]  {escape(fault)}; not kept, the shipped constants hold", soft_wrap=True)
+        if backend["file"]:
+            out.print(f"[bold green]CALIBRATED[/]  kept in {escape(backend['file'])}", soft_wrap=True)
+
+
 def decompose_document(document: Mapping[str, Any]) -> None:
     """What `svf decompose` wrote."""
     out = console()

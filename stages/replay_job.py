@@ -14,12 +14,13 @@ import numpy as np
 from stages import diff
 from stages.backend import Backend
 from stages.bundle import Bundle, BundleEntry, RecordedStages
+from stages.calibration import facts_of, lambdas_of
 from stages.checkpoint import Checkpoint, open_checkpoint
 from stages.compare import TensorComparison, empty_row
 from stages.dump import ReplayDump
 from stages.errors import InputError, UsageError, shown
 from stages.layouts import LAYOUTS
-from stages.noise import residual_bound
+from stages.noise import LAMBDA, residual_bound
 from stages.precision import precision_fields
 from stages.replay import REPLAY
 from stages.replay_run import Chunk, Replayer, ReplayTask, chunk_plan, default_chunk_rows
@@ -223,7 +224,12 @@ class ReplayJob:
         # The oracle computes what the bundle declares, so that a wrong --layout shows as wrong.
         oracle = {"layout": entry.layout, "transpose": task.transpose}
         comparison = TensorComparison(
-            entry.source_name, safe_key(entry.source_name), oracle, top=self.options.top, verdicts=self.options.verdicts
+            entry.source_name,
+            safe_key(entry.source_name),
+            oracle,
+            top=self.options.top,
+            verdicts=self.options.verdicts,
+            lambdas=(LAMBDA, lambdas_of(facts_of(replayer.backend), replayer.backend.name)),
         )
         comparison.expect(set(side.stages) if side else set(), set(REPLAY))
         recorded = side.chunks(plan) if side else iter([Chunk(a, z, {}, {}, {}) for a, z in plan])
@@ -246,7 +252,7 @@ class ReplayJob:
         return {
             "kind": "replay",
             "backend": backend.name,
-            "facts": backend.facts(),
+            "facts": facts_of(backend),
             "precision": precision_fields(backend)["precision"],
             "components": str(self.options.components.resolve()),
             "model": self.options.model,
@@ -274,7 +280,7 @@ class ReplayJob:
         return diff.document(
             main.comparisons,
             diff.side(str(self.recorded.path) if self.recorded else "nothing recorded"),
-            diff.side(f"{backend.name} replay", backend.facts()),
+            diff.side(f"{backend.name} replay", facts_of(backend)),
             gates=gates,
             expected_tensors=len(self.entries),
             more_rows=unfit_rows(main),

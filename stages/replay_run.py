@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,6 +113,11 @@ class Replayer:
             function = functools.partial(self.backend.replay[stage.name], **dict(chosen))
             self._compiled[key] = self.backend.compile(function)
         return self._compiled[key]
+
+    def isolate(self, stage: Stage, arguments: Sequence[np.ndarray], options: Mapping[str, Any]) -> np.ndarray:
+        """One stage of recorded inputs and parameters, in declared order."""
+        put = [self.backend.put(array) for array in arguments]
+        return self._checked(stage, self._function(stage, options)(*put))
 
     def run(self, task: ReplayTask, chunk_rows: int | None = None) -> Iterator[Chunk]:
         """Replay one tensor, propagated, in row chunks. Chunked and whole results are bit-identical."""

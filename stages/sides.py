@@ -85,6 +85,7 @@ class Side:
     def __init__(self, label: str, stack: ExitStack):
         self.label = label
         self.facts: dict[str, str] = {}
+        self.backend: str | None = None  # what computed a dump of ours
         self.tensors: dict[str, SideTensor] = {}
         self.unknown: set[str] = set()  # keys that are no stage of the replay
         self._stack = stack
@@ -126,7 +127,7 @@ def _from_dump(path: Path, components: Path | None, stack: ExitStack) -> Side:
     dump = Dump(path)
     stack.callback(dump.close)
     side = Side(str(path), stack)
-    side.facts = dump.facts
+    side.facts, side.backend = dump.facts, dump.backend
     bundle = _open_bundle(components or _recorded_path(dump), stack, required=components is not None)
     side.unknown = set(dump.tensors)
     for item in dump.manifest.get("selected", []):

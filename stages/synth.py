@@ -24,7 +24,7 @@ from stages.errors import UsageError, shown
 from stages.jsonio import write_all, write_atomic, write_json
 from stages.output import ensure_space, prepare_folder
 from stages.qwen import DTYPES as DTYPE_NAMES
-from stages.qwen import QwenConfig, parameter_shapes, parse_config
+from stages.qwen import EMBEDDING, QwenConfig, parameter_shapes, parse_config
 from stages.tensorfile import TensorWriter
 
 DTYPES: dict[str, np.dtype] = {
@@ -172,6 +172,13 @@ def _write_weights(
                 if progress is not None:
                     progress(done, size, name)
         writer.commit()
+
+
+def random_tensor(config: QwenConfig, name: str, seed: int = 0) -> np.ndarray:
+    """One parameter as `synthesize` writes it in float32, in memory; a tied LM head is the embedding."""
+    stored = EMBEDDING if name == LM_HEAD and config.tie_word_embeddings else name
+    shape = parameter_shapes(config)[stored]
+    return np.concatenate([values for _, values in _blocks(stored, shape, config, _generator(seed, stored))])
 
 
 def _blocks(

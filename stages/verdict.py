@@ -71,6 +71,11 @@ class Oracle:
     rigorous: Callable[[], np.ndarray]
     arguments: tuple[np.ndarray, ...]
     options: Mapping[str, Any]
+    lambdas: noise.Lambdas
+
+    def of(self, arguments: tuple[np.ndarray, ...], options: Mapping[str, Any] | None = None) -> Oracle:
+        """The oracle of the same stage for other arguments or options."""
+        return consult(self.stage, arguments, self.options if options is None else options, self.lambdas)
 
     @cached_property
     def bound(self) -> np.ndarray:
@@ -83,7 +88,12 @@ class Oracle:
         return round_once(self.value, stored_dtype(self.stage.dtype))
 
 
-def consult(stage: Stage, arguments: tuple[np.ndarray, ...], options: Mapping[str, Any]) -> Oracle:
+def consult(
+    stage: Stage,
+    arguments: tuple[np.ndarray, ...],
+    options: Mapping[str, Any],
+    lambdas: noise.Lambdas = noise.LAMBDA,
+) -> Oracle:
     """The oracle of `stage` for its `arguments` (inputs, then params, in declared order)."""
     dtype = stored_dtype(stage.dtype)
     if stage.identity:
@@ -96,67 +106,122 @@ def consult(stage: Stage, arguments: tuple[np.ndarray, ...], options: Mapping[st
     return Oracle(
         stage,
         value,
-        lambda: noise.calibrated(stage.noise, operands, value, dtype),
+        lambda: noise.calibrated(stage.noise, operands, value, dtype, lambdas),
         lambda: noise.rigorous(stage.noise, operands, value, dtype),
         arguments,
         options,
+        lambdas,
     )
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One output against its oracle: largest error / bound, sum of its squares and the elements summed over.
+
+    Elements whose value is 0 (masked probabilities, padding) are not counted: nothing is rounded there.
+    """
+
+    verdict: Verdict
+    ratio: float = 0.0
+    squares: float = 0.0
+    count: int = 0
 
 
 @dataclass
 class SideVerdict:
     """Verdict of one side on one stage, over all chunks added; `ratio` is the largest error / bound.
 
-    `hint` says what is known of the reason for the verdict: of `precision`, in which way bits were lost.
+    `elementwise` is the worst verdict on any element, `reason` what is known of it: of `precision`, in which way bits
+    were lost. `verdict` is also `suspect` when every element is within its bound and all together err too much.
     """
 
-    verdict: Verdict = Verdict.EXACT
+    elementwise: Verdict = Verdict.EXACT
     ratio: float = 0.0
-    hint: str | None = None
+    reason: str | None = None
+    squares: float = 0.0
+    count: int = 0
+    rms_limit: float = np.inf
+
+    @property
+    def verdict(self) -> Verdict:
+        return worst(self.elementwise, Verdict.SUSPECT) if self.systematic else self.elementwise
+
+    @property
+    def hint(self) -> str | None:
+        if self.reason is None and self.elementwise.passes and self.systematic:
+            times = self.rms_ratio / self.rms_limit
+            return f"no element is beyond its bound, but all together err {times:.2g} times as much as rounding may"
+        return self.reason
+
+    @property
+    def rms_ratio(self) -> float:
+        """RMS of error / bound over the stage's elements."""
+        return float(np.sqrt(self.squares / max(self.count, 1)))
+
+    @property
+    def systematic(self) -> bool:
+        """Whether the errors of all elements together are larger than right kernels' rounding."""
+        return self.count >= noise.RMS_COUNT and self.rms_ratio > self.rms_limit
 
     def add(self, oracle: Oracle, observed: np.ndarray) -> Verdict:
         """Judge one chunk, and return its verdict; where it is beyond its bound, ask whether only bits were lost."""
-        verdict, ratio = judge(oracle, observed)
+        judged = measure(oracle, observed)
+        verdict = judged.verdict
         bits = fewer_bits(oracle, observed) if verdict in (Verdict.SUSPECT, Verdict.BUG) else None
         if bits is not None:
             verdict = Verdict.PRECISION
-        if worst(self.verdict, verdict) is not self.verdict:
-            self.verdict, self.hint = verdict, bits
-        self.ratio = max(self.ratio, ratio)
+        if worst(self.elementwise, verdict) is not self.elementwise:
+            self.elementwise, self.reason = verdict, bits
+        self.ratio = max(self.ratio, judged.ratio)
+        self.squares, self.count = self.squares + judged.squares, self.count + judged.count
+        self.rms_limit = noise.rms_limit(oracle.stage.noise, observed.dtype, oracle.lambdas)
         return verdict
 
 
 def judge(oracle: Oracle, observed: np.ndarray) -> tuple[Verdict, float]:
     """Verdict of an output against its oracle, and its largest error / bound (0 where it is correctly rounded)."""
+    judged = measure(oracle, observed)
+    return judged.verdict, judged.ratio
+
+
+def measure(oracle: Oracle, observed: np.ndarray) -> Judged:
+    """An output against its oracle, element by element; all of it 0 where it is correctly rounded."""
     if observed.shape != oracle.value.shape or observed.dtype != stored_dtype(oracle.stage.dtype):
-        return Verdict.SHAPE, np.inf
-    expected = oracle.rounded
+        return Judged(Verdict.SHAPE, np.inf)
+    expected, count = oracle.rounded, int(np.count_nonzero(oracle.value))
     if np.array_equal(expected, observed):  # as numbers: +0 and -0 are one value
-        return (Verdict.EXACT, 0.0) if np.isfinite(observed).all() else (Verdict.NONFINITE, np.inf)
+        finite = bool(np.isfinite(observed).all())
+        return Judged(Verdict.EXACT, count=count) if finite else Judged(Verdict.NONFINITE, np.inf)
     if not np.isfinite(observed).all():
-        return Verdict.NONFINITE, np.inf
+        return Judged(Verdict.NONFINITE, np.inf)
     got = canonical(observed)
     if np.array_equal(canonical(expected), got):
-        return Verdict.EXACT, 0.0
-    ratio = _worst_ratio(got, oracle.value, oracle.bound)
+        return Judged(Verdict.EXACT, count=count)
+    ratio, squares = _ratios(got, oracle.value, oracle.bound)
+    return Judged(_by_element(oracle, got, ratio), ratio, squares, count)
+
+
+def _by_element(oracle: Oracle, got: np.ndarray, ratio: float) -> Verdict:
+    """The verdict on a finite output that is not correctly rounded, by its largest error / bound."""
     if oracle.stage.noise is Noise.EXACT:
-        return Verdict.BUG, ratio
+        return Verdict.BUG
     if ratio <= 1:
-        return Verdict.ROUNDING, ratio
+        return Verdict.ROUNDING
     beyond = np.abs(got.astype(np.float64) - oracle.value) > oracle.rigorous()
-    return (Verdict.BUG if bool(beyond.any()) else Verdict.SUSPECT), ratio
+    return Verdict.BUG if bool(beyond.any()) else Verdict.SUSPECT
 
 
-def _worst_ratio(got: np.ndarray, value: np.ndarray, bound: np.ndarray) -> float:
-    """Largest |got - value| / bound, by blocks that stay in the cache."""
+def _ratios(got: np.ndarray, value: np.ndarray, bound: np.ndarray) -> tuple[float, float]:
+    """Largest |got - value| / bound and the sum of its squares, by blocks that stay in the cache."""
     x, y = got.reshape(-1), value.reshape(-1)
     limit = np.broadcast_to(bound, value.shape).reshape(-1)
-    largest = 0.0
+    largest = squares = 0.0
     for at in range(0, x.size, _BLOCK):
         error = np.abs(x[at : at + _BLOCK] - y[at : at + _BLOCK])
         ratios = error / np.maximum(limit[at : at + _BLOCK], np.finfo(np.float64).tiny)
         largest = max(largest, float(ratios.max(initial=0.0)))
-    return largest
+        squares += float(ratios @ ratios)
+    return largest, squares
 
 
 def fewer_bits(oracle: Oracle, observed: np.ndarray) -> str | None:
@@ -171,7 +236,7 @@ def fewer_bits(oracle: Oracle, observed: np.ndarray) -> str | None:
         if stored and _within(oracle, observed, narrow):
             return f"its result has {narrow.bits} mantissa bits, {narrow.name}"
         for which, arguments in _narrowed(oracle, narrow):
-            rounded = consult(oracle.stage, arguments, oracle.options)
+            rounded = oracle.of(arguments)
             if judge(rounded, observed)[0].passes:
                 return f"its {which} have {narrow.bits} mantissa bits, {narrow.name}"
             if stored and _within(rounded, observed, narrow):

@@ -99,7 +99,7 @@ class JaxBackend:
         return {
             "backend": self.name,
             "jax": jax.__version__,
-            "device": device.device_kind if device.platform != "cpu" else "cpu",
+            "device": f"{self.device}: {device.device_kind}" if device.platform != "cpu" else "cpu",
             "cpus": str(len(os.sched_getaffinity(0))),
             "matmul_precision": self.precision,
             "jit": str(self.jit),

@@ -208,10 +208,17 @@ def _turned(x: Array, cos: Array, sin: Array) -> Array:
 
 
 def _prescribed(x: Array, dtype: jnp.dtype) -> Array:
-    if dtype == jnp.float32:
-        return x
+    return x if dtype == jnp.float32 else _reduced(x, dtype)
+
+
+def _reduced(x: Array, dtype: jnp.dtype) -> Array:
+    """`x` rounded to `dtype`, still in its own."""
     kind = jnp.finfo(dtype)
-    return lax.reduce_precision(x, exponent_bits=kind.nexp, mantissa_bits=kind.nmant)
+    normal = lax.reduce_precision(x, exponent_bits=kind.nexp, mantissa_bits=kind.nmant)
+    if dtype != jnp.float16:
+        return normal
+    # reduce_precision flushes what is below 2^-14, where float16 still counts in steps of 2^-24.
+    return jnp.where(jnp.abs(x) < 2.0**-14, jnp.round(x * 2.0**24) * 2.0**-24, normal)
 
 
 def _masked(scores: Array) -> Array:

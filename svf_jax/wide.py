@@ -12,7 +12,7 @@ from types import MappingProxyType
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 
 from svf_jax import components, qwen, router
 
@@ -147,8 +147,7 @@ def _prescribed(x: Array, dtype: str) -> Array:
 
 def _rounded(x: Array, dtype: str) -> Array:
     # not astype there and back, which XLA may leave out; one rounding from float64, that flushes below 2^-126
-    kind = jnp.finfo(dtype)
-    return lax.reduce_precision(x, exponent_bits=kind.nexp, mantissa_bits=kind.nmant)
+    return qwen._reduced(x, jnp.dtype(dtype))
 
 
 _CHANGED: Mapping[str, Callable[..., Array]] = MappingProxyType(

@@ -145,13 +145,13 @@ def _prescribed(x: Tensor, dtype: str) -> Tensor:
 
 
 def _rounded(x: Tensor, dtype: str) -> Tensor:
-    if dtype != "bfloat16":
-        return x.to(getattr(torch, dtype)).to(torch.float64)
+    if dtype == "float32":
+        return x.to(torch.float32).to(torch.float64)
     # torch rounds by way of float32: rounded to odd there, it keeps the side of a tie (stages/rounding.py)
     single = x.to(torch.float32)
     away = (single.double().abs() > x.abs()).to(torch.int32)
     odd = (single.view(torch.int32) - away) | (single.double() != x).to(torch.int32)
-    return odd.view(torch.float32).to(torch.bfloat16).to(torch.float64)
+    return odd.view(torch.float32).to(getattr(torch, dtype)).to(torch.float64)
 
 
 _CHANGED: Mapping[str, Callable[..., Tensor]] = MappingProxyType(

@@ -24,6 +24,7 @@ from stages.checkpoint import INDEX, WEIGHTS, open_checkpoint
 from stages.decompose import FLOAT64, DecomposeOptions, decompose
 from stages.defaults import write_vector
 from stages.errors import OutputError
+from stages.output import RUN_FILE
 from stages.progress import Progress
 from stages.qwen import parameter_shapes
 from stages.selection import select_by_rule
@@ -336,5 +337,5 @@ def test_config_is_written_last(
     changes = module._config_changes
     monkeypatch.setattr(module, "_config_changes", lambda *a: seen.append(set(tree(tmp_path / "out"))) or changes(*a))
     applied(cases("qwen3 bfloat16"), torch_backend, tmp_path / "out")
-    assert seen == [{WEIGHTS, "tokenizer_config.json"}]
-    assert set(tree(tmp_path / "out")) == {*seen[0], "config.json"}
+    assert seen == [{WEIGHTS, "tokenizer_config.json", RUN_FILE}]
+    assert set(tree(tmp_path / "out")) == {WEIGHTS, "tokenizer_config.json", "config.json"}

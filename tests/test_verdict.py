@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_backends import factors, make_offsets
 
+from stages import noise
 from stages.backend import Backend
+from stages.forward import declare
+from stages.noise import Noise
 from stages.replay import REPLAY
 from stages.verdict import Oracle, SideVerdict, Verdict, canonical, consult, judge, worst
 
@@ -223,3 +227,148 @@ def test_the_order_of_verdicts_and_which_of_them_pass() -> None:
     assert worst(Verdict.EXACT, Verdict.SHAPE, Verdict.ROUNDING) is Verdict.SHAPE
     assert [v for v in Verdict if v.passes] == [Verdict.EXACT, Verdict.ROUNDING]
     assert {v for v in Verdict if not v.passes and not v.fails} == {Verdict.UNJUDGED}
+
+
+# -- all elements together ----------------------------------------------------------------------------------------
+
+
+def sided(oracle: Oracle, *outs: np.ndarray) -> SideVerdict:
+    side = SideVerdict()
+    for out in outs:
+        side.add(oracle, out)
+    return side
+
+
+def test_errors_within_their_bounds_but_all_too_large_are_suspect() -> None:
+    oracle = product(A, V)
+    limit = noise.rms_limit(Noise.PRODUCT, np.dtype("f4"))
+    for share, verdict in ((0.7 * limit, Verdict.ROUNDING), (1.3 * limit, Verdict.SUSPECT)):
+        out = (oracle.value + share * oracle.bound * np.where(np.arange(64) % 2, 1, -1)).astype(np.float32)
+        side = sided(oracle, out)
+        assert (side.elementwise, side.verdict) == (Verdict.ROUNDING, verdict)
+        assert side.rms_ratio == pytest.approx(share, rel=0.05)
+        assert ("all together err" in (side.hint or "")) == (verdict is Verdict.SUSPECT)
+
+
+def test_the_rms_is_of_all_chunks_and_of_elements_that_are_not_zero() -> None:
+    oracle = product(A, V)
+    whole = sided(oracle, RIGHT)
+    assert sided(oracle, RIGHT, RIGHT).rms_ratio == pytest.approx(whole.rms_ratio)
+    half = sided(oracle, RIGHT, oracle.rounded)
+    assert half.rms_ratio == pytest.approx(whole.rms_ratio * 2**-0.5)
+    padded = product(np.concatenate([A, np.zeros_like(A)]), V)
+    assert sided(padded, np.concatenate([RIGHT, np.zeros_like(RIGHT)])).rms_ratio == pytest.approx(whole.rms_ratio)
+
+
+def test_of_few_elements_the_rms_says_nothing() -> None:
+    a, limit = A[:1], noise.rms_limit(Noise.PRODUCT, np.dtype("f4"))
+    for columns, verdict in ((noise.RMS_COUNT - 1, Verdict.ROUNDING), (noise.RMS_COUNT, Verdict.SUSPECT)):
+        oracle = product(a, V[:columns])
+        out = (oracle.value + 1.5 * limit * oracle.bound).astype(np.float32)
+        assert sided(oracle, out).verdict is verdict
+
+
+def test_a_worse_verdict_on_an_element_is_not_softened_by_the_rms() -> None:
+    side = sided(product(A, V), RIGHT * np.float32(1.001))
+    assert (side.verdict, side.systematic) == (Verdict.BUG, True)
+
+
+def test_every_kind_of_sums_and_functions_has_an_rms() -> None:
+    assert set(noise.RMS) == set(Noise) - {Noise.EXACT, Noise.SUM_RATIO}
+    for kind, rms in noise.RMS.items():
+        assert 0 < rms < noise.rms_limit(kind, np.dtype("f4")) * noise.LAMBDA[kind]
+        assert noise.rms_limit(kind, np.dtype("f4")) < 1  # else it would never say anything
+        assert noise.rms_limit(kind, np.dtype(np.float16)) == np.inf
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+@pytest.mark.parametrize("k", [64, 2048])
+def test_no_right_product_is_suspect_by_its_rms(backend: Backend, kind: str, k: int) -> None:
+    rng = np.random.default_rng(k)
+    a, v = (HOSTILE[kind](rng, n, k).astype(np.float32) for n in (16, 64))
+    out = backend.get(backend.replay[PRODUCT.name](backend.put(a), backend.put(v), **TORCH_V))
+    assert sided(product(a, v), out).verdict.passes
+
+
+# -- float16 ------------------------------------------------------------------------------------------------------
+
+F16 = {s.name: dataclasses.replace(s, dtype="float16") for s in declare(qk_norm=True, qkv_bias=False, o_bias=False)}
+HALF = np.float16
+HEADS = {"heads": 2, "kv_heads": 2, "head_dim": 8}
+
+
+def half(rng: np.random.Generator, *shape: int, scale: float = 1.0) -> np.ndarray:
+    return (rng.standard_normal(shape) * scale).astype(HALF)
+
+
+def norm16(x: np.ndarray, w: np.ndarray, *, eps: float) -> np.ndarray:
+    wide = x.astype(np.float32)
+    normed = wide / np.sqrt((wide * wide).mean(-1, keepdims=True) + np.float32(eps))
+    return w * normed.astype(HALF)
+
+
+def softmax16(scores: np.ndarray) -> np.ndarray:
+    masked = np.where(np.tri(scores.shape[-1], dtype=bool), scores.astype(np.float32), -np.inf)
+    e = np.exp(masked - masked.max(-1, keepdims=True))
+    return (e / e.sum(-1, keepdims=True)).astype(HALF)
+
+
+def silu16(x: np.ndarray) -> np.ndarray:
+    wide = x.astype(np.float32)
+    return (wide / (1 + np.exp(-wide))).astype(HALF)
+
+
+def rope16(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, **_: int) -> np.ndarray:
+    turned = np.concatenate((-x[..., 4:], x[..., :4]), -1)
+    return x * cos[:, None] + turned * sin[:, None]  # numpy rounds each float16 operation
+
+
+def product16(x: np.ndarray, w: np.ndarray) -> np.ndarray:
+    return (x.astype(np.float32) @ w.T.astype(np.float32)).astype(HALF)
+
+
+# Stage -> arguments of a random generator and a scale, options, and a right kernel: float32, then float16.
+HALVES: dict[str, tuple[Callable[..., tuple[np.ndarray, ...]], dict[str, Any], Callable[..., np.ndarray]]] = {
+    "ffn_gate": (lambda r, s: (half(r, 5, 64, scale=s), half(r, 32, 64)), {}, product16),
+    "ffn_norm": (lambda r, s: (half(r, 5, 64, scale=s), half(r, 64)), {"eps": 1e-6}, norm16),
+    "ffn_silu": (lambda r, s: (half(r, 5, 64, scale=s),), {}, silu16),
+    "ffn_swigl": (lambda r, s: (half(r, 5, 64, scale=s), half(r, 5, 64)), {}, lambda a, b: a * b),
+    "attn_softmax": (lambda r, s: (half(r, 2, 9, 9, scale=s),), {}, softmax16),
+    "q_post_rope": (
+        lambda r, s: (half(r, 5, 2, 8, scale=s), *(f(r.uniform(0, 6, (5, 8))).astype(HALF) for f in (np.cos, np.sin))),
+        HEADS,
+        rope16,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HALVES)
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 9999), exponent=st.integers(-26, 8))
+def test_a_right_float16_kernel_is_within_its_bound_and_a_mutant_is_not(name: str, seed: int, exponent: int) -> None:
+    arguments, options, kernel = HALVES[name]
+    given_ = arguments(np.random.default_rng(seed), 2.0**exponent)
+    with np.errstate(over="ignore", under="ignore"):
+        oracle, out = consult(F16[name], given_, options), kernel(*given_, **options)
+    assert judge(oracle, out)[0].passes
+    largest = np.unravel_index(np.argmax(np.abs(out)), out.shape)
+    out[largest] += 3 * np.spacing(out[largest])
+    assert judge(oracle, out)[0] is Verdict.BUG
+
+
+def test_float16_subnormals_count_and_flushing_them_is_a_bug() -> None:
+    x = half(np.random.default_rng(0), 5, 64, scale=2.0**-12)
+    oracle = consult(F16["ffn_swigl"], (x, x), {})
+    assert judge(oracle, x * x)[0] is Verdict.EXACT
+    flushed = np.where(np.abs(x * x) < 2.0**-14, HALF(0), x * x)
+    assert judge(oracle, flushed)[0] is Verdict.BUG
+
+
+def test_float16_overflow_is_not_finite_even_where_it_is_right() -> None:
+    x = np.full((1, 4), 300, HALF)
+    with np.errstate(over="ignore"):
+        oracle, out = consult(F16["ffn_swigl"], (x, x), {}), x * x
+        assert np.isinf(out).all()
+        assert judge(oracle, out)[0] is Verdict.NONFINITE
+        clamped = np.full_like(out, np.finfo(HALF).max)
+        assert judge(oracle, clamped)[0] is Verdict.BUG
