@@ -30,7 +30,7 @@ wheel: .venv/dev
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	$(PIP) install -q -c constraints.txt -e .
+	$(PIP) install -q -c constraints.txt -e '.[report]'
 	touch $@
 
 .venv/dev: .venv/installed

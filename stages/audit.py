@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from stages.backend import Weights
 from stages.bundle import stages_in
 from stages.checkpoint import Checkpoint, open_checkpoint
 from stages.compare import judge_chunk, residual_bound
+from stages.culprit_data import Piece, chosen_row, culprit_data
 from stages.errors import InputError, NotFoundError, UsageError, shown
 from stages.foreign import open_foreign
 from stages.forward_dump import Place, forward_key, is_forward_dump
@@ -41,6 +42,7 @@ from stages.tokens import check_tokens, parse_tokens
 from stages.verdict import Oracle, SideVerdict, Verdict, consult
 
 Progress = Callable[[str, float], None]
+AGAINST = ("correctly rounded", "recorded")
 Row = dict[str, Any]
 
 EXIT_CODES = {"sound": 0, "faulty": 1, "incomplete": 5}
@@ -113,7 +115,24 @@ def _audit_forward(run: ForwardRun, model: str | None, top: int, progress: Progr
         return explain_place(place, run, run.side.read(place)) if row["ratio"] is not None else None
 
     facts = {**run.side.facts, **({"model": model} if model else {})}
-    return document(rows, run.side.label, facts, kind="forward", explain=explain)
+    result = document(rows, run.side.label, facts, kind="forward", explain=explain)
+    return {**result, "culprit_data": _forward_data(result, run)}
+
+
+def _forward_data(result: Mapping[str, Any], run: ForwardRun) -> dict[str, Any] | None:
+    """A close look at the culprit, against what is correctly rounded."""
+    chosen = chosen_row(result)
+    place = (chosen[0]["layer"], chosen[0]["stage"]) if chosen else None
+    if chosen is None or place not in run.side.places or why_unjudged(place, run) is not None:
+        return None
+    assert run.path is not None
+    observed = run.side.read(place)
+    pieces = (
+        Piece(oracle.rounded, part(observed, columns), columns.start or 0, observed.ndim - 1)
+        for columns, oracle in oracles_of(place, run, observed)
+    )
+    axes = stage_of(run.path, place).shape
+    return culprit_data(*chosen, pieces, shape=observed.shape, axes=axes, labels=AGAINST)
 
 
 def _promised(run: ForwardRun) -> set[Place]:
@@ -159,7 +178,11 @@ def _audit_replay(
     for number, tensor in enumerate(audits):
         tensor.run(lambda label, done, at=number: progress(label, (at + done) / len(audits)))  # type: ignore[misc]
     rows = [row for tensor in audits for row in tensor.rows()]
-    return document(rows, side.label, side.facts, kind="replay", zero_offset=[t.zero_offset() for t in audits])
+    zero_offset = [t.zero_offset() for t in audits]
+    result = document(rows, side.label, side.facts, kind="replay", zero_offset=zero_offset)
+    chosen = chosen_row(result)
+    of = next((t for t in audits if chosen and t.tensor.source_name == chosen[0]["tensor"]), None)
+    return {**result, "culprit_data": of.culprit_data(*chosen) if chosen and of else None}
 
 
 class _TensorAudit:
@@ -215,6 +238,25 @@ class _TensorAudit:
         else:
             return chunk
         return Chunk(chunk.start, chunk.stop, chunk.values, chunk.shared, {**chunk.params, "source": source})
+
+    def culprit_data(self, row: Mapping[str, Any], why: str) -> dict[str, Any] | None:
+        """A close look at one stage, against what is correctly rounded."""
+        stage = REPLAY[row["stage"]]
+        judged = self.judged.get(stage.name)
+        if judged is None or not judged.difference.count:
+            return None
+        shape, axes = self.tensor.stage_shape(stage.name), stage.shape
+        return culprit_data(row, why, self._pieces(stage), shape=shape, axes=axes, labels=AGAINST)
+
+    def _pieces(self, stage: Stage) -> Iterator[Piece]:
+        axis = int(self.tensor.turned(stage.name))
+        options = {option: self.options[option] for option in stage.options}
+        for chunk in self.tensor.chunks(chunk_plan(self.tensor.rows, default_chunk_rows(self.tensor.shape))):
+            chunk = self._with_source(chunk)
+            arguments = chunk.arguments(stage)
+            if stage.name in chunk.values and arguments is not None:
+                expected = consult(stage, arguments, options).rounded
+                yield Piece(expected, chunk.values[stage.name], chunk.start if stage.by_rows else 0, axis)
 
     def _source_is_known(self) -> bool:
         """Whether the recorded source is, by its sha256, the one that the components were made from."""

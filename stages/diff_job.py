@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from stages.aprt import AprtFile, compare_files, is_aprt, is_aprt_tree
 from stages.checkpoint import CONFIG, open_checkpoint
 from stages.checkpoint_diff import diff_checkpoints
 from stages.compare import TensorComparison, empty_row
+from stages.culprit_data import Piece, chosen_row, culprit_data
 from stages.dump import MANIFEST_FILE
 from stages.errors import InputError, UsageError
 from stages.forward_diff import diff_forward
@@ -57,7 +58,7 @@ def diff_recorded(
                 comparisons.append(_compare(key, one, other, top, progress))
         if gates is not None and gates.current_python and gates.current is None:
             gates = _gates_of_pair(gates, [row for c in comparisons for row in c.rows()] + hash_rows)
-        return diff.document(
+        document = diff.document(
             comparisons,
             diff.side(a.label, a.facts, runs[0]),
             diff.side(b.label, b.facts, runs[1]),
@@ -65,6 +66,7 @@ def diff_recorded(
             expected_tensors=len(keys),
             more_rows=hash_rows,
         )
+        return {**document, "culprit_data": _culprit_data(document, a, b)}
 
 
 def diff_any(
@@ -152,6 +154,31 @@ def _compare(key: str, a: SideTensor | None, b: SideTensor | None, top: int, pro
         comparison.add(one, other)
         progress(known.source_name, one.stop / rows)
     return comparison
+
+
+def _culprit_data(document: Mapping[str, Any], a: Side, b: Side) -> dict[str, Any] | None:
+    """A close look at the culprit; None where a side has no elements of it."""
+    chosen = chosen_row(document)
+    if chosen is None or chosen[0]["stage"] not in REPLAY:
+        return None
+    stage = REPLAY[chosen[0]["stage"]]
+    key = chosen[0]["key"].removeprefix("tensor.").rpartition(".")[0]
+    one, other = a.tensors.get(key), b.tensors.get(key)
+    if one is None or other is None or stage.name not in one.stages or stage.name not in other.stages:
+        return None
+    shapes = [tensor.stage_shape(stage.name) for tensor in (one, other)]
+    if shapes[0] != shapes[1] or len(shapes[0]) != len(stage.shape.split()):
+        return None
+    return culprit_data(*chosen, _pieces(one, other, stage), shape=shapes[0], axes=stage.shape)
+
+
+def _pieces(a: SideTensor, b: SideTensor, stage: Stage) -> Iterator[Piece]:
+    """One stage of both sides, as many rows at a time as a comparison takes."""
+    axis = int(a.turned(stage.name))
+    rows = a.stage_shape(stage.name)[axis]
+    for start, stop in chunk_plan(rows, default_chunk_rows(a.shape)) if stage.by_rows else [(0, rows)]:
+        x, y = (file.read(key, start, stop, axis) for file, key in (a.stages[stage.name], b.stages[stage.name]))
+        yield Piece(x, y, start, axis)
 
 
 def _hashes_only(tensor: SideTensor) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,7 @@ from stages.backend import Backend
 from stages.bundle import Bundle, BundleEntry, RecordedStages
 from stages.checkpoint import Checkpoint, open_checkpoint
 from stages.compare import TensorComparison, empty_row
+from stages.culprit_data import Piece, chosen_row, culprit_data
 from stages.dump import ReplayDump
 from stages.errors import InputError, UsageError, shown
 from stages.layouts import LAYOUTS
@@ -46,6 +47,7 @@ class ReplayOptions:
     out: Path | None = None
     top: int = 5
     verdicts: bool = True
+    close_up: bool = False  # whether to replay the culprit's tensor once more, for a report's figures
     gates: diff.Gates = field(default_factory=diff.Gates)
     resume: bool = False
 
@@ -179,7 +181,31 @@ class ReplayJob:
             check_declared_layout(entry, task)
         replayer = Replayer(backend)
         runs = tuple(self._run_layout(replayer, layout, tasks[layout], progress) for layout in self.options.layouts)
-        return ReplayResult(self._document(backend, runs), runs, self.entries)
+        document = self._document(backend, runs)
+        if self.options.close_up:
+            document["culprit_data"] = self._culprit_data(replayer, document)
+        return ReplayResult(document, runs, self.entries)
+
+    def _culprit_data(self, replayer: Replayer, document: Mapping[str, Any]) -> dict[str, Any] | None:
+        """A close look at the culprit, whose tensor is replayed once more: results are not kept."""
+        chosen = chosen_row(document)
+        entry = next((e for e in self.entries if chosen and e.source_name == chosen[0]["tensor"]), None)
+        side = self.recorded_side(entry) if entry else None
+        if chosen is None or entry is None or side is None or chosen[0]["verdict"] == Verdict.SHAPE:
+            return None
+        stage, layout = REPLAY[chosen[0]["stage"]], self.options.layout
+        if stage.name not in side.stages:
+            return None
+        task = self.task(entry, "declared" if layout == "all" else layout)
+        rows = self.options.chunk_rows or default_chunk_rows(task.shape)
+        pairs = zip(side.chunks(chunk_plan(task.shape[0], rows)), replayer.run(task, rows), strict=True)
+        axis = task.row_axis(stage)
+        pieces = (
+            Piece(before.values[stage.name], now.values[stage.name], now.start if stage.by_rows else 0, axis)
+            for before, now in pairs
+            if stage.name in now.values
+        )
+        return culprit_data(*chosen, pieces, shape=task.stage_shape(stage), axes=stage.shape)
 
     def _run_layout(
         self, replayer: Replayer, layout: str, tasks: Sequence[ReplayTask], progress: Progress
