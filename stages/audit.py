@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ from stages.backend import Weights
 from stages.bundle import stages_in
 from stages.checkpoint import Checkpoint, open_checkpoint
 from stages.compare import judge_chunk, residual_bound
-from stages.culprit_data import Piece, chosen_row, culprit_data
+from stages.culprit_data import ORACLE, chosen_row, culprit_data, oracle_pieces
 from stages.errors import InputError, NotFoundError, UsageError, shown
 from stages.foreign import open_foreign
 from stages.forward_dump import Place, forward_key, is_forward_dump
@@ -28,6 +28,7 @@ from stages.forward_judge import (
     oracles_of,
     order_of,
     part,
+    pieces_of,
     stage_of,
     why_unjudged,
 )
@@ -42,7 +43,6 @@ from stages.tokens import check_tokens, parse_tokens
 from stages.verdict import Oracle, SideVerdict, Verdict, consult
 
 Progress = Callable[[str, float], None]
-AGAINST = ("correctly rounded", "recorded")
 Row = dict[str, Any]
 
 EXIT_CODES = {"sound": 0, "faulty": 1, "incomplete": 5}
@@ -126,13 +126,9 @@ def _forward_data(result: Mapping[str, Any], run: ForwardRun) -> dict[str, Any] 
     if chosen is None or place not in run.side.places or why_unjudged(place, run) is not None:
         return None
     assert run.path is not None
-    observed = run.side.read(place)
-    pieces = (
-        Piece(oracle.rounded, part(observed, columns), columns.start or 0, observed.ndim - 1)
-        for columns, oracle in oracles_of(place, run, observed)
-    )
-    axes = stage_of(run.path, place).shape
-    return culprit_data(*chosen, pieces, shape=observed.shape, axes=axes, labels=AGAINST)
+    observed, axes = run.side.read(place), stage_of(run.path, place).shape
+    pieces = pieces_of(place, run, observed)
+    return culprit_data(*chosen, pieces, shape=observed.shape, axes=axes, labels=(ORACLE, "recorded"))
 
 
 def _promised(run: ForwardRun) -> set[Place]:
@@ -245,18 +241,11 @@ class _TensorAudit:
         judged = self.judged.get(stage.name)
         if judged is None or not judged.difference.count:
             return None
-        shape, axes = self.tensor.stage_shape(stage.name), stage.shape
-        return culprit_data(row, why, self._pieces(stage), shape=shape, axes=axes, labels=AGAINST)
-
-    def _pieces(self, stage: Stage) -> Iterator[Piece]:
-        axis = int(self.tensor.turned(stage.name))
-        options = {option: self.options[option] for option in stage.options}
-        for chunk in self.tensor.chunks(chunk_plan(self.tensor.rows, default_chunk_rows(self.tensor.shape))):
-            chunk = self._with_source(chunk)
-            arguments = chunk.arguments(stage)
-            if stage.name in chunk.values and arguments is not None:
-                expected = consult(stage, arguments, options).rounded
-                yield Piece(expected, chunk.values[stage.name], chunk.start if stage.by_rows else 0, axis)
+        plan = chunk_plan(self.tensor.rows, default_chunk_rows(self.tensor.shape))
+        chunks = (self._with_source(chunk) for chunk in self.tensor.chunks(plan))
+        pieces = oracle_pieces(chunks, stage, self.options, int(self.tensor.turned(stage.name)))
+        shape, labels = self.tensor.stage_shape(stage.name), (ORACLE, "recorded")
+        return culprit_data(row, why, pieces, shape=shape, axes=stage.shape, labels=labels)
 
     def _source_is_known(self) -> bool:
         """Whether the recorded source is, by its sha256, the one that the components were made from."""

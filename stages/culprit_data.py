@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from stages.metrics import Difference
+from stages.replay_run import Chunk
+from stages.stage import Stage
+from stages.verdict import consult
 
 # What a document keeps at most, whatever the tensor's size: some 200 kB of JSON.
 SCATTER_POINTS = 2_000
 MAP_ROWS, MAP_COLS = 64, 128
 WORST = 10
+ORACLE = "correctly rounded"
 
 
 @dataclass(frozen=True)
@@ -36,16 +40,15 @@ def ratio_of(row: Mapping[str, Any]) -> float | None:
 def chosen_row(document: Mapping[str, Any]) -> tuple[Mapping[str, Any], str] | None:
     """The row worth a close look, and why: the culprit, else the largest error / bound, else the largest difference.
 
-    Without a culprit only rows whose bytes differ are looked at; None when there are none.
+    None when nothing was judged to err and nothing differs.
     """
     culprit = document["culprit"]
     if culprit is not None:
         place = [culprit[name] for name in ("layer", "tensor", "stage")]
         row = next((r for r in document["rows"] if [r["layer"], r["tensor"], r["stage"]] == place), None)
         return None if row is None else (row, "culprit")
-    rows = [row for row in document["rows"] if row.get("byte_match") is False]
     for why, measure in (("largest error / bound", ratio_of), ("largest difference", _relative)):
-        best = max(rows, key=lambda row: measure(row) or 0.0, default=None)
+        best = max(document["rows"], key=lambda row: measure(row) or 0.0, default=None)
         if best is not None and measure(best):
             return best, why
     return None
@@ -56,8 +59,30 @@ def _relative(row: Mapping[str, Any]) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
+def against_oracle(row: Mapping[str, Any], why: str) -> str | None:
+    """The side, a or b, to be shown against what is correctly rounded; None: show b against a.
+
+    A culprit is shown as the sides differ, unless both hold the same bytes; else it is the side of the larger ratio.
+    """
+    if why == "largest difference" or (why == "culprit" and not row.get("byte_match")):
+        return None
+    ratios = {side: row.get(f"ratio_{side}") for side in ("b", "a")}
+    judged = {side: ratio for side, ratio in ratios.items() if ratio}
+    return max(judged, key=lambda side: judged[side], default=None)
+
+
+def oracle_pieces(chunks: Iterable[Chunk], stage: Stage, options: Mapping[str, Any], axis: int) -> Iterator[Piece]:
+    """One stage of a replay against what is correctly rounded from its own inputs, where these are known."""
+    chosen = {option: options[option] for option in stage.options}
+    for chunk in chunks:
+        arguments = chunk.arguments(stage)
+        if stage.name in chunk.values and arguments is not None:
+            expected = consult(stage, arguments, chosen).rounded
+            yield Piece(expected, chunk.values[stage.name], chunk.start if stage.by_rows else 0, axis)
+
+
 def signed_ulps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """How many floats of their dtype b is above a, as float64; +0 and -0 are one float. Finite elements alone mean much."""
+    """How many floats of their dtype b is above a, as float64, for finite elements; +0 and -0 are one float."""
     return _ordered(b) - _ordered(a)
 
 
@@ -131,9 +156,7 @@ class CulpritData:
         starts = [np.flatnonzero(np.diff(i, prepend=-1)) for i in index]
         cells = np.ix_(*(i[s] for i, s in zip(index, starts, strict=True)))
         for grid, reduce in ((self._high, np.maximum), (self._low, np.minimum)):
-            grid[cells] = reduce(
-                grid[cells], reduce.reduceat(reduce.reduceat(d, starts[0], axis=0), starts[1], axis=1)
-            )
+            grid[cells] = reduce(grid[cells], reduce.reduceat(reduce.reduceat(d, starts[0], axis=0), starts[1], axis=1))
 
     def result(self) -> dict[str, Any]:
         """As plain values; a map cell is its block's signed difference of largest size, None where not finite."""

@@ -12,7 +12,7 @@ from stages.aprt import AprtFile, compare_files, is_aprt, is_aprt_tree
 from stages.checkpoint import CONFIG, open_checkpoint
 from stages.checkpoint_diff import diff_checkpoints
 from stages.compare import TensorComparison, empty_row
-from stages.culprit_data import Piece, chosen_row, culprit_data
+from stages.culprit_data import ORACLE, Piece, against_oracle, chosen_row, culprit_data, oracle_pieces
 from stages.dump import MANIFEST_FILE
 from stages.errors import InputError, UsageError
 from stages.forward_diff import diff_forward
@@ -138,11 +138,7 @@ def _turned(side: Side) -> bool:
 def _compare(key: str, a: SideTensor | None, b: SideTensor | None, top: int, progress: Progress) -> TensorComparison:
     known = a or b
     assert known is not None
-    # Two sides that contracted V alike are judged by what they did; otherwise by what the components declare.
-    same = a is None or b is None or a.layout == b.layout
-    declared = known.components.entry.layout if known.components else known.layout
-    options = {"layout": known.layout if same else declared, "transpose": known.transpose}
-    comparison = TensorComparison(known.source_name, key, options, top=top)
+    comparison = TensorComparison(known.source_name, key, _options(a, b), top=top)
     comparison.expect(set(a.stages) if a else set(), set(b.stages) if b else set())
     if a is None or b is None:
         return comparison
@@ -154,6 +150,18 @@ def _compare(key: str, a: SideTensor | None, b: SideTensor | None, top: int, pro
         comparison.add(one, other)
         progress(known.source_name, one.stop / rows)
     return comparison
+
+
+def _options(a: SideTensor | None, b: SideTensor | None) -> dict[str, Any]:
+    """What the oracle computes.
+
+    Two sides that contracted V alike are judged by what they did; otherwise by what the components declare.
+    """
+    known = a or b
+    assert known is not None
+    same = a is None or b is None or a.layout == b.layout
+    declared = known.components.entry.layout if known.components else known.layout
+    return {"layout": known.layout if same else declared, "transpose": known.transpose}
 
 
 def _culprit_data(document: Mapping[str, Any], a: Side, b: Side) -> dict[str, Any] | None:
@@ -169,7 +177,13 @@ def _culprit_data(document: Mapping[str, Any], a: Side, b: Side) -> dict[str, An
     shapes = [tensor.stage_shape(stage.name) for tensor in (one, other)]
     if shapes[0] != shapes[1] or len(shapes[0]) != len(stage.shape.split()):
         return None
-    return culprit_data(*chosen, _pieces(one, other, stage), shape=shapes[0], axes=stage.shape)
+    side = against_oracle(*chosen)
+    if side is None:
+        return culprit_data(*chosen, _pieces(one, other, stage), shape=shapes[0], axes=stage.shape)
+    tensor = one if side == "a" else other
+    chunks = tensor.chunks(chunk_plan(tensor.rows, default_chunk_rows(tensor.shape)))
+    pieces = oracle_pieces(chunks, stage, _options(one, other), int(tensor.turned(stage.name)))
+    return culprit_data(*chosen, pieces, shape=shapes[0], axes=stage.shape, labels=(ORACLE, side))
 
 
 def _pieces(a: SideTensor, b: SideTensor, stage: Stage) -> Iterator[Piece]:

@@ -12,11 +12,11 @@ import numpy as np
 from stages import diff, stats
 from stages.checkpoint import Checkpoint
 from stages.compare import row_verdict, side_fields
-from stages.culprit_data import Piece, chosen_row, culprit_data
+from stages.culprit_data import ORACLE, Piece, against_oracle, chosen_row, culprit_data
 from stages.errors import InputError, shown
 from stages.forward import parameter_name
 from stages.forward_dump import ForwardSide, Place, forward_key
-from stages.forward_judge import ForwardRun, explain_place, judge_place, open_run, order_of, stage_of
+from stages.forward_judge import ForwardRun, explain_place, judge_place, open_run, order_of, pieces_of, stage_of
 from stages.metrics import Difference
 from stages.verdict import Verdict
 
@@ -161,11 +161,15 @@ def _culprit_data(document: Mapping[str, Any], a: ForwardRun, b: ForwardRun) -> 
     chosen = chosen_row(document)
     if chosen is None or chosen[0]["verdict"] in (Verdict.MISSING, Verdict.EXTRA):
         return None
-    place = (chosen[0]["layer"], chosen[0]["stage"])
+    place, side = (chosen[0]["layer"], chosen[0]["stage"]), against_oracle(*chosen)
     x, y = a.side.read(place), b.side.read(place)
-    if a.path is None or b.path is None:
+    axes = stage_of(a.path, place).shape if a.path and b.path else ""
+    if side is not None:
+        run, array = {"a": (a, x), "b": (b, y)}[side]
+        pieces = pieces_of(place, run, array)
+        return culprit_data(*chosen, pieces, shape=array.shape, axes=axes, labels=(ORACLE, side))
+    if not axes:
         x, y = _flat(x, y), _flat(y, x)
-    axes = "" if a.path is None or b.path is None else stage_of(a.path, place).shape
     return culprit_data(*chosen, [Piece(x, y)], shape=x.shape, axes=axes)
 
 

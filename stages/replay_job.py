@@ -16,7 +16,7 @@ from stages.backend import Backend
 from stages.bundle import Bundle, BundleEntry, RecordedStages
 from stages.checkpoint import Checkpoint, open_checkpoint
 from stages.compare import TensorComparison, empty_row
-from stages.culprit_data import Piece, chosen_row, culprit_data
+from stages.culprit_data import ORACLE, Piece, against_oracle, chosen_row, culprit_data, oracle_pieces
 from stages.dump import ReplayDump
 from stages.errors import InputError, UsageError, shown
 from stages.layouts import LAYOUTS
@@ -198,14 +198,19 @@ class ReplayJob:
             return None
         task = self.task(entry, "declared" if layout == "all" else layout)
         rows = self.options.chunk_rows or default_chunk_rows(task.shape)
-        pairs = zip(side.chunks(chunk_plan(task.shape[0], rows)), replayer.run(task, rows), strict=True)
-        axis = task.row_axis(stage)
+        recorded, axis = side.chunks(chunk_plan(task.shape[0], rows)), task.row_axis(stage)
+        shape, wrong = task.stage_shape(stage), against_oracle(*chosen)
+        if wrong is not None:
+            oracle = {"layout": entry.layout, "transpose": task.transpose}
+            chunks = recorded if wrong == "a" else replayer.run(task, rows)
+            pieces = oracle_pieces(chunks, stage, oracle, axis)
+            return culprit_data(*chosen, pieces, shape=shape, axes=stage.shape, labels=(ORACLE, wrong))
         pieces = (
             Piece(before.values[stage.name], now.values[stage.name], now.start if stage.by_rows else 0, axis)
-            for before, now in pairs
+            for before, now in zip(recorded, replayer.run(task, rows), strict=True)
             if stage.name in now.values
         )
-        return culprit_data(*chosen, pieces, shape=task.stage_shape(stage), axes=stage.shape)
+        return culprit_data(*chosen, pieces, shape=shape, axes=stage.shape)
 
     def _run_layout(
         self, replayer: Replayer, layout: str, tasks: Sequence[ReplayTask], progress: Progress

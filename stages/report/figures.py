@@ -47,9 +47,9 @@ def heat_map(grid: Grid, side: str) -> dict[str, Any]:
     figure.update_yaxes(showgrid=False, zeroline=False)
     for at, cell in _cells(grid, grid.sides[0]):
         if cell.culprit:
-            _flag(figure, at)
-    figure.update_layout(height=160 + _CELL * len(places), meta={"width": 260 + _CELL * len(grid.stages)})
-    return _plain(figure)
+            _outline(figure, at)
+    figure.update_layout(height=150 + _CELL * len(places), meta={"width": 260 + _CELL * len(grid.stages)})
+    return _plain(figure, below=12)
 
 
 def _cells(grid: Grid, side: str) -> Iterable[tuple[tuple[int, int], Cell]]:
@@ -63,29 +63,37 @@ def _heat_traces(grid: Grid, side: str) -> list[go.Heatmap]:
     """Three traces: ratios in colours, exact cells in grey, and what failed without a ratio, each with its mark."""
     layers: list[list[tuple[tuple[int, int], Cell]]] = [[], [], []]
     for at, cell in _cells(grid, side):
-        exact = cell.verdict in (Verdict.EXACT, Verdict.UNJUDGED)
-        layers[0 if cell.log is not None else 1 if exact else 2].append((at, cell))
-    colours = (SCALE, [[0, EXACT_COLOUR], [1, EXACT_COLOUR]], [[0, ODD_COLOUR], [1, ODD_COLOUR]])
-    traces = []
-    for layer, scale in zip(layers, colours, strict=True):
-        z: list[list[float | None]] = [[None] * len(grid.stages) for _ in grid.places]
-        text = [[""] * len(grid.stages) for _ in grid.places]
-        hover = [[""] * len(grid.stages) for _ in grid.places]
-        for (row, column), cell in layer:
-            z[row][column] = cell.log or 0.0
-            text[row][column] = _in_cell(cell)
-            hover[row][column] = _safe(cell.text)
-        ratios = scale is SCALE
-        bar = {"title": {"text": "error / bound"}, "tickvals": [-3, 0, 3], "len": 0.9, "thickness": 12}
-        bar["ticktext"] = ["1/1000 or less", "the bound", "1000 or more"]
-        traces.append(
-            go.Heatmap(
-                z=z, text=text, hovertext=hover, hoverinfo="text", texttemplate="%{text}", colorscale=scale,
-                zmin=-DECADES, zmax=DECADES, showscale=ratios and side == grid.sides[0], colorbar=bar if ratios else None,
-                xgap=2, ygap=2, hoverongaps=False, textfont={"size": 11, **({"color": "#fff"} if scale[0][1] == ODD_COLOUR else {})},
-            )
-        )  # fmt: skip
-    return traces
+        quiet = cell.verdict in (Verdict.EXACT, Verdict.UNJUDGED)
+        layers[0 if cell.log is not None else 1 if quiet else 2].append((at, cell))
+    bar = {"title": {"text": "error / bound"}, "tickvals": [-DECADES, 0, DECADES], "len": 0.9, "thickness": 12}
+    bar["ticktext"] = [f"10<sup>−{DECADES}</sup> or less", "the bound", f"10<sup>{DECADES}</sup> or more"]
+    looks: list[dict[str, Any]] = [
+        {"colorscale": SCALE, "colorbar": bar, "textfont": {"size": 11}},
+        {
+            "colorscale": [[0, EXACT_COLOUR], [1, EXACT_COLOUR]],
+            "showscale": False,
+            "textfont": {"size": 11, "color": NEUTRAL},
+        },
+        {
+            "colorscale": [[0, ODD_COLOUR], [1, ODD_COLOUR]],
+            "showscale": False,
+            "textfont": {"size": 11, "color": "#fff"},
+        },
+    ]
+    return [_heat_trace(grid, layer, look) for layer, look in zip(layers, looks, strict=True)]
+
+
+def _heat_trace(grid: Grid, cells: Iterable[tuple[tuple[int, int], Cell]], look: Mapping[str, Any]) -> go.Heatmap:
+    z: list[list[float | None]] = [[None] * len(grid.stages) for _ in grid.places]
+    text, hover = ([[""] * len(grid.stages) for _ in grid.places] for _ in range(2))
+    for (row, column), cell in cells:
+        z[row][column] = cell.log or 0.0
+        text[row][column] = "◆" * cell.culprit + _in_cell(cell)
+        hover[row][column] = _safe(cell.text)
+    return go.Heatmap(
+        z=z, text=text, hovertext=hover, hoverinfo="text", texttemplate="%{text}", hoverongaps=False,
+        zmin=-DECADES, zmax=DECADES, xgap=2, ygap=2, **look,
+    )  # fmt: skip
 
 
 def _in_cell(cell: Cell) -> str:
@@ -95,14 +103,10 @@ def _in_cell(cell: Cell) -> str:
     return _safe(cell.mark)
 
 
-def _flag(figure: go.Figure, at: tuple[int, int]) -> None:
+def _outline(figure: go.Figure, at: tuple[int, int]) -> None:
     row, column = at
     ends = {"x0": column - 0.5, "x1": column + 0.5, "y0": row - 0.5, "y1": row + 0.5}
     figure.add_shape(type="rect", line={"color": MARK_COLOUR, "width": 3}, **ends)
-    figure.add_annotation(
-        x=column, y=row + 0.5, text="culprit", showarrow=True, arrowhead=2, arrowcolor=MARK_COLOUR, ax=0, ay=26,
-        bgcolor=MARK_COLOUR, font={"color": "#fff", "size": 12}, borderpad=2,
-    )  # fmt: skip
 
 
 def growth(rows: Sequence[Row], kind: str) -> dict[str, Any]:
@@ -121,9 +125,10 @@ def growth(rows: Sequence[Row], kind: str) -> dict[str, Any]:
         fields = [field for field, at, _ in panels if at == panel]
         _log_axis(figure, panel, [row.get(f) for row in rows for f in fields], band=panel == len(titles))
     _depth_axis(figure, rows, kind, len(titles))
-    figure.update_layout(height=280 * len(titles), legend={"orientation": "h", "y": -0.2 / len(titles)})
-    figure.update_layout(meta={"width": 640})
-    return _plain(figure)
+    below = 96 if kind == "forward" else 190  # the stages' names, and a legend of nine tensors
+    legend = {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom"}
+    figure.update_layout(height=220 * len(titles) + below, legend=legend, meta={"width": 640})
+    return _plain(figure, below=below)
 
 
 @dataclass(frozen=True)
@@ -177,13 +182,14 @@ def _depth_axis(figure: go.Figure, rows: Sequence[Row], kind: str, last: int) ->
         first: dict[str, int] = {}
         for at, row in enumerate(rows):
             label = "" if row["layer"] is None else str(row["layer"])
-            first.setdefault(label or f"{row['stage']}", at) if label else None
-        ticks = {"tickvals": list(first.values()), "ticktext": list(first), "title": "layer"}
+            if label:
+                first.setdefault(label, at)
+        ticks = {"tickvals": list(first.values()), "ticktext": list(first)}
+        figure.update_xaxes(title="layer", row=last, col=1)
     else:
         stages = list(dict.fromkeys(row["stage"] for row in rows))
         ticks = {"tickvals": list(range(len(stages))), "ticktext": [_safe(s) for s in stages], "tickangle": -40}
-    figure.update_xaxes(zeroline=False)
-    figure.update_xaxes(**ticks, row=last, col=1)
+    figure.update_xaxes(zeroline=False, **ticks)
 
 
 def histogram(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -193,7 +199,7 @@ def histogram(data: Mapping[str, Any]) -> dict[str, Any]:
     figure = go.Figure(go.Bar(x=[_power(x) for x in bins], y=[x["count"] or None for x in bins], hovertext=hover))
     figure.update_traces(hoverinfo="text", marker_color=[_bin_colour(x) for x in bins])
     figure.update_yaxes(type="log", title="elements", exponentformat="power", dtick=1)
-    figure.update_xaxes(type="category", title=_safe(f"{b} above {a}, ULP"), showgrid=False)
+    figure.update_xaxes(type="category", title=_safe(f"{b} above {a}, ULP"), showgrid=False, nticks=7, tickangle=0)
     figure.update_layout(height=320, bargap=0.1)
     return _plain(figure)
 
@@ -214,7 +220,9 @@ def scatter(data: Mapping[str, Any]) -> dict[str, Any]:
     a, b = data["labels"]
     points, far = data["scatter"], data["worst"]
     figure = go.Figure()
-    figure.add_trace(_points(points["a"], points["b"], f"{len(points['a'])} of them", size=4, colour=BELOW, opacity=0.5))
+    figure.add_trace(
+        _points(points["a"], points["b"], f"{len(points['a'])} of them", size=4, colour=BELOW, opacity=0.5)
+    )
     worst_a, worst_b = ([item[name] for item in far] for name in ("a", "b"))
     figure.add_trace(_points(worst_a, worst_b, "the worst", size=9, colour=BEYOND, symbol="diamond-open"))
     ends = [v for v in (*points["a"], *points["b"], *worst_a, *worst_b) if v is not None]
@@ -236,7 +244,7 @@ def residual_map(data: Mapping[str, Any]) -> dict[str, Any]:
     largest = max((abs(v) for row in values for v in row if v is not None), default=0.0) or 1.0
     names = data["axes"].split() or ["element"]
     lead = 1 if names[:1] in (["tokens"], ["rows"]) and len(names) > 1 else len(names) - 1
-    (a, b), x0, y0 = data["labels"], (block[1] - 1) / 2, (block[0] - 1) / 2
+    x0, y0 = (block[1] - 1) / 2, (block[0] - 1) / 2
     figure = go.Figure(
         go.Heatmap(
             z=values, x0=x0, dx=block[1], y0=y0, dy=block[0], colorscale=SCALE, zmin=-largest, zmax=largest,
@@ -253,11 +261,11 @@ def _axis(names: Sequence[str], block: int) -> str:
     return _safe(" × ".join(names)) + (f", blocks of {block}" if block > 1 else "")
 
 
-def _plain(figure: go.Figure) -> dict[str, Any]:
-    """The figure as plain values, without plotly's template: colours of text and grid are the page's."""
+def _plain(figure: go.Figure, below: int = 56) -> dict[str, Any]:
+    """The figure as plain values, `below` pixels under its axes; colours of text and grid are the page's."""
     figure.update_layout(
         template=None, paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", autosize=True, dragmode=False,
-        margin={"l": 60, "r": 16, "t": 36, "b": 56}, font={"size": 13},
+        margin={"l": 60, "r": 16, "t": 36, "b": below}, font={"size": 13},
     )  # fmt: skip
     figure.update_xaxes(automargin=True, fixedrange=True)
     figure.update_yaxes(automargin=True, fixedrange=True)

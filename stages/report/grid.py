@@ -54,6 +54,11 @@ class Grid:
     cells: Mapping[str, Mapping[tuple[str, str], Cell]]
 
     @property
+    def culprit(self) -> bool:
+        """Whether there is one."""
+        return any(cell.culprit for cells in self.cells.values() for cell in cells.values())
+
+    @property
     def sides(self) -> tuple[str, ...]:
         return tuple(self.cells)
 

@@ -116,7 +116,7 @@ def _plotly_js() -> str:
 
 
 def embedded_json(value: Any) -> str:
-    """JSON that no HTML parser can mistake for markup, nor JavaScript for a line's end: only ASCII, no `<`, `>`, `&`."""
+    """JSON that no HTML parser takes for markup, nor JavaScript for a line's end: only ASCII, no `<`, `>`, `&`."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")

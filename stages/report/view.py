@@ -16,6 +16,7 @@ from stages.report.grid import BOTH, Grid, Row, grid, is_culprit
 
 Document = Mapping[str, Any]
 TONES = {"agree": "good", "sound": "good", "diverged": "bad", "faulty": "bad"}
+DIFFERENCE = {True: "max |error|", False: "max |a − b|"}  # of an audit, of a comparison
 NO_COMMAND = "not recorded: this document was made by an older svf, or not by its command line"
 
 
@@ -25,7 +26,7 @@ class Table:
 
     caption: str
     columns: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+    rows: Sequence[tuple[str, ...]]
     words: frozenset[str] = frozenset()
     marked: frozenset[int] = frozenset()
 
@@ -105,7 +106,7 @@ def _card(document: Document, *, audit: bool) -> Card | None:
     facts = [("verdict", row["verdict"]), ("wrong side", side)] if side else [("verdict", row["verdict"])]
     names = ("ratio",) if audit else ("ratio_a", "ratio_b")
     facts += [(f"error / bound {n[6:]}".strip(), number(row.get(n))) for n in names]
-    facts += [("max |difference|", number(row.get("max_abs"))), ("at", _index(row.get("max_abs_index")))]
+    facts += [(DIFFERENCE[audit], number(row.get("max_abs"))), ("at", _index(row.get("max_abs_index")))]
     facts += [("relative L2", number(row.get("rel_l2"))), ("cosine", _cosine(row.get("cosine")))]
     facts += [("elements that differ", _of(row)), ("bytes", _bytes(row))]
     hint = (culprit or {}).get("hint") if why == "culprit" else None
@@ -211,10 +212,9 @@ def _basis(document: Document) -> Table | None:
 def _all_rows(rows: Sequence[Row], culprit: Row | None, *, audit: bool) -> Table:
     ratios = ("ratio",) if audit else ("ratio_a", "ratio_b")
     verdicts = () if audit else ("verdict_a", "verdict_b")
-    difference = "max |error|" if audit else "max |a − b|"
     columns = ("where", "stage", "verdict", *(v[-1] for v in verdicts))
     columns += tuple(f"error / bound {r[6:]}".strip() for r in ratios)
-    columns += (difference, "at", "relative L2", "cosine", "differ", "bytes", "note")
+    columns += (DIFFERENCE[audit], "at", "relative L2", "cosine", "differ", "bytes", "note")
     cells = [
         (
             place_of(row) + (" ◆ culprit" if is_culprit(row, culprit) else ""),
@@ -265,12 +265,15 @@ def _forward_view(document: Document) -> View:
     """One backend's forward: nothing is judged stage by stage, so there is no map."""
     ran, good = document["production"]["ran"], sound(dict(document))
     top = [(str(t["token"]), number(float(t["logit"]))) for t in document["top5"]]
-    layers, stages = len(document["layers"]), len(document["stages"])
-    notes = [f"{len(document['tokens'])} tokens, {layers} layers and {stages} stages traced, next token {document['next_token']}."]
-    notes.append("No stage was judged: write a dump with --out and run svf audit DUMP --html, or compare two with svf diff.")
+    tokens, layers, stages = (len(document[name]) for name in ("tokens", "layers", "stages"))
+    notes = [
+        f"{tokens} tokens, {layers} layers and {stages} stages traced, next token {document['next_token']}.",
+        "No stage was judged here: write a dump with --out, then svf audit DUMP --html, or svf diff with another one.",
+    ]
     repeated = document.get("deterministic")
     if repeated:
-        notes.append(f"{repeated['runs']} runs: {repeated['different_elements']:,} of {repeated['elements']:,} elements differ.")
+        different = f"{repeated['different_elements']:,} of {repeated['elements']:,}"
+        notes.append(f"{repeated['runs']} runs: {different} elements differ from the first.")
     return View(
         outcome=("sound" if ran else "not compared") if good else "diverged",
         tone=("good" if ran else "open") if good else "bad",
@@ -297,11 +300,11 @@ def _of(row: Row) -> str:
 
 
 def _bytes(row: Row) -> str:
-    return {True: "equal", False: "differ"}.get(row.get("byte_match"), "-")
+    return "-" if row.get("byte_match") is None else "equal" if row["byte_match"] else "differ"
 
 
 def _yes(value: bool | None) -> str:
-    return {True: "yes", False: "no"}.get(value, "-")  # type: ignore[arg-type]
+    return "-" if value is None else "yes" if value else "no"
 
 
 def _value(value: Any) -> str:
