@@ -18,6 +18,7 @@ from stages.verdict import consult
 SCATTER_POINTS = 2_000
 MAP_ROWS, MAP_COLS = 64, 128
 WORST = 10
+_WIDEST = 65  # bits of a distance between two float64
 ORACLE = "correctly rounded"
 
 
@@ -88,10 +89,10 @@ def signed_ulps(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def _ordered(x: np.ndarray) -> np.ndarray:
     """The place of each float in the order of all floats of its dtype; exact up to 53 bits."""
-    bits = x.view(np.dtype(f"u{x.dtype.itemsize}"))
-    sign = bits >> (8 * x.dtype.itemsize - 1)
-    magnitude = (bits & ~(np.ones_like(bits) << (8 * x.dtype.itemsize - 1))).astype(np.float64)
-    return np.where(sign == 1, -magnitude, magnitude)
+    bits = x.view(np.dtype(f"i{x.dtype.itemsize}"))
+    # Floats are sign and magnitude: below zero the order of the integers is the other way round, and -0 comes to 0.
+    places = (bits ^ ((bits >> (8 * x.dtype.itemsize - 1)) & np.iinfo(bits.dtype).max)) + (bits < 0)
+    return places.astype(np.float64)
 
 
 @dataclass
@@ -134,9 +135,10 @@ class CulpritData:
         self.nonfinite += int(a.size - np.count_nonzero(finite))
         ulps = signed_ulps(a[finite], b[finite])
         # frexp's exponent of n is its number of bits: 1 is 1, 2 and 3 are 2, 4 to 7 are 3.
-        index = (np.sign(ulps) * np.frexp(np.abs(ulps))[1]).astype(np.int64)
-        for value, count in zip(*np.unique(index, return_counts=True), strict=True):
-            self.bins[int(value)] = self.bins.get(int(value), 0) + int(count)
+        size = np.frexp(ulps)[1]
+        counts = np.bincount(np.where(ulps < 0, _WIDEST - size, _WIDEST + size))
+        for at in np.flatnonzero(counts):
+            self.bins[int(at) - _WIDEST] = self.bins.get(int(at) - _WIDEST, 0) + int(counts[at])
 
     def _take_sample(self, a: np.ndarray, b: np.ndarray) -> None:
         total = max(math.prod(self.shape), 1)

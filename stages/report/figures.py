@@ -28,6 +28,7 @@ SIDE_COLOURS = {"a": LINES[0], "b": LINES[1], "": NEUTRAL}
 EXACT_COLOUR, ODD_COLOUR, MARK_COLOUR = "rgba(128,138,150,0.16)", "#6b2477", "#e0007a"
 DECADES = 3  # of error / bound, either side of the bound, that the colours tell apart
 _CELL = 30  # pixels
+_UNSIDED = {"rel_l2": "a against b", "ratio": "error / bound"}
 
 
 def _safe(text: object) -> str:
@@ -65,7 +66,8 @@ def _heat_traces(grid: Grid, side: str) -> list[go.Heatmap]:
     for at, cell in _cells(grid, side):
         quiet = cell.verdict in (Verdict.EXACT, Verdict.UNJUDGED)
         layers[0 if cell.log is not None else 1 if quiet else 2].append((at, cell))
-    bar = {"title": {"text": "error / bound"}, "tickvals": [-DECADES, 0, DECADES], "len": 0.9, "thickness": 12}
+    bar = {"title": {"text": "error / bound"}, "tickvals": [-DECADES, 0, DECADES], "thickness": 12}
+    bar |= {"lenmode": "pixels", "len": 150, "y": 1, "yanchor": "top"}
     bar["ticktext"] = [f"10<sup>−{DECADES}</sup> or less", "the bound", f"10<sup>{DECADES}</sup> or more"]
     looks: list[dict[str, Any]] = [
         {"colorscale": SCALE, "colorbar": bar, "textfont": {"size": 11}},
@@ -146,7 +148,7 @@ class _Line:
         colour = SIDE_COLOURS[side] if solo else LINES[number % len(LINES)]
         return go.Scatter(
             x=list(self.where), y=values, mode="lines+markers", hovertext=hover, hoverinfo="text",
-            name=(side or "a against b") if solo else _safe(self.name), showlegend=solo or side == "b",
+            name=(side or _UNSIDED[field]) if solo else _safe(self.name), showlegend=solo or side == "b",
             legendgroup=self.name or side, line={"width": 1, "color": colour},
             marker={"size": 6, "symbol": "diamond-open" if side == "b" else "circle"},
         )  # fmt: skip
