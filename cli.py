@@ -758,12 +758,12 @@ def import_(
 
 @app.command(
     epilog=examples(
-        "svf diff dumps/torch dumps/jax --json > result.json",
         "svf report result.json --html result.html",
+        "svf report result.json --html result.html --json",
     )
 )
 def report(
-    result: Annotated[Path, typer.Argument(help="What diff, audit, replay or forward printed with --json.")],
+    result: Annotated[Path, typer.Argument(help="What svf diff, audit, replay or forward printed with --json, in a file.")],
     html: Annotated[Path, typer.Option("--html", help="New file for the report; needs svf[report].")],
     json: Json = False,
 ) -> None:
