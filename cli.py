@@ -763,7 +763,9 @@ def import_(
     )
 )
 def report(
-    result: Annotated[Path, typer.Argument(help="What svf diff, audit, replay or forward printed with --json, in a file.")],
+    result: Annotated[
+        Path, typer.Argument(help="What svf diff, audit, replay or forward printed with --json, in a file.")
+    ],
     html: Annotated[Path, typer.Option("--html", help="New file for the report; needs svf[report].")],
     json: Json = False,
 ) -> None:

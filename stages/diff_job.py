@@ -142,7 +142,7 @@ def _compare(key: str, a: SideTensor | None, b: SideTensor | None, top: int, pro
     comparison.expect(set(a.stages) if a else set(), set(b.stages) if b else set())
     if a is None or b is None:
         return comparison
-    if a.components and b.components and same and not a.components.same_as(b.components):
+    if a.components and b.components and a.layout == b.layout and not a.components.same_as(b.components):
         comparison.diagnose_basis(a.components, b.components)
     rows = a.rows
     plan = chunk_plan(rows, default_chunk_rows(a.shape)) if rows == b.rows else [(0, rows)]

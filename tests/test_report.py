@@ -233,6 +233,13 @@ def test_a_replay_shows_tensors_by_stages_and_layouts(made: Path, tmp_path: Path
     assert "Largest error / bound" in page.text
 
 
+def test_the_basis_is_shown_whole(diverged: dict[str, Any]) -> None:
+    entry = {"tensor": "w", "ratio": 1.25, "explained": True, "clusters": [{"first": 3, "last": 5, "s": [2.0, 1.0]}]}
+    text = Page(render_page({**diverged, "basis": [entry]})).text
+    for words in ("Basis of the decomposition", "1.25", "yes", "first 3, last 5, s 2; 1"):
+        assert words in text
+
+
 # One file, from anywhere.
 
 

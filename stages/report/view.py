@@ -308,6 +308,11 @@ def _yes(value: bool | None) -> str:
 
 
 def _value(value: Any) -> str:
-    if isinstance(value, float):
-        return number(value) if math.isfinite(value) else "-"
-    return "-" if value is None else str(value)
+    """A field's value in words, whatever it is: clusters of a basis are lists of objects."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_value(item)}" for name, item in value.items())
+    if isinstance(value, list):
+        return "; ".join(_value(item) for item in value) or "-"
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return "-"
+    return _yes(value) if isinstance(value, bool) else number(value)
