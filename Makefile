@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PIP = .venv/bin/pip --disable-pip-version-check
 
-.PHONY: demo test faults check docs bench wheel clean
+.PHONY: demo test faults check docs screenshot bench wheel clean
 
 demo: .venv/installed
 	.venv/bin/svf demo
@@ -22,6 +22,9 @@ check: .venv/dev
 docs: .venv/dev
 	.venv/bin/python docs/generate.py
 
+screenshot: .venv/dev
+	.venv/bin/python docs/screenshot.py
+
 bench: .venv/dev
 	.venv/bin/python benchmarks/replay.py
 
@@ -30,7 +33,7 @@ wheel: .venv/dev
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	$(PIP) install -q -c constraints.txt -e .
+	$(PIP) install -q -c constraints.txt -e '.[report]'
 	touch $@
 
 .venv/dev: .venv/installed

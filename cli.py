@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import functools
 import importlib
 import os
+import shlex
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -48,6 +51,7 @@ class App(typer.Typer):
     """Typer, with every expected error as one line and its documented exit code."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        STATE.words = list(args[0]) if args else sys.argv[1:]
         signal.signal(signal.SIGTERM, _terminated)
         try:
             code = super().__call__(*args, **{"prog_name": "svf", **kwargs}, standalone_mode=False)
@@ -103,6 +107,7 @@ class State:
 
     debug = False
     progress = True
+    words: list[str]  # the command line, for a report to say how to make it again
 
 
 STATE = State()
@@ -126,6 +131,9 @@ def examples(*commands: str) -> str:
     return "\b\nExamples:\n" + "\n".join(f"  {command}" for command in commands)
 
 
+Html = Annotated[
+    Path | None, typer.Option("--html", help="Write a self-contained HTML report here; needs svf[report].")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
 InPrecision = Annotated[
     Precision,
@@ -188,6 +196,26 @@ def emit(document: Any) -> None:
     from stages.jsonio import to_json
 
     print(to_json(document))
+
+
+def _before_html(html: Path | None) -> None:
+    """Refuse, before anything is computed, a report that cannot be written."""
+    if html is not None:
+        from stages.report.page import check_target
+
+        check_target(html)
+
+
+def _after(document: Any, json: bool, html: Path | None, show: Callable[[Any], None]) -> None:
+    """The document with the command that made it: its report where one is asked for, then as JSON or as text."""
+    document["command"] = shlex.join(["svf", *STATE.words])
+    if html is not None:
+        from stages.report.page import write_page
+
+        write_page(document, html)
+    emit(document) if json else show(document)
+    if html is not None and not json:
+        print(f"Report: {html}")
 
 
 @app.command(
@@ -340,6 +368,7 @@ def replay(
     strict_reference: StrictReference = False,
     timeout: Timeout = None,
     resume: Resume = False,
+    html: Html = None,
     json: Json = False,
     verdicts: Annotated[bool, typer.Option(hidden=True)] = True,
 ) -> None:
@@ -347,6 +376,7 @@ def replay(
     from stages.diff import Gates
     from stages.replay_command import ReplayCommand
 
+    _before_html(html)
     command = ReplayCommand(
         components=components,
         backend=backend.value,
@@ -367,8 +397,9 @@ def replay(
         precision=precision.value,
         timeout=timeout,
         resume=resume,
+        close_up=html is not None,
     )
-    _finish_diff(_replay(command), json)
+    _finish_diff(_replay(command), json, html)
 
 
 def _replay(command: Any) -> Any:
@@ -418,6 +449,7 @@ def forward(
     top: Annotated[int, typer.Option(min=0, help="Largest differences kept per stage.")] = 5,
     timeout: Timeout = None,
     resume: Resume = False,
+    html: Html = None,
     json: Json = False,
 ) -> None:
     """Run a Qwen checkpoint layer by layer, every intermediate named, and compare with the production model."""
@@ -432,6 +464,7 @@ def forward(
         raise UsageError(f"--precision {precision.value} rounds at every stage's boundary, --jit layer has none")
     if precision is not Precision.native and production:
         raise UsageError(f"--production computes natively; --precision {precision.value} cannot be compared with it")
+    _before_html(html)
     command = ForwardCommand(
         model=model,
         tokens=tokens,
@@ -456,10 +489,10 @@ def forward(
         timeout=timeout,
         resume=resume,
     )
-    _forward(command, json)
+    _forward(command, json, html)
 
 
-def _forward(command: Any, json: bool) -> None:
+def _forward(command: Any, json: bool, html: Path | None) -> None:
     from stages import render
     from stages.forward_command import forward_both
     from stages.forward_job import forward_one, sound
@@ -473,8 +506,8 @@ def _forward(command: Any, json: bool) -> None:
             load = lambda: load_backend(command.backend, command.device, command.precision, **options)  # noqa: E731
             document = forward_one(command, load, progress)
     if command.backend == "both":
-        _finish_diff(document, json)
-    emit(document) if json else render.forward_document(document)
+        _finish_diff(document, json, html)
+    _after(document, json, html, render.forward_document)
     raise typer.Exit(0 if sound(document) else 1)
 
 
@@ -498,13 +531,18 @@ def diff(
     strict_current_python: StrictCurrent = False,
     strict_reference: StrictReference = False,
     rerun: Rerun = True,
+    html: Html = None,
     json: Json = False,
 ) -> None:
     """Compare two recorded runs, bundles, checkpoints or reports, stage by stage; loads no framework."""
     from stages.diff import Gates
-    from stages.diff_job import diff_any
+    from stages.diff_job import diff_any, kind_of
+    from stages.errors import UsageError
     from stages.progress import Progress
 
+    if html is not None and kind_of(a) == kind_of(b) == "checkpoint":
+        raise UsageError("--html reports on stages, and checkpoints have none; leave it out")
+    _before_html(html)
     gates = Gates(strict_stage_tolerances, strict_current_python, strict_reference)
     with Progress(STATE.progress) as progress:
         document = diff_any(
@@ -517,19 +555,16 @@ def diff(
             rerun=rerun,
             progress=progress,
         )
-    _finish_diff(document, json, top=top is not None)
+    _finish_diff(document, json, html, top=top is not None)
 
 
-def _finish_diff(document: Any, json: bool, *, top: bool = False) -> None:
+def _finish_diff(document: Any, json: bool, html: Path | None = None, *, top: bool = False) -> None:
     from stages import render
     from stages.diff import EXIT_CODES as outcomes
 
-    if json:
-        emit(document)
-    elif document["schema"] == "svf.checkpoints/1":
-        render.checkpoints_document(document)
-    else:
-        render.diff_document(document, top=top)
+    checkpoints = document["schema"] == "svf.checkpoints/1"
+    show = render.checkpoints_document if checkpoints else functools.partial(render.diff_document, top=top)
+    _after(document, json, html, show)
     raise typer.Exit(outcomes[document["outcome"]])
 
 
@@ -549,6 +584,7 @@ def audit(
     components: Annotated[Path | None, typer.Option(help="Bundle with U, S and V, to judge products.")] = None,
     top: Annotated[int, typer.Option(min=0, help="Largest errors kept per stage.")] = 5,
     rerun: Rerun = True,
+    html: Html = None,
     json: Json = False,
 ) -> None:
     """Judge one dump by itself: every stage against float64, from the inputs that the dump recorded."""
@@ -556,11 +592,12 @@ def audit(
     from stages import render
     from stages.progress import Progress
 
+    _before_html(html)
     with Progress(STATE.progress) as progress:
         document = job.audit(
             dump, model=model, tokens=tokens, components=components, top=top, rerun=rerun, progress=progress
         )
-    emit(document) if json else render.audit_document(document)
+    _after(document, json, html, render.audit_document)
     raise typer.Exit(job.EXIT_CODES[document["outcome"]])
 
 
@@ -771,6 +808,27 @@ def import_(
 
 @app.command(
     epilog=examples(
+        "svf report result.json --html result.html",
+        "svf report result.json --html result.html --json",
+    )
+)
+def report(
+    result: Annotated[
+        Path, typer.Argument(help="What svf diff, audit, replay or forward printed with --json, in a file.")
+    ],
+    html: Annotated[Path, typer.Option("--html", help="New file for the report; needs svf[report].")],
+    json: Json = False,
+) -> None:
+    """Write the HTML report of a saved result; nothing is computed again."""
+    from stages import render
+    from stages.report.page import report as write
+
+    document = write(result, html)
+    emit(document) if json else render.report_document(document)
+
+
+@app.command(
+    epilog=examples(
         "svf demo",
         "svf demo --json",
     )
@@ -784,7 +842,7 @@ def demo(json: Json = False) -> None:
         document = chain.run(BOTH, progress)
     if not json:
         chain.explain(document)
-    _finish_diff(document, json)
+    _finish_diff(document, json, chain.report_file())
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from stages.bundle import stages_in
 from stages.calibration import lambdas_of
 from stages.checkpoint import Checkpoint, open_checkpoint
 from stages.compare import judge_chunk, residual_bound
+from stages.culprit_data import ORACLE, chosen_row, culprit_data, oracle_pieces
 from stages.errors import InputError, NotFoundError, UsageError, shown
 from stages.foreign import open_foreign
 from stages.forward_dump import Place, forward_key, is_forward_dump
@@ -28,6 +29,7 @@ from stages.forward_judge import (
     oracles_of,
     order_of,
     part,
+    pieces_of,
     stage_of,
     why_unjudged,
 )
@@ -119,7 +121,20 @@ def _audit_forward(run: ForwardRun, model: str | None, top: int, rerun: bool, pr
         return explain_place(place, run, run.side.read(place)) if row["ratio"] is not None else None
 
     facts = {**run.side.facts, **({"model": model} if model else {})}
-    return document(rows, run.side.label, facts, kind="forward", explain=explain)
+    result = document(rows, run.side.label, facts, kind="forward", explain=explain)
+    return {**result, "culprit_data": _forward_data(result, run)}
+
+
+def _forward_data(result: Mapping[str, Any], run: ForwardRun) -> dict[str, Any] | None:
+    """A close look at the culprit, against what is correctly rounded."""
+    chosen = chosen_row(result)
+    place = (chosen[0]["layer"], chosen[0]["stage"]) if chosen else None
+    if chosen is None or place not in run.side.places or why_unjudged(place, run) is not None:
+        return None
+    assert run.path is not None
+    observed, axes = run.side.read(place), stage_of(run.path, place).shape
+    pieces = pieces_of(place, run, observed)
+    return culprit_data(*chosen, pieces, shape=observed.shape, axes=axes, labels=(ORACLE, "recorded"))
 
 
 def _promised(run: ForwardRun) -> set[Place]:
@@ -174,7 +189,11 @@ def _audit_replay(
     rows = [row for tensor in audits for row in tensor.rows()]
     if rerun:
         settle(rows, Recorded(path, side.backend, side.facts, source=components))
-    return document(rows, side.label, side.facts, kind="replay", zero_offset=[t.zero_offset() for t in audits])
+    zero_offset = [t.zero_offset() for t in audits]
+    result = document(rows, side.label, side.facts, kind="replay", zero_offset=zero_offset)
+    chosen = chosen_row(result)
+    of = next((t for t in audits if chosen and t.tensor.source_name == chosen[0]["tensor"]), None)
+    return {**result, "culprit_data": of.culprit_data(*chosen) if chosen and of else None}
 
 
 class _TensorAudit:
@@ -230,6 +249,18 @@ class _TensorAudit:
         else:
             return chunk
         return Chunk(chunk.start, chunk.stop, chunk.values, chunk.shared, {**chunk.params, "source": source})
+
+    def culprit_data(self, row: Mapping[str, Any], why: str) -> dict[str, Any] | None:
+        """A close look at one stage, against what is correctly rounded."""
+        stage = REPLAY[row["stage"]]
+        judged = self.judged.get(stage.name)
+        if judged is None or not judged.difference.count:
+            return None
+        plan = chunk_plan(self.tensor.rows, default_chunk_rows(self.tensor.shape))
+        chunks = (self._with_source(chunk) for chunk in self.tensor.chunks(plan))
+        pieces = oracle_pieces(chunks, stage, self.options, int(self.tensor.turned(stage.name)))
+        shape, labels = self.tensor.stage_shape(stage.name), (ORACLE, "recorded")
+        return culprit_data(row, why, pieces, shape=shape, axes=stage.shape, labels=labels)
 
     def _source_is_known(self) -> bool:
         """Whether the recorded source is, by its sha256, the one that the components were made from."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from stages.defaults import cache_folder
 from stages.progress import Progress
 from stages.replay_command import ReplayCommand, replay_both
+from stages.report.page import HOW_TO_GET, missing_libraries
 
 
 def run(backends: Sequence[str], progress: Progress) -> dict[str, Any]:
@@ -30,6 +33,11 @@ def run(backends: Sequence[str], progress: Progress) -> dict[str, Any]:
     return replay_both(command, backends, progress)
 
 
+def report_file() -> Path | None:
+    """Where the demo's HTML report goes, over that of an earlier demo; None without the libraries it needs."""
+    return None if missing_libraries() else cache_folder() / "demo.html"
+
+
 def explain(document: Mapping[str, Any]) -> None:
     """What the table below means."""
     names = sorted({row["tensor"] for row in document["rows"]})
@@ -43,3 +51,5 @@ from its own inputs, against float64 and a rounding-error bound:
 Of the layouts of V, only the right one gives the weights back when the offsets are zero.
 """
     )
+    if missing_libraries():
+        print(f"For an HTML report of this: {HOW_TO_GET}\n")

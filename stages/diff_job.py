@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from stages.calibration import lambdas_of
 from stages.checkpoint import CONFIG, open_checkpoint
 from stages.checkpoint_diff import diff_checkpoints
 from stages.compare import TensorComparison, empty_row
+from stages.culprit_data import ORACLE, Piece, against_oracle, chosen_row, culprit_data, oracle_pieces
 from stages.dump import MANIFEST_FILE
 from stages.errors import InputError, UsageError
 from stages.forward_diff import diff_forward
@@ -63,7 +64,7 @@ def diff_recorded(
                 comparisons.append(_compare(key, one, other, top, lambdas, progress))
         if gates is not None and gates.current_python and gates.current is None:
             gates = _gates_of_pair(gates, [row for c in comparisons for row in c.rows()] + hash_rows)
-        return diff.document(
+        document = diff.document(
             comparisons,
             diff.side(a.label, a.facts, runs[0]),
             diff.side(b.label, b.facts, runs[1]),
@@ -72,6 +73,7 @@ def diff_recorded(
             more_rows=hash_rows,
             settle=lambda rows: _settle(rows, {"a": a, "b": b}, components) if rerun else None,
         )
+        return {**document, "culprit_data": _culprit_data(document, a, b)}
 
 
 def _settle(rows: Sequence[dict[str, Any]], sides: Mapping[str, Side], components: Path | None) -> None:
@@ -158,15 +160,11 @@ def _compare(
 ) -> TensorComparison:
     known = a or b
     assert known is not None
-    # Two sides that contracted V alike are judged by what they did; otherwise by what the components declare.
-    same = a is None or b is None or a.layout == b.layout
-    declared = known.components.entry.layout if known.components else known.layout
-    options = {"layout": known.layout if same else declared, "transpose": known.transpose}
-    comparison = TensorComparison(known.source_name, key, options, top=top, lambdas=lambdas)
+    comparison = TensorComparison(known.source_name, key, _options(a, b), top=top, lambdas=lambdas)
     comparison.expect(set(a.stages) if a else set(), set(b.stages) if b else set())
     if a is None or b is None:
         return comparison
-    if a.components and b.components and same and not a.components.same_as(b.components):
+    if a.components and b.components and a.layout == b.layout and not a.components.same_as(b.components):
         comparison.diagnose_basis(a.components, b.components)
     rows = a.rows
     plan = chunk_plan(rows, default_chunk_rows(a.shape)) if rows == b.rows else [(0, rows)]
@@ -174,6 +172,49 @@ def _compare(
         comparison.add(one, other)
         progress(known.source_name, one.stop / rows)
     return comparison
+
+
+def _options(a: SideTensor | None, b: SideTensor | None) -> dict[str, Any]:
+    """What the oracle computes.
+
+    Two sides that contracted V alike are judged by what they did; otherwise by what the components declare.
+    """
+    known = a or b
+    assert known is not None
+    same = a is None or b is None or a.layout == b.layout
+    declared = known.components.entry.layout if known.components else known.layout
+    return {"layout": known.layout if same else declared, "transpose": known.transpose}
+
+
+def _culprit_data(document: Mapping[str, Any], a: Side, b: Side) -> dict[str, Any] | None:
+    """A close look at the culprit; None where a side has no elements of it."""
+    chosen = chosen_row(document)
+    if chosen is None or chosen[0]["stage"] not in REPLAY:
+        return None
+    stage = REPLAY[chosen[0]["stage"]]
+    key = chosen[0]["key"].removeprefix("tensor.").rpartition(".")[0]
+    one, other = a.tensors.get(key), b.tensors.get(key)
+    if one is None or other is None or stage.name not in one.stages or stage.name not in other.stages:
+        return None
+    shapes = [tensor.stage_shape(stage.name) for tensor in (one, other)]
+    if shapes[0] != shapes[1] or len(shapes[0]) != len(stage.shape.split()):
+        return None
+    side = against_oracle(*chosen)
+    if side is None:
+        return culprit_data(*chosen, _pieces(one, other, stage), shape=shapes[0], axes=stage.shape)
+    tensor = one if side == "a" else other
+    chunks = tensor.chunks(chunk_plan(tensor.rows, default_chunk_rows(tensor.shape)))
+    pieces = oracle_pieces(chunks, stage, _options(one, other), int(tensor.turned(stage.name)))
+    return culprit_data(*chosen, pieces, shape=shapes[0], axes=stage.shape, labels=(ORACLE, side))
+
+
+def _pieces(a: SideTensor, b: SideTensor, stage: Stage) -> Iterator[Piece]:
+    """One stage of both sides, as many rows at a time as a comparison takes."""
+    axis = int(a.turned(stage.name))
+    rows = a.stage_shape(stage.name)[axis]
+    for start, stop in chunk_plan(rows, default_chunk_rows(a.shape)) if stage.by_rows else [(0, rows)]:
+        x, y = (file.read(key, start, stop, axis) for file, key in (a.stages[stage.name], b.stages[stage.name]))
+        yield Piece(x, y, start, axis)
 
 
 def _hashes_only(tensor: SideTensor) -> bool:

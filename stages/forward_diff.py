@@ -12,10 +12,11 @@ import numpy as np
 from stages import diff, stats
 from stages.checkpoint import Checkpoint
 from stages.compare import row_verdict, side_fields
+from stages.culprit_data import ORACLE, Piece, against_oracle, chosen_row, culprit_data
 from stages.errors import InputError, shown
 from stages.forward import parameter_name
 from stages.forward_dump import ForwardSide, Place, forward_key
-from stages.forward_judge import ForwardRun, explain_place, judge_place, open_run, order_of
+from stages.forward_judge import ForwardRun, explain_place, judge_place, open_run, order_of, pieces_of, stage_of
 from stages.metrics import Difference
 from stages.rerun import recorded_of, settle
 from stages.verdict import Verdict
@@ -57,7 +58,7 @@ def diff_forward(
                 )
         for letter, run in (("a", a), ("b", b)) if rerun else ():
             settle(rows, recorded_of(run, model), letter)
-        return diff.finish(
+        document = diff.finish(
             rows,
             diff.side(a.side.label, a.side.facts, runs[0]),
             diff.side(b.side.label, b.side.facts, runs[1]),
@@ -72,6 +73,7 @@ def diff_forward(
                 "amplification": amplification(rows),
             },
         )
+        return {**document, "culprit_data": _culprit_data(document, a, b)}
 
 
 def check_comparable(a: ForwardRun, b: ForwardRun) -> None:
@@ -157,6 +159,23 @@ def _row(place: Place, a: ForwardRun, b: ForwardRun, top: int) -> dict[str, Any]
         **d.result(),
         **({"verdict": Verdict.BUG.value, "note": other_weights} if other_weights else {}),
     }
+
+
+def _culprit_data(document: Mapping[str, Any], a: ForwardRun, b: ForwardRun) -> dict[str, Any] | None:
+    """A close look at the culprit; None where a side lacks it, or holds it in another shape."""
+    chosen = chosen_row(document)
+    if chosen is None or chosen[0]["verdict"] in (Verdict.MISSING, Verdict.EXTRA):
+        return None
+    place, side = (chosen[0]["layer"], chosen[0]["stage"]), against_oracle(*chosen)
+    x, y = a.side.read(place), b.side.read(place)
+    axes = stage_of(a.path, place).shape if a.path and b.path else ""
+    if side is not None:
+        run, array = {"a": (a, x), "b": (b, y)}[side]
+        pieces = pieces_of(place, run, array)
+        return culprit_data(*chosen, pieces, shape=array.shape, axes=axes, labels=(ORACLE, side))
+    if not axes:
+        x, y = _flat(x, y), _flat(y, x)
+    return culprit_data(*chosen, [Piece(x, y)], shape=x.shape, axes=axes)
 
 
 def _explain(row: Mapping[str, Any], run: ForwardRun) -> str | None:

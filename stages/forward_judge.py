@@ -17,6 +17,7 @@ from stages.aprt import is_aprt_tree
 from stages.backend import Weights
 from stages.calibration import lambdas_of
 from stages.checkpoint import Checkpoint, open_checkpoint
+from stages.culprit_data import Piece
 from stages.errors import InputError, NotFoundError, UsageError, shown
 from stages.forward import ALIASES, RUN_PARAMS, declare, forward_path, parameter_name, producers, stage_shape
 from stages.forward_dump import AprtSide, ForwardSide, Place, forward_key
@@ -192,6 +193,12 @@ def oracles_of(place: Place, run: ForwardRun, observed: np.ndarray) -> Iterator[
         inputs = {name: array[-len(observed) :] if name in stage.inputs else array for name, array in inputs.items()}
     with np.errstate(all="ignore"):  # a NaN among the inputs is their own row's verdict
         yield from oracles(run.path, run.config, stage, inputs, _weights_of(run), place[0], run.lambdas)
+
+
+def pieces_of(place: Place, run: ForwardRun, observed: np.ndarray) -> Iterator[Piece]:
+    """A recorded stage against what is correctly rounded from its own recorded inputs."""
+    for columns, oracle in oracles_of(place, run, observed):
+        yield Piece(oracle.rounded, part(observed, columns), columns.start or 0, observed.ndim - 1)
 
 
 def judge_place(place: Place, run: ForwardRun, observed: np.ndarray) -> SideVerdict | None:

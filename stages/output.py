@@ -60,6 +60,25 @@ def _existing_folder(path: str | os.PathLike[str]) -> Path:
     return folder
 
 
+def prepare_file(path: str | os.PathLike[str]) -> Path:
+    """`path`, where a new file can be written. `OutputError` when something is there, or it cannot be written.
+
+    Nothing that exists is changed.
+    """
+    file = Path(path)
+    try:
+        if os.path.lexists(file):
+            raise OutputError(f"{file}: exists; name a new file, or remove this one")
+        if not file.name or not file.parent.is_dir():
+            raise OutputError(f"{file}: its folder does not exist, or it names no file")
+        _probe(file.parent)
+    except OSError as error:
+        raise OutputError(f"{file}: cannot be written: {error.strerror}") from None
+    except ValueError as error:  # a NUL byte in the name never reaches the system
+        raise OutputError(f"{str(file)!r}: is not a path: {error}") from None
+    return file
+
+
 @contextmanager
 def _told(folder: Path) -> Iterator[None]:
     """The system's refusals as one line."""

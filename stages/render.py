@@ -148,7 +148,7 @@ def _forward_view(document: Mapping[str, Any], out: Console) -> None:
     for letter in ("a", "b"):
         run = document[letter].get("run")
         if run:
-            out.print(f"{letter}: {_production_line(run)}", soft_wrap=True, markup=False)
+            out.print(f"{letter}: {production_line(run)}", soft_wrap=True, markup=False)
 
 
 def _grid(rows: Sequence[Mapping[str, Any]], out: Console) -> None:
@@ -185,7 +185,7 @@ def _cell(row: Mapping[str, Any] | None, first: str | None) -> str:
     return f"{math.floor(math.log10(relative))}{mark}" if math.isfinite(relative) else f"inf{mark}"
 
 
-def _production_line(run: Mapping[str, Any]) -> str:
+def production_line(run: Mapping[str, Any]) -> str:
     """What the comparison with the production model showed, in one line."""
     production = run["production"]
     if not production["ran"]:
@@ -215,7 +215,7 @@ def forward_document(document: Mapping[str, Any]) -> None:
     if document["generated"] is not None:
         out.print(f"Generated: {document['generated']}")
     _precision_lines(document, out)
-    out.print(_production_line(document), markup=False, soft_wrap=True)
+    out.print(production_line(document), markup=False, soft_wrap=True)
     repeated = document["deterministic"]
     if repeated is not None:
         first = f", first at {repeated['first']}" if repeated["first"] else ""
@@ -378,6 +378,11 @@ def calibrate_document(document: Mapping[str, Any]) -> None:
             out.print(f"[bold red]FAULTY[/]  {escape(fault)}; not kept, the shipped constants hold", soft_wrap=True)
         if backend["file"]:
             out.print(f"[bold green]CALIBRATED[/]  kept in {escape(backend['file'])}", soft_wrap=True)
+
+
+def report_document(document: Mapping[str, Any]) -> None:
+    """What `svf report` wrote."""
+    console().print(f"Report: {document['out']} ({document['bytes']:,} bytes)", markup=False, soft_wrap=True)
 
 
 def decompose_document(document: Mapping[str, Any]) -> None:

@@ -48,6 +48,7 @@ class ReplayCommand:
     precision: str = "native"
     timeout: float | None = None
     resume: bool = False
+    close_up: bool = False
 
 
 def with_source(command: ReplayCommand, progress: Progress) -> ReplayCommand:
@@ -105,6 +106,7 @@ def replay_one(command: ReplayCommand, backend: Callable[[], Backend], progress:
         out=command.out,
         top=command.top,
         verdicts=command.verdicts,
+        close_up=command.close_up,
         gates=gates,
         resume=command.resume,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from stages.bundle import Bundle, BundleEntry, RecordedStages
 from stages.calibration import facts_of, lambdas_of
 from stages.checkpoint import Checkpoint, open_checkpoint
 from stages.compare import TensorComparison, empty_row
+from stages.culprit_data import ORACLE, Piece, against_oracle, chosen_row, culprit_data, oracle_pieces
 from stages.dump import ReplayDump
 from stages.errors import InputError, UsageError, shown
 from stages.layouts import LAYOUTS
@@ -47,6 +48,7 @@ class ReplayOptions:
     out: Path | None = None
     top: int = 5
     verdicts: bool = True
+    close_up: bool = False  # whether to replay the culprit's tensor once more, for a report's figures
     gates: diff.Gates = field(default_factory=diff.Gates)
     resume: bool = False
 
@@ -180,7 +182,36 @@ class ReplayJob:
             check_declared_layout(entry, task)
         replayer = Replayer(backend)
         runs = tuple(self._run_layout(replayer, layout, tasks[layout], progress) for layout in self.options.layouts)
-        return ReplayResult(self._document(backend, runs), runs, self.entries)
+        document = self._document(backend, runs)
+        if self.options.close_up:
+            document["culprit_data"] = self._culprit_data(replayer, document)
+        return ReplayResult(document, runs, self.entries)
+
+    def _culprit_data(self, replayer: Replayer, document: Mapping[str, Any]) -> dict[str, Any] | None:
+        """A close look at the culprit, whose tensor is replayed once more: results are not kept."""
+        chosen = chosen_row(document)
+        entry = next((e for e in self.entries if chosen and e.source_name == chosen[0]["tensor"]), None)
+        side = self.recorded_side(entry) if entry else None
+        if chosen is None or entry is None or side is None or chosen[0]["verdict"] == Verdict.SHAPE:
+            return None
+        stage, layout = REPLAY[chosen[0]["stage"]], self.options.layout
+        if stage.name not in side.stages:
+            return None
+        task = self.task(entry, "declared" if layout == "all" else layout)
+        rows = self.options.chunk_rows or default_chunk_rows(task.shape)
+        recorded, axis = side.chunks(chunk_plan(task.shape[0], rows)), task.row_axis(stage)
+        shape, wrong = task.stage_shape(stage), against_oracle(*chosen)
+        if wrong is not None:
+            oracle = {"layout": entry.layout, "transpose": task.transpose}
+            chunks = recorded if wrong == "a" else replayer.run(task, rows)
+            pieces = oracle_pieces(chunks, stage, oracle, axis)
+            return culprit_data(*chosen, pieces, shape=shape, axes=stage.shape, labels=(ORACLE, wrong))
+        pieces = (
+            Piece(before.values[stage.name], now.values[stage.name], now.start if stage.by_rows else 0, axis)
+            for before, now in zip(recorded, replayer.run(task, rows), strict=True)
+            if stage.name in now.values
+        )
+        return culprit_data(*chosen, pieces, shape=shape, axes=stage.shape)
 
     def _run_layout(
         self, replayer: Replayer, layout: str, tasks: Sequence[ReplayTask], progress: Progress

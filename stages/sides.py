@@ -38,14 +38,14 @@ class SideTensor:
         """Rows of the weight, from any stage that has them."""
         for name, (file, key) in self.stages.items():
             if REPLAY[name].by_rows:
-                return file.info(key).shape[int(self._turned(name))]
+                return file.info(key).shape[int(self.turned(name))]
         return 1
 
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and columns of the weight; columns are 1 when no stage tells."""
         for name, (file, key) in self.stages.items():
-            if REPLAY[name].shape == "rows cols" and not self._turned(name):
+            if REPLAY[name].shape == "rows cols" and not self.turned(name):
                 return self.rows, file.info(key).shape[1]
         return self.rows, 1
 
@@ -58,7 +58,13 @@ class SideTensor:
         file, key = self.stages[stage]
         return file.sha256(key)
 
-    def _turned(self, stage: str) -> bool:
+    def stage_shape(self, stage: str) -> tuple[int, ...]:
+        """Shape of a recorded stage."""
+        file, key = self.stages[stage]
+        return file.info(key).shape
+
+    def turned(self, stage: str) -> bool:
+        """Whether a stage is recorded transposed: rows of the weight on axis 1."""
         return self.transpose and stage.startswith("final_")
 
     def chunks(self, plan: list[tuple[int, int]]) -> Iterator[Chunk]:
@@ -70,7 +76,7 @@ class SideTensor:
         for i, (start, stop) in enumerate(plan):
             values = dict(shared) if i == 0 else {}
             for name, (file, key) in self.stages.items():
-                axis = int(self._turned(name))
+                axis = int(self.turned(name))
                 if REPLAY[name].by_rows and file.info(key).shape[axis : axis + 1] == (rows,):
                     values[name] = file.read(key, start, stop, axis)
                 elif REPLAY[name].by_rows and i == 0:  # of another shape than its neighbours: shown whole, once

@@ -35,7 +35,12 @@ class Shown:
 
     @property
     def words(self) -> list[str]:
-        return shlex.split(self.line)[1:]
+        return shlex.split(self.line.partition(" > ")[0])[1:]
+
+    @property
+    def target(self) -> str:
+        """The file that stdout goes to; empty for none."""
+        return self.line.partition(" > ")[2]
 
 
 def commands(text: str) -> list[Shown]:
@@ -77,9 +82,12 @@ def test_every_command_of_a_page_runs(
             assert "device" in done.error
             continue
         assert done.code == command.code, f"{command.line}\n{done.out[-500:]}\n{done.err}"
+        if command.target:
+            Path(command.target).write_text(done.out)
 
 
 def test_commands_are_found() -> None:
+    assert (commands("    svf a > b.json\n")[0].words, commands("    svf a > b.json\n")[0].target) == (["a"], "b.json")
     page = "x\n    svf a --b \\\n      c   # exits 1\n    $ svf d\n    svf is a tool\n`svf e`\n```\n$ svf f\n```\n"
     assert [(c.words, c.code) for c in commands(page)][:2] == [(["a", "--b", "c"], 1), (["d"], 0)]
     assert commands(page)[-1].words == ["f"]

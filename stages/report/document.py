@@ -1,0 +1,40 @@
+"""The documents a report is made from: which schemas, and their texts made safe to show."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from stages.errors import InputError, shown
+from stages.jsonio import read_object, to_json
+
+DIFF, AUDIT, FORWARD = SCHEMAS = ("svf.diff/1", "svf.audit/1", "svf.forward/1")
+# A longer text is no name; a verdict sentence with a hint has some 300 characters.
+_LONGEST = 2_000
+
+
+def read_document(path: Path) -> dict[str, Any]:
+    """A saved document; `InputError` when it is of a schema that has no report."""
+    document = read_object(path)
+    if document.get("schema") not in SCHEMAS:
+        raise InputError(
+            f"{path}: schema is {shown(document.get('schema'))}, expected {', '.join(SCHEMAS)}; save what --json prints"
+        )
+    return document
+
+
+def printable(document: Any) -> Any:
+    """A document as it comes back from JSON, every text in it printable: control characters and bidi overrides escaped.
+
+    So a report of a run is, byte for byte, the report of its saved document, and no name can reorder or end a line.
+    """
+    return _printable(json.loads(to_json(document)))
+
+
+def _printable(value: Any) -> Any:
+    if isinstance(value, str):
+        return shown(value, _LONGEST)
+    if isinstance(value, dict):
+        return {shown(key, _LONGEST): _printable(item) for key, item in value.items()}
+    return [_printable(item) for item in value] if isinstance(value, list) else value
