@@ -13,6 +13,7 @@ from stages.hints import Case, explain
 from stages.layouts import LAYOUTS
 from stages.metrics import Difference, PairHash, Residual
 from stages.noise import Noise, residual_bound
+from stages.promise import hold_to
 from stages.replay import REPLAY
 from stages.replay_run import Chunk
 from stages.selection import layer_of
@@ -57,10 +58,21 @@ class ChunkCheck:
 class TensorComparison:
     """Both sides of one tensor; feed it chunks of the same rows, then ask for rows.
 
-    `options` say what the oracle computes (layout, transpose). `verdicts=False` skips the oracle.
+    `options` say what the oracle computes (layout, transpose). `verdicts=False` skips the oracle. `precisions` are
+    a's and b's: what was computed in more than native is held to what that promises.
     """
 
-    def __init__(self, source_name: str, key: str, options: Mapping[str, Any], *, top: int = 5, verdicts: bool = True):
+    def __init__(
+        self,
+        source_name: str,
+        key: str,
+        options: Mapping[str, Any],
+        *,
+        top: int = 5,
+        verdicts: bool = True,
+        precisions: tuple[str | None, str | None] = (None, None),
+    ):
+        self.precisions = precisions
         self.source_name, self.key, self.options = source_name, key, options
         self.verdicts, self.top = verdicts, top
         self.stages: dict[str, StageComparison] = {}
@@ -126,11 +138,11 @@ class TensorComparison:
         try:
             if arguments_a is not None:
                 oracle = consult(row.stage, arguments_a, options)
-                row.side_a = judge_chunk(row.side_a, oracle, a.values[row.stage.name])
+                row.side_a = judge_chunk(row.side_a, oracle, a.values[row.stage.name], self.precisions[0])
             if arguments_b is not None:
                 if oracle is None or arguments_a is None or not _same(arguments_a, arguments_b):
                     oracle = consult(row.stage, arguments_b, options)
-                row.side_b = judge_chunk(row.side_b, oracle, b.values[row.stage.name])
+                row.side_b = judge_chunk(row.side_b, oracle, b.values[row.stage.name], self.precisions[1])
         except ValueError as error:  # numpy's, for operands whose shapes do not go together
             row.shape_note = f"its recorded inputs do not fit each other: {error}"
 
@@ -192,13 +204,22 @@ class TensorComparison:
 
 
 def judge_chunk(
-    verdict: SideVerdict | None, oracle: Oracle, observed: np.ndarray, *, explained: bool = True
+    verdict: SideVerdict | None,
+    oracle: Oracle,
+    observed: np.ndarray,
+    precision: str | None = None,
+    *,
+    explained: bool = True,
 ) -> SideVerdict:
-    """The verdict on a side's stage with one chunk more; the first one that fails without a reason is explained."""
+    """The verdict on a side's stage with one chunk more; the first one that fails without a reason is explained.
+
+    `precision` is what the side was computed in.
+    """
     verdict = verdict or SideVerdict()
     failed = verdict.add(oracle, observed) in (Verdict.BUG, Verdict.SUSPECT)
     if failed and explained and verdict.hint is None:
         verdict.hint = explain(Case(oracle, observed))
+    hold_to(verdict, precision, oracle, observed)
     return verdict
 
 
@@ -223,6 +244,8 @@ def side_fields(a: SideVerdict | None, b: SideVerdict | None) -> dict[str, Any]:
         "ratio_b": b.ratio if b else None,
         "hint_a": a.hint if a else None,
         "hint_b": b.hint if b else None,
+        "rule_a": a.rule if a else None,
+        "rule_b": b.rule if b else None,
     }
 
 

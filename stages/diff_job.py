@@ -16,6 +16,7 @@ from stages.dump import MANIFEST_FILE
 from stages.errors import InputError, UsageError
 from stages.forward_diff import diff_forward
 from stages.forward_dump import is_forward_dump
+from stages.promise import require_precision
 from stages.replay import REPLAY
 from stages.replay_run import chunk_plan, default_chunk_rows
 from stages.sides import Side, SideTensor, check_comparable, open_side, pair_samples
@@ -54,7 +55,8 @@ def diff_recorded(
             if one and other and (_hashes_only(one) or _hashes_only(other)):
                 hash_rows += _hash_rows(key, one, other)
             else:
-                comparisons.append(_compare(key, one, other, top, progress))
+                comparison = _compare(key, one, other, top, progress, (a.precision, b.precision))
+                comparisons.append(comparison)
         if gates is not None and gates.current_python and gates.current is None:
             gates = _gates_of_pair(gates, [row for c in comparisons for row in c.rows()] + hash_rows)
         return diff.document(
@@ -73,11 +75,16 @@ def diff_any(
     *,
     components: Path | None,
     model: str | None = None,
+    precision: str | None = None,
     top: int,
     gates: diff.Gates,
     progress: Progress,
 ) -> dict[str, Any]:
-    """The document of two things of one kind: recorded replays, forward dumps, APRT, checkpoints or reports."""
+    """The document of two things of one kind: recorded replays, forward dumps, APRT, checkpoints or reports.
+
+    `precision` is what both must have been computed in; None: whatever they tell.
+    """
+    require_precision(precision, path_a, path_b)
     kinds = {kind_of(path_a), kind_of(path_b)}
     if kinds == {"report"}:
         return diff_reports(path_a, path_b, gates)
@@ -133,14 +140,21 @@ def _turned(side: Side) -> bool:
     return any(tensor.transpose for tensor in side.tensors.values())
 
 
-def _compare(key: str, a: SideTensor | None, b: SideTensor | None, top: int, progress: Progress) -> TensorComparison:
+def _compare(
+    key: str,
+    a: SideTensor | None,
+    b: SideTensor | None,
+    top: int,
+    progress: Progress,
+    precisions: tuple[str | None, str | None],
+) -> TensorComparison:
     known = a or b
     assert known is not None
     # Two sides that contracted V alike are judged by what they did; otherwise by what the components declare.
     same = a is None or b is None or a.layout == b.layout
     declared = known.components.entry.layout if known.components else known.layout
     options = {"layout": known.layout if same else declared, "transpose": known.transpose}
-    comparison = TensorComparison(known.source_name, key, options, top=top)
+    comparison = TensorComparison(known.source_name, key, options, top=top, precisions=precisions)
     comparison.expect(set(a.stages) if a else set(), set(b.stages) if b else set())
     if a is None or b is None:
         return comparison

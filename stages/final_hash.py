@@ -132,8 +132,8 @@ def account(
         "recorded_sha256": recorded,
         "source": None,
         **dict.fromkeys(vars(Departure())),
-        "note": f"The recorded hash {recorded[:12]} is not reached, and its elements are not to be had{unlike}: how many "
-        "differ is not known.",
+        "note": f"The recorded hash {recorded[:12]} is not reached, and its elements are not to be had{unlike}: "
+        "how many differ is not known.",
     }
 
 

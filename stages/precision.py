@@ -27,7 +27,9 @@ MODES = (NATIVE, REFERENCE, EXACT)
 LINEAR = frozenset(name for name in DTYPES if NOISE[name] is Noise.PRODUCT)
 # Bytes of weights in float64 at a time. They stay in the cache and in memory that is used again: clearing the pages
 # of a whole weight's copy takes longer than the product with 16 tokens (docs/findings/precision.md).
-BLOCK_BYTES = 4 << 20
+BLOCK_BYTES = 16 << 20
+# And at least this many times the bytes of the input, which every block reads.
+BLOCK_INPUTS = 4
 
 
 @dataclass
@@ -122,13 +124,12 @@ class PreciseBackend:
         x, *params = arguments
         wide = _widened(x)
         out = np.empty((len(x), sum(len(p) for p in params if p.ndim == 2)), dtype)
-        for rows, columns in linear_blocks(params, max(BLOCK_BYTES, 4 * wide.nbytes)):
+        for rows, columns in linear_blocks(params, max(BLOCK_BYTES, BLOCK_INPUTS * wide.nbytes)):
             value = self._wide_value(name, (wide, *self._widened_again(rows)), options, dtype)
-            part, start = self._rounded(name, value, (x, *rows), options, dtype), 0
-            for columns_of_one in columns:
-                size = columns_of_one.stop - columns_of_one.start
-                out[:, columns_of_one] = part[:, start : start + size]
-                start += size
+            part = self._rounded(name, value, (x, *rows), options, dtype)
+            ends = np.cumsum([c.stop - c.start for c in columns])[:-1]
+            for place, joined in zip(columns, np.split(part, ends, axis=1), strict=True):
+                out[:, place] = joined
         return out
 
     def _rounded(
@@ -183,13 +184,17 @@ class PreciseBackend:
 def linear_blocks(params: Sequence[np.ndarray], limit: int) -> Iterator[tuple[list[np.ndarray], list[slice]]]:
     """Rows of a linear stage's weights and biases, `limit` bytes of float64 at a time; the columns these give."""
     lengths = [len(array) for array in params]
-    firsts = np.cumsum([0, *(len(array) for array in params if array.ndim == 2)]).tolist()
+    firsts = np.cumsum([0, *(len(array) for array in params if array.ndim == 2)]).tolist()[:-1]
     count = max(1, min(-(-8 * sum(array.size for array in params) // limit), min(lengths) // 8))
     for block in range(count):
-        # Multiples of 8 rows, so that a weight's blocks have two shapes at most: XLA compiles for each.
-        ends = [(n * block // count // 8 * 8, n if block + 1 == count else n * (block + 1) // count // 8 * 8) for n in lengths]
-        rows = [array[start:stop] for array, (start, stop) in zip(params, ends, strict=True)]
-        yield rows, [slice(first + start, first + stop) for first, (start, stop) in zip(firsts[:-1], ends, strict=False)]
+        spans = [(_cut(n, block, count), _cut(n, block + 1, count)) for n in lengths]
+        rows = [array[start:stop] for array, (start, stop) in zip(params, spans, strict=True)]
+        yield rows, [slice(at + start, at + stop) for at, (start, stop) in zip(firsts, spans, strict=False)]
+
+
+def _cut(length: int, block: int, count: int) -> int:
+    """Where block `block` of `count` begins: at multiples of 8 rows, for few shapes, as XLA compiles for each."""
+    return length if block == count else length * block // count // 8 * 8
 
 
 def boundary_dtype(name: str, arguments: Sequence[np.ndarray], options: Mapping[str, Any]) -> np.dtype:

@@ -172,8 +172,12 @@ def _arguments(command: ReplayCommand, name: str) -> list[str]:
     arguments += ["--dump", "full", "--device", command.device, "--top", str(command.top), "--json"]
     arguments += ["--precision", command.precision]
     arguments += ["--no-verdicts"]  # the parent judges both dumps
-    report = command.reference_report  # a child says why its hash is not the recorded one
-    for flag, value in (("--model", command.model), ("--chunk-rows", command.chunk_rows), ("--reference-report", report)):
+    files = (
+        ("--model", command.model),
+        ("--chunk-rows", command.chunk_rows),
+        ("--reference-report", command.reference_report),  # a child says why its hash is not the recorded one
+    )
+    for flag, value in files:
         arguments += [flag, str(value)] if value is not None else []
     for flag, given in (
         ("--source-from-stage", command.source_from_stage),

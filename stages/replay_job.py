@@ -223,7 +223,12 @@ class ReplayJob:
         # The oracle computes what the bundle declares, so that a wrong --layout shows as wrong.
         oracle = {"layout": entry.layout, "transpose": task.transpose}
         comparison = TensorComparison(
-            entry.source_name, safe_key(entry.source_name), oracle, top=self.options.top, verdicts=self.options.verdicts
+            entry.source_name,
+            safe_key(entry.source_name),
+            oracle,
+            top=self.options.top,
+            verdicts=self.options.verdicts,
+            precisions=(None, precision_fields(replayer.backend)["precision"]),
         )
         comparison.expect(set(side.stages) if side else set(), set(REPLAY))
         recorded = side.chunks(plan) if side else iter([Chunk(a, z, {}, {}, {}) for a, z in plan])
@@ -243,7 +248,7 @@ class ReplayJob:
         return FinalHash(self._is_sample(entry) and self.sample_turned and not task.transpose, task.transpose)
 
     def _account(self, backend: Backend, main: LayoutRun) -> dict[str, Any] | None:
-        """Why a run in float64 did not reach the hash that the reference side recorded; None where that is no question."""
+        """Why a run in float64 did not reach the recorded hash; None where that is no question."""
         recorded, entry = self.options.gates.current, next((e for e in self.entries if self._is_sample(e)), None)
         unreached = main.sample_sha256 is not None and main.sample_sha256 != recorded
         if not isinstance(backend, PreciseBackend) or recorded is None or entry is None or not unreached:

@@ -107,12 +107,14 @@ def consult(stage: Stage, arguments: tuple[np.ndarray, ...], options: Mapping[st
 class SideVerdict:
     """Verdict of one side on one stage, over all chunks added; `ratio` is the largest error / bound.
 
-    `hint` says what is known of the reason for the verdict: of `precision`, in which way bits were lost.
+    `hint` says what is known of the reason for the verdict: of `precision`, in which way bits were lost; `rule`, what
+    a side's own precision promises (promise.py).
     """
 
     verdict: Verdict = Verdict.EXACT
     ratio: float = 0.0
     hint: str | None = None
+    rule: str | None = None
 
     def add(self, oracle: Oracle, observed: np.ndarray) -> Verdict:
         """Judge one chunk, and return its verdict; where it is beyond its bound, ask whether only bits were lost."""
