@@ -526,6 +526,9 @@ def diff(
     b: Annotated[Path, typer.Argument(help="The other one.")],
     components: Annotated[Path | None, typer.Option(help="Bundle with U, S and V, to judge products.")] = None,
     model: Annotated[str | None, typer.Option(help="Weights, to judge forward dumps; default as recorded.")] = None,
+    precision: Annotated[
+        Precision | None, typer.Option(help="Demand dumps of this precision; exact: any difference is a bug.")
+    ] = None,
     top: Annotated[int | None, typer.Option(min=0, help="Print the largest differences of every stage.")] = None,
     strict_stage_tolerances: StrictStages = False,
     strict_current_python: StrictCurrent = False,
@@ -550,6 +553,7 @@ def diff(
             b,
             components=components,
             model=model,
+            precision=precision.value if precision else None,
             top=5 if top is None else top,
             gates=gates,
             rerun=rerun,

@@ -3,7 +3,8 @@
 python benchmarks/precision.py [--rounds N] [--tokens N] [--only replay,tiny,0.6b]
 
 One run: modes and backends take turns, each in a process of its own with everything compiled before; the least of
-N rounds counts. Targets: reference at most 3, exact at most 12 times native.
+N rounds counts. Targets: reference at most 3, exact at most 12 times native. On a machine that others use, look at the
+ratio of CPU seconds, on one CPU (`taskset -c 0`): elapsed time then tells of the others, and waiting threads spin.
 """
 
 from __future__ import annotations
@@ -82,9 +83,9 @@ def serve(name: str, mode: str, workload: str, tokens: int) -> None:
     work()
     print(json.dumps(precision_fields(backend)), flush=True)
     for _ in sys.stdin:
-        start = time.perf_counter()
+        start = time.perf_counter(), time.process_time()
         work()
-        print(time.perf_counter() - start, flush=True)
+        print(json.dumps((time.perf_counter() - start[0], time.process_time() - start[1])), flush=True)
 
 
 def measure(workload: str, name: str, rounds: int, tokens: int) -> None:
@@ -94,20 +95,25 @@ def measure(workload: str, name: str, rounds: int, tokens: int) -> None:
         command = [sys.executable, __file__, "--serve", name, mode, workload, "--tokens", str(tokens)]
         children[mode] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     found = {mode: json.loads(child.stdout.readline()) for mode, child in children.items()}
-    seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
+    seconds: dict[str, list[tuple[float, float]]] = {mode: [] for mode in MODES}
     for _ in range(rounds):
         for mode, child in children.items():
             child.stdin.write("\n")
             child.stdin.flush()
-            seconds[mode].append(float(child.stdout.readline()))
+            seconds[mode].append(tuple(json.loads(child.stdout.readline())))
     for child in children.values():
         child.stdin.close()
         child.wait()
-    least = {mode: min(times) for mode, times in seconds.items()}
-    ratios = "  ".join(f"{mode} {least[mode]:.3f} s ({least[mode] / least['native']:.1f}x)" for mode in MODES)
+    least = {mode: [min(times) for times in zip(*pairs, strict=True)] for mode, pairs in seconds.items()}
+    ratios = "  ".join(_of_native(mode, least[mode], least["native"]) for mode in MODES)
     exact = found["exact"]
     share = f"1 in {exact['elements'] // exact['flagged']:,}" if exact["flagged"] else "none"
     print(f"{workload:14} {name:6} {ratios}  flagged {share}, {exact['corrected']} changed", flush=True)
+
+
+def _of_native(mode: str, least: list[float], native: list[float]) -> str:
+    elapsed, cpu = (mine / its for mine, its in zip(least, native, strict=True))
+    return f"{mode} {least[0]:.3f} s ({elapsed:.1f}x, CPU {cpu:.1f}x)"
 
 
 def main() -> None:

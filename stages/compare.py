@@ -13,6 +13,7 @@ from stages.hints import Case, explain
 from stages.layouts import LAYOUTS
 from stages.metrics import Difference, PairHash, Residual
 from stages.noise import LAMBDA, Lambdas, Noise, residual_bound
+from stages.promise import hold_to
 from stages.replay import REPLAY
 from stages.replay_run import Chunk
 from stages.selection import layer_of
@@ -57,8 +58,8 @@ class ChunkCheck:
 class TensorComparison:
     """Both sides of one tensor; feed it chunks of the same rows, then ask for rows.
 
-    `options` say what the oracle computes (layout, transpose), `lambdas` what each side's noise is judged by.
-    `verdicts=False` skips the oracle.
+    `options` say what the oracle computes (layout, transpose). `verdicts=False` skips the oracle. Of a and b: `lambdas`
+    are what their noise is judged by, `precisions` what they were computed in; more than native is held to its promise.
     """
 
     def __init__(
@@ -70,8 +71,10 @@ class TensorComparison:
         top: int = 5,
         verdicts: bool = True,
         lambdas: tuple[Lambdas, Lambdas] = (LAMBDA, LAMBDA),
+        precisions: tuple[str | None, str | None] = (None, None),
     ):
-        self.source_name, self.key, self.options, self.lambdas = source_name, key, options, lambdas
+        self.source_name, self.key, self.options = source_name, key, options
+        self.lambdas, self.precisions = lambdas, precisions
         self.verdicts, self.top = verdicts, top
         self.stages: dict[str, StageComparison] = {}
         self.missing: dict[str, Verdict] = {}
@@ -136,12 +139,12 @@ class TensorComparison:
         try:
             if arguments_a is not None:
                 oracle = consult(row.stage, arguments_a, options, self.lambdas[0])
-                row.side_a = judge_chunk(row.side_a, oracle, a.values[row.stage.name])
+                row.side_a = judge_chunk(row.side_a, oracle, a.values[row.stage.name], self.precisions[0])
             if arguments_b is not None:
                 alike = self.lambdas[0] == self.lambdas[1]
                 if oracle is None or not (alike and _same(arguments_a, arguments_b)):
                     oracle = consult(row.stage, arguments_b, options, self.lambdas[1])
-                row.side_b = judge_chunk(row.side_b, oracle, b.values[row.stage.name])
+                row.side_b = judge_chunk(row.side_b, oracle, b.values[row.stage.name], self.precisions[1])
         except ValueError as error:  # numpy's, for operands whose shapes do not go together
             row.shape_note = f"its recorded inputs do not fit each other: {error}"
 
@@ -203,13 +206,22 @@ class TensorComparison:
 
 
 def judge_chunk(
-    verdict: SideVerdict | None, oracle: Oracle, observed: np.ndarray, *, explained: bool = True
+    verdict: SideVerdict | None,
+    oracle: Oracle,
+    observed: np.ndarray,
+    precision: str | None = None,
+    *,
+    explained: bool = True,
 ) -> SideVerdict:
-    """The verdict on a side's stage with one chunk more; the first one that fails without a reason is explained."""
+    """The verdict on a side's stage with one chunk more; the first one that fails without a reason is explained.
+
+    `precision` is what the side was computed in.
+    """
     verdict = verdict or SideVerdict()
     failed = verdict.add(oracle, observed) in (Verdict.BUG, Verdict.SUSPECT)
     if failed and explained and verdict.reason is None:
         verdict.reason = explain(Case(oracle, observed))
+    hold_to(verdict, precision, oracle, observed)
     return verdict
 
 
@@ -236,6 +248,8 @@ def side_fields(a: SideVerdict | None, b: SideVerdict | None) -> dict[str, Any]:
         "rms_ratio_b": b.rms_ratio if b else None,
         "hint_a": a.hint if a else None,
         "hint_b": b.hint if b else None,
+        "rule_a": a.rule if a else None,
+        "rule_b": b.rule if b else None,
     }
 
 

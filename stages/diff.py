@@ -9,6 +9,8 @@ from typing import Any
 
 from stages.basis import of_basis, unexplained
 from stages.compare import TensorComparison
+from stages.precision import NATIVE
+from stages.promise import RULES
 from stages.replay import REPLAY
 from stages.verdict import Verdict
 
@@ -106,7 +108,7 @@ def finish(
     return {
         "schema": "svf.diff/1",
         "outcome": "diverged" if unexplained(basis) else outcome(rows, zero_offset, gate_results, coverage),
-        "verdict": " ".join(filter(None, [verdict, of_different_precision(a, b), of_basis(basis)])),
+        "verdict": " ".join(filter(None, [verdict, about_precision(a, b), of_basis(basis)])),
         "culprit": culprit,
         "rows": list(rows),
         "zero_offset": list(zero_offset),
@@ -182,11 +184,13 @@ def find_culprit(
     }
 
 
-def of_different_precision(a: Mapping[str, Any], b: Mapping[str, Any]) -> str | None:
-    """A sentence when the sides tell of different precisions: their bits are not meant to be equal."""
+def about_precision(a: Mapping[str, Any], b: Mapping[str, Any]) -> str | None:
+    """A sentence on what the sides' precisions make of their differences; None where these are as usual."""
     one, other = a["facts"].get("precision"), b["facts"].get("precision")
-    if one is None or other is None or one == other:
+    if one is None or other is None or one == other == NATIVE:
         return None
+    if one == other:
+        return f"Both sides were computed in {one} precision, and each is held to it: {RULES[one]}."
     return f"The sides differ in precision: a was computed in {one}, b in {other}."
 
 

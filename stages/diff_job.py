@@ -19,6 +19,7 @@ from stages.errors import InputError, UsageError
 from stages.forward_diff import diff_forward
 from stages.forward_dump import is_forward_dump
 from stages.noise import Lambdas
+from stages.promise import require_precision
 from stages.replay import REPLAY
 from stages.replay_run import chunk_plan, default_chunk_rows
 from stages.rerun import Recorded, settle
@@ -61,7 +62,7 @@ def diff_recorded(
             if one and other and (_hashes_only(one) or _hashes_only(other)):
                 hash_rows += _hash_rows(key, one, other)
             else:
-                comparisons.append(_compare(key, one, other, top, lambdas, progress))
+                comparisons.append(_compare(key, one, other, top, lambdas, (a.precision, b.precision), progress))
         if gates is not None and gates.current_python and gates.current is None:
             gates = _gates_of_pair(gates, [row for c in comparisons for row in c.rows()] + hash_rows)
         document = diff.document(
@@ -87,12 +88,17 @@ def diff_any(
     *,
     components: Path | None,
     model: str | None = None,
+    precision: str | None = None,
     top: int,
     gates: diff.Gates,
     rerun: bool = True,
     progress: Progress,
 ) -> dict[str, Any]:
-    """The document of two things of one kind: recorded replays, forward dumps, APRT, checkpoints or reports."""
+    """The document of two things of one kind: recorded replays, forward dumps, APRT, checkpoints or reports.
+
+    `precision` is what both must have been computed in; None: whatever they tell.
+    """
+    require_precision(precision, path_a, path_b)
     kinds = {kind_of(path_a), kind_of(path_b)}
     if kinds == {"report"}:
         return diff_reports(path_a, path_b, gates)
@@ -156,11 +162,13 @@ def _compare(
     b: SideTensor | None,
     top: int,
     lambdas: tuple[Lambdas, Lambdas],
+    precisions: tuple[str | None, str | None],
     progress: Progress,
 ) -> TensorComparison:
     known = a or b
     assert known is not None
-    comparison = TensorComparison(known.source_name, key, _options(a, b), top=top, lambdas=lambdas)
+    options = _options(a, b)
+    comparison = TensorComparison(known.source_name, key, options, top=top, lambdas=lambdas, precisions=precisions)
     comparison.expect(set(a.stages) if a else set(), set(b.stages) if b else set())
     if a is None or b is None:
         return comparison

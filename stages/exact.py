@@ -85,6 +85,23 @@ def decide(
     return Decided(plain(low), places[0].size, again.size, corrected)
 
 
+def tie_band(
+    name: str, value: np.ndarray, arguments: Sequence[np.ndarray], options: Mapping[str, Any], dtype: np.dtype
+) -> tuple[np.ndarray, np.ndarray]:
+    """The least and the largest result that rounding another float64 value of stage `name` once can give.
+
+    The other one lies, as `value` does, within E of the real number. Where a rounding inside the stage is undecided,
+    anything is possible as far as E says.
+    """
+    if NOISE[name] is Noise.EXACT:
+        rounded = round_once(value, dtype)
+        return rounded, rounded
+    kind, operands = KINDS[NOISE[name]], _operands(name, arguments, options)
+    with np.errstate(all="ignore"):
+        error = 2 * kind.error(value, dtype, *operands)
+        return round_once(value - error, dtype), round_once(value + error, dtype)
+
+
 def plain(array: np.ndarray) -> np.ndarray:
     """`array` with one zero and one NaN: the order of a sum decides the sign of its zero, the machine a NaN's bits."""
     array[array == 0] = 0

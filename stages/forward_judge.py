@@ -24,6 +24,7 @@ from stages.forward_dump import AprtSide, ForwardSide, Place, forward_key
 from stages.forward_run import POSITIONS, oracles, parameters
 from stages.hints import Case, explain
 from stages.noise import LAMBDA, Lambdas
+from stages.promise import hold_to
 from stages.qwen import EMBEDDING, LM_HEAD, QwenConfig, parse_config
 from stages.stage import Path as StagePath
 from stages.stage import Scope, Stage
@@ -209,6 +210,7 @@ def judge_place(place: Place, run: ForwardRun, observed: np.ndarray) -> SideVerd
     try:
         for columns, oracle in oracles_of(place, run, observed):
             verdict.add(oracle, part(observed, columns))
+            hold_to(verdict, run.side.facts.get("precision"), oracle, part(observed, columns))
     except (ValueError, IndexError):  # numpy's, for operands whose shapes do not go together
         return SideVerdict(Verdict.SHAPE, np.inf)
     return verdict

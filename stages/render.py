@@ -49,6 +49,8 @@ def diff_document(document: Mapping[str, Any], *, top: bool = False) -> None:
         flag = "--" + name.replace("_", "-")
         out.print(f"{flag}: {'[green]passed[/]' if passed else '[red]failed[/]'}")
     _precision_lines(document, out)
+    if document.get("recorded_hash"):
+        out.print(escape(document["recorded_hash"]["note"]), soft_wrap=True)
     coverage = document["coverage"]
     style = {"agree": "bold green", "diverged": "bold red"}.get(document["outcome"], "bold yellow")
     out.print(f"Compared {coverage['compared']} of {coverage['expected']} stages.")

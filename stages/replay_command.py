@@ -159,6 +159,7 @@ def replay_both(command: ReplayCommand, names: Sequence[str], progress: Progress
     document["a"]["source"], document["b"]["source"] = (f"{name} replay" for name in names)
     document["layouts"] = _layouts(names, runs)
     document["precision"] = command.precision
+    document["recorded_hash"] = runs[0]["recorded_hash"]
     document["out"] = str(out) if out is not None else None
     return document
 
@@ -173,7 +174,12 @@ def _arguments(command: ReplayCommand, name: str) -> list[str]:
     arguments += ["--dump", "full", "--device", command.device, "--top", str(command.top), "--json"]
     arguments += ["--precision", command.precision]
     arguments += ["--no-verdicts"]  # the parent judges both dumps
-    for flag, value in (("--model", command.model), ("--chunk-rows", command.chunk_rows)):
+    files = (
+        ("--model", command.model),
+        ("--chunk-rows", command.chunk_rows),
+        ("--reference-report", command.reference_report),  # a child says why its hash is not the recorded one
+    )
+    for flag, value in files:
         arguments += [flag, str(value)] if value is not None else []
     for flag, given in (
         ("--source-from-stage", command.source_from_stage),

@@ -96,6 +96,11 @@ class Side:
         self.unknown: set[str] = set()  # keys that are no stage of the replay
         self._stack = stack
 
+    @property
+    def precision(self) -> str | None:
+        """What the side was computed in, as far as it tells."""
+        return self.facts.get("precision")
+
     def close(self) -> None:
         self._stack.close()
 

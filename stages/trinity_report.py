@@ -102,6 +102,7 @@ def replay_report(result: ReplayResult, gates: Gates, backend: str, stage_file: 
         "semantic_python_component_variants": variants,
         "large_tensor_chunk_checks": chunk_checks,
         **{name: result.document[name] for name in PRECISION_FIELDS if name in result.document},
+        **({"recorded_hash": account} if (account := result.document["recorded_hash"]) else {}),
     }
 
 

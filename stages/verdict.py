@@ -133,11 +133,13 @@ class SideVerdict:
 
     `elementwise` is the worst verdict on any element, `reason` what is known of it: of `precision`, in which way bits
     were lost. `verdict` is also `suspect` when every element is within its bound and all together err too much.
+    `rule` is what a side's own precision promises (promise.py).
     """
 
     elementwise: Verdict = Verdict.EXACT
     ratio: float = 0.0
     reason: str | None = None
+    rule: str | None = None
     squares: float = 0.0
     count: int = 0
     rms_limit: float = np.inf
