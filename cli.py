@@ -86,7 +86,8 @@ def _report(error: Exception) -> int:
 
     if isinstance(error, SvfError):
         return _fail(str(error), error.exit_code)
-    if isinstance(error, MemoryError):
+    # numpy's, torch's and XLA's ways of saying it
+    if isinstance(error, MemoryError) or any(t in str(error) for t in ("can't allocate memory", "RESOURCE_EXHAUSTED")):
         return _fail("out of memory; try a smaller --chunk-rows", 7)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
         return _fail(f"{error.filename or 'a file'}: cannot be written: {error.strerror}", 6)
@@ -143,6 +144,9 @@ InPrecision = Annotated[
 ]
 Timeout = Annotated[
     float | None, typer.Option(min=0.1, help="Seconds after which a side of --backend both is stopped.")
+]
+MaxMemory = Annotated[
+    str | None, typer.Option(help="Memory a side may take, such as 2G; more is refused, or ends with exit code 7.")
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Finish the run that was cut short in --out.")]
 Layers = Annotated[str | None, typer.Option(help="Layers the selection rule takes, such as 26 or 0,3-5.")]
@@ -368,11 +372,13 @@ def replay(
     strict_reference: StrictReference = False,
     timeout: Timeout = None,
     resume: Resume = False,
+    max_memory: MaxMemory = None,
     html: Html = None,
     json: Json = False,
     verdicts: Annotated[bool, typer.Option(hidden=True)] = True,
 ) -> None:
     """Replay U, S, V and offsets stage by stage, and check every stage against its bound and the recorded one."""
+    from stages.budget import parse_size
     from stages.diff import Gates
     from stages.replay_command import ReplayCommand
 
@@ -397,6 +403,7 @@ def replay(
         precision=precision.value,
         timeout=timeout,
         resume=resume,
+        max_memory=None if max_memory is None else parse_size(max_memory),
         close_up=html is not None,
     )
     _finish_diff(_replay(command), json, html)
@@ -449,10 +456,12 @@ def forward(
     top: Annotated[int, typer.Option(min=0, help="Largest differences kept per stage.")] = 5,
     timeout: Timeout = None,
     resume: Resume = False,
+    max_memory: MaxMemory = None,
     html: Html = None,
     json: Json = False,
 ) -> None:
     """Run a Qwen checkpoint layer by layer, every intermediate named, and compare with the production model."""
+    from stages.budget import parse_size
     from stages.errors import UsageError
     from stages.forward_job import ForwardCommand
 
@@ -488,6 +497,7 @@ def forward(
         top=top,
         timeout=timeout,
         resume=resume,
+        max_memory=None if max_memory is None else parse_size(max_memory),
     )
     _forward(command, json, html)
 

@@ -56,6 +56,8 @@ def _arguments(command: ForwardCommand, name: str, tokens: list[int]) -> list[st
         arguments += ["--jit", command.jit]
     if command.adapted is not None:
         arguments += ["--adapted", str(command.adapted), "--layout", command.layout]
+    if command.max_memory is not None:
+        arguments += ["--max-memory", str(command.max_memory)]
     if command.production is not None:
         arguments += ["--production" if command.production else "--no-production"]
     return arguments

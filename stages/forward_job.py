@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -16,10 +17,12 @@ from stages import stats
 from stages.adapted import ADAPTED_FILE, adapt
 from stages.aprt import write_tree
 from stages.backend import Backend, Production, Weights
+from stages.budget import forward_bytes, hold_memory
 from stages.calibration import facts_of
 from stages.checkpoint import Checkpoint, open_checkpoint
 from stages.defaults import default_source
 from stages.errors import UsageError
+from stages.forward import forward_path
 from stages.forward_dump import ForwardDump, ForwardSide, run_fields
 from stages.forward_run import Forwarder, StageResult, resolve_layers, resolve_stages
 from stages.jsonio import copy_atomic
@@ -65,6 +68,7 @@ class ForwardCommand:
     precision: str = "native"
     timeout: float | None = None
     resume: bool = False
+    max_memory: int | None = None
 
 
 def with_model(command: ForwardCommand, progress: Progress) -> ForwardCommand:
@@ -117,6 +121,11 @@ def forward_one(command: ForwardCommand, backend: Callable[[], Backend], progres
         job = _Job(command, checkpoint, stack, progress)
         if command.out is not None and not command.resume:
             prepare_folder(command.out)
+        hold_memory(
+            forward_bytes(job.config, forward_path(job.config, command.dtype), len(job.tokens)),
+            command.max_memory,
+            "try fewer tokens",
+        )
         return job.run(backend())
 
 
@@ -317,7 +326,7 @@ class _Job:
             return f"production computes natively, this trace in {command.precision} precision"
         if command.production is None:
             needed = production_bytes(self.config, command.dtype)
-            free = available_bytes()
+            free = min(available_bytes(), command.max_memory or sys.maxsize)
             if needed > _MEMORY_SHARE * free:
                 return (
                     f"the weights need about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; --production forces"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.backend import Backend
+from stages.budget import hold_memory, replay_bytes
 from stages.bundle import Bundle
 from stages.children import command_line, run_sides
 from stages.defaults import default_source
@@ -48,6 +49,7 @@ class ReplayCommand:
     precision: str = "native"
     timeout: float | None = None
     resume: bool = False
+    max_memory: int | None = None
     close_up: bool = False
 
 
@@ -112,6 +114,8 @@ def replay_one(command: ReplayCommand, backend: Callable[[], Backend], progress:
     )
     with ExitStack() as stack:
         job = ReplayJob(options, stack)
+        shapes = [entry.shape for entry in job.entries]
+        hold_memory(replay_bytes(shapes, command.chunk_rows), command.max_memory, "try a smaller --chunk-rows")
         side = backend()
         result = job.run(side, progress)
     if command.report is not None:
