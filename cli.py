@@ -69,12 +69,16 @@ class App(typer.Typer):
 
 
 def _settings(program: typer.Typer) -> dict[str, Any]:
-    """Defaults from files and the environment, as click's `main` takes them; none while a shell asks for completions."""
+    """Defaults from files and the environment, as click takes them; none while a shell asks for completions."""
     from stages import settings
 
     if settings.ISOLATED in os.environ or "_SVF_COMPLETE" in os.environ:
         return {}
-    commands = {c.name or c.callback.__name__: settings.options_of(c.callback) for c in program.registered_commands if c.callback}
+    commands = {
+        c.name or c.callback.__name__: settings.options_of(c.callback)
+        for c in program.registered_commands
+        if c.callback
+    }
     found = settings.find_settings(Path.cwd())
     defaults = settings.default_map(found, os.environ, settings.options_of(main), commands)
     return {"default_map": defaults, "auto_envvar_prefix": settings.PREFIX}
@@ -203,7 +207,7 @@ def main(
 
 
 def _log() -> None:
-    """Send the log to stderr, children's too; JAX, which reads its variable when it is imported, names what it compiles."""
+    """Send the log to stderr, children's too; JAX, which reads its variable at import, names what it compiles."""
     import logging
 
     logging.basicConfig(format="svf: %(message)s", stream=sys.stderr, force=True)

@@ -34,6 +34,8 @@ VARIABLES = (
 # A framework and a tiny model take about a GiB; a default bundle and a small dump some hundred MB.
 MIN_MEMORY = 2 * 1024**3
 MIN_DISK = 1024**3
+# Importing a framework takes some seconds, on a slow disk a minute.
+PROBE_SECONDS = 120.0
 # XLA flags that neither choose an arithmetic nor an instruction set.
 _HARMLESS_XLA = ("--xla_dump_", "--xla_force_host_platform_device_count", "--xla_gpu_cuda_data_dir")
 
@@ -92,12 +94,13 @@ def _version(name: str) -> str | None:
 def _probe(name: str) -> dict[str, Any]:
     """What the child said of its framework, or `error`: how it ended."""
     try:
-        child = run_svf(["doctor", "--probe", name, "--json"])
+        child = run_svf(["doctor", "--probe", name, "--json"], timeout=PROBE_SECONDS)
     except SvfError as error:
         return {"error": str(error)}
     if isinstance(child.document, dict) and ("error" in child.document or "settings" in child.document):
         return child.document
-    return {"error": f"the process that imports it ended with {child.returncode}"}
+    late = f" after {child.timeout:g} s" if child.timeout is not None else ""
+    return {"error": f"the process that imports it ended with {child.returncode}{late}"}
 
 
 def _packages(versions: Mapping[str, str | None]) -> Iterator[Finding]:

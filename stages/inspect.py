@@ -77,7 +77,7 @@ def _bundle(source: str) -> Found:
                 rows += _rows(recorded.file)
                 recorded.close()
         manifest = {k: v for k, v in bundle.manifest.items() if not isinstance(v, list | dict)}
-        about = {"manifest": manifest, "components": [_component(bundle, entry) for entry in bundle.entries]}
+        about = {"manifest": manifest, "per_tensor": [_component(bundle, entry) for entry in bundle.entries]}
         return rows, about, []
 
 
@@ -143,7 +143,9 @@ def _config(checkpoint: Checkpoint) -> tuple[dict[str, Any] | None, list[str]]:
 def _dump(source: str) -> Found:
     dump = Dump(Path(source))
     try:
-        rows = [{"name": name, **_entry(entry, f"{source}: tensor '{shown(name)}'")} for name, entry in dump.tensors.items()]
+        rows = [
+            {"name": name, **_entry(entry, f"{source}: tensor '{shown(name)}'")} for name, entry in dump.tensors.items()
+        ]
         manifest = dump.manifest
         about = {k: v for k, v in manifest.items() if k not in ("tensors", "model", "tokens", "facts", "selected")}
         model = manifest.get("model")
@@ -159,11 +161,10 @@ def _dump(source: str) -> Found:
 def _entry(entry: dict[str, Any], where: str) -> dict[str, Any]:
     """The manifest's own words on a tensor; those of a dump of hashes have no file to be checked against."""
     dtype, shape = entry.get("dtype"), entry.get("shape")
-    sizes = isinstance(shape, list) and all(isinstance(n, int) and n >= 0 for n in shape)
-    if not sizes or not isinstance(dtype, str) or dtype not in _ITEM_SIZES:
+    size = _ITEM_SIZES.get(dtype) if isinstance(dtype, str) else None
+    if size is None or not isinstance(shape, list) or not all(isinstance(n, int) and n >= 0 for n in shape):
         raise InputError(f"{where}: dtype {shown(dtype)} and shape {shown(shape)}; expected those of a tensor")
-    size = _ITEM_SIZES[dtype] * math.prod(shape)
-    return {"dtype": dtype, "shape": shape, "bytes": size, "file": entry.get("file")}
+    return {"dtype": dtype, "shape": shape, "bytes": size * math.prod(shape), "file": entry.get("file")}
 
 
 def _aprt_row(file: AprtFile, name: str, path: str) -> dict[str, Any]:
@@ -207,7 +208,9 @@ def _json(source: str) -> Found:
     value = read_json(source)
     if not isinstance(value, dict):
         raise InputError(f"{source}: expected a JSON object, got {type(value).__name__}")
-    plain = {k: v if isinstance(v, str | int | float | None) else f"{type(v).__name__} of {len(v)}" for k, v in value.items()}
+    plain = {
+        k: v if isinstance(v, str | int | float | None) else f"{type(v).__name__} of {len(v)}" for k, v in value.items()
+    }
     return [], plain, [] if isinstance(value.get("schema"), str) else ["it names no schema"]
 
 

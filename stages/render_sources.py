@@ -34,13 +34,15 @@ def _escaped(value: Any) -> str:
 def inspect_document(document: Mapping[str, Any]) -> None:
     """A `svf.inspect/1` document: what it is, what its kind tells, its tensors."""
     _line(
-        f"{shown(document['source'], 400)}: {document['kind']}, {document['count']} tensors, {document['bytes']:,} bytes"
+        f"{shown(document['source'], 400)}: {document['kind']}, {document['count']} tensors, "
+        f"{document['bytes']:,} bytes"
     )
+    bundle = document["kind"] == "component bundle"
     for name, value in document["about"].items():
-        if name != "components":
+        if bundle and name == "per_tensor":
+            console().print(_components(value))
+        else:
             _about(name, value)
-    if components := document["about"].get("components"):
-        console().print(_components(components))
     table = _table("tensor", "dtype", "shape", "bytes", "file")
     for row in document["tensors"][:_MOST]:
         size = "-" if row["bytes"] is None else f"{row['bytes']:,}"
@@ -84,7 +86,9 @@ def verify_document(document: Mapping[str, Any]) -> None:
 def convert_document(document: Mapping[str, Any]) -> None:
     """What `svf convert` wrote."""
     dtypes = ", ".join(f"{count} {name}" for name, count in document["dtypes"].items())
-    _line(f"Wrote {document['tensors']} tensors ({dtypes}), {document['bytes']:,} bytes to {shown(document['out'], 400)}")
+    _line(
+        f"Wrote {document['tensors']} tensors ({dtypes}), {document['bytes']:,} bytes to {shown(document['out'], 400)}"
+    )
 
 
 def doctor_document(document: Mapping[str, Any]) -> None:

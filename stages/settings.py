@@ -48,7 +48,9 @@ def options_of(function: Callable[..., Any]) -> dict[str, Option]:
     found = {}
     for name, hint in get_type_hints(function, include_extras=True).items():
         kind, *extras = get_args(hint) if get_origin(hint) is Annotated else (hint,)
-        given = next((extra for extra in extras if hasattr(extra, "is_flag")), None)  # an argument has no flag
+        given = next(
+            (extra for extra in extras if type(extra).__name__ == "OptionInfo"), None
+        )  # typer's; an argument has another
         if given is None or given.hidden or name in _ACTIONS:
             continue
         inner = [t for t in get_args(kind) if t is not NoneType] if get_origin(kind) is UnionType else [kind]
@@ -128,7 +130,9 @@ def _checked(settings: Settings, top: Mapping[str, Option], commands: Commands) 
         key, where = raw.replace("-", "_"), f"{settings.path}: {shown(raw)}"
         if isinstance(value, dict) and raw in commands:
             tables[raw] = {
-                inner.replace("-", "_"): _value(f"{where}.{shown(inner)}", commands[raw].get(inner.replace("-", "_")), item)
+                inner.replace("-", "_"): _value(
+                    f"{where}.{shown(inner)}", commands[raw].get(inner.replace("-", "_")), item
+                )
                 for inner, item in value.items()
             }
         else:
@@ -141,7 +145,10 @@ def _value(where: str, option: Option | None, value: Any) -> Any:
         raise UsageError(f"{where}: is no option or command; 'svf --help' and 'svf COMMAND --help' list them")
     items = value if option.multiple and isinstance(value, list) else [value]
     # A bool is an int to Python, and no number to anybody else.
-    fits = all(isinstance(item, option.types) and (bool in option.types or item is not True and item is not False) for item in items)
+    fits = all(
+        isinstance(item, option.types) and (bool in option.types or (item is not True and item is not False))
+        for item in items
+    )
     if not fits:
         names = " or ".join(_TOML_NAMES[t] for t in option.types)
         raise UsageError(f"{where}: is {_TOML_NAMES.get(type(value), type(value).__name__)}, expected {names}")

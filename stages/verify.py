@@ -1,4 +1,4 @@
-"""`svf verify`: whether a file or folder is sound: schema, hashes, and what must hold of its values (`svf.verify/1`)."""
+"""`svf verify`: whether a file or folder is sound: schema, hashes, and what its values must be (`svf.verify/1`)."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ def verify(source: str, model: str | None, progress: Progress) -> dict[str, Any]
 
 def collect(checks: Iterator[Check]) -> tuple[list[str], list[str]]:
     """Names of all checks, and all findings; an `InputError` ends the check that it is raised in as a finding."""
-    names, findings = [], []
+    names: list[str] = []
+    findings: list[str] = []
     try:
         for name, found in checks:
             names.append(name)
@@ -87,7 +88,6 @@ def _finite(files: Sequence[TensorFile], progress: Progress) -> Iterator[str]:
 def _safetensors(source: str, progress: Progress) -> Iterator[Check]:
     with TensorFile(source) as file:
         yield "header", iter(())
-        names = list(file.tensors)
         yield "finite values", _finite([file], progress)
 
 

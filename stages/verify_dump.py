@@ -58,8 +58,9 @@ def _hashes(dump: Dump, progress: Progress) -> Iterator[str]:
 def _replay_stages(dump: Dump) -> Iterator[str]:
     """Stages that a selected tensor lacks, and keys that are no stage of a selected tensor."""
     selected = dump.manifest.get("selected")
-    names = [item.get("source_name") for item in selected if isinstance(item, dict)] if isinstance(selected, list) else []
-    if not names or not all(isinstance(name, str) for name in names):
+    items = selected if isinstance(selected, list) else []
+    names = [str(item["source_name"]) for item in items if isinstance(item, dict) and "source_name" in item]
+    if not names or len(names) != len(items):
         yield f"{dump.folder}: the manifest's 'selected' names no tensors"
         return
     expected = {tensor_stage_key(name, stage) for name in names for stage in REPLAY}
@@ -93,13 +94,13 @@ def _forward_stages(dump: Dump) -> Iterator[str]:
     model = manifest.get("model")
     raw = model.get("config") if isinstance(model, dict) else None
     layers, stages, dtype = (manifest.get(name) for name in ("layers", "stages", "dtype"))
-    fields = isinstance(layers, list) and isinstance(stages, list) and isinstance(dtype, str) and isinstance(raw, dict)
-    if not fields or tokens is None:
+    lists = isinstance(layers, list) and isinstance(stages, list)
+    if tokens is None or not lists or not isinstance(dtype, str) or not isinstance(raw, dict):
         yield f"{dump.folder}: the manifest does not say which model, layers, stages and dtype were recorded"
         return
     config = parse_config(raw, f"{dump.folder}: the manifest's model.config")
     path = forward_path(config, dtype)
-    expected = {place: path[place[1]] for place in _places(path, layers, stages)}
+    expected = {place: path[place[1]] for place in _places(path, list(layers or ()), list(stages or ()))}
     yield from _key_faults(dump, {forward_key(place) for place in expected} | {"lm_head"} & set(dump.tensors))
     for place, stage in expected.items():
         entry = dump.tensors.get(forward_key(place))

@@ -7,14 +7,15 @@ import jax
 
 def probe() -> dict[str, object]:
     """Devices and the settings that change results, as plain values."""
+    config = jax.config.values
     return {
         "devices": ["cpu", *_accelerators()],
         "settings": {
             "cpus": jax.devices("cpu")[0].client.device_count(),
             "default_backend": jax.default_backend(),
-            "default_matmul_precision": str(jax.config.jax_default_matmul_precision or "the device's"),
-            "enable_x64": bool(jax.config.jax_enable_x64),
-            "disable_jit": bool(jax.config.jax_disable_jit),
+            "default_matmul_precision": str(config["jax_default_matmul_precision"] or "the device's"),
+            "enable_x64": bool(config["jax_enable_x64"]),
+            "disable_jit": bool(config["jax_disable_jit"]),
         },
     }
 

@@ -101,7 +101,7 @@ def _check_sum(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     needed, stored = sum(tensor.nbytes for tensor in tensors.values()), sum(held.values())
     if needed > SHARED_FACTOR * stored:
         raise InputError(
-            f"{path}: {len(tensors)} tensors claim {needed} bytes, but the file holds {stored}; refused as repeated views"
+            f"{path}: {len(tensors)} tensors claim {needed} bytes, the file holds {stored}; refused as repeated views"
         )
 
 

@@ -23,6 +23,8 @@ PARTS = ("U", "S", "V")
 FLOATS = ("float32", "float16", "bfloat16", "float64")
 # Converting and checking a chunk takes a few copies of it: 16 MiB of float32 is nothing beside BASE_MEMORY.
 CHUNK_ELEMENTS = 1 << 22
+
+
 @dataclass(frozen=True)
 class SvdWeights:
     """What `load_svd_weights` wrote: float32 tensors `<name>.U`, `.S`, `.V` in the safetensors file `path`.

@@ -51,7 +51,10 @@ def test_a_file_is_converted_in_a_child_and_the_parent_loads_no_torch(tmp_path: 
 
 def test_every_dtype_keeps_its_bits(tmp_path: Path) -> None:
     bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
-    given = {"bf16": bits.view(torch.bfloat16), "f16": bits.view(torch.float16)}  # every pattern, NaN payloads too
+    given = {
+        "bf16": bits.view(torch.bfloat16),
+        "f16": bits.clone().view(torch.float16),
+    }  # every pattern, NaN payloads too
     given |= {name: torch.arange(6).reshape(2, 3).to(getattr(torch, name)) for name in convert_file.DTYPES}
     arrays = here(tmp_path, given)
     for name, tensor in given.items():
@@ -63,7 +66,13 @@ def test_every_dtype_keeps_its_bits(tmp_path: Path) -> None:
 def test_views_shared_and_empty_tensors_are_written_as_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(convert_file, "CHUNK_ELEMENTS", 8)
     big = torch.randn(7, 5)
-    given = {"t": big.T, "tied": big, "p": torch.nn.Parameter(torch.ones(2)), "e": torch.empty(0, 3), "s": torch.tensor(1.5)}
+    given = {
+        "t": big.T,
+        "tied": big,
+        "p": torch.nn.Parameter(torch.ones(2)),
+        "e": torch.empty(0, 3),
+        "s": torch.tensor(1.5),
+    }
     arrays = here(tmp_path, given)
     for name, tensor in given.items():
         assert np.array_equal(arrays[name], tensor.detach().numpy()), name
@@ -142,7 +151,11 @@ def test_a_pickle_is_opened_in_one_place() -> None:
     found = set()
     for path in [ROOT / "cli.py", *(p for d in ("stages", "svf_torch", "svf_jax") for p in (ROOT / d).rglob("*.py"))]:
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("load", "loads", "Unpickler"):
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Attribute)
+                and node.func.attr in ("load", "loads", "Unpickler")
+            ):
                 module = node.func.value.id if isinstance(node.func.value, ast.Name) else ""
                 keywords = {k.arg: getattr(k.value, "value", None) for k in node.keywords}
                 if module == "torch":

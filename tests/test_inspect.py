@@ -44,7 +44,7 @@ def inspected(source: Path) -> dict[str, Any]:
 def test_a_bundle_shows_spectrum_offsets_and_manifest(made: Path) -> None:
     found = inspected(made / "components")
     assert found["kind"] == "component bundle"
-    row = next(row for row in found["about"]["components"] if row["tensor"] == GATE)
+    row = next(row for row in found["about"]["per_tensor"] if row["tensor"] == GATE)
     assert (row["spectrum"]["count"], row["layout"], row["offsets"]["count"]) == (64, "torch_v", 64)
     assert 0 < row["spectrum"]["min"] < row["spectrum"]["max"]
     assert found["about"]["manifest"]["schema"].startswith("trinity_sakana_selected")
@@ -185,8 +185,12 @@ HOSTILE = {
     "nopkl.pt": deflated({"a/version": b"3"}),
     "bomb.pt": deflated({"a/data.pkl": b"\x80\x02" + b"N0" * 3_000_000}),
     "global.pt": b"\x80\x04](K\x01K\x02e\x8c\x01a\x93.",  # a global whose module is a list
-    "big.npy": b"\x93NUMPY\x01\x00\x76\x00" + b"{'descr': '<f8', 'fortran_order': False, 'shape': (9223372036854775807,), }".ljust(117) + b"\n",
-    "object.npy": b"\x93NUMPY\x01\x00\x76\x00" + b"{'descr': '|O', 'fortran_order': False, 'shape': (1,), }".ljust(117) + b"\n",
+    "big.npy": b"\x93NUMPY\x01\x00\x76\x00"
+    + b"{'descr': '<f8', 'fortran_order': False, 'shape': (9223372036854775807,), }".ljust(117)
+    + b"\n",
+    "object.npy": b"\x93NUMPY\x01\x00\x76\x00"
+    + b"{'descr': '|O', 'fortran_order': False, 'shape': (1,), }".ljust(117)
+    + b"\n",
     "short.npy": b"\x93NUMPY\x01",
     "x.json": b'{"a": 1, "a": 2}',
     "list.json": b"[1]",
