@@ -98,7 +98,7 @@ DAMAGES = [
     ("offset range", entry(lambda e: e.update(offset_end=e["offset_end"] + 1)), ("expected 64 offsets", GATE)),
     ("source hash", entry(lambda e: e.update(source_sha256_as_f32="0" * 64)), ("source_f32 has another sha256",)),
     ("stage NaN", change(ALL_STAGES_FILE, tensor_stage_key(GATE, "u_scaled"), with_value(np.inf, (2, 1))), ("[2, 1]",)),
-    ("stage shape", change(ALL_STAGES_FILE, tensor_stage_key(GATE, "u_scaled"), lambda u: u.T), ("u_scaled is float32",)),
+    ("shape", change(ALL_STAGES_FILE, tensor_stage_key(GATE, "u_scaled"), np.transpose), ("u_scaled is float32",)),
     ("manifest cut", lambda bundle: (bundle / MANIFEST_FILE).write_text("{"), ("expected JSON",)),
     ("file cut", lambda bundle: (bundle / COMPONENTS_FILE).write_bytes(b"abc"), ("too short",)),
 ]  # fmt: skip
