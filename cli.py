@@ -20,12 +20,13 @@ import typer
 if TYPE_CHECKING:
     from stages.backend import Backend
 
-# One row per backend: where its class is. Nothing else here names a framework.
+# One row per backend: where its class is, and per framework its probe. Nothing else here names one.
 BACKENDS = {
     "torch": "svf_torch.backend:TorchBackend",
     "jax": "svf_jax.backend:JaxBackend",
     "reference": "stages.reference:ReferenceBackend",
 }
+PROBES = {"torch": "svf_torch.probe:probe", "jax": "svf_jax.probe:probe"}
 BOTH = ("torch", "jax")
 
 BackendName = StrEnum("BackendName", [*BACKENDS, "both"])  # type: ignore[misc]
@@ -54,7 +55,7 @@ class App(typer.Typer):
         STATE.words = list(args[0]) if args else sys.argv[1:]
         signal.signal(signal.SIGTERM, _terminated)
         try:
-            code = super().__call__(*args, **{"prog_name": "svf", **kwargs}, standalone_mode=False)
+            code = super().__call__(*args, **{"prog_name": "svf", **_settings(self), **kwargs}, standalone_mode=False)
             sys.stdout.flush()
         except BrokenPipeError:
             # The reader of a pipe left; a second complaint at interpreter exit helps nobody.
@@ -65,6 +66,22 @@ class App(typer.Typer):
         except Exception as error:
             sys.exit(_report(error))
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _settings(program: typer.Typer) -> dict[str, Any]:
+    """Defaults from files and the environment, as click takes them; none while a shell asks for completions."""
+    from stages import settings
+
+    if settings.ISOLATED in os.environ or "_SVF_COMPLETE" in os.environ:
+        return {}
+    commands = {
+        c.name or c.callback.__name__: settings.options_of(c.callback)
+        for c in program.registered_commands
+        if c.callback
+    }
+    found = settings.find_settings(Path.cwd())
+    defaults = settings.default_map(found, os.environ, settings.options_of(main), commands)
+    return {"default_map": defaults, "auto_envvar_prefix": settings.PREFIX}
 
 
 def _terminated(_signal: int, _frame: object) -> None:
@@ -82,10 +99,10 @@ def _report(error: Exception) -> int:
         traceback.print_exc()
     if hasattr(error, "format_message"):  # a usage error of typer's own
         return _usage(error)
-    from stages.errors import SvfError
+    from stages.errors import SvfError, shown
 
-    if isinstance(error, SvfError):
-        return _fail(str(error), error.exit_code)
+    if isinstance(error, SvfError):  # a path in it may hold anything
+        return _fail(shown(error, limit=4000), error.exit_code)
     # numpy's, torch's and XLA's ways of saying it
     if isinstance(error, MemoryError) or any(t in str(error) for t in ("can't allocate memory", "RESOURCE_EXHAUSTED")):
         return _fail("out of memory; try a smaller --chunk-rows", 7)
@@ -171,19 +188,35 @@ StrictReference = Annotated[
 @app.callback()
 def main(
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")] = False,
-    no_progress: Annotated[bool, typer.Option("--no-progress", help="Nothing but errors on stderr.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", "--no-progress", help="Results alone: nothing but errors on stderr.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Log on stderr what is read and compiled, and how long it took.")
+    ] = False,
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
     from stages.watch import end_with_parent
 
     end_with_parent()
     STATE.debug = debug or bool(os.environ.get("SVF_DEBUG"))
-    STATE.progress = not no_progress
+    STATE.progress = not quiet
+    if verbose or os.environ.get("SVF_VERBOSE"):
+        _log()
     if version:
         from importlib.metadata import version as installed
 
         print(f"svf {installed('svf')}")
         raise typer.Exit
+
+
+def _log() -> None:
+    """Send the log to stderr, children's too; JAX, which reads its variable at import, names what it compiles."""
+    import logging
+
+    logging.basicConfig(format="svf: %(message)s", stream=sys.stderr, force=True)
+    logging.getLogger("svf").setLevel(logging.INFO)
+    os.environ.update(SVF_VERBOSE="1", JAX_LOG_COMPILES="1")
 
 
 def load_backend(name: str, device: str, precision: str = "native", **options: Any) -> Backend:
@@ -839,6 +872,100 @@ def report(
 
     document = write(result, html)
     emit(document) if json else render.report_document(document)
+
+
+@app.command(
+    epilog=examples(
+        "svf doctor",
+        "svf doctor --json",
+    )
+)
+def doctor(
+    probe: Annotated[str | None, typer.Option(hidden=True)] = None,
+    json: Json = False,
+) -> None:
+    """Show versions, devices and settings, and what would change results or stop a run (exit code 1), with a remedy."""
+    from stages import doctor as job
+    from stages import render_sources as render
+
+    if probe is not None:  # the child that this command starts for each framework
+        return emit(_probe(probe))
+    document = job.examine(list(PROBES))
+    emit(document) if json else render.doctor_document(document)
+    raise typer.Exit(job.EXIT_CODES[document["outcome"]])
+
+
+def _probe(name: str) -> dict[str, Any]:
+    try:
+        module, _, attribute = PROBES[name].partition(":")
+        found: dict[str, Any] = getattr(importlib.import_module(module), attribute)()
+    except Exception as error:  # whatever is broken there is what the doctor is asked for
+        return {"error": f"{type(error).__name__}: {error}"}
+    return found
+
+
+@app.command(
+    epilog=examples(
+        "svf inspect components",
+        "svf inspect MODEL --json",
+        "svf inspect pytorch_model.bin",
+    )
+)
+def inspect(
+    source: Annotated[
+        str, typer.Argument(help="Bundle, checkpoint or hub id, dump, APRT, .safetensors, .npy, .pt or JSON result.")
+    ],
+    json: Json = False,
+) -> None:
+    """List what a file or folder holds, from its headers; loads no framework and unpickles nothing."""
+    from stages import inspect as job
+    from stages import render_sources as render
+
+    document = job.inspect(source)
+    emit(document) if json else render.inspect_document(document)
+
+
+@app.command(
+    epilog=examples(
+        "svf verify components",
+        "svf verify components --model MODEL --json",
+        "svf verify dumps/torch",
+    )
+)
+def verify(
+    source: Annotated[str, typer.Argument(help="What to verify: the same kinds as svf inspect.")],
+    model: Annotated[str | None, typer.Option(help="Weights that a bundle's components are of.")] = None,
+    json: Json = False,
+) -> None:
+    """Check schema, hashes and what must hold of the values: exit code 0 when sound, 3 when malformed."""
+    from stages import render_sources as render
+    from stages import verify as job
+    from stages.progress import Progress
+
+    with Progress(STATE.progress) as progress:
+        document = job.verify(source, model, progress)
+    emit(document) if json else render.verify_document(document)
+    raise typer.Exit(job.EXIT_CODES[document["outcome"]])
+
+
+@app.command(
+    epilog=examples(
+        "svf convert pytorch_model.bin model.safetensors",
+        "svf convert checkpoint.pt weights --entry state_dict",
+    )
+)
+def convert(
+    file: Annotated[Path, typer.Argument(help="Pickled torch file: .pt, .pth, .bin.")],
+    out: Annotated[Path, typer.Argument(help="New .safetensors file, or new folder for model.safetensors.")],
+    entry: Annotated[str | None, typer.Option(help="Dict inside the file that holds the tensors.")] = None,
+    json: Json = False,
+) -> None:
+    """Copy a pickled file's dense tensors to safetensors, bit for bit, in a limited process that runs no code of it."""
+    from stages import render_sources as render
+    from svf_torch.convert_file import convert as job
+
+    document = job(file, out, entry)
+    emit(document) if json else render.convert_document(document)
 
 
 @app.command(

@@ -22,8 +22,9 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "
 _BASE = 420_000_000
 # Copies of what is worked on: read ahead, as numpy's array, as the framework's.
 _COPIES = 3
-# A chunk's stages, the recorded ones beside them, and the oracle's in float64 with their bounds.
-_CHUNK_COPIES = 6
+# A chunk's stages, the recorded ones beside them, and the oracle's in float64 with their bounds. An embedding of
+# 151,936 x 1,024 peaked at 1.42 GB on torch and at 1.82 GB on JAX.
+_CHUNK_COPIES = 10
 
 
 def parse_size(text: str) -> int:

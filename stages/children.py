@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +18,10 @@ from stages.errors import ResourceError, SvfError, shown
 from stages.jsonio import parse_json
 from stages.output import Run
 from stages.progress import Progress
+from stages.settings import ISOLATED
 from stages.watch import FILE_VARIABLE, PARENT_VARIABLE, last_place
 
+_LOG = logging.getLogger("svf")
 # Where this package is imported from: an installed wheel or a source tree.
 _ROOT = Path(__file__).resolve().parent.parent
 
@@ -45,11 +49,13 @@ def run_svf(
     path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH", ""))))
     with tempfile.NamedTemporaryFile(prefix="svf-watch-") as watch:
         watched = {FILE_VARIABLE: watch.name, PARENT_VARIABLE: str(os.getpid())}
-        env = {**os.environ, "PYTHONPATH": path, **watched, **(environment or {})}
+        env = {**os.environ, "PYTHONPATH": path, ISOLATED: "1", **watched, **(environment or {})}
+        started = time.monotonic()
         try:
             done = subprocess.run(command, env=env, stdout=subprocess.PIPE, check=False, timeout=timeout)
         except subprocess.TimeoutExpired:
             return ChildResult(-signal.SIGKILL, None, last_place(watch.name), timeout)
+        _LOG.info("svf %s: exit code %d after %.1f s", arguments[0], done.returncode, time.monotonic() - started)
         place = last_place(watch.name)
     text = done.stdout.strip()
     document = parse_json(text, f"output of svf {arguments[0]}") if text else None

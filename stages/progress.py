@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from types import TracebackType
 from typing import Any
 
+_LOG = logging.getLogger("svf")
 # A log needs a sign of life, not a line per chunk.
 _LINE_EVERY_S = 5.0
 
@@ -19,7 +21,7 @@ class Progress:
         self._bar: Any = None
         self._task: Any = None
         self._label = ""
-        self._last = time.monotonic()
+        self._last = self._since = time.monotonic()
 
     def __enter__(self) -> Progress:
         if self.enabled and sys.stderr.isatty():
@@ -35,11 +37,14 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._log_time()
         if self._bar is not None:
             self._bar.stop()
 
     def __call__(self, label: str, fraction: float) -> None:
         """Say that the work called `label` is `fraction` (0 to 1) done."""
+        if label != self._label:
+            self._log_time()
         if self._bar is not None:
             if label != self._label:
                 if self._task is not None:
@@ -50,6 +55,13 @@ class Progress:
             print(f"svf: {label} {fraction:.0%}", file=sys.stderr, flush=True)
             self._last = time.monotonic()
         self._label = label
+
+    def _log_time(self) -> None:
+        """With --verbose: how long the work took that has just ended."""
+        now = time.monotonic()
+        if self._label:
+            _LOG.info("%s: %.2f s", self._label, now - self._since)
+        self._since = now
 
     def say(self, text: str) -> None:
         """A line for the person, on stderr."""

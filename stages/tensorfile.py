@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import threading
 from collections.abc import Collection, Iterable, Mapping
@@ -25,6 +26,7 @@ import numpy as np
 from stages.errors import InputError, NotFoundError, OutputError, shown
 from stages.jsonio import fsync_folder, parse_json
 
+_LOG = logging.getLogger("svf")
 # In the order in which the package places tensors in a file.
 DTYPES: dict[str, np.dtype] = {
     "U64": np.dtype(np.uint64),
@@ -91,6 +93,7 @@ class TensorFile:
         except BaseException:
             os.close(self._fd)
             raise
+        _LOG.info("reading %s: %d tensors", self.path, len(self.tensors))
 
     def close(self) -> None:
         if self._fd >= 0:

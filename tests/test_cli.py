@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import typer
+import typer.main
 from helpers import GATE, K_PROJ, ROOT, Result, fresh, svf, with_json, with_tensors
 
 import cli
 from stages import defaults
 from stages.bundle import ALL_STAGES_FILE, COMPONENTS_FILE, MANIFEST_FILE, component_keys, tensor_stage_key
 
-COMMANDS = [c.name or (c.callback.__name__ if c.callback else "") for c in cli.app.registered_commands]
+GROUP: Any = typer.main.get_command(cli.app)
+COMMANDS = sorted(name for name, command in GROUP.commands.items() if not command.hidden)
 
 
 @pytest.fixture(scope="session", autouse=True)
