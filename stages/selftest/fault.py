@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 FORWARD, REPLAY = "forward", "replay"
-# Specimens (specimens.py) that a fault is planted in unless it says otherwise: float32 in all layers, bfloat16 in one.
+# Specimens (specimens.py) that a fault is planted in unless it says otherwise: the first two in all layers.
 FLOAT32 = ("qwen3", "qwen2")
 EVERYWHERE = (*FLOAT32, "qwen2-untied", "qwen3-bf16", "qwen2-bf16")
 BUNDLE = ("bundle",)

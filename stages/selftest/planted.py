@@ -1,4 +1,4 @@
-"""A backend with a fault at one call of one stage, and weights with a fault in one tensor; all else is the right one."""
+"""A backend with a fault at one call of one stage, and weights with a fault in one tensor; all else is right."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stages.selftest.fault import Call, Fault, Load
 
 @dataclass(frozen=True)
 class Plant:
-    """A fault at its place: the stage or tensor it changes, in which call (a layer, or the nth tensor), and its size."""
+    """A fault at its place: the stage or tensor it changes, in which call (a layer, or the nth tensor); its size."""
 
     fault: Fault
     at: str
@@ -83,7 +83,9 @@ class PlantedBackend:
             return right
         return self.put(self._faulty(name, right, arguments, options, plant))
 
-    def _faulty(self, name: str, right: Any, arguments: tuple[Any, ...], options: Mapping[str, Any], plant: Plant) -> Any:
+    def _faulty(
+        self, name: str, right: Any, arguments: tuple[Any, ...], options: Mapping[str, Any], plant: Plant
+    ) -> Any:
         def compute(*given: np.ndarray, **changed: Any) -> np.ndarray:
             return self.get(self._stages(name, tuple(self.put(a) for a in given), changed))
 

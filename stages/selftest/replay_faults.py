@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from stages.selftest.fault import BUNDLE, REPLAY, Call, Fault, bfloat16, cut, float16, float32, next_value, typical
-from stages.selftest.forward_faults import Plant, another, of_operands, scaled, then
+from stages.selftest.fault import BUNDLE, REPLAY, Call, Fault, bfloat16, cut, float16, next_value, typical
+from stages.selftest.making import Plant, another, of_operands, scaled, then
 
 PRODUCTS = ("matmul_pre_norm", "zero_source_f32")
 EXACT = ("scaled_s", "u_scaled", "adapted_source_f32", "final_f32")
@@ -31,7 +31,12 @@ def _next(call: Call) -> np.ndarray:
 def _scaled_s() -> Iterator[tuple[str, tuple[str, ...], str, Plant]]:
     at = ("scaled_s",)
     yield "offsets off by one", at, "the slice begins one late", of_operands(lambda z, s: (np.roll(z, -1), s))
-    yield "another tensor's offsets", at, "a wrong place in the vector", lambda c: c.of(c.rng.permutation(c.arguments[0]), c.arguments[1])
+    yield (
+        "another tensor's offsets",
+        at,
+        "a wrong place in the vector",
+        lambda c: c.of(c.rng.permutation(c.arguments[0]), c.arguments[1]),
+    )
     yield "S x offsets", at, "the 1 + is missing", another(lambda z, s: s * z)
     yield "S + offsets", at, "a sum", another(lambda z, s: s + z)
     yield "S exp(offsets)", at, "another parametrisation", another(lambda z, s: s * np.exp(z))
@@ -42,12 +47,27 @@ def _scaled_s() -> Iterator[tuple[str, tuple[str, ...], str, Plant]]:
     yield "no normalization", at, "it is 1", another(lambda t, s: np.ones(1, np.float32))
     yield "normalization upside down", at, "the inverse", another(lambda t, s: np.array([t.sum() / s.sum()]))
     yield "mean for sum", at, "in the denominator", another(lambda t, s: np.array([s.sum() / t.mean()]))
-    yield "norms for sums", at, "Frobenius norms", another(lambda t, s: np.array([np.linalg.norm(s) / np.linalg.norm(t)]))
+    yield (
+        "norms for sums",
+        at,
+        "Frobenius norms",
+        another(lambda t, s: np.array([np.linalg.norm(s) / np.linalg.norm(t)])),
+    )
     yield "normalization in bfloat16", at, "float32 was declared", then(bfloat16)
-    yield "normalization without the last", at, "a sum ends too soon", of_operands(lambda t, s: (t * (np.arange(t.size) < t.size - 1), s))
+    yield (
+        "normalization without the last",
+        at,
+        "a sum ends too soon",
+        of_operands(lambda t, s: (t * (np.arange(t.size) < t.size - 1), s)),
+    )
     at = ("u_scaled",)
     yield "U not scaled", at, "U itself", another(lambda t, u: u)
-    yield "columns of U in another order", at, "two singular vectors swapped", of_operands(lambda t, u: (t, _swapped(u, 1)))
+    yield (
+        "columns of U in another order",
+        at,
+        "two singular vectors swapped",
+        of_operands(lambda t, u: (t, _swapped(u, 1))),
+    )
     yield "U scaled in float16", at, "float32 was declared", then(float16)
 
 
@@ -64,8 +84,18 @@ def _products() -> Iterator[tuple[str, tuple[str, ...], str, Plant]]:
     yield "replay in bfloat16", PRODUCTS, "operands cast", lambda c: c.of(*map(bfloat16, c.arguments))
     yield "V in bfloat16", PRODUCTS, "one operand cast", _of_v(bfloat16)
     yield "product through float16", PRODUCTS, "the result", then(float16)
-    yield "rows of a chunk repeated", PRODUCTS, "off by one from row 16 on", then(lambda r: np.concatenate((r[:16], r[15:-1])))
-    yield "a sign of V", PRODUCTS, "one singular vector turned", _of_v(lambda v: v * np.where(np.arange(v.shape[1]) == 1, -1, 1))
+    yield (
+        "rows of a chunk repeated",
+        PRODUCTS,
+        "off by one from row 16 on",
+        then(lambda r: np.concatenate((r[:16], r[15:-1]))),
+    )
+    yield (
+        "a sign of V",
+        PRODUCTS,
+        "one singular vector turned",
+        _of_v(lambda v: v * np.where(np.arange(v.shape[1]) == 1, -1, 1)),
+    )
     at = ("adapted_source_f32",)
     yield "not normalized", at, "the product passes", another(lambda p, n: p)
     yield "divided by the normalization", at, "the inverse", another(lambda p, n: p / n)

@@ -23,9 +23,9 @@ from stages.dump import MANIFEST_FILE
 from stages.errors import InputError, SvfError
 from stages.jsonio import write_json
 from stages.progress import Progress
+from stages.qwen import parameter_shapes
 from stages.reference import ReferenceBackend
 from stages.selection import select_by_rule
-from stages.qwen import parameter_shapes
 from stages.selftest.clean import Sample, samples
 from stages.selftest.document import document
 from stages.selftest.fault import BUNDLE, Fault
@@ -123,7 +123,15 @@ def _verdict(trial: Trial, judge: Judge, a: Path, b: Path) -> dict[str, Any]:
     try:
         found = judge(a, b)
     except InputError as error:
-        return {"found": False, "named": False, "side": None, "stage": None, "verdict": "refused", "ratio": None, "hint": str(error)}
+        return {
+            "found": False,
+            "named": False,
+            "side": None,
+            "stage": None,
+            "verdict": "refused",
+            "ratio": None,
+            "hint": str(error),
+        }
     culprit = found["culprit"] or dict.fromkeys(("side", "layer", "tensor", "stage", "verdict", "ratio", "hint"))
     expected = {"side": trial.side, "layer": trial.layer, "tensor": trial.tensor, "stage": trial.stage}
     return {

@@ -18,7 +18,11 @@ from stages.selftest.specimens import SPECIMENS
 from stages.stage import Scope
 
 # The decomposed tensors that a fault of the replay is planted in: tall, square and wide.
-TALL, SQUARE, WIDE = "model.embed_tokens.weight", "model.layers.1.self_attn.k_proj.weight", "model.layers.1.mlp.down_proj.weight"
+TALL, SQUARE, WIDE = (
+    "model.embed_tokens.weight",
+    "model.layers.1.self_attn.k_proj.weight",
+    "model.layers.1.mlp.down_proj.weight",
+)
 TENSORS = (TALL, SQUARE, WIDE)  # in state-dict order, as a replay takes them
 DECOMPOSED = 1
 
@@ -78,7 +82,9 @@ class Trial:
         }
 
 
-def plan(faults: Iterable[Fault], backends: Sequence[str], *, quick: bool, seed: int, scale: float = 1.0) -> list[Trial]:
+def plan(
+    faults: Iterable[Fault], backends: Sequence[str], *, quick: bool, seed: int, scale: float = 1.0
+) -> list[Trial]:
     """All trials of `faults`, each at `scale` times its claimed size; with `quick`, one a kind."""
     trials: list[Trial] = []
     for fault in faults:
@@ -92,11 +98,10 @@ def plan(faults: Iterable[Fault], backends: Sequence[str], *, quick: bool, seed:
 def _trials(fault: Fault, backends: Sequence[str], seed: int, scale: float) -> Iterator[Trial]:
     rng = np.random.default_rng((seed, zlib.crc32(fault.name.encode())))
     seen: set[tuple[str, str, str, int]] = set()
-    for specimen in fault.on:
+    for row, specimen in enumerate(fault.on):
         places = _places(fault, specimen)
         rng.shuffle(places)
-        calls = _calls(fault, specimen)
-        for number, (backend, call) in enumerate(itertools.product(backends, calls)):
+        for number, (backend, call) in enumerate(_calls(fault, specimen, row, backends)):
             at, in_layer = places[number % len(places)]
             place = (specimen, backend, at, call if in_layer else 0)
             if place not in seen:
@@ -111,14 +116,23 @@ def _places(fault: Fault, specimen: str) -> list[tuple[str, bool]]:
         return [(name, True) for name in fault.at if name in REPLAY]
     path = forward_path(SPECIMENS[specimen].config())
     if fault.load is None:
-        return [(name, path[name].scope is Scope.LAYER) for name in fault.at if name in path and not path[name].identity]
+        return [
+            (name, path[name].scope is Scope.LAYER) for name in fault.at if name in path and not path[name].identity
+        ]
     readers = {param: stage for stage in reversed(tuple(path.values())) for param in stage.params}
     return [(name, readers[name].scope is Scope.LAYER) for name in fault.at if name in readers]
 
 
-def _calls(fault: Fault, specimen: str) -> list[int]:
-    """Layers, or places of the replayed tensors: first, middle and last; in bfloat16 one of them."""
+def _calls(fault: Fault, specimen: str, row: int, backends: Sequence[str]) -> list[tuple[str, int]]:
+    """Backend and layer of each trial in a specimen: first, middle and last layer, the backends in turn.
+
+    Of a second family the turns are the other ones; of more specimens one layer each. A replay is planted in on each
+    backend, in a tall, a square and a wide tensor.
+    """
     if specimen in BUNDLE:
-        return [TENSORS.index(SQUARE)] if fault.square else list(range(len(TENSORS)))
-    layers = SPECIMENS[specimen].layers
-    return [zlib.crc32(fault.name.encode()) % layers] if SPECIMENS[specimen].dtype == "bfloat16" else list(range(layers))
+        tensors = [TENSORS.index(SQUARE)] if fault.square else range(len(TENSORS))
+        return list(itertools.product(backends, tensors))
+    layers = range(SPECIMENS[specimen].layers)
+    if row >= 2:
+        layers = range((zlib.crc32(fault.name.encode()) + row) % len(layers), len(layers), len(layers))
+    return [(backends[(layer + row) % len(backends)], layer) for layer in layers]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich import box
 from rich.markup import escape
 from rich.table import Table
 
@@ -58,7 +59,4 @@ def _missed(row: Mapping[str, Any]) -> str:
 
 
 def _table(*columns: str) -> Table:
-    from rich import box
-
-    table = Table(*columns, box=box.SIMPLE_HEAVY)
-    return table
+    return Table(*columns, box=box.SIMPLE_HEAVY)

@@ -62,23 +62,66 @@ def _swapped_heads(load: Load) -> np.ndarray:
 
 
 def _faults() -> Iterator[Fault]:
-    yield Fault("neighbour layer's weight", (*MATRICES, FIRST_NORM, SECOND_NORM), "a layer off by one", load=Load.of_neighbour)
+    yield Fault(
+        "neighbour layer's weight", (*MATRICES, FIRST_NORM, SECOND_NORM), "a layer off by one", load=Load.of_neighbour
+    )
     yield Fault("gate and up swapped", (GATE,), "mixed up in loading", load=lambda load: load.beside(UP))
     yield Fault("up is the gate", (UP,), "mixed up in loading", load=lambda load: load.beside(GATE))
-    yield Fault("the layer's norms swapped", (FIRST_NORM,), "mixed up in loading", load=lambda load: load.beside(SECOND_NORM))
+    yield Fault(
+        "the layer's norms swapped", (FIRST_NORM,), "mixed up in loading", load=lambda load: load.beside(SECOND_NORM)
+    )
     yield Fault("head norms swapped", (Q_NORM,), "mixed up in loading", load=lambda load: load.beside(K_NORM), on=QWEN3)
-    yield Fault("norm filled with ones", (FIRST_NORM, SECOND_NORM, "model.norm.weight"), "a missing tensor", load=_changed(lambda a, _: np.ones_like(a)))
+    yield Fault(
+        "norm filled with ones",
+        (FIRST_NORM, SECOND_NORM, "model.norm.weight"),
+        "a missing tensor",
+        load=_changed(lambda a, _: np.ones_like(a)),
+    )
     yield Fault("weight + 1 bfloat16 ulp", MATRICES, "one element of the larger half", load=_ulp, on=FLOAT32)
     yield Fault("head + 1 bfloat16 ulp", (LM_HEAD,), "one element of the larger half", load=_ulp, on=FLOAT32)
-    yield Fault("loaded element x (1 + size)", MATRICES, "one of the larger half", load=_element, on=FLOAT32, size=4e-3, sized=True)
+    yield Fault(
+        "loaded element x (1 + size)",
+        MATRICES,
+        "one of the larger half",
+        load=_element,
+        on=FLOAT32,
+        size=4e-3,
+        sized=True,
+    )
     yield Fault("a row of zeros", MATRICES, "corrupt", load=_changed(_zero_row))
     yield Fault("a row scrambled", MATRICES, "corrupt", load=_changed(_scrambled_row))
     yield Fault("heads in another order", (Q, K, V), "halves of the heads swapped", load=_swapped_heads)
-    yield Fault("weights through bfloat16", MATRICES, "a checkpoint of float32, cast", load=_changed(lambda a, _: bfloat16(a)), on=FLOAT32)
-    yield Fault("weights through float16", MATRICES, "a checkpoint of float32, cast", load=_changed(lambda a, _: float16(a)), on=FLOAT32)
-    yield Fault("the embedding for the head", (LM_HEAD,), "tied, and it is not", load=lambda load: load.read(EMBEDDING), on=UNTIED)
-    yield Fault("the head's rows shifted", (LM_HEAD,), "a padded vocabulary", load=_changed(lambda a, _: np.roll(a, 1, axis=0)))
-    yield Fault("weights negated", (O, DOWN), "the other sign", load=_changed(lambda a, _: (-float32(a)).astype(a.dtype)), on=EVERYWHERE)
+    yield Fault(
+        "weights through bfloat16",
+        MATRICES,
+        "a checkpoint of float32, cast",
+        load=_changed(lambda a, _: bfloat16(a)),
+        on=FLOAT32,
+    )
+    yield Fault(
+        "weights through float16",
+        MATRICES,
+        "a checkpoint of float32, cast",
+        load=_changed(lambda a, _: float16(a)),
+        on=FLOAT32,
+    )
+    yield Fault(
+        "the embedding for the head",
+        (LM_HEAD,),
+        "tied, and it is not",
+        load=lambda load: load.read(EMBEDDING),
+        on=UNTIED,
+    )
+    yield Fault(
+        "the head's rows shifted", (LM_HEAD,), "a padded vocabulary", load=_changed(lambda a, _: np.roll(a, 1, axis=0))
+    )
+    yield Fault(
+        "weights negated",
+        (O, DOWN),
+        "the other sign",
+        load=_changed(lambda a, _: (-float32(a)).astype(a.dtype)),
+        on=EVERYWHERE,
+    )
 
 
 WEIGHT_FAULTS: tuple[Fault, ...] = tuple(_faults())
