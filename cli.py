@@ -881,7 +881,7 @@ def selftest(
     raise typer.Exit(exit_code(document))
 
 
-@app.command(hidden=True, name="selftest-child")
+@app.command(hidden=True, name="selftest-child", epilog=examples("svf selftest-child job.json"))
 def selftest_child(job: Annotated[Path, typer.Argument(help="The runs to do.")]) -> None:
     """One backend's runs of a selftest, each into a dump."""
     from stages.selftest.child import run_job

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from stages.selftest.faults import group_of
+
 if TYPE_CHECKING:
     from stages.selftest.run import SelftestOptions
 
@@ -49,6 +51,7 @@ def _kind(options: SelftestOptions, name: str, rows: Sequence[Mapping[str, Any]]
     ratios = [row["ratio"] for row in rows if row["ratio"] is not None]
     return {
         "kind": name,
+        "group": group_of(name),
         "path": fault.path,
         "doc": fault.doc,
         "stages": sorted({row["expected_stage"] for row in rows}),

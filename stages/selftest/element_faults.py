@@ -34,7 +34,7 @@ def _sums() -> Iterator[Fault]:
     yield Fault("residual twice", SUMS, "added again", another(lambda x, y: x + y + x))
     yield Fault("block subtracted", SUMS, "the other sign", another(lambda x, y: x - y))
     yield Fault(
-        "block x (1 + size)", SUMS, "scaled before it is added", _scaled_block, on=FLOAT32, size=1e-6, sized=True
+        "block x (1 + size)", SUMS, "scaled before it is added", _scaled_block, on=FLOAT32, size=1.2e-07, sized=True
     )
     yield Fault("sum in bfloat16", SUMS, "float32 was declared", then(bfloat16), on=FLOAT32)
     exact = ("rope_angle", "embedding", *SUMS, "ffn_swigl")
@@ -83,7 +83,7 @@ def _activations() -> Iterator[Fault]:
     yield Fault(
         "sigmoid in bfloat16", at, "float32 was declared", another(lambda x: x * bfloat16(_sigmoid(x))), on=FLOAT32
     )
-    yield Fault("silu x (1 + size)", at, "a constant factor", scaled, on=FLOAT32, size=2e-6, sized=True)
+    yield Fault("silu x (1 + size)", at, "a constant factor", scaled, on=FLOAT32, size=1e-06, sized=True)
     at = ("ffn_swigl",)
     yield Fault("gate and up added", at, "not multiplied", another(lambda s, u: s + u))
     yield Fault("up missing", at, "silu passes", another(lambda s, u: s))

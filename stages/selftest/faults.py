@@ -13,12 +13,31 @@ from stages.selftest.product_faults import PRODUCT_FAULTS
 from stages.selftest.replay_faults import REPLAY_FAULTS
 from stages.selftest.weight_faults import WEIGHT_FAULTS
 
+# What they touch, for tables.
+GROUPS: Mapping[str, tuple[Fault, ...]] = MappingProxyType(
+    {
+        "RoPE's tables and norms": NORM_FAULTS,
+        "products": PRODUCT_FAULTS,
+        "attention": ATTENTION_FAULTS,
+        "sums, activation, single elements": ELEMENT_FAULTS,
+        "reading weights": WEIGHT_FAULTS,
+        "component replay": REPLAY_FAULTS,
+    }
+)
 
-def _by_name(faults: tuple[Fault, ...]) -> Mapping[str, Fault]:
-    table = {fault.name: fault for fault in faults}
-    if len(table) != len(faults):
-        raise ValueError("two kinds of fault have one name")
+
+def _by_name() -> Mapping[str, Fault]:
+    table: dict[str, Fault] = {}
+    for fault in (fault for faults in GROUPS.values() for fault in faults):
+        if fault.name in table:
+            raise ValueError(f"two kinds of fault are called '{fault.name}'")
+        table[fault.name] = fault
     return MappingProxyType(table)
 
 
-FAULTS = _by_name((*NORM_FAULTS, *PRODUCT_FAULTS, *ATTENTION_FAULTS, *ELEMENT_FAULTS, *WEIGHT_FAULTS, *REPLAY_FAULTS))
+FAULTS = _by_name()
+
+
+def group_of(name: str) -> str:
+    """The group of a kind of fault."""
+    return next(group for group, faults in GROUPS.items() if any(fault.name == name for fault in faults))

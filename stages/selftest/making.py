@@ -10,6 +10,7 @@ from stages.selftest.fault import Call, float32
 
 # Specimens of a family, for faults in what it alone has.
 QWEN3, QWEN2 = ("qwen3", "qwen3-bf16"), ("qwen2", "qwen2-untied", "qwen2-bf16")
+BFLOAT16 = ("qwen3-bf16", "qwen2-bf16")
 Plant = Callable[[Call], np.ndarray]
 
 

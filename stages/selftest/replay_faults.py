@@ -119,9 +119,9 @@ def _others() -> Iterator[Fault]:
     square = {"path": REPLAY, "on": BUNDLE, "square": True}
     yield Fault("V read as nx", PRODUCTS, "V for V^T of a square tensor", _of_v(np.transpose), **square)  # type: ignore[arg-type]
     yield Fault("target transposed", ("final_f32",), "of a square tensor", then(np.transpose), **square)  # type: ignore[arg-type]
-    yield Fault("normalization x (1 + size)", ("normalization",), "a constant factor", scaled, size=1e-5, **common)  # type: ignore[arg-type]
-    yield Fault("replay x (1 + size)", PRODUCTS, "a constant factor", scaled, size=1e-4, **common)  # type: ignore[arg-type]
-    yield Fault("element of V x (1 + size)", PRODUCTS, "one of the larger half", _one_of_v, size=4e-3, **common)  # type: ignore[arg-type]
+    yield Fault("normalization x (1 + size)", ("normalization",), "a constant factor", scaled, size=3e-06, **common)  # type: ignore[arg-type]
+    yield Fault("replay x (1 + size)", PRODUCTS, "a constant factor", scaled, size=5e-06, **common)  # type: ignore[arg-type]
+    yield Fault("element of V x (1 + size)", PRODUCTS, "one of the larger half", _one_of_v, size=2.5e-05, **common)  # type: ignore[arg-type]
 
 
 REPLAY_FAULTS: tuple[Fault, ...] = (

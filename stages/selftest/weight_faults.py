@@ -85,7 +85,7 @@ def _faults() -> Iterator[Fault]:
         "one of the larger half",
         load=_element,
         on=FLOAT32,
-        size=4e-3,
+        size=6e-05,
         sized=True,
     )
     yield Fault("a row of zeros", MATRICES, "corrupt", load=_changed(_zero_row))
