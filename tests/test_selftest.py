@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +11,17 @@ import numpy as np
 import pytest
 from helpers import ROOT, fresh, svf
 
-from stages.forward import forward_path
+from stages.errors import InputError
 from stages.progress import Progress
 from stages.replay import REPLAY
-from stages.selftest import run
 from stages.selftest.clean import samples
 from stages.selftest.document import document, exit_code
 from stages.selftest.fault import FORWARD, Fault
 from stages.selftest.faults import FAULTS
 from stages.selftest.planted import Plant, PlantedWeights
-from stages.selftest.run import SelftestOptions, selftest
+from stages.selftest.run import SelftestOptions, selftest, verdict_on
 from stages.selftest.specimens import SPECIMENS
-from stages.selftest.trials import plan
+from stages.selftest.trials import Trial, path_of, plan
 
 PACKAGE = ROOT / "stages" / "selftest"
 # One stage fault of each path, one of a weight, one of a size.
@@ -33,8 +33,13 @@ def few(names: tuple[str, ...] = FEW, **changed: Any) -> SelftestOptions:
     return SelftestOptions(tuple(FAULTS[name] for name in names), **{"quick": True, "clean": 2, **changed})
 
 
-def test_what_is_planted_is_named_and_clean_runs_raise_no_alarm() -> None:
-    found = selftest(few(), Progress(False))
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    """A selftest of a few kinds, judged as `svf diff` does."""
+    return selftest(few(), Progress(False))
+
+
+def test_what_is_planted_is_named_and_clean_runs_raise_no_alarm(found: dict[str, Any]) -> None:
     assert [row["fault"] for row in found["faults"] if not row["named"]] == []
     assert all(row["changed_elements"] > 0 for row in found["faults"])
     assert (found["planted"], found["false_alarms"], found["clean_runs"]) == (len(FEW), 0, 2)
@@ -42,27 +47,49 @@ def test_what_is_planted_is_named_and_clean_runs_raise_no_alarm() -> None:
     assert exit_code(found) == 0
 
 
-def test_a_judge_that_is_always_content_fails() -> None:
-    content = {"outcome": "agree", "culprit": None, "rows": [{"stage": "x", "ratio_a": 0.0, "ratio_b": 0.0}]}
-    found = selftest(few(FEW[:2], clean=0), Progress(False), judge=lambda _a, _b: content)
-    assert (found["found"], found["named"], found["passed"]) == (0, 0, False)
+def test_a_fault_below_the_floor_is_not_found_and_fails() -> None:
+    found = selftest(few(("theta x (1 + size)",), clean=0, scale=0.05), Progress(False))
+    assert [(row["found"], row["named"]) for row in found["faults"]] == [(False, False)]
+    assert not found["passed"]
     assert exit_code(found) == 1
 
 
-def test_a_fault_below_the_floor_is_not_found_and_fails() -> None:
-    found = selftest(few(("theta x (1 + size)",), clean=0, scale=1e-3), Progress(False))
-    assert not any(row["found"] for row in found["faults"])
-    assert not found["passed"]
+def culprit(trial: Trial, **changed: Any) -> dict[str, Any]:
+    """The document of a judge that names `trial`, but for what is `changed`."""
+    right = {"side": trial.side, "layer": trial.layer, "tensor": trial.tensor, "stage": trial.stage}
+    return {"outcome": "diverged", "culprit": {"verdict": "bug", "ratio": 9.0, "hint": None, **right, **changed}}
 
 
-def test_a_judge_that_blames_the_other_side_or_another_layer_has_not_named_the_fault() -> None:
-    def mirrored(a: Path, b: Path) -> Any:
-        found = dict(run.compare(a, b))
-        side = {"a": "b", "b": "a"}[found["culprit"]["side"]]
-        return {**found, "culprit": {**found["culprit"], "side": side}}
+CONTENT = {"outcome": "agree", "culprit": None}
 
-    found = selftest(few(FEW[:1], clean=0), Progress(False), judge=mirrored)
-    assert (found["found"], found["named"]) == (1, 0)
+
+def rows_of(judge: Callable[[Trial], dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of all trials of a full selftest, judged without running anything."""
+    trials = plan(FAULTS.values(), BACKENDS, quick=False, seed=0)
+    return [{**t.fields(), **verdict_on(t, lambda _a, _b, t=t: judge(t), Path(), Path())} for t in trials]
+
+
+def test_a_judge_that_names_everything_passes_and_one_that_is_always_content_fails() -> None:
+    options = SelftestOptions(tuple(FAULTS.values()))
+    assert document(options, rows_of(culprit), [], 0.0)["passed"]
+    content = document(options, rows_of(lambda _trial: CONTENT), [], 0.0)
+    assert (content["found"], content["named"], content["passed"]) == (0, 0, False)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"side": "both"}, {"side": None}, {"layer": 7}, {"stage": "lm_heat"}, {"tensor": "another"}], ids=str
+)
+def test_a_culprit_with_one_thing_wrong_is_found_and_not_named(wrong: dict[str, Any]) -> None:
+    rows = rows_of(lambda trial: culprit(trial, **wrong))
+    assert all(row["found"] for row in rows)
+    assert not any(row["named"] for row in rows)
+
+
+def test_a_refusal_to_compare_finds_nothing() -> None:
+    def refuse(_trial: Trial) -> dict[str, Any]:
+        raise InputError("not comparable")
+
+    assert {(row["found"], row["named"], row["verdict"]) for row in rows_of(refuse)} == {(False, False, "refused")}
 
 
 def test_a_false_alarm_fails_whatever_was_named() -> None:
@@ -143,8 +170,7 @@ def test_every_kind_is_planted_at_a_stage_that_exists_and_there_are_many() -> No
     assert len(FAULTS) >= 40
     assert {trial.fault.name for trial in trials} == set(FAULTS)
     for trial in trials:
-        config = SPECIMENS[trial.specimen].config()
-        assert trial.stage in (forward_path(config) if trial.fault.path == FORWARD else REPLAY)
+        assert trial.stage in (path_of(trial.specimen) if trial.fault.path == FORWARD else REPLAY)
 
 
 def test_faults_are_planted_in_all_layers_families_backends_and_stages() -> None:
@@ -153,7 +179,7 @@ def test_faults_are_planted_in_all_layers_families_backends_and_stages() -> None
     assert {(t.backend, t.layer, SPECIMENS[t.specimen].family) for t in of_layers} == {
         (backend, layer, family) for backend in BACKENDS for layer in (0, 1, 2) for family in ("qwen3", "qwen2")
     }
-    path = forward_path(SPECIMENS["qwen3"].config())
+    path = path_of("qwen3")
     assert {t.stage for t in trials} >= {name for name in path if not path[name].identity}
     assert {t.stage for t in trials} >= set(REPLAY) - {"source_f32", "offsets_f32"}
 

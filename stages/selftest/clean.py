@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,9 @@ _INTERMEDIATE = (40, 96, 160, 200, 384)
 _SHORT = (1, 2, 3, 4, 5, 8, 13, 20, 31, 32, 33, 64, 100)
 _LONG = (128, 200, 257, 350, 500)
 _OFFSETS = (0.01, 0.17, 0.5, 0.9, 3.0)
-# One in so many is long, of the 0.6B shape, or a component replay.
+# So many in a row have one shape: XLA compiles each shape anew, and that takes longer than the run.
+_ALIKE = 3
+# One shape in so many is long, or that of a layer of the 0.6B model; one run in so many is a component replay.
 _EVERY_LONG, _EVERY_LARGE, _EVERY_REPLAY = 10, 20, 4
 _LARGE: Mapping[str, Any] = {
     "heads": 16,
@@ -52,35 +54,40 @@ class Sample:
 def samples(count: int, seed: int) -> list[Sample]:
     """`count` samples, the same for the same seed."""
     rng = np.random.default_rng((seed, 3))
-    return [_sample(number, rng) for number in range(count)]
+    shapes = [_shape(number, rng) for number in range(-(-count // _ALIKE))]
+    return [_sample(number, shapes[number // _ALIKE], rng) for number in range(count)]
 
 
-def _sample(number: int, rng: np.random.Generator) -> Sample:
-    def one(values: Any) -> Any:
-        return values[int(rng.integers(len(values)))]
-
-    replay = number % _EVERY_REPLAY == _EVERY_REPLAY - 1
-    long = number % _EVERY_LONG == _EVERY_LONG // 2
-    heads, kv_heads = one(_GROUPS)
+def _shape(number: int, rng: np.random.Generator) -> dict[str, Any]:
+    """What XLA compiles for: family, dtype, sizes and length."""
+    heads, kv_heads = _one(_GROUPS, rng)
+    long, large = number % _EVERY_LONG == _EVERY_LONG // 2, number % _EVERY_LARGE == _EVERY_LARGE // 3
     shape = {
+        "family": ("qwen3", "qwen2")[number % 2],
+        "dtype": "bfloat16" if number % 5 in (2, 4) else "float32",
         "heads": heads,
         "kv_heads": kv_heads,
-        "head_dim": one(_HEAD_DIMS),
-        "hidden": one(_HIDDEN),
-        "intermediate": one(_INTERMEDIATE),
+        "head_dim": _one(_HEAD_DIMS, rng),
+        "hidden": _one(_HIDDEN, rng),
+        "intermediate": _one(_INTERMEDIATE, rng),
         "layers": 1 if long else 2,
-        "vocab": one((100, 300, 512)),
+        "vocab": _one((100, 300, 512), rng),
+        "tokens": _one(_LONG if long else _SHORT, rng),
     }
-    large = number % _EVERY_LARGE == 1
+    return {**shape, **_LARGE, "tokens": _one((16, 64, 200), rng)} if large else shape
+
+
+def _sample(number: int, shape: Mapping[str, Any], rng: np.random.Generator) -> Sample:
     specimen = Specimen(
-        **{**shape, **(_LARGE if large else {})},
-        family=("qwen3", "qwen2")[number % 2],
-        dtype="bfloat16" if number % 5 in (2, 4) else "float32",
+        **shape,
         tied=bool(rng.integers(2)),
-        tokens=one((16, 64, 200)) if large else one(_LONG if long else _SHORT),
         seed=int(rng.integers(1 << 31)),
-        embedding=one((0.02, 0.05, 0.8, 2.0, 50.0)),
-        sharpness=one((1.0, 1.0, 1.0, 10.0)),
-        manner=one(list(MANNERS)) if rng.random() < 0.6 else "plain",
+        embedding=_one((0.02, 0.05, 0.8, 2.0, 50.0), rng),
+        sharpness=_one((1.0, 1.0, 1.0, 10.0), rng),
+        manner=_one(list(MANNERS), rng) if rng.random() < 0.6 else "plain",
     )
-    return Sample(specimen, replay, one(_OFFSETS))
+    return Sample(specimen, number % _EVERY_REPLAY == _EVERY_REPLAY - 1, _one(_OFFSETS, rng))
+
+
+def _one(values: Sequence[Any], rng: np.random.Generator) -> Any:
+    return values[int(rng.integers(len(values)))]

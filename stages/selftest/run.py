@@ -35,7 +35,7 @@ from stages.selftest.trials import DECOMPOSED, TENSORS, Trial, plan
 SIDES = ("torch", "jax")  # a and b of every comparison
 CHILD = "selftest-child"
 # Runs of one process: XLA keeps every program that it compiled, a few memory maps each.
-_BATCH = 40
+_BATCH = 60
 _POLL_S = 0.02
 # Of tiny models: a second thread has nothing to do, and on a busy machine it is waited for.
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -91,7 +91,7 @@ def _planted(trials: Sequence[Trial], work: Path, judge: Judge, progress: Progre
             pair = {side: work / side / trial.specimen for side in SIDES} | {trial.backend: own}
             for side, folder in pair.items():
                 _await(folder, futures[side])
-            rows.append({**trial.fields(), **_verdict(trial, judge, pair["torch"], pair["jax"])})
+            rows.append({**trial.fields(), **verdict_on(trial, judge, pair["torch"], pair["jax"])})
             shutil.rmtree(own)
     changed = {side: iter(futures[side].result().document["changed"][len(names) :]) for side in SIDES}
     return [{**row, "changed_elements": next(changed[row["backend"]])} for row in rows]
@@ -118,7 +118,7 @@ def _run(folder: Path, specimen: Specimen, out: Path, replay: bool) -> dict[str,
     }
 
 
-def _verdict(trial: Trial, judge: Judge, a: Path, b: Path) -> dict[str, Any]:
+def verdict_on(trial: Trial, judge: Judge, a: Path, b: Path) -> dict[str, Any]:
     """What judging says of one planted fault, and whether it is right."""
     try:
         found = judge(a, b)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,7 +16,7 @@ from stages.replay import REPLAY
 from stages.selftest.fault import BUNDLE, Fault
 from stages.selftest.fault import REPLAY as REPLAYED
 from stages.selftest.specimens import SPECIMENS
-from stages.stage import Scope
+from stages.stage import Path, Scope
 
 # The decomposed tensors that a fault of the replay is planted in: tall, square and wide.
 TALL, SQUARE, WIDE = (
@@ -25,6 +26,12 @@ TALL, SQUARE, WIDE = (
 )
 TENSORS = (TALL, SQUARE, WIDE)  # in state-dict order, as a replay takes them
 DECOMPOSED = 1
+
+
+@functools.cache
+def path_of(specimen: str) -> Path:
+    """The stages of a specimen's forward."""
+    return forward_path(SPECIMENS[specimen].config())
 
 
 @dataclass(frozen=True)
@@ -44,14 +51,14 @@ class Trial:
         """The stage that is to be named: the one changed, or the first that reads the tensor changed."""
         if self.fault.load is None:
             return self.at
-        return next(s.name for s in forward_path(SPECIMENS[self.specimen].config()).values() if self.at in s.params)
+        return next(s.name for s in path_of(self.specimen).values() if self.at in s.params)
 
     @property
     def layer(self) -> int | None:
         """The layer that is to be named; None for a stage of the whole model."""
         if self.tensor is not None:
             return DECOMPOSED if ".layers." in self.tensor else None
-        scope = forward_path(SPECIMENS[self.specimen].config())[self.stage].scope
+        scope = path_of(self.specimen)[self.stage].scope
         return self.call if scope is Scope.LAYER else None
 
     @property
@@ -114,7 +121,7 @@ def _places(fault: Fault, specimen: str) -> list[tuple[str, bool]]:
     """The stages or tensors of `fault` that the specimen has, and whether each layer has one."""
     if fault.path == REPLAYED:
         return [(name, True) for name in fault.at if name in REPLAY]
-    path = forward_path(SPECIMENS[specimen].config())
+    path = path_of(specimen)
     if fault.load is None:
         return [
             (name, path[name].scope is Scope.LAYER) for name in fault.at if name in path and not path[name].identity
