@@ -1,6 +1,6 @@
 """The smallest size at which each sized fault is named wherever it is planted: halved until it is not.
 
-python benchmarks/detection_floor.py [HALVINGS]
+python benchmarks/detection_floor.py HALVINGS [FAULT ...]
 """
 
 import sys
@@ -10,8 +10,8 @@ from stages.selftest.faults import FAULTS
 from stages.selftest.run import SelftestOptions, selftest
 
 
-def main(halvings: int) -> None:
-    alive = tuple(fault for fault in FAULTS.values() if fault.sized)
+def main(halvings: int, names: list[str]) -> None:
+    alive = tuple(fault for fault in FAULTS.values() if fault.sized and fault.name in (names or FAULTS))
     print(f"{'fault':34} {'size':>10} {'named':>10} {'least ratio':>12}")
     with Progress() as progress:
         for step in range(halvings + 1):
@@ -28,4 +28,4 @@ def main(halvings: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 10)
+    main(int(sys.argv[1]), sys.argv[2:])

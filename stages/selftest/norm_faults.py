@@ -132,7 +132,15 @@ def _norms() -> Iterator[Fault]:
     )
     yield Fault("norm's input in bfloat16", NORMS, "float32 was declared", narrow_first(bfloat16), on=FLOAT32)
     yield Fault("norm x (1 + size)", NORMS, "a constant factor", scaled, on=FLOAT32, size=8e-07, sized=True)
-    yield Fault("norm x (1 + size), bfloat16", NORMS, "a constant factor", scaled, on=BFLOAT16, size=1e-3, sized=True)
+    yield Fault(
+        "norm x (1 + size), bfloat16",
+        NORMS,
+        "before it is rounded",
+        lambda call: bfloat16(_normed(float32(call.arguments[0]))) * float32(call.arguments[1]) * (1 + call.size),
+        on=BFLOAT16,
+        size=2e-3,
+        sized=True,
+    )
     yield Fault("norm of the row above", NORMS, "rows are divided by a neighbour's root", _neighbours_root)
     for stage, part in zip(HEAD_NORMS, (0, 1), strict=True):
         yield Fault(f"{stage} missing", (stage,), "queries or keys pass", _unnormed(part), on=QWEN3)

@@ -44,7 +44,13 @@ def _products() -> Iterator[Fault]:
     yield Fault("output columns shifted", products, "by one", then(lambda r: np.roll(r, 1, axis=-1)))
     yield Fault("product x (1 + size)", products, "a constant factor", scaled, on=FLOAT32, size=8e-06, sized=True)
     yield Fault(
-        "product x (1 + size), bfloat16", products, "a constant factor", scaled, on=BFLOAT16, size=1e-3, sized=True
+        "product x (1 + size), bfloat16",
+        LINEAR,
+        "before it is rounded",
+        _scaled_before_rounding,
+        on=BFLOAT16,
+        size=2e-3,
+        sized=True,
     )
     yield Fault(
         "weight element x (1 + size)",
@@ -74,6 +80,11 @@ def _products() -> Iterator[Fault]:
     yield Fault(
         "bias added twice", biased, "in the product and after", _biases(lambda q, k, v: (2 * q, k, v)), on=QWEN2
     )
+
+
+def _scaled_before_rounding(call: Call) -> np.ndarray:
+    x, weight = map(float32, call.arguments)
+    return x @ weight.T * np.float32(1 + call.size)
 
 
 def _halves(call: Call) -> np.ndarray:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from stages.children import ChildResult, run_svf
+from stages.children import ChildResult, document_of, run_svf
 from stages.decompose import FLOAT64, DecomposeOptions, decompose
 from stages.defaults import write_vector
 from stages.diff import Gates
@@ -224,21 +224,13 @@ def children(
             futures[side] = pool.submit(run_svf, [*flags, CHILD, str(path)], environment)
         yield futures
         for side, future in futures.items():
-            _check(side, future)
+            document_of(side, future.result())
 
 
 def _await(folder: Path, child: Future[ChildResult]) -> None:
     """Wait until the dump in `folder` is committed."""
     while not (folder / MANIFEST_FILE).is_file():
         if child.done() and not (folder / MANIFEST_FILE).is_file():
-            _check(folder.parent.name, child)
+            document_of(folder.parent.name, child.result())
             raise SvfError(f"the {folder.parent.name} side ended without the dump {folder.name}")
         time.sleep(_POLL_S)
-
-
-def _check(side: str, child: Future[ChildResult]) -> None:
-    result = child.result()
-    if result.document is None:
-        error = SvfError(f"the {side} side stopped with exit code {result.returncode}; its message stands above")
-        error.exit_code = result.returncode if result.returncode > 1 else 70
-        raise error

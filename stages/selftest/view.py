@@ -22,7 +22,7 @@ def selftest_document(document: Mapping[str, Any]) -> None:
             out.print(f"[red]missed[/]  {escape(_missed(row))}", soft_wrap=True)
     for row in document["clean"]:
         if row["outcome"] != "agree":
-            out.print(f"[red]false alarm[/]  {escape(str(row))}", soft_wrap=True)
+            out.print(f"[red]false alarm[/]  {escape(_alarm(row))}", soft_wrap=True)
     style, word = ("bold green", "PASSED") if document["passed"] else ("bold red", "FAILED")
     out.print(
         f"[{style}]{word}[/]  {document['named']} of {document['planted']} planted faults of {len(document['kinds'])} "
@@ -53,9 +53,15 @@ def _kinds(kinds: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _missed(row: Mapping[str, Any]) -> str:
-    where = f"{row['fault']} in {row['changed']} of layer {row['layer']}, {row['specimen']}, {row['backend']}"
+    place = row["tensor"] or ("the model" if row["layer"] is None else f"layer {row['layer']}")
+    where = f"{row['fault']} in {row['changed']} of {place}, {row['specimen']}, {row['backend']}"
     what = f"{row['verdict']} at {row['stage']} of side {row['side']}" if row["found"] else "not found"
     return f"{where}: {what}, expected {row['expected_stage']} of side {row['expected_side']} ({row['hint']})"
+
+
+def _alarm(row: Mapping[str, Any]) -> str:
+    what = f"{row['path']} of {row['family']}, {row['dtype']}, {row['manner']} weights, seed {row['seed']}"
+    return f"{what}, {row['tokens']} tokens: {row['verdict']}"
 
 
 def _table(*columns: str) -> Table:
