@@ -138,7 +138,7 @@ def _norms() -> Iterator[Fault]:
         "before it is rounded",
         lambda call: bfloat16(_normed(float32(call.arguments[0]))) * float32(call.arguments[1]) * (1 + call.size),
         on=BFLOAT16,
-        size=2e-3,
+        size=1e-3,
         sized=True,
     )
     yield Fault("norm of the row above", NORMS, "rows are divided by a neighbour's root", _neighbours_root)

@@ -49,7 +49,7 @@ def _products() -> Iterator[Fault]:
         "before it is rounded",
         _scaled_before_rounding,
         on=BFLOAT16,
-        size=2e-3,
+        size=1e-3,
         sized=True,
     )
     yield Fault(
