@@ -852,7 +852,7 @@ def demo(json: Json = False) -> None:
 @app.command(
     epilog=examples(
         "svf selftest --quick",
-        "svf selftest --clean 300 --json > selftest.json",
+        "svf selftest --clean 300 --json",
         "svf selftest --fault 'no causal mask' --backend jax",
     )
 )

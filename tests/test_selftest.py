@@ -21,6 +21,7 @@ from stages.selftest.faults import FAULTS
 from stages.selftest.planted import Plant, PlantedWeights
 from stages.selftest.run import SelftestOptions, selftest, verdict_on
 from stages.selftest.specimens import SPECIMENS
+from stages.selftest.tables import digest, page
 from stages.selftest.trials import Trial, path_of, plan
 
 PACKAGE = ROOT / "stages" / "selftest"
@@ -106,6 +107,20 @@ def test_one_in_a_hundred_may_be_missed_and_no_more() -> None:
     options = SelftestOptions((kind,))
     assert document(options, rows, [], 0.0)["passed"]
     assert not document(options, rows[:99], [], 0.0)["passed"]
+
+
+def test_the_record_of_several_selftests_adds_clean_runs_and_keeps_the_last_of_a_kind() -> None:
+    kinds = list(FAULTS.values())[:2]
+    row = {"found": True, "ratio": 1.0, "expected_stage": "x", "size": None, "verdict": "bug", "fault": kinds[0].name}
+    rows = [{**row, "named": False}, {**row, "fault": kinds[1].name, "named": True}]
+    first = document(SelftestOptions(tuple(kinds)), rows, [{"outcome": "agree"}], 0.0)
+    again = document(
+        SelftestOptions((kinds[0],), seed=7), [{**row, "named": True}] * 3, [{"outcome": "agree"}] * 2, 0.0
+    )
+    kept = digest([first, again])
+    assert (kept["planted"], kept["found"], kept["named"]) == (4, 4, 4)
+    assert (kept["clean_runs"], kept["seeds"]) == (3, [0, 7])
+    assert f"| {kinds[0].name} | {kinds[0].doc} | - | `x` | 1 | 3 of 3 | 3 of 3 |" in page(kept)
 
 
 # Independence.
