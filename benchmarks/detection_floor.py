@@ -11,7 +11,7 @@ from stages.selftest.run import SelftestOptions, selftest
 
 
 def main(halvings: int, names: list[str]) -> None:
-    alive = tuple(fault for fault in FAULTS.values() if fault.sized and fault.name in (names or FAULTS))
+    alive = tuple(fault for fault in FAULTS.values() if fault.size is not None and fault.name in (names or FAULTS))
     print(f"{'fault':34} {'size':>10} {'named':>10} {'least ratio':>12}")
     with Progress() as progress:
         for step in range(halvings + 1):

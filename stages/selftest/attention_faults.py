@@ -46,7 +46,7 @@ def _ropes() -> Iterator[Fault]:
         of_operands(lambda x, c, s: (x, bfloat16(c), bfloat16(s))),
         on=FLOAT32,
     )
-    yield Fault("turned x (1 + size)", ROPED, "a constant factor", scaled, on=FLOAT32, size=6e-07, sized=True)
+    yield Fault("turned x (1 + size)", ROPED, "a constant factor", scaled, on=FLOAT32, size=6e-07)
     yield Fault("heads swapped after RoPE", ROPED, "0 and 1", then(_swap_heads(1)))
 
 
@@ -101,7 +101,6 @@ def _scores() -> Iterator[Fault]:
         lambda call: call.of(scaling=call.options["scaling"] * (1 + call.size)),
         on=FLOAT32,
         size=5e-06,
-        sized=True,
     )
     yield Fault("key heads in turn", at, "head i reads i mod kv_heads", _keys_in_turn)
     yield Fault("scores capped", at, "30 tanh(s / 30), as in Gemma", then(lambda s: 30 * np.tanh(s / 30)))
@@ -158,7 +157,7 @@ def _softmaxes() -> Iterator[Fault]:
     yield Fault("1 + in the denominator", at, "an attention sink", another(_with_sink))
     yield Fault("no maximum subtracted", at, "exp overflows where scores pass 88", another(_without_max), on=("sharp",))
     yield Fault("exponentials in bfloat16", at, "float32 was declared", another(_narrow_softmax), on=FLOAT32)
-    yield Fault("temperature 1 + size", at, "scores are scaled once more", _warm, on=FLOAT32, size=6e-07, sized=True)
+    yield Fault("temperature 1 + size", at, "scores are scaled once more", _warm, on=FLOAT32, size=6e-07)
     yield Fault("softmax not divided", at, "exponentials alone", another(_undivided))
     yield Fault("softmax in float16", at, "through float16", then(float16), on=FLOAT32)
 
@@ -208,7 +207,7 @@ def _weighted() -> Iterator[Fault]:
     yield Fault("a head's output dropped", at, "its columns are 0", _drop_columns)
     yield Fault("probabilities in bfloat16", at, "float32 was declared", narrow_first(bfloat16), on=FLOAT32)
     yield Fault("probabilities transposed", at, "queries for keys", of_operands(lambda p, v: (p.swapaxes(1, 2), v)))
-    yield Fault("attention x (1 + size)", at, "a constant factor", scaled, on=FLOAT32, size=4e-06, sized=True)
+    yield Fault("attention x (1 + size)", at, "a constant factor", scaled, on=FLOAT32, size=4e-06)
 
 
 def _weigh(values_of: Callable[[Call], np.ndarray], *, in_turn: bool = False) -> Plant:

@@ -67,8 +67,7 @@ def _kind(options: SelftestOptions, name: str, rows: Sequence[Mapping[str, Any]]
 def listing(faults: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Every kind of fault, as `--list` shows it."""
     return [
-        {"kind": f.name, "path": f.path, "changes": list(f.at), "doc": f.doc, "size": f.size if f.sized else None}
-        for f in faults.values()
+        {"kind": f.name, "path": f.path, "changes": list(f.at), "doc": f.doc, "size": f.size} for f in faults.values()
     ]
 
 

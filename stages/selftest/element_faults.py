@@ -33,9 +33,7 @@ def _sums() -> Iterator[Fault]:
     yield Fault("block missing", SUMS, "the residual alone", another(lambda x, y: x))
     yield Fault("residual twice", SUMS, "added again", another(lambda x, y: x + y + x))
     yield Fault("block subtracted", SUMS, "the other sign", another(lambda x, y: x - y))
-    yield Fault(
-        "block x (1 + size)", SUMS, "scaled before it is added", _scaled_block, on=FLOAT32, size=1.2e-07, sized=True
-    )
+    yield Fault("block x (1 + size)", SUMS, "scaled before it is added", _scaled_block, on=FLOAT32, size=1.2e-07)
     yield Fault("sum in bfloat16", SUMS, "float32 was declared", then(bfloat16), on=FLOAT32)
     exact = ("rope_angle", "embedding", *SUMS, "ffn_swigl")
     yield Fault("one element + 1 ulp", exact, "the smallest change there is", _next)
@@ -83,7 +81,7 @@ def _activations() -> Iterator[Fault]:
     yield Fault(
         "sigmoid in bfloat16", at, "float32 was declared", another(lambda x: x * bfloat16(_sigmoid(x))), on=FLOAT32
     )
-    yield Fault("silu x (1 + size)", at, "a constant factor", scaled, on=FLOAT32, size=1e-06, sized=True)
+    yield Fault("silu x (1 + size)", at, "a constant factor", scaled, on=FLOAT32, size=1e-06)
     at = ("ffn_swigl",)
     yield Fault("gate and up added", at, "not multiplied", another(lambda s, u: s + u))
     yield Fault("up missing", at, "silu passes", another(lambda s, u: s))

@@ -71,7 +71,7 @@ class Load:
 class Fault:
     """One kind of fault: `plant` changes a call of one of the stages `at`, or `load` a tensor called one of `at`.
 
-    `size` is the smallest that is claimed to be found, in the unit that `doc` names; 1 where it has none.
+    `size` is the smallest that is claimed to be found, relative unless `doc` says otherwise; None where it has none.
     """
 
     name: str
@@ -81,8 +81,7 @@ class Fault:
     load: Callable[[Load], np.ndarray] | None = None
     path: str = FORWARD
     on: tuple[str, ...] = EVERYWHERE
-    size: float = 1.0
-    sized: bool = False
+    size: float | None = None
     square: bool = False  # shows in square tensors alone
 
     def __post_init__(self) -> None:

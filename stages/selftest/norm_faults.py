@@ -39,7 +39,6 @@ def _tables() -> Iterator[Fault]:
         "rope_theta off by a relative `size`",
         lambda call: call.of(rope_theta=call.options["rope_theta"] * (1 + call.size)),
         size=6e-07,
-        sized=True,
     )
     yield Fault("inv_freq in bfloat16", ("inv_freq",), "the buffer was cast with the model", then(bfloat16))
     yield Fault("inv_freq in float16", ("inv_freq",), "the buffer was cast with the model", then(float16))
@@ -82,7 +81,6 @@ def _tables() -> Iterator[Fault]:
         lambda call: call.of(attention_scaling=call.options["attention_scaling"] * (1 + call.size)),
         on=FLOAT32,
         size=5e-07,
-        sized=True,
     )
 
 
@@ -112,7 +110,7 @@ def _norms() -> Iterator[Fault]:
             with_options(eps=1e-5),
             on=(name,),
         )
-    yield Fault("eps x (1 + size)", NORMS, "at mean x^2 = 4e-4", _other_eps, on=("quiet",), size=0.0008, sized=True)
+    yield Fault("eps x (1 + size)", NORMS, "at mean x^2 = 4e-4", _other_eps, on=("quiet",), size=0.0008)
     yield Fault("no eps", NORMS, "at mean x^2 = 4e-4", with_options(eps=0.0), on=("quiet",))
     yield Fault("eps outside the root", NORMS, "at mean x^2 = 4e-4", another(_eps_outside), on=("quiet",))
     yield Fault("norm missing", NORMS, "its input passes", another(lambda x, w: x))
@@ -131,7 +129,7 @@ def _norms() -> Iterator[Fault]:
         lambda call: float32(call.right()) * np.sqrt(1 - 1 / call.arguments[0].shape[-1], dtype=np.float32),
     )
     yield Fault("norm's input in bfloat16", NORMS, "float32 was declared", narrow_first(bfloat16), on=FLOAT32)
-    yield Fault("norm x (1 + size)", NORMS, "a constant factor", scaled, on=FLOAT32, size=8e-07, sized=True)
+    yield Fault("norm x (1 + size)", NORMS, "a constant factor", scaled, on=FLOAT32, size=8e-07)
     yield Fault(
         "norm x (1 + size), bfloat16",
         NORMS,
@@ -139,7 +137,6 @@ def _norms() -> Iterator[Fault]:
         lambda call: bfloat16(_normed(float32(call.arguments[0]))) * float32(call.arguments[1]) * (1 + call.size),
         on=BFLOAT16,
         size=1e-3,
-        sized=True,
     )
     yield Fault("norm of the row above", NORMS, "rows are divided by a neighbour's root", _neighbours_root)
     for stage, part in zip(HEAD_NORMS, (0, 1), strict=True):

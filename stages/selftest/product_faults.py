@@ -42,7 +42,7 @@ def _products() -> Iterator[Fault]:
     yield Fault("last term of K missing", products, "a loop ends too soon", _without_last_term)
     yield Fault("one output row of zeros", products, "a channel is dead", _dead_row)
     yield Fault("output columns shifted", products, "by one", then(lambda r: np.roll(r, 1, axis=-1)))
-    yield Fault("product x (1 + size)", products, "a constant factor", scaled, on=FLOAT32, size=8e-06, sized=True)
+    yield Fault("product x (1 + size)", products, "a constant factor", scaled, on=FLOAT32, size=8e-06)
     yield Fault(
         "product x (1 + size), bfloat16",
         LINEAR,
@@ -50,7 +50,6 @@ def _products() -> Iterator[Fault]:
         _scaled_before_rounding,
         on=BFLOAT16,
         size=1e-3,
-        sized=True,
     )
     yield Fault(
         "weight element x (1 + size)",
@@ -59,12 +58,9 @@ def _products() -> Iterator[Fault]:
         _one_weight,
         on=FLOAT32,
         size=6e-05,
-        sized=True,
     )
-    yield Fault(
-        "result element + size", products, "of the result's RMS", _one_element, on=FLOAT32, size=1.5e-05, sized=True
-    )
-    yield Fault("product past token 12", products, "a factor of 1 + size", _late, on=FLOAT32, size=8e-06, sized=True)
+    yield Fault("result element + size", products, "of the result's RMS", _one_element, on=FLOAT32, size=1.5e-05)
+    yield Fault("product past token 12", products, "a factor of 1 + size", _late, on=FLOAT32, size=8e-06)
     yield Fault("rows repeated", products, "each token's row is the one before", then(lambda r: np.roll(r, 1, axis=0)))
     yield Fault("k_proj transposed", ("qkv_matmul",), "a square weight", _turned(2), on=QWEN3)
     yield Fault("v_proj transposed", ("qkv_matmul",), "a square weight", _turned(3), on=QWEN3)

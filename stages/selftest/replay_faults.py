@@ -115,16 +115,17 @@ def _at_random(call: Call) -> np.ndarray:
 
 
 def _others() -> Iterator[Fault]:
-    common = {"path": REPLAY, "on": BUNDLE, "sized": True}
-    square = {"path": REPLAY, "on": BUNDLE, "square": True}
-    yield Fault("V read as nx", PRODUCTS, "V for V^T of a square tensor", _of_v(np.transpose), **square)  # type: ignore[arg-type]
-    yield Fault("target transposed", ("final_f32",), "of a square tensor", then(np.transpose), **square)  # type: ignore[arg-type]
-    yield Fault("normalization x (1 + size)", ("normalization",), "a constant factor", scaled, size=3e-06, **common)  # type: ignore[arg-type]
-    yield Fault("replay x (1 + size)", PRODUCTS, "a constant factor", scaled, size=5e-06, **common)  # type: ignore[arg-type]
-    yield Fault("element of V x (1 + size)", PRODUCTS, "one of the larger half", _one_of_v, size=2.5e-05, **common)  # type: ignore[arg-type]
+    yield _fault("V read as nx", PRODUCTS, "V for V^T of a square tensor", _of_v(np.transpose), square=True)
+    yield _fault("target transposed", ("final_f32",), "of a square tensor", then(np.transpose), square=True)
+    yield _fault("normalization x (1 + size)", ("normalization",), "a constant factor", scaled, size=3e-6)
+    yield _fault("replay x (1 + size)", PRODUCTS, "a constant factor", scaled, size=5e-6)
+    yield _fault("element of V x (1 + size)", PRODUCTS, "one of the larger half", _one_of_v, size=2.5e-5)
 
 
-REPLAY_FAULTS: tuple[Fault, ...] = (
-    *(Fault(name, at, doc, plant, path=REPLAY, on=BUNDLE) for name, at, doc, plant in (*_scaled_s(), *_products())),
-    *_others(),
-)
+def _fault(
+    name: str, at: tuple[str, ...], doc: str, plant: Plant, *, size: float | None = None, square: bool = False
+) -> Fault:
+    return Fault(name, at, doc, plant, path=REPLAY, on=BUNDLE, size=size, square=square)
+
+
+REPLAY_FAULTS: tuple[Fault, ...] = (*(_fault(*row) for row in (*_scaled_s(), *_products())), *_others())

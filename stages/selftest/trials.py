@@ -83,7 +83,7 @@ class Trial:
             "layer": self.layer,
             "tensor": self.tensor,
             "changed": self.at,
-            "size": self.size if self.fault.sized else None,
+            "size": None if self.fault.size is None else self.size,
             "expected_stage": self.stage,
             "expected_side": self.side,
         }
@@ -113,7 +113,7 @@ def _trials(fault: Fault, backends: Sequence[str], seed: int, scale: float) -> I
             place = (specimen, backend, at, call if in_layer else 0)
             if place not in seen:
                 seen.add(place)
-                size = fault.size * scale if fault.sized else 1.0
+                size = 1.0 if fault.size is None else fault.size * scale
                 yield Trial(fault, specimen, backend, at, place[3], size, int(rng.integers(1 << 31)))
 
 

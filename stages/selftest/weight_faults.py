@@ -86,7 +86,6 @@ def _faults() -> Iterator[Fault]:
         load=_element,
         on=FLOAT32,
         size=6e-05,
-        sized=True,
     )
     yield Fault("a row of zeros", MATRICES, "corrupt", load=_changed(_zero_row))
     yield Fault("a row scrambled", MATRICES, "corrupt", load=_changed(_scrambled_row))
