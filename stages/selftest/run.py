@@ -22,6 +22,7 @@ from stages.diff_job import diff_any
 from stages.dump import MANIFEST_FILE
 from stages.errors import InputError, SvfError
 from stages.jsonio import write_json
+from stages.output import RUN_FILE
 from stages.progress import Progress
 from stages.qwen import parameter_shapes
 from stages.reference import ReferenceBackend
@@ -228,9 +229,13 @@ def children(
 
 
 def _await(folder: Path, child: Future[ChildResult]) -> None:
-    """Wait until the dump in `folder` is committed."""
-    while not (folder / MANIFEST_FILE).is_file():
-        if child.done() and not (folder / MANIFEST_FILE).is_file():
+    """Wait until the dump in `folder` is committed and its run has let go of the folder."""
+
+    def written() -> bool:
+        return (folder / MANIFEST_FILE).is_file() and not (folder / RUN_FILE).exists()
+
+    while not written():
+        if child.done() and not written():
             document_of(folder.parent.name, child.result())
             raise SvfError(f"the {folder.parent.name} side ended without the dump {folder.name}")
         time.sleep(_POLL_S)
