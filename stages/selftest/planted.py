@@ -53,6 +53,7 @@ class PlantedBackend:
         self.changed: int | None = None  # elements that the fault changed; None: its call did not come
         self.replay = {name: functools.partial(self._stage, name) for name in self.inside.replay}
         self.forward = {name: functools.partial(self._stage, name) for name in self.inside.forward}
+        self.router = self.inside.router
         self.wide = self.inside.wide
 
     def widened(self) -> Backend:
