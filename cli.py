@@ -986,5 +986,45 @@ def demo(json: Json = False) -> None:
     _finish_diff(document, json, chain.report_file())
 
 
+@app.command(
+    epilog=examples(
+        "svf selftest --quick",
+        "svf selftest --clean 300 --json",
+        "svf selftest --fault 'no causal mask' --backend jax",
+    )
+)
+def selftest(
+    backend: Annotated[BackendName, typer.Option(help="Where faults are planted.")] = ON_BOTH,
+    quick: Annotated[bool, typer.Option("--quick", help="Each kind of fault once, and fewer clean runs.")] = False,
+    fault: Annotated[list[str] | None, typer.Option(help="Only this kind of fault, see --list.")] = None,
+    clean: Annotated[int | None, typer.Option(min=0, help="Clean comparisons; default 40, 8 with --quick.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of places, weights and shapes.")] = 0,
+    list_faults: Annotated[bool, typer.Option("--list", help="The kinds of fault; nothing is run.")] = False,
+    json: Json = False,
+) -> None:
+    """Plant known faults and see that each is found and named, and that runs without a fault raise no alarm."""
+    from stages.progress import Progress
+    from stages.selftest import command, view
+    from stages.selftest.document import exit_code
+
+    if list_faults:
+        rows = command.kinds(fault)
+        emit(rows) if json else view.fault_list(rows)
+        return
+    options = command.options(backend.value, fault, quick=quick, clean=clean, seed=seed)
+    with Progress(STATE.progress) as progress:
+        document = command.selftest(options, progress)
+    emit(document) if json else view.selftest_document(document)
+    raise typer.Exit(exit_code(document))
+
+
+@app.command(hidden=True, name="selftest-child", epilog=examples("svf selftest-child job.json"))
+def selftest_child(job: Annotated[Path, typer.Argument(help="The runs to do.")]) -> None:
+    """One backend's runs of a selftest, each into a dump."""
+    from stages.selftest.child import run_job
+
+    emit(run_job(job, lambda name: load_backend(name, "cpu")))
+
+
 if __name__ == "__main__":
     app()

@@ -1,8 +1,10 @@
 """Write the generated pages of docs/ from the declarations; --check fails when one is stale.
 
 python docs/generate.py [--check]
+python docs/generate.py --record FILE ...   (keep the figures of what 'svf selftest --json' printed)
 """
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,12 @@ from stages.layouts import LAYOUTS
 from stages.noise import LAMBDA, Noise
 from stages.replay import REPLAY
 from stages.router import ROLES, ROUTER
+from stages.selftest import tables
 from stages.stage import Scope, Stage
 
 HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+RECORDED = HERE / "selftest.json"
 
 
 FAMILIES = {
@@ -206,13 +211,36 @@ def _help(context: Any) -> list[str]:
     return ["", f"## {context.command_path}", "", "```text", *help_text, "```"]
 
 
-PAGES = {"stages.md": stages_page, "foreign-dumps.md": foreign_page, "cli.md": cli_page}
+def record(paths: list[str]) -> None:
+    """Keep what the selftest's tables show of documents that it printed: one of all faults, and more clean runs."""
+    kept = tables.digest([json.loads(Path(path).read_text()) for path in paths])
+    RECORDED.write_text(json.dumps(kept, indent=1) + "\n")
+
+
+def _recorded() -> Any:
+    return json.loads(RECORDED.read_text())
+
+
+def readme_page() -> str:
+    """The README with the selftest's tables in their place."""
+    before, _, rest = README.read_text().partition(tables.BEGIN)
+    _, _, after = rest.partition(tables.END)
+    return "\n".join([before + tables.BEGIN, *tables.summary(_recorded()), tables.END + after])
+
+
+PAGES = {
+    HERE / "stages.md": stages_page,
+    HERE / "foreign-dumps.md": foreign_page,
+    HERE / "cli.md": cli_page,
+    HERE / "selftest.md": lambda: tables.page(_recorded()),
+    README: readme_page,
+}
 
 
 def main(check: bool) -> int:
     stale = 0
-    for name, page in PAGES.items():
-        path, text = HERE / name, page()
+    for path, page in PAGES.items():
+        text = page()
         if not check:
             path.write_text(text)
         elif not path.exists() or path.read_text() != text:
@@ -222,4 +250,6 @@ def main(check: bool) -> int:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["--record"]:
+        record(sys.argv[2:])
     sys.exit(main("--check" in sys.argv))

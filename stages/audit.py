@@ -17,7 +17,7 @@ from stages.backend import Weights
 from stages.bundle import stages_in
 from stages.calibration import lambdas_of
 from stages.checkpoint import Checkpoint, open_checkpoint
-from stages.compare import judge_chunk, residual_bound
+from stages.compare import judge_chunk
 from stages.culprit_data import ORACLE, chosen_row, culprit_data, oracle_pieces
 from stages.errors import InputError, NotFoundError, UsageError, shown
 from stages.foreign import open_foreign
@@ -294,7 +294,7 @@ class _TensorAudit:
 
     def zero_offset(self) -> dict[str, Any]:
         """How well the zero-offset replay gives the source back: the test of a layout."""
-        bound, known = residual_bound(self.rank), self.residual.known
+        bound, known = self.residual.bound(self.rank), self.residual.known
         return {
             "tensor": self.tensor.source_name,
             "layout": self.tensor.layout,

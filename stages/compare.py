@@ -12,7 +12,7 @@ from stages.basis import BasisComparison
 from stages.hints import Case, explain
 from stages.layouts import LAYOUTS
 from stages.metrics import Difference, PairHash, Residual
-from stages.noise import LAMBDA, Lambdas, Noise, residual_bound
+from stages.noise import LAMBDA, Lambdas, Noise
 from stages.promise import hold_to
 from stages.replay import REPLAY
 from stages.replay_run import Chunk
@@ -191,7 +191,7 @@ class TensorComparison:
 
     def zero_offset(self) -> dict[str, Any]:
         """How well each side's zero-offset replay gives the source back: the test of a layout."""
-        bound = residual_bound(self.rank)
+        bound = max(residual.bound(self.rank) for residual in (self.residual_a, self.residual_b))
         return {
             "tensor": self.source_name,
             "layout": self.options["layout"],

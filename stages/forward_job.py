@@ -109,8 +109,16 @@ def token_ids(command: TokenOptions, checkpoint: Checkpoint) -> np.ndarray:
     return check_tokens(ids, checkpoint.config.vocab_size)
 
 
-def forward_one(command: ForwardCommand, backend: Callable[[], Backend], progress: Progress) -> dict[str, Any]:
-    """Trace one forward on one backend; the `svf.forward/1` document."""
+def forward_one(
+    command: ForwardCommand,
+    backend: Callable[[], Backend],
+    progress: Progress,
+    reading: Callable[[Weights], Weights] = lambda weights: weights,
+) -> dict[str, Any]:
+    """Trace one forward on one backend; the `svf.forward/1` document.
+
+    `reading` may put another reader before the weights: what it changes is computed with, and not told in the dump.
+    """
     if command.repeat > 1 and command.out is not None and command.format == "aprt":
         raise UsageError("--repeat compares with the first run's dump, which --format aprt does not keep in full")
     command = with_model(command, progress)
@@ -126,7 +134,7 @@ def forward_one(command: ForwardCommand, backend: Callable[[], Backend], progres
             command.max_memory,
             "try fewer tokens",
         )
-        return job.run(backend())
+        return job.run(backend(), reading)
 
 
 class _Job:
@@ -141,10 +149,10 @@ class _Job:
         self.adapted: dict[str, str] | None = None  # tensor -> layout
         self.adapted_sha256: dict[str, str] | None = None
 
-    def run(self, backend: Backend) -> dict[str, Any]:
+    def run(self, backend: Backend, reading: Callable[[Weights], Weights]) -> dict[str, Any]:
         command = self.command
         scratch = Path(self.stack.enter_context(tempfile.TemporaryDirectory(prefix="svf-forward-")))
-        weights = self._weights(backend, scratch)
+        weights = reading(self._weights(backend, scratch))
         forwarder = Forwarder(backend, self.config, weights, dtype=command.dtype, fuse_layers=command.jit == "layer")
         self.stages = resolve_stages(command.stages, forwarder.path)
         logits, digest = self._trace(forwarder, backend, scratch)

@@ -166,12 +166,19 @@ def sum_ratio_rigorous(numerator: np.ndarray, denominator: np.ndarray, result: n
 
 def _sum_noise(x: np.ndarray) -> float:
     x = x.astype(np.float64)
-    return 1 + float(np.sqrt(x.size) * np.sqrt(np.sum(x * x)) / np.abs(np.sum(x)))
+    spread = np.sqrt(x.size) * np.sqrt(np.sum(x * x)) / np.abs(np.sum(x))
+    return 1 + float(spread) + _sum_flushed(x) / U32
 
 
 def _sum_worst(x: np.ndarray) -> float:
     x = x.astype(np.float64)
-    return float(_gamma(x.size) * np.sum(np.abs(x)) / np.abs(np.sum(x)))
+    return float(_gamma(x.size) * np.sum(np.abs(x)) / np.abs(np.sum(x))) + _sum_flushed(x)
+
+
+def _sum_flushed(x: np.ndarray) -> float:
+    """What a sum loses, relative to it, where its terms below 2^-126 count as zero; XLA does that."""
+    size = np.abs(x)
+    return float(np.sum(size[size < TINY]) / np.abs(np.sum(x)))
 
 
 def _gamma(k: int) -> float:

@@ -227,3 +227,12 @@ def test_a_zero_source_with_a_zero_reconstruction_fits() -> None:
         residual = Residual()
         residual.add(np.zeros(3, np.float32), np.full(3, wrong, np.float32))
         assert residual.relative == expected
+
+
+def test_a_residual_below_what_is_flushed_to_zero_is_no_misfit() -> None:
+    """Weights next to the smallest float32 come back as zeros where XLA flushes; ordinary ones must not."""
+    w = np.random.default_rng(0).standard_normal((8, 4)).astype(np.float32)
+    for scale, lost in ((1e-37, True), (1e-30, False), (1.0, False)):
+        residual = Residual()
+        residual.add(w * np.float32(scale), np.zeros_like(w))
+        assert (residual.relative <= residual.bound(4)) == lost

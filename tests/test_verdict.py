@@ -118,6 +118,19 @@ FAULTS: dict[str, tuple[Callable[[], np.ndarray], Verdict]] = {
 }
 
 
+def test_a_normalization_whose_small_terms_count_as_zero_passes() -> None:
+    """Singular values of weights near 1e-36, the least of them subnormal: XLA leaves those out."""
+    s = np.geomspace(1e-36, 1e-39, 64).astype(np.float32)
+    scaled = s * np.linspace(0.5, 1.5, 64, dtype=np.float32)
+    flushed = [np.float32(canonical(x).astype(np.float64).sum()) for x in (s, scaled)]
+    oracle = consult(SUM, (scaled, s), {})
+    for observed in (oracle.rounded, np.array([flushed[0] / flushed[1]], np.float32)):
+        assert judge(oracle, observed)[0].passes
+    assert not judge(oracle, oracle.rounded * np.float32(1.5))[0].passes
+    large = consult(SUM, (scaled * np.float32(1e9), s * np.float32(1e9)), {})
+    assert not judge(large, large.rounded * np.float32(1 + 1e-5))[0].passes
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_in_a_product_is_called_what_it_is(fault: str) -> None:
     make, expected = FAULTS[fault]

@@ -1,0 +1,241 @@
+"""The selftest: plant faults in one process a backend, judge their dumps as `svf diff` does, and count clean runs."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stages.children import ChildResult, document_of, run_svf
+from stages.decompose import FLOAT64, DecomposeOptions, decompose
+from stages.defaults import write_vector
+from stages.diff import Gates
+from stages.diff_job import diff_any
+from stages.dump import MANIFEST_FILE
+from stages.errors import InputError, SvfError
+from stages.jsonio import write_json
+from stages.output import RUN_FILE
+from stages.progress import Progress
+from stages.qwen import parameter_shapes
+from stages.reference import ReferenceBackend
+from stages.selection import select_by_rule
+from stages.selftest.clean import Sample, samples
+from stages.selftest.document import document
+from stages.selftest.fault import BUNDLE, Fault
+from stages.selftest.specimens import SPECIMENS, Specimen
+from stages.selftest.trials import DECOMPOSED, TENSORS, Trial, plan
+
+SIDES = ("torch", "jax")  # a and b of every comparison
+CHILD = "selftest-child"
+# Runs of one process: XLA keeps every program that it compiled, a few memory maps each.
+_BATCH = 60
+_POLL_S = 0.02
+# Of tiny models: a second thread has nothing to do, and on a busy machine it is waited for.
+_ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+Judge = Callable[[Path, Path], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class SelftestOptions:
+    """What `svf selftest` was asked to do; see its `--help`."""
+
+    faults: tuple[Fault, ...]
+    backends: tuple[str, ...] = SIDES
+    quick: bool = False
+    clean: int = 40
+    seed: int = 0
+    scale: float = 1.0
+
+
+def compare(a: Path, b: Path) -> Mapping[str, Any]:
+    """The `svf.diff/1` document of two dumps: what `svf diff A B` prints."""
+    return diff_any(a, b, components=None, top=0, gates=Gates(), progress=lambda _label, _done: None)
+
+
+def selftest(options: SelftestOptions, progress: Progress, judge: Judge = compare) -> dict[str, Any]:
+    """The `svf.selftest/1` document: every planted fault, and whether clean runs were left alone."""
+    started = time.monotonic()
+    trials = plan(options.faults, options.backends, quick=options.quick, seed=options.seed, scale=options.scale)
+    with tempfile.TemporaryDirectory(prefix="svf-selftest-") as scratch:
+        work = Path(scratch)
+        faults = _planted(trials, work, judge, progress) if trials else []
+        clean = [*_clean(samples(options.clean, options.seed), work, judge, progress)]
+    return document(options, faults, clean, time.monotonic() - started)
+
+
+# -- planted faults -----------------------------------------------------------------------------------------------
+
+
+def _planted(trials: Sequence[Trial], work: Path, judge: Judge, progress: Progress) -> list[dict[str, Any]]:
+    """One row a trial; `changed_elements` is how many elements of the stage or tensor the fault changed."""
+    names = list(dict.fromkeys(trial.specimen for trial in trials))
+    for number, name in enumerate(names):
+        progress(f"writing {name}", number / len(names))
+        write_specimen(SPECIMENS[name], work / name, bundle=name in BUNDLE)
+    jobs: dict[str, list[dict[str, Any]]] = {}
+    for side in SIDES:
+        right = [_run(work / name, SPECIMENS[name], work / side / name, name in BUNDLE) for name in names]
+        jobs[side] = [*right, *(_planted_run(t, i, work) for i, t in enumerate(trials) if t.backend == side)]
+    rows: list[dict[str, Any]] = []
+    with children(jobs, work, "planted", progress, _ONE_THREAD) as futures:
+        for number, trial in enumerate(trials):
+            progress(f"judging {trial.fault.name}", number / len(trials))
+            own = _out(work, trial, number)
+            pair = {side: work / side / trial.specimen for side in SIDES} | {trial.backend: own}
+            for side, folder in pair.items():
+                _await(folder, futures[side])
+            rows.append({**trial.fields(), **verdict_on(trial, judge, pair["torch"], pair["jax"])})
+            shutil.rmtree(own)
+    changed = {side: iter(futures[side].result().document["changed"][len(names) :]) for side in SIDES}
+    return [{**row, "changed_elements": next(changed[row["backend"]])} for row in rows]
+
+
+def _out(work: Path, trial: Trial, number: int) -> Path:
+    return work / trial.backend / f"fault-{number}"
+
+
+def _planted_run(trial: Trial, number: int, work: Path) -> dict[str, Any]:
+    run = _run(work / trial.specimen, SPECIMENS[trial.specimen], _out(work, trial, number), trial.specimen in BUNDLE)
+    fault = {"fault": trial.fault.name, "at": trial.at, "call": trial.call, "size": trial.size, "seed": trial.seed}
+    return {**run, **fault}
+
+
+def _run(folder: Path, specimen: Specimen, out: Path, replay: bool) -> dict[str, Any]:
+    """A run without a fault, as a child takes it."""
+    return {
+        "source": str(folder / "components" if replay else folder),
+        "tokens": None if replay else specimen.token_ids(),
+        "select": TENSORS if replay else (),
+        "out": str(out),
+        "fault": None,
+    }
+
+
+def verdict_on(trial: Trial, judge: Judge, a: Path, b: Path) -> dict[str, Any]:
+    """What judging says of one planted fault, and whether it is right."""
+    try:
+        found = judge(a, b)
+    except InputError as error:
+        return {
+            "found": False,
+            "named": False,
+            "side": None,
+            "stage": None,
+            "verdict": "refused",
+            "ratio": None,
+            "hint": str(error),
+        }
+    culprit = found["culprit"] or dict.fromkeys(("side", "layer", "tensor", "stage", "verdict", "ratio", "hint"))
+    expected = {"side": trial.side, "layer": trial.layer, "tensor": trial.tensor, "stage": trial.stage}
+    return {
+        "found": found["outcome"] == "diverged",
+        "named": all(culprit[name] == value for name, value in expected.items()),
+        "side": culprit["side"],
+        "stage": culprit["stage"],
+        "named_layer": culprit["layer"],
+        "verdict": culprit["verdict"],
+        "ratio": culprit["ratio"],
+        "hint": culprit["hint"],
+    }
+
+
+# -- clean runs ---------------------------------------------------------------------------------------------------
+
+
+def _clean(todo: Sequence[Sample], work: Path, judge: Judge, progress: Progress) -> Iterator[dict[str, Any]]:
+    for start in range(0, len(todo), _BATCH):
+        batch = todo[start : start + _BATCH]
+        jobs: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
+        for number, sample in enumerate(batch, start):
+            progress("writing clean models", number / len(todo))
+            folder = work / f"clean-{number}"
+            write_specimen(sample.specimen, folder, bundle=sample.replay, offsets=sample.offsets)
+            for side in SIDES:
+                run = _run(folder, sample.specimen, work / side / f"clean-{number}", sample.replay)
+                jobs[side].append({**run, "select": ()})
+        with children(jobs, work, f"clean-{start}", progress) as futures:
+            for number, sample in enumerate(batch, start):
+                progress(f"judging {sample.label}", number / len(todo))
+                pair = [work / side / f"clean-{number}" for side in SIDES]
+                for folder, side in zip(pair, SIDES, strict=True):
+                    _await(folder, futures[side])
+                yield _clean_row(sample, judge(*pair))
+                for folder in (*pair, work / f"clean-{number}"):
+                    shutil.rmtree(folder)
+
+
+def _clean_row(sample: Sample, found: Mapping[str, Any]) -> dict[str, Any]:
+    ratios = [(max(row["ratio_a"] or 0, row["ratio_b"] or 0), row["stage"]) for row in found["rows"]]
+    ratio, stage = max(ratios)
+    return {
+        **sample.fields(),
+        "outcome": found["outcome"],
+        "worst_ratio": ratio,
+        "worst_stage": stage,
+        "verdict": None if found["outcome"] == "agree" else found["verdict"],
+        "culprit": found["culprit"],
+    }
+
+
+# -- models, bundles, children ------------------------------------------------------------------------------------
+
+
+def write_specimen(specimen: Specimen, folder: Path, *, bundle: bool, offsets: float = 0.17) -> None:
+    """A checkpoint in `folder`; for a bundle also its decomposition, with offsets uniform within +- `offsets`."""
+    if not bundle:
+        specimen.write(folder)
+        return
+    folder.mkdir(parents=True)
+    model = specimen.write(folder / "model")
+    config = specimen.config()
+    layers = (min(DECOMPOSED, config.num_hidden_layers - 1),)
+    size = select_by_rule(parameter_shapes(config), layers).offset_count
+    values = np.random.default_rng((specimen.seed, 2)).uniform(-offsets, offsets, size + 10 * specimen.hidden)
+    write_vector(folder / "vector.npy", values)
+    decompose(
+        DecomposeOptions(str(model), folder / "vector.npy", None, layers, folder / "components", None, True),
+        FLOAT64,
+        ReferenceBackend(),
+    )
+
+
+@contextmanager
+def children(
+    jobs: Mapping[str, Iterable[Mapping[str, Any]]],
+    work: Path,
+    name: str,
+    progress: Progress,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[dict[str, Future[ChildResult]]]:
+    """One process a side doing its runs in order, while the caller judges what is there already."""
+    with ThreadPoolExecutor(len(SIDES), thread_name_prefix="selftest") as pool:
+        futures = {}
+        for side, runs in jobs.items():
+            path = work / f"{name}-{side}.json"
+            write_json(path, {"backend": side, "runs": list(runs)})
+            flags = [] if progress.enabled else ["--no-progress"]
+            futures[side] = pool.submit(run_svf, [*flags, CHILD, str(path)], environment)
+        yield futures
+        for side, future in futures.items():
+            document_of(side, future.result())
+
+
+def _await(folder: Path, child: Future[ChildResult]) -> None:
+    """Wait until the dump in `folder` is committed and its run has let go of the folder."""
+
+    def written() -> bool:
+        return (folder / MANIFEST_FILE).is_file() and not (folder / RUN_FILE).exists()
+
+    while not written():
+        if child.done() and not written():
+            document_of(folder.parent.name, child.result())
+            raise SvfError(f"the {folder.parent.name} side ended without the dump {folder.name}")
+        time.sleep(_POLL_S)
