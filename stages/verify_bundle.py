@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from stages.bundle import Bundle, BundleEntry, Components, RecordedStages, component_keys, offsets_key
-from stages.compare import residual_bound
 from stages.errors import shown
 from stages.layout_job import diagnose
 from stages.layouts import LAYOUTS
+from stages.noise import residual_bound
 from stages.progress import Progress
 from stages.replay import REPLAY
 from stages.replay_run import ReplayTask
