@@ -58,9 +58,13 @@ class App(typer.Typer):
             code = super().__call__(*args, **{"prog_name": "svf", **_settings(self), **kwargs}, standalone_mode=False)
             sys.stdout.flush()
         except BrokenPipeError:
-            # The reader of a pipe left; a second complaint at interpreter exit helps nobody.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(0)
+            _reader_left()
+        except SystemExit as end:
+            if isinstance(end.__context__, BrokenPipeError):  # click makes it exit code 1, which here is "diverged"
+                _reader_left()
+            if isinstance(end.__context__, KeyboardInterrupt):
+                sys.exit(_fail("interrupted", 130))
+            raise
         except (KeyboardInterrupt, typer.Abort):
             sys.exit(_fail("interrupted", 130))
         except Exception as error:
@@ -82,6 +86,12 @@ def _settings(program: typer.Typer) -> dict[str, Any]:
     found = settings.find_settings(Path.cwd())
     defaults = settings.default_map(found, os.environ, settings.options_of(main), commands)
     return {"default_map": defaults, "auto_envvar_prefix": settings.PREFIX}
+
+
+def _reader_left() -> None:
+    """End well: the reader of a pipe left, and a second complaint at interpreter exit helps nobody."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
+    sys.exit(0)
 
 
 def _terminated(_signal: int, _frame: object) -> None:

@@ -158,7 +158,7 @@ def _forward_row(place: Place, run: ForwardRun, top: int) -> Row:
     why = why_unjudged(place, run)
     if why is not None:
         return {**row, "verdict": Verdict.UNJUDGED.value, "note": why}
-    judged = _Judged(stage, top)
+    judged = _Judged(stage, top, run.side.facts.get("precision"))
     for columns, oracle in oracles_of(place, run, observed):
         judged.add(oracle, part(observed, columns), columns.start or 0, observed.ndim - 1)
     return {**row, **judged.fields()}
@@ -183,7 +183,7 @@ def _audit_replay(
         )
     checkpoint = None if model is None else stack.enter_context(open_checkpoint(model))
     lambdas = lambdas_of(side.facts, str(path))
-    audits = [_TensorAudit(key, tensor, checkpoint, top, lambdas) for key, tensor in side.tensors.items()]
+    audits = [_TensorAudit(k, tensor, checkpoint, top, lambdas, side.precision) for k, tensor in side.tensors.items()]
     for number, tensor in enumerate(audits):
         tensor.run(lambda label, done, at=number: progress(label, (at + done) / len(audits)))  # type: ignore[misc]
     rows = [row for tensor in audits for row in tensor.rows()]
@@ -199,8 +199,17 @@ def _audit_replay(
 class _TensorAudit:
     """One tensor of a replay, chunk by chunk."""
 
-    def __init__(self, key: str, tensor: SideTensor, checkpoint: Checkpoint | None, top: int, lambdas: Lambdas):
-        self.key, self.tensor, self.checkpoint, self.top, self.lambdas = key, tensor, checkpoint, top, lambdas
+    def __init__(
+        self,
+        key: str,
+        tensor: SideTensor,
+        checkpoint: Checkpoint | None,
+        top: int,
+        lambdas: Lambdas,
+        precision: str | None,
+    ):
+        self.key, self.tensor, self.checkpoint, self.top = key, tensor, checkpoint, top
+        self.lambdas, self.precision = lambdas, precision
         # Judged by what it says it did; the zero-offset replay tells whether that was right.
         self.options = {"layout": tensor.layout, "transpose": tensor.transpose}
         self.judged: dict[str, _Judged] = {}
@@ -219,7 +228,7 @@ class _TensorAudit:
         chunk = self._with_source(chunk)
         for name, observed in chunk.values.items():
             stage = REPLAY[name]
-            judged = self.judged.setdefault(name, _Judged(stage, self.top))
+            judged = self.judged.setdefault(name, _Judged(stage, self.top, self.precision))
             arguments = chunk.arguments(stage)
             if any(self.judged[n].verdict.verdict is Verdict.SHAPE for n in stage.inputs if n in self.judged):
                 judged.note = f"of another shape: {', '.join(stage.inputs)}"
@@ -314,6 +323,7 @@ class _Judged:
 
     stage: Stage
     top: int
+    precision: str | None  # what the dump says it was computed in; more than native is held to its promise
     note: str | None = None
     verdict: SideVerdict = field(default_factory=SideVerdict)
     difference: Difference = field(init=False)
@@ -323,7 +333,8 @@ class _Judged:
 
     def add(self, oracle: Oracle, observed: np.ndarray, start: int, axis: int) -> None:
         """Judge one chunk, which begins at `start` along `axis`."""
-        judge_chunk(self.verdict, oracle, observed, explained=self.stage.scope.value == "tensor")
+        explained = self.stage.scope.value == "tensor"
+        judge_chunk(self.verdict, oracle, observed, self.precision, explained=explained)
         expected = oracle.rounded
         if expected.shape != observed.shape or expected.dtype != observed.dtype:
             self.note = (

@@ -28,7 +28,7 @@ from stages.forward_run import Forwarder, StageResult, resolve_layers, resolve_s
 from stages.jsonio import copy_atomic
 from stages.memory import available_bytes
 from stages.metrics import Difference
-from stages.output import prepare_folder
+from stages.output import check_folder
 from stages.precision import NATIVE, precision_fields
 from stages.production import compare_production, greedy, with_stored_head
 from stages.progress import Progress
@@ -128,7 +128,7 @@ def forward_one(
         checkpoint.check()
         job = _Job(command, checkpoint, stack, progress)
         if command.out is not None and not command.resume:
-            prepare_folder(command.out)
+            check_folder(command.out)
         hold_memory(
             forward_bytes(job.config, forward_path(job.config, command.dtype), len(job.tokens)),
             command.max_memory,

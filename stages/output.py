@@ -38,6 +38,14 @@ def prepare_folder(path: str | os.PathLike[str]) -> Path:
     return folder
 
 
+def check_folder(path: str | os.PathLike[str]) -> None:
+    """Refuse what `prepare_folder` refuses, before anything is computed, and leave nothing behind."""
+    made = not os.path.lexists(path)
+    folder = prepare_folder(path)
+    if made:
+        folder.rmdir()
+
+
 def _refuse_content(folder: Path) -> None:
     if (folder / RUN_FILE).is_file():
         raise OutputError(

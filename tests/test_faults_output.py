@@ -189,6 +189,40 @@ def test_a_child_ends_with_its_parent(tmp_path: Path) -> None:
     pytest.fail("the child outlived its parent")
 
 
+def start(out: Path, model: Path, watch: Path, **pipes: int) -> subprocess.Popen[bytes]:
+    """`svf forward` over 300 tokens, some seconds long, that says where it is in `watch`."""
+    watch.touch()
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "SVF_WATCH_FILE": str(watch)}
+    words = ["forward", str(model), "--tokens", ",".join(["1"] * 300), "--backend", "reference", "--json"]
+    command = [sys.executable, "-P", "-m", "cli", "--no-progress", *words, "--out", str(out)]
+    return subprocess.Popen(command, env=env, **pipes)  # type: ignore[call-overload, no-any-return]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_no_half(number: int, code: int, model: Path, tmp_path: Path) -> None:
+    """Sent in the middle of the second layer, when the first one's file is written."""
+    watch = tmp_path / "watch"
+    child = start(tmp_path / "out", model, watch, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    while not (last_place(str(watch)) or "").startswith("layers.1."):
+        assert child.poll() is None
+        time.sleep(0.01)
+    child.send_signal(number)
+    error = child.communicate()[1].decode()
+    assert (child.returncode, len(error.splitlines())) == (code, 1), error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_closed_pipe_is_no_error(model: Path, tmp_path: Path) -> None:
+    """The reader of stdout left: the dump is there, whole, and nobody is told."""
+    child = start(tmp_path / "out", model, tmp_path / "watch", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert child.stdout is not None
+    child.stdout.close()
+    assert child.stderr is not None
+    assert child.stderr.read() == b""
+    assert child.wait() == 0
+    assert (tmp_path / "out" / "manifest.json").is_file()
+
+
 def test_run_svf_gives_what_a_child_printed() -> None:
     done = run_svf(["layouts", "--json", "/nowhere"])
     assert (done.returncode, done.document, done.timeout) == (4, None, None)

@@ -100,6 +100,15 @@ def test_forward_dumps_are_held_to_theirs(model: Path, tmp_path: Path) -> None:
     done = svf("diff", tmp_path / "a", tmp_path / "b", "--json")
     found = done.json["culprit"]
     assert (done.code, found["stage"], found["verdict"], found["side"]) == (1, "ffn_gate", "bug", "b")
+    audited = [svf("audit", tmp_path / name, "--json") for name in ("a", "b")]
+    assert [done.code for done in audited] == [5, 1]  # layer 1 alone: its input is not recorded
+    assert (audited[1].json["culprit"]["stage"], audited[1].json["culprit"]["verdict"]) == ("ffn_gate", "bug")
+
+
+def test_a_replay_dump_is_audited_by_its_promise(precise: Path, tmp_path: Path) -> None:
+    changed = Path(shutil.copytree(precise / "torch-exact", tmp_path / "changed"))
+    rewrite(changed, at(G["matmul_pre_norm"], element(ulp)))
+    assert [svf("audit", folder).code for folder in (precise / "torch-exact", changed)] == [0, 1]
 
 
 def with_ulp(folder: Path, key: str) -> None:
