@@ -62,13 +62,13 @@ class App(typer.Typer):
         except SystemExit as end:
             if isinstance(end.__context__, BrokenPipeError):  # click makes it exit code 1, which here is "diverged"
                 _reader_left()
-            if isinstance(end.__context__, KeyboardInterrupt):
-                sys.exit(_fail("interrupted", 130))
             raise
         except (KeyboardInterrupt, typer.Abort):
             sys.exit(_fail("interrupted", 130))
         except Exception as error:
             sys.exit(_report(error))
+        if code == 130:  # typer's answer to Ctrl-C, without a word
+            _fail("interrupted", 130)
         sys.exit(code if isinstance(code, int) else 0)
 
 
