@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import DOWN, GATE, K_PROJ, ROOT, svf, with_tensors
+from helpers import DOWN, EMBED, GATE, K_PROJ, ROOT, svf, tensors_of, with_json, with_tensors
 
 from cli import BACKENDS
-from stages.bundle import COMPONENTS_FILE, OFFSETS_FILE, Bundle
+from stages.bundle import ALL_STAGES_FILE, COMPONENTS_FILE, OFFSETS_FILE, Bundle
+from stages.bundle import MANIFEST_FILE as BUNDLE_MANIFEST
 from stages.dump import MANIFEST_FILE, keep_hashes
 from stages.replay_job import ReplayJob, ReplayOptions
 from svf_torch.backend import TorchBackend
@@ -91,6 +92,18 @@ def test_a_native_decomposition_is_explained_by_its_basis(name: str, made: Path,
     assert {row["tensor"] for row in document["basis"]} == {GATE, K_PROJ, DOWN}
     assert all(row["explained"] and 0 < row["relative"] < 1e-4 for row in document["basis"])
     assert EXPLAINED in document["verdict"]
+
+
+def test_v_is_kept_in_the_layout_of_the_bundle(bundle: Path, native: dict[str, Path], tmp_path: Path) -> None:
+    with_tensors(bundle / COMPONENTS_FILE, lambda t: t.update({k: t[k].T for k in t if k.startswith("svd.V.")}))
+    with_json(bundle / BUNDLE_MANIFEST, lambda m: [e.update(component_v_layout="vh") for e in m["selected_tensors"]])
+    command = ["replay", bundle, "--components", "native", "--backend", "torch", *SELECT, "--json"]
+    done = svf(*command, "--out", tmp_path / "vh")
+    assert done.code == 0, done.err
+    assert EXPLAINED in done.json["verdict"]
+    key = f"svd.V.{DOWN}"
+    one, other = (tensors_of(f / "components" / COMPONENTS_FILE)[key] for f in (tmp_path / "vh", native["torch"]))
+    np.testing.assert_array_equal(one, other.T)
 
 
 @pytest.mark.parametrize("words", [(), ("--components", "native")])
@@ -237,14 +250,14 @@ def test_what_cannot_be_asked(words: tuple[str, ...], code: int, told: str, made
 
 def test_a_source_with_nan_is_refused_by_name(bundle: Path, tmp_path: Path) -> None:
     def change(tensors: dict[str, np.ndarray]) -> None:
-        tensors[f"tensor.{DOWN}.source_f32"][63, 5] = np.nan
+        tensors[f"tensor.{EMBED}.source_f32"][400, 5] = np.nan  # beyond the rows that are looked at for the layout
 
-    with_tensors(bundle / "trinity_svf_all_selected_stage_debug.safetensors", change)
-    out = tmp_path / "out"
-    done = svf("replay", bundle, "--components", "native", "--backend", "reference", "--select", DOWN, "--out", out)
+    with_tensors(bundle / ALL_STAGES_FILE, change)
+    command = ["replay", bundle, "--components", "native", "--backend", "jax", "--select", EMBED]
+    done = svf(*command, "--out", tmp_path / "out")
     assert done.code == 3
-    assert DOWN in done.error
-    assert not out.exists()
+    assert f"source of '{EMBED}': NaN or infinity at index [400, 5]" in done.error
+    assert not (tmp_path / "out").exists()
 
 
 # The backends' svd.
