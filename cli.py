@@ -45,6 +45,7 @@ Format = StrEnum("Format", ["safetensors", "aprt"])
 Precision = StrEnum("Precision", ["native", "reference", "exact"])
 Tied = StrEnum("Tied", ["untie", "last"])
 Jit = StrEnum("Jit", ["stage", "layer", "none"])
+ComponentsFrom = StrEnum("ComponentsFrom", ["given", "native"])
 SvdMethod = StrEnum("SvdMethod", ["float64", "torch"])
 
 
@@ -378,6 +379,7 @@ def _decompose(options: Any, svd: str) -> Any:
         "svf replay --backend jax --layout torch_v",
         "svf replay components --backend both --layout all",
         "svf replay components --backend jax --reference-report reference.json --strict-stage-tolerances",
+        "svf replay components --components native",
     )
 )
 def replay(
@@ -385,6 +387,10 @@ def replay(
         Path | None, typer.Argument(help="Component bundle; without it, a built-in tiny one.")
     ] = None,
     backend: Annotated[BackendName, typer.Option(help="Which side computes.")] = ON_BOTH,
+    components_from: Annotated[
+        ComponentsFrom,
+        typer.Option("--components", help="native: each backend decomposes the source itself, to tell basis from bug."),
+    ] = ComponentsFrom.given,
     layout: Annotated[LayoutName, typer.Option(help="How V is contracted; declared: as the bundle says.")] = (
         LayoutName.declared
     ),
@@ -448,6 +454,7 @@ def replay(
         resume=resume,
         max_memory=None if max_memory is None else parse_size(max_memory),
         close_up=html is not None,
+        native_components=components_from is ComponentsFrom.native,
     )
     _finish_diff(_replay(command), json, html)
 

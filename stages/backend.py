@@ -68,6 +68,12 @@ class Backend(Protocol):
     def get(self, array: Any) -> np.ndarray:
         """A C-contiguous numpy array with the same bits."""
 
+    def svd(self, source: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """U `[rows, rank]`, S `[rank]`, falling, and V `[cols, rank]` (layout `torch_v`) of a float32 weight.
+
+        Float32, by the SVD that the framework's users call; of the reference, float64 rounded once.
+        """
+
     def compile(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """`fn` compiled once per shape of its arguments, where the framework compiles."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,15 @@ def offsets_key(source_name: str) -> str:
     return f"svf.scale_offsets.{safe_key(source_name)}"
 
 
+def component_specs(
+    source_name: str, shape: tuple[int, int], layout: str
+) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+    """Key -> dtype and shape of U, S and V of a `shape` weight in the components file."""
+    (rows, cols), rank, keys = shape, min(shape), component_keys(source_name)
+    shapes = {"u": (rows, rank), "s": (rank,), "v": LAYOUTS[layout].expected_shape(cols, rank)}
+    return {keys[part]: (np.dtype(np.float32), size) for part, size in shapes.items()}
+
+
 def sample_stage_key(stage: str) -> str:
     """Key of a stage in the sample's stage file."""
     return f"stage.{stage}"
@@ -53,7 +62,7 @@ class Components:
     def __init__(self, bundle: Bundle, entry: BundleEntry):
         self.entry = entry
         self._file, keys = bundle.components, component_keys(entry.source_name)
-        self._u = keys["u"]
+        self._keys, self._u = keys, keys["u"]
         self.s = _checked(bundle.components, keys["s"])
         self.v = _checked(bundle.components, keys["v"])
         self.offsets = _checked(bundle.offsets, offsets_key(entry.source_name))
@@ -62,7 +71,11 @@ class Components:
     def u(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows `[start:stop]` of U, `[rows, rank]` float32."""
         rows = self._file.read(self._u, start, stop)
-        return _finite(rows, f"{self._file.path}: {self._u}")
+        return finite(rows, f"{self._file.path}: {self._u}")
+
+    def sha256(self) -> dict[str, str]:
+        """sha256 of U, S and V, as a dump records what it was made from."""
+        return {part: self._file.sha256(key) for part, key in self._keys.items()}
 
     def same_as(self, other: Components) -> bool:
         """Whether U, S and V are those of `other`, by file and otherwise by their bytes."""
@@ -112,6 +125,27 @@ class BundleEntry:
     offset_start: int | None
     offset_end: int | None
     identity: dict[str, str]  # sha256 of source_f32 and offsets_f32, where the manifest has them
+
+
+def manifest_of(entries: Sequence[BundleEntry], sample_name: str | None) -> dict[str, Any]:
+    """The manifest of a bundle that reads back as `entries`; written last, it commits the bundle."""
+    items = [
+        {
+            "source_name": entry.source_name,
+            "elixir_name": entry.elixir_name,
+            "component_source": entry.component_source,
+            "component_v_layout": entry.layout,
+            "component_tensors": component_keys(entry.source_name),
+            "scale_tensor": offsets_key(entry.source_name),
+            "source_shape": list(entry.shape),
+            "offset_start": entry.offset_start,
+            "offset_end": entry.offset_end,
+            **{_IDENTITY[stage]: digest for stage, digest in entry.identity.items()},
+        }
+        for entry in entries
+    ]
+    sample = {} if sample_name is None else {"source_name": sample_name}
+    return {"schema": SELECTED_SCHEMA, **sample, "selected_tensor_count": len(items), "selected_tensors": items}
 
 
 class Bundle:
@@ -238,10 +272,11 @@ def check_layout_name(name: str) -> str:
 
 
 def _checked(file: TensorFile, key: str) -> np.ndarray:
-    return _finite(file.read(key), f"{file.path}: {key}")
+    return finite(file.read(key), f"{file.path}: {key}")
 
 
-def _finite(array: np.ndarray, where: str) -> np.ndarray:
+def finite(array: np.ndarray, where: str) -> np.ndarray:
+    """`array`; `InputError` unless it is float32 without NaN and infinity."""
     if array.dtype != np.float32:
         raise InputError(f"{where}: expected float32, got {array.dtype}")
     if not np.isfinite(array).all():

@@ -35,7 +35,6 @@ from stages.selection import RouterVector, SelectedTensor, Selection, load_manif
 from stages.tensorfile import TensorFile, TensorWriter, sha256, stored_dtype, write_tensors
 
 Progress = Callable[[str, float], None]
-_F32 = np.dtype(np.float32)
 
 
 class Factors(Protocol):
@@ -294,10 +293,7 @@ class _BundleWriter:
         """Decompose each distinct weight once and write U, S, V under the key of every tensor that has its values."""
         specs: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
         for t in tensors:
-            keys, rank = component_keys(t.source_name), min(t.shape)
-            specs[keys["u"]] = (_F32, (t.shape[0], rank))
-            specs[keys["s"]] = (_F32, (rank,))
-            specs[keys["v"]] = (_F32, (t.shape[1], rank))
+            specs |= bundles.component_specs(t.source_name, t.shape, "torch_v")
         groups: dict[str, list[SelectedTensor]] = {}
         for t in tensors:  # tied tensors resolve to one stored weight; stored components are each their own
             one = t.source_name if self.method.stored else self.checkpoint.resolve(t.source_name)

@@ -108,7 +108,9 @@ def finish(
     return {
         "schema": "svf.diff/1",
         "outcome": "diverged" if unexplained(basis) else outcome(rows, zero_offset, gate_results, coverage),
-        "verdict": " ".join(filter(None, [verdict, about_precision(a, b), of_basis(basis)])),
+        "verdict": " ".join(
+            filter(None, [verdict, about_precision(a, b), of_basis(basis), of_gates(basis, gate_results)])
+        ),
         "culprit": culprit,
         "rows": list(rows),
         "zero_offset": list(zero_offset),
@@ -192,6 +194,13 @@ def about_precision(a: Mapping[str, Any], b: Mapping[str, Any]) -> str | None:
     if one == other:
         return f"Both sides were computed in {one} precision, and each is held to it: {RULES[one]}."
     return f"The sides differ in precision: a was computed in {one}, b in {other}."
+
+
+def of_gates(basis: Sequence[Mapping[str, Any]], gates: Mapping[str, bool]) -> str | None:
+    """A sentence when a gate failed on sides with a decomposition each: it was made for one shared by both."""
+    if not basis or all(gates.values()):
+        return None
+    return "The gates compare the numbers of one decomposition, and here each side has its own U, S, V."
 
 
 def place_of(row: Mapping[str, Any]) -> str:

@@ -23,6 +23,8 @@ from stages.tensorfile import TensorFile, TensorWriter, stored_dtype
 SCHEMA = "svf.dump/1"
 MANIFEST_FILE = "manifest.json"
 MODES = ("full", "hash", "none")
+# Folder of the components that a dump carries: those that its backend decomposed itself.
+COMPONENTS_FOLDER = "components"
 
 
 def dump_file(source_name: str) -> str:
@@ -116,8 +118,9 @@ def keep_hashes(manifest: Path, folder: Path) -> None:
     """Write the manifest of a full dump into the new `folder` as that of a dump of hashes."""
     document = read_object(manifest)
     tensors = {key: {**entry, "file": None} for key, entry in document["tensors"].items()}
+    own = {"components": None} if document.get("native_components") else {}  # they go with the full dump
     prepare_folder(folder)
-    write_json(folder / MANIFEST_FILE, {**document, "tensors": tensors})
+    write_json(folder / MANIFEST_FILE, {**document, **own, "tensors": tensors})
 
 
 class Dump:

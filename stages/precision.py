@@ -87,6 +87,7 @@ class PreciseBackend:
         self.forward = {name: functools.partial(self._stage, name) for name in DTYPES if name in self.inside.forward}
         self.router = {name: functools.partial(self._stage, name) for name in ROUTER}
         self.wide = self.inside.wide
+        self.svd = inside.svd  # a decomposition is native in every precision: it is an input of the stages
 
     def widened(self) -> Backend:
         return self.inside

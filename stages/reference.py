@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from stages import svd
 from stages.backend import Weights
 from stages.forward import DTYPES, ROUNDED_INSIDE
 from stages.layouts import LAYOUTS
@@ -151,6 +152,10 @@ class ReferenceBackend:
 
     def get(self, array: Any) -> np.ndarray:
         return np.asarray(array, order="C")
+
+    def svd(self, source: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        found = svd.decompose(lambda start, stop: source[start:stop], source.shape)
+        return found.u(), found.s, found.v
 
     def compile(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         return fn

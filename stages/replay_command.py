@@ -51,6 +51,7 @@ class ReplayCommand:
     resume: bool = False
     max_memory: int | None = None
     close_up: bool = False
+    native_components: bool = False
 
 
 def with_source(command: ReplayCommand, progress: Progress) -> ReplayCommand:
@@ -83,7 +84,9 @@ def _gates(command: ReplayCommand) -> Gates:
     )
 
 
-def _check_files(command: ReplayCommand) -> None:
+def _check(command: ReplayCommand) -> None:
+    if command.native_components and command.layout == "all":
+        raise UsageError("--layout all tries the layouts of given components; native ones have the bundle's own")
     if command.dump != "none" and command.out is None:
         raise UsageError(f"--dump {command.dump} needs --out DIR")
     if command.report is not None and not command.report.parent.is_dir():
@@ -92,7 +95,7 @@ def _check_files(command: ReplayCommand) -> None:
 
 def replay_one(command: ReplayCommand, backend: Callable[[], Backend], progress: Progress) -> dict[str, Any]:
     """Replay on one backend, in this process; the `svf.diff/1` document against the recorded stages."""
-    _check_files(command)
+    _check(command)
     command = with_source(command, progress)
     assert command.components is not None
     gates = _gates(command)
@@ -111,6 +114,7 @@ def replay_one(command: ReplayCommand, backend: Callable[[], Backend], progress:
         close_up=command.close_up,
         gates=gates,
         resume=command.resume,
+        native_components=command.native_components,
     )
     with ExitStack() as stack:
         job = ReplayJob(options, stack)
@@ -126,7 +130,7 @@ def replay_one(command: ReplayCommand, backend: Callable[[], Backend], progress:
 
 def replay_both(command: ReplayCommand, names: Sequence[str], progress: Progress) -> dict[str, Any]:
     """Replay on each backend in a process of its own, then compare their dumps: a is the first, b the second."""
-    _check_files(command)
+    _check(command)
     if command.report is not None:
         raise UsageError("--report is one side's: use --backend torch or --backend jax")
     command = with_source(command, progress)
@@ -150,7 +154,7 @@ def replay_both(command: ReplayCommand, names: Sequence[str], progress: Progress
             document = diff_recorded(
                 folders[0],
                 folders[1],
-                components=command.components,
+                components=None if command.native_components else command.components,  # each dump has its own
                 top=command.top,
                 gates=_pair_gates(gates, runs, command),
                 runs=runs,
@@ -164,6 +168,7 @@ def replay_both(command: ReplayCommand, names: Sequence[str], progress: Progress
     document["layouts"] = _layouts(names, runs)
     document["precision"] = command.precision
     document["recorded_hash"] = runs[0]["recorded_hash"]
+    document["native_components"] = command.native_components
     document["out"] = str(out) if out is not None else None
     return document
 
@@ -188,6 +193,7 @@ def _arguments(command: ReplayCommand, name: str) -> list[str]:
     for flag, given in (
         ("--source-from-stage", command.source_from_stage),
         ("--all-selected-tensors", command.all_selected),
+        ("--components=native", command.native_components),
     ):
         arguments += [flag] if given else []
     for part in command.select:

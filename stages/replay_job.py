@@ -17,17 +17,17 @@ from stages.calibration import facts_of, lambdas_of
 from stages.checkpoint import Checkpoint, open_checkpoint
 from stages.compare import TensorComparison, empty_row
 from stages.culprit_data import ORACLE, Piece, against_oracle, chosen_row, culprit_data, oracle_pieces
-from stages.dump import ReplayDump
+from stages.dump import COMPONENTS_FOLDER, ReplayDump
 from stages.errors import InputError, UsageError, shown
 from stages.final_hash import FINAL, FinalHash, Native, account
 from stages.layouts import LAYOUTS
+from stages.native import native_bundle
 from stages.noise import LAMBDA, residual_bound
 from stages.precision import PreciseBackend, native, precision_fields, with_precision
 from stages.replay import REPLAY
 from stages.replay_run import Chunk, Replayer, ReplayTask, chunk_plan, default_chunk_rows
 from stages.selection import safe_key
 from stages.sides import SideTensor
-from stages.tensorfile import sha256
 from stages.verdict import Verdict
 
 Progress = Callable[[str, float], None]
@@ -51,6 +51,7 @@ class ReplayOptions:
     close_up: bool = False  # whether to replay the culprit's tensor once more, for a report's figures
     gates: diff.Gates = field(default_factory=diff.Gates)
     resume: bool = False
+    native_components: bool = False
 
     @property
     def layouts(self) -> tuple[str, ...]:
@@ -83,6 +84,7 @@ class ReplayJob:
 
     def __init__(self, options: ReplayOptions, stack: ExitStack):
         self.options = options
+        self._stack = stack
         self.bundle = Bundle(options.components)
         stack.callback(self.bundle.close)
         self.recorded = self._open_recorded(stack)
@@ -90,7 +92,8 @@ class ReplayJob:
         if options.model is not None:
             self.checkpoint = stack.enter_context(open_checkpoint(options.model))
         self.entries = self._select()
-        self._components = {e.source_name: self.bundle.load(e) for e in self.entries}
+        self._given = {e.source_name: self.bundle.load(e) for e in self.entries}
+        self._components = self._given  # what is replayed
         self.sample_turned = self._sample_turned(stack)
 
     def _open_recorded(self, stack: ExitStack) -> RecordedStages | None:
@@ -172,7 +175,7 @@ class ReplayJob:
         stages = {s: (self.recorded.file, self.recorded.key(entry.source_name, s)) for s in infos}
         turned = self.recorded.sample_name is not None and self.sample_turned
         return SideTensor(
-            entry.source_name, stages, {}, entry.identity, entry.layout, turned, self._components[entry.source_name]
+            entry.source_name, stages, {}, entry.identity, entry.layout, turned, self._given[entry.source_name]
         )
 
     def run(self, backend: Backend, progress: Progress = lambda _label, _done: None) -> ReplayResult:
@@ -222,15 +225,31 @@ class ReplayJob:
                 task.check_layout()
             except InputError as error:
                 run.unfit[task.source_name] = str(error)
+        entries = [entry for entry in self.entries if entry.source_name not in run.unfit]
         fitting = [task for task in tasks if task.source_name not in run.unfit]
         with ExitStack() as stack:
             dump = self._open_dump(layout, fitting, stack)
-            for entry, task in zip(self.entries, tasks, strict=True):
-                if task.source_name not in run.unfit:
-                    self._run_tensor(replayer, run, entry, task, dump, progress)
+            if self.options.native_components and fitting:
+                self._decompose(replayer.backend, list(zip(entries, fitting, strict=True)), dump, progress)
+                fitting = [self.task(entry, layout) for entry in entries]
+            for entry, task in zip(entries, fitting, strict=True):
+                self._run_tensor(replayer, run, entry, task, dump, progress)
             if dump is not None:
                 dump.commit(self._manifest(replayer.backend, fitting))
         return run
+
+    def _decompose(
+        self,
+        backend: Backend,
+        given: Sequence[tuple[BundleEntry, ReplayTask]],
+        dump: ReplayDump | None,
+        progress: Progress,
+    ) -> None:
+        """From here on replay what `backend` makes of the sources; a full dump keeps it."""
+        folder = dump.folder / COMPONENTS_FOLDER if dump is not None and dump.mode == "full" else None
+        own = native_bundle(folder, backend, given, self.bundle.sample_name, progress)
+        bundle = self._stack.enter_context(own)
+        self._components = {**self._given, **{e.source_name: bundle.load(e) for e in bundle.entries}}
 
     def _open_dump(self, layout: str, tasks: Sequence[ReplayTask], stack: ExitStack) -> ReplayDump | None:
         out = self.options.out
@@ -264,6 +283,9 @@ class ReplayJob:
             precisions=(None, precision_fields(replayer.backend)["precision"]),
         )
         comparison.expect(set(side.stages) if side else set(), set(REPLAY))
+        given, replayed = self._given[entry.source_name], self._components[entry.source_name]
+        if self.options.verdicts and not given.same_as(replayed):
+            comparison.diagnose_basis(given, replayed)
         recorded = side.chunks(plan) if side else iter([Chunk(a, z, {}, {}, {}) for a, z in plan])
         final = self._final_hash(entry, task)
         for before, chunk in zip(recorded, replayer.run(task, rows), strict=True):
@@ -286,6 +308,8 @@ class ReplayJob:
         unreached = main.sample_sha256 is not None and main.sample_sha256 != recorded
         if not isinstance(backend, PreciseBackend) or recorded is None or entry is None or not unreached:
             return None
+        if self.options.native_components:
+            return None  # it was recorded of other components
         task = self.task(entry, main.layout)
         rows = main.chunk_rows[entry.source_name]
         again = with_precision(backend.plain, backend.mode)  # with counts of its own
@@ -317,7 +341,8 @@ class ReplayJob:
             "backend": backend.name,
             "facts": facts_of(backend),
             "precision": precision_fields(backend)["precision"],
-            "components": str(self.options.components.resolve()),
+            "components": self._where(),
+            "native_components": self.options.native_components,
             "model": self.options.model,
             "selected": [
                 {
@@ -325,11 +350,17 @@ class ReplayJob:
                     "shape": list(task.shape),
                     "layout": task.layout,
                     "transpose": task.transpose,
-                    "sha256": {"s": sha256(task.s), "v": sha256(task.v)},
+                    "sha256": self._components[task.source_name].sha256(),
                 }
                 for task in tasks
             ],
         }
+
+    def _where(self) -> str | None:
+        """The dump's components: the given ones, its own, or, of native ones without stages, none."""
+        if not self.options.native_components:
+            return str(self.options.components.resolve())
+        return COMPONENTS_FOLDER if self.options.dump == "full" else None
 
     def _document(self, backend: Backend, runs: Sequence[LayoutRun]) -> dict[str, Any]:
         main = runs[0]
@@ -351,6 +382,7 @@ class ReplayJob:
                 "backend": backend.name,
                 "layouts": layout_rows(runs),
                 "components": str(self.options.components),
+                "native_components": self.options.native_components,
                 "final_sha256": main.final_sha256,
                 "sample_sha256": main.sample_sha256,
                 "recorded_hash": self._account(backend, main),

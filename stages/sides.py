@@ -15,7 +15,7 @@ from stages.noise import Noise
 from stages.replay import REPLAY
 from stages.replay_run import Chunk
 from stages.selection import safe_key
-from stages.tensorfile import TensorFile, sha256
+from stages.tensorfile import TensorFile
 
 # Stages that copy what a replay was given: two sides that differ here were given different things.
 INPUT_STAGES = tuple(s.name for s in REPLAY.values() if not s.inputs and s.noise is Noise.EXACT)
@@ -162,11 +162,11 @@ def _from_dump(path: Path, components: Path | None, stack: ExitStack) -> Side:
 
 
 def _recorded_path(dump: Dump) -> Path | None:
-    """Where the dump's components are: its recorded path, from the current folder or from the dump's."""
+    """Where the dump's components are: its recorded path, from the dump's folder or from the current one."""
     recorded = dump.manifest.get("components")
     if not isinstance(recorded, str):
         return None
-    candidates = (Path(recorded), dump.folder / recorded)
+    candidates = (dump.folder / recorded, Path(recorded))  # a dump's own components are those beside it
     return next((c for c in candidates if (c / bundles.MANIFEST_FILE).is_file()), None)
 
 
@@ -176,8 +176,7 @@ def _matching_components(bundle: Bundle | None, name: str, identity: dict[str, s
     if bundle is None or entry is None:
         return None
     components = bundle.load(entry)
-    found = {"s": sha256(components.s), "v": sha256(components.v)}
-    return components if all(identity.get(part) == digest for part, digest in found.items()) else None
+    return components if all(identity.get(part) == found for part, found in components.sha256().items()) else None
 
 
 def _from_bundle(path: Path, components: Path | None, stack: ExitStack, sample: bool) -> Side:

@@ -80,6 +80,7 @@ def _text(value: Any) -> str | None:
 
 def replay_report(result: ReplayResult, gates: Gates, backend: str, stage_file: str | None) -> dict[str, Any]:
     """The replaying side's report: one variant per layout and tensor; stage checks with the declared layout alone."""
+    native = result.document["native_components"]
     variants: list[dict[str, Any]] = []
     chunk_checks: list[dict[str, Any]] = []
     for run in result.runs:
@@ -97,10 +98,10 @@ def replay_report(result: ReplayResult, gates: Gates, backend: str, stage_file: 
             "expected_bf16_sha256": gates.historical,
             "current_python_baseline_bf16_sha256": gates.current,
         },
-        # Decomposing on the backend itself is not part of a replay of given components.
-        "native_elixir_svd_variants": [],
-        "semantic_python_component_variants": variants,
-        "large_tensor_chunk_checks": chunk_checks,
+        # The checks are of the numbers of one decomposition: of native components there are none.
+        "native_elixir_svd_variants": variants if native else [],
+        "semantic_python_component_variants": [] if native else variants,
+        "large_tensor_chunk_checks": [] if native else chunk_checks,
         **{name: result.document[name] for name in PRECISION_FIELDS if name in result.document},
         **({"recorded_hash": account} if (account := result.document["recorded_hash"]) else {}),
     }
@@ -121,8 +122,9 @@ def _variant(
     layout, name = _layout(run, comparison), comparison.source_name
     entry = next(e for e in result.entries if e.source_name == name)
     observed = run.final_sha256[name]
+    components = "native_svd" if result.document["native_components"] else "semantic_python_components"
     variant: dict[str, Any] = {
-        "label": f"semantic_python_components_{backend}_v_layout_{layout}",
+        "label": f"{components}_{backend}_v_layout_{layout}",
         "observed_bf16_sha256": observed,
         "expected_bf16_sha256": gates.historical,
         "matches_expected": observed == gates.historical,

@@ -17,6 +17,7 @@ from stages.qwen import QwenConfig
 from svf_jax.components import REPLAY_STAGES
 from svf_jax.qwen import FORWARD_STAGES
 from svf_jax.router import ROUTER_STAGES
+from svf_jax.svd import svd
 from svf_jax.wide import WIDE_STAGES
 
 
@@ -74,6 +75,10 @@ class JaxBackend:
     def get(self, array: Array) -> np.ndarray:
         """The bits of `array` as a C-contiguous numpy array."""
         return np.asarray(array, order="C")
+
+    def svd(self, source: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        u, s, v = self.compile(svd)(self.put(source))
+        return self.get(u), self.get(s), self.get(v)
 
     def compile(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """`fn` under jit, one stage at a time: jitting stages together would let XLA fuse and change bits."""

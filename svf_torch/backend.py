@@ -18,6 +18,7 @@ from stages.qwen import QwenConfig
 from svf_torch.components import REPLAY_STAGES
 from svf_torch.qwen import FORWARD_STAGES
 from svf_torch.router import ROUTER_STAGES
+from svf_torch.svd import svd
 from svf_torch.wide import WIDE_STAGES
 
 
@@ -69,6 +70,10 @@ class TorchBackend:
         if array.dtype == torch.bfloat16:
             return array.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         return array.numpy()
+
+    def svd(self, source: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        u, s, v = self.compile(svd)(self.put(source))
+        return self.get(u), self.get(s), self.get(v)
 
     def compile(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """`fn` without autograd: torch runs eagerly, operation by operation."""

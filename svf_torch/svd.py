@@ -1,4 +1,4 @@
-"""The legacy decompositions of the original tool: torch.svd, and torch.linalg.svd beside it."""
+"""PyTorch's own SVD, twin of svf_jax/svd.py; and the legacy decompositions of the original tool."""
 
 from __future__ import annotations
 
@@ -7,8 +7,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from stages.decompose import Factors, Method
+
+
+def svd(source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U `[rows, rank]`, S `[rank]` and V `[cols, rank]` of a float32 weight."""
+    u, s, vh = torch.linalg.svd(source, full_matrices=False)
+    return u, s, vh.T  # linalg.svd returns V^H, a backend gives V
 
 
 @dataclass(frozen=True)
@@ -31,8 +38,8 @@ def torch_svd(_name: str, rows: Callable[[int, int], np.ndarray], shape: tuple[i
 
 def torch_linalg_svd(_name: str, rows: Callable[[int, int], np.ndarray], shape: tuple[int, int]) -> Factors:
     """torch.linalg.svd, whose V^H is turned back into V."""
-    u, s, vh = torch.linalg.svd(torch.from_numpy(rows(0, shape[0])), full_matrices=False)
-    return TorchFactors(u.contiguous().numpy(), s.numpy(), vh.T.contiguous().numpy())
+    u, s, v = svd(torch.from_numpy(rows(0, shape[0])))
+    return TorchFactors(u.contiguous().numpy(), s.numpy(), v.contiguous().numpy())
 
 
 TORCH_SVD = Method(

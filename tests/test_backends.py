@@ -125,7 +125,7 @@ def public(file: Path) -> list[str]:
 
 
 def test_backend_files_have_the_same_methods_in_the_same_order() -> None:
-    expected = ["replay", "put", "get", "compile", "facts"]
+    expected = ["replay", "put", "get", "svd", "compile", "facts"]
     for package in ("svf_torch", "svf_jax"):
         assert [n for n in public(ROOT / package / "backend.py") if n in expected] == expected
 

@@ -59,7 +59,8 @@ def test_the_help_tells_the_exit_codes() -> None:
     ("decompose", "--vector --manifest --layers --out --report --svd --svd-weights --all-selected-tensors "
                   "--decompose-all-selected-if-missing"),
     ("replay", "--backend --layout --model --reference-report --python-report --source-from-stage --select "
-               "--all-selected-tensors --selected-source-filter --chunk-rows --dump --out --report --device --json"),
+               "--all-selected-tensors --selected-source-filter --chunk-rows --dump --out --report --device --json "
+               "--components"),
     ("forward", "--tokens --tokens-file --prompt --backend --layers --stages --positions --dtype --adapted --layout "
                 "--repeat --generate --production --no-production --out --format --device --jit --json"),
     ("diff", "--model --top --strict-stage-tolerances --strict-current-python --strict-reference --json"),
