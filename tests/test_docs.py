@@ -86,6 +86,12 @@ def test_every_command_of_a_page_runs(
             Path(command.target).write_text(done.out)
 
 
+def test_the_readme_names_every_command() -> None:
+    group = typer.main.get_command(cli.app)
+    named = set(re.findall(r"`svf ([a-z]+)", (ROOT / "README.md").read_text()))
+    assert {name for name, command in group.commands.items() if not command.hidden} <= named  # type: ignore[attr-defined]
+
+
 def test_commands_are_found() -> None:
     assert (commands("    svf a > b.json\n")[0].words, commands("    svf a > b.json\n")[0].target) == (["a"], "b.json")
     page = "x\n    svf a --b \\\n      c   # exits 1\n    $ svf d\n    svf is a tool\n`svf e`\n```\n$ svf f\n```\n"
