@@ -302,8 +302,8 @@ def drop(key: str) -> Callable[[dict[str, Any]], object]:
     ("change", "words"),
     [
         (drop("model"), ["names no model"]),
-        (drop("tokens"), ["no token ids"]),
-        (lambda m: m.update(tokens=[]), ["no token ids"]),
+        (drop("tokens"), ["'tokens'", "None"]),
+        (lambda m: m.update(tokens=[]), ["'tokens'", "[]"]),
         (lambda m: m.update(schema="svf.dump/9"), ["svf.dump/9"]),
         (lambda m: m["tensors"].update({"layers.x.ffn_up": m["tensors"]["lm_head"]}), ["layers.x.ffn_up"]),
         (lambda m: m["tensors"]["lm_head"].update(file="../x"), ["lm_head", "../x"]),
