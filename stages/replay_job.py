@@ -23,6 +23,7 @@ from stages.final_hash import FINAL, FinalHash, Native, account
 from stages.layouts import LAYOUTS
 from stages.native import native_bundle
 from stages.noise import LAMBDA, residual_bound
+from stages.order.match import order_rows
 from stages.precision import PreciseBackend, native, precision_fields, with_precision
 from stages.replay import REPLAY
 from stages.replay_run import Chunk, Replayer, ReplayTask, chunk_plan, default_chunk_rows
@@ -387,6 +388,7 @@ class ReplayJob:
                 "sample_sha256": main.sample_sha256,
                 "recorded_hash": self._account(backend, main),
                 **precision_fields(backend),
+                "orders": order_rows(backend),
             },
         )
 
