@@ -23,7 +23,7 @@ from stages.final_hash import FINAL, FinalHash, Native, account
 from stages.layouts import LAYOUTS
 from stages.native import native_bundle
 from stages.noise import LAMBDA, residual_bound
-from stages.order.match import order_rows
+from stages.order.match import note_order, order_rows
 from stages.precision import PreciseBackend, native, precision_fields, with_precision
 from stages.replay import REPLAY
 from stages.replay_run import Chunk, Replayer, ReplayTask, chunk_plan, default_chunk_rows
@@ -372,7 +372,7 @@ class ReplayJob:
         gates = diff.Gates(
             **{**vars(gates), "replayed_hashes": tuple(r.sample_sha256 for r in runs if r.sample_sha256 is not None)}
         )
-        return diff.document(
+        document = diff.document(
             main.comparisons,
             diff.side(str(self.recorded.path) if self.recorded else "nothing recorded"),
             diff.side(f"{backend.name} replay", facts_of(backend)),
@@ -391,6 +391,8 @@ class ReplayJob:
                 "orders": order_rows(backend),
             },
         )
+        note_order(document["rows"], backend, {entry.source_name: min(entry.shape) for entry in self.entries})
+        return document
 
 
 def unfit_rows(run: LayoutRun) -> list[dict[str, Any]]:

@@ -193,6 +193,8 @@ def test_a_sum_without_an_order_says_that_it_is_native(made: Path, jax_backend: 
     document = replay(made / "components", jax_backend, str(file))
     assert {row["how"] for row in document["orders"]} == {NATIVE}
     assert all(row["order"] is None for row in document["orders"])
+    noted = {row["stage"] for row in document["rows"] if row.get("note") == "computed natively: no order is known"}
+    assert noted == {"normalization", "matmul_pre_norm", "zero_source_f32"}
 
 
 def test_orders_that_contradict_each_other_or_leave_elements_are_not_used() -> None:

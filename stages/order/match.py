@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -28,7 +28,7 @@ Orders = Mapping[tuple[str, int], Order]
 CHECKED = 64
 BLOCKED, STEPPED, SUMMED, NATIVE = "blocks", "steps", "sum", "native"
 HOW = {
-    BLOCKED: "by the backend's kernels, block by block",
+    BLOCKED: f"by the backend's kernels, block by block, {CHECKED} elements of each product checked",
     STEPPED: "step by step on the host: no kernel here sums so",
     SUMMED: "step by step on the host",
     NATIVE: "natively: no order is known",
@@ -191,6 +191,17 @@ def in_blocks(order: Order, terms: int) -> tuple[list[tuple[int, int]], Order] |
 def with_order(backend: Backend, orders: Orders | None, source: str) -> Backend:
     """`backend` as it is for None; otherwise one that sums in `orders`, which came from `source`."""
     return backend if orders is None else OrderedBackend(backend, orders, source)
+
+
+def note_order(rows: Iterable[dict[str, Any]], backend: Backend, terms: Mapping[str, int]) -> None:
+    """Say in every row of an ordered stage how its order was kept; `terms` are the singular values of each tensor."""
+    if not isinstance(backend, OrderedBackend):
+        return
+    for row in rows:
+        how = backend.how.get((row["stage"], terms.get(row["tensor"], 0)))
+        if how is not None:
+            row["order"] = how
+            row["note"] = row.get("note") or f"computed {HOW[how]}"
 
 
 def order_rows(backend: Backend) -> list[dict[str, Any]]:
