@@ -13,12 +13,13 @@ import pytest
 from helpers import ROOT
 
 from cli import app, load_backend
+from stages import render
 from stages.backend import Backend
 from stages.calibration import cpu_model, facts_of
 from stages.diff_job import diff_recorded
 from stages.errors import InputError, NotFoundError, UsageError
 from stages.forward_diff import diff_forward
-from stages.order import boxes, cache
+from stages.order import boxes, cache, probe_run
 from stages.order.evaluate import Sum, evaluate, product
 from stages.order.explain import explain_recorded
 from stages.order.infer_run import infer_recorded
@@ -297,3 +298,28 @@ def test_an_order_and_another_precision_are_not_asked_for_together(made: Path) -
     with pytest.raises(SystemExit) as done:
         app(["replay", str(made / "components"), "--backend", "jax", "--order", "inferred", "--precision", "exact"])
     assert done.value.code == 2
+
+
+def test_the_probes_document_and_its_table(
+    framework: Backend, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    small = dict.fromkeys(boxes.PRODUCTS, ((6, 5, 24),))
+    for name, value in (("PRODUCT_SHAPES", small), ("SUMS", (20,)), ("SQUARES", (20,)), ("SOFTMAX", (7,))):
+        monkeypatch.setattr(probe_run, name, value)
+    run = probe_run.probe_backend(framework, Progress(False))
+    assert len(run["items"]) == len(boxes.PRODUCTS) + 3
+    assert all(f"{what}: " in run["summary"] for what in ("products", "one row", "sums", "mean squares", "softmax"))
+    other = {**run, "items": [{**run["items"][0], "note": "no tree"}, *run["items"][1:]]}
+    document = probe_run.document([{**run, "device": "cpu", "threads": n} for n in (2, 1)])
+    assert document["complete"]
+    assert document["threads_change"] == {framework.name: []}
+    changed = probe_run.document([{**r, "device": "cpu", "threads": n} for n, r in ((2, run), (1, other))])
+    assert not changed["complete"]
+    assert changed["threads_change"] == {framework.name: [run["items"][0]["what"]]}
+    render.probe_document(changed)
+    assert "changes matmul_pre_norm" in capsys.readouterr().out
+
+
+def test_more_threads_than_processors_are_refused() -> None:
+    with pytest.raises(UsageError, match="processors"):
+        probe_run.limit_threads(100_000)

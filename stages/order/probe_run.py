@@ -11,8 +11,8 @@ from typing import Any
 
 from stages.backend import Backend
 from stages.calibration import cpu_model
-from stages.children import run_svf
-from stages.errors import SvfError, UsageError
+from stages.children import document_of, run_svf
+from stages.errors import UsageError
 from stages.order import boxes, cache, probe
 from stages.order.found import SCHEMA as ORDERS_SCHEMA
 from stages.order.infer_run import PRODUCTS, RATIOS
@@ -34,13 +34,13 @@ SUMS = (64, 1000, 1024)
 SQUARES = (64, 128, 1024)
 SQUARES_ROWS = 16
 SOFTMAX = (5, 64, 100)
-# Of these the one-line summary tells, the first part of each.
+# Of these the one-line summary tells: the stage, and which of its shapes, first or last; its largest part.
 _SUMMARY = {
-    "products": ("matmul_pre_norm (torch_v)", [64, 1024, 1024]),
-    "one row": ("lm_head", [1, 256, 1024]),
-    "sums": ("normalization", [1024]),
-    "mean squares": ("final_norm", [1024]),
-    "softmax": ("attn_softmax", [64]),
+    "products": ("matmul_pre_norm (torch_v)", -1),
+    "one row": ("lm_head", 0),
+    "sums": ("normalization", -1),
+    "mean squares": ("final_norm", -1),
+    "softmax": ("attn_softmax", -1),
 }
 
 
@@ -83,11 +83,7 @@ def _child(name: str, device: str, threads: int, progress: Progress) -> dict[str
     arguments = ["probe", "--backend", name, "--device", device, "--threads", str(threads), "--in-child", "--json"]
     environment = dict.fromkeys(cache.THREAD_VARIABLES, str(threads))
     child = run_svf(arguments if progress.enabled else ["--no-progress", *arguments], environment)
-    if child.document is None:
-        error = SvfError(f"the {name} side stopped with exit code {child.returncode}; its message stands above")
-        error.exit_code = child.returncode if child.returncode > 1 else 70
-        raise error
-    run: dict[str, Any] = child.document
+    run: dict[str, Any] = document_of(name, child)
     return run
 
 
@@ -173,6 +169,8 @@ def _part(order: Order, what: str = "terms") -> dict[str, Any]:
 
 
 def _summary(items: Sequence[dict[str, Any]]) -> str:
-    found = {(item["what"], tuple(item["shape"])): item["parts"] for item in items}
-    parts = {label: found[what, tuple(shape)] for label, (what, shape) in _SUMMARY.items()}
-    return "; ".join(f"{label}: {part[0]['order'] if part else 'not revealed'}" for label, part in parts.items())
+    told = []
+    for label, (what, at) in _SUMMARY.items():
+        parts = [item["parts"] for item in items if item["what"] == what][at]
+        told.append(f"{label}: {parts[0]['order'] if parts else 'not revealed'}")
+    return "; ".join(told)

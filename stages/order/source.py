@@ -8,8 +8,8 @@ from typing import Any
 
 from stages.bundle import Bundle
 from stages.calibration import cpu_model
-from stages.children import run_svf
-from stages.errors import InputError, NotFoundError, SvfError, shown
+from stages.children import document_of, run_svf
+from stages.errors import InputError, NotFoundError, shown
 from stages.jsonio import read_object
 from stages.order import cache
 from stages.order.found import SCHEMA
@@ -83,10 +83,6 @@ def _probed(name: str, components: Path, device: str, progress: Progress) -> Ord
         progress.say(f"probing {name}")
         arguments = ["--no-progress", "probe", "--backend", name, "--device", device, "--in-child", "--json"]
         child = run_svf([*arguments, "--sizes", key["sizes"]])
-        if child.document is None:
-            error = SvfError(f"the {name} side stopped with exit code {child.returncode}; its message stands above")
-            error.exit_code = child.returncode if child.returncode > 1 else 70
-            raise error
-        kept = {"rows": child.document["rows"]}
+        kept = {"rows": document_of(name, child)["rows"]}
         cache.store(key, kept)
     return orders_of(kept["rows"], f"probe of {name}")
