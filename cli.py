@@ -415,6 +415,12 @@ def replay(
     report: Annotated[Path | None, typer.Option(help="Write the replaying side's report here.")] = None,
     device: Annotated[str, typer.Option(help="cpu, or a GPU: cuda, gpu, gpu:1.")] = "cpu",
     precision: InPrecision = Precision.native,
+    order: Annotated[
+        str,
+        typer.Option(
+            help="Sum as: native, torch, jax, inferred (as the bundle records), a recorded run, a file of svf infer."
+        ),
+    ] = "native",
     top: Annotated[int, typer.Option(min=0, help="Largest differences kept per stage.")] = 5,
     strict_stage_tolerances: StrictStages = False,
     strict_current_python: StrictCurrent = False,
@@ -429,6 +435,7 @@ def replay(
     """Replay U, S, V and offsets stage by stage, and check every stage against its bound and the recorded one."""
     from stages.budget import parse_size
     from stages.diff import Gates
+    from stages.errors import UsageError
     from stages.replay_command import ReplayCommand
 
     _before_html(html)
@@ -455,7 +462,10 @@ def replay(
         max_memory=None if max_memory is None else parse_size(max_memory),
         close_up=html is not None,
         native_components=components_from is ComponentsFrom.native,
+        order=order,
     )
+    if order != "native" and precision is not Precision.native:
+        raise UsageError(f"--order {order} is about native products; --precision {precision.value} has no order")
     _finish_diff(_replay(command), json, html)
 
 
@@ -467,7 +477,7 @@ def _replay(command: Any) -> Any:
         if command.backend == "both":
             return replay_command.replay_both(command, BOTH, progress)
         load = lambda: load_backend(command.backend, command.device, command.precision)  # noqa: E731
-        return replay_command.replay_one(command, load, progress)
+        return replay_command.replay_one(command, load, progress, BOTH)
 
 
 @app.command(
@@ -500,6 +510,9 @@ def forward(
     format: Annotated[Format, typer.Option(help="Format of the dump.")] = Format.safetensors,
     device: Annotated[str, typer.Option(help="cpu, or a GPU: cuda, gpu, gpu:1.")] = "cpu",
     precision: InPrecision = Precision.native,
+    order: Annotated[
+        str | None, typer.Option(help="Take products as this float32 dump did, or as a file of svf infer says.")
+    ] = None,
     jit: Annotated[Jit, typer.Option(help="What XLA compiles at a time; other than stage shows what fusion does.")] = (
         Jit.stage
     ),
@@ -521,6 +534,8 @@ def forward(
         raise UsageError(f"--jit {jit.value} is about JAX; use --backend jax")
     if precision is not Precision.native and jit is Jit.layer:
         raise UsageError(f"--precision {precision.value} rounds at every stage's boundary, --jit layer has none")
+    if order is not None and (precision is not Precision.native or jit is Jit.layer or production):
+        raise UsageError("--order is for single native stages: not with --precision, --jit layer or --production")
     if precision is not Precision.native and production:
         raise UsageError(f"--production computes natively; --precision {precision.value} cannot be compared with it")
     _before_html(html)
@@ -541,6 +556,7 @@ def forward(
         format=format.value,
         device=device,
         precision=precision.value,
+        order=order,
         jit=jit.value,
         production=production,
         generate=generate,
@@ -576,6 +592,7 @@ def _forward(command: Any, json: bool, html: Path | None) -> None:
         "svf diff dumps/torch dumps/jax",
         "svf diff a/stages.safetensors b/stages.safetensors --components bundle",
         "svf diff reference.json replay.json --strict-stage-tolerances",
+        "svf diff dumps/torch dumps/jax --explain-order",
     )
 )
 def diff(
@@ -590,6 +607,9 @@ def diff(
         Precision | None, typer.Option(help="Demand dumps of this precision; exact: any difference is a bug.")
     ] = None,
     top: Annotated[int | None, typer.Option(min=0, help="Print the largest differences of every stage.")] = None,
+    explain_order: Annotated[
+        bool, typer.Option("--explain-order", help="Say how much of the difference is the order of summation; slow.")
+    ] = False,
     strict_stage_tolerances: StrictStages = False,
     strict_current_python: StrictCurrent = False,
     strict_reference: StrictReference = False,
@@ -601,6 +621,7 @@ def diff(
     from stages.diff import Gates
     from stages.diff_job import diff_any, kind_of
     from stages.errors import UsageError
+    from stages.order.explain import explain_recorded
     from stages.progress import Progress
 
     if html is not None and kind_of(a) == kind_of(b) == "checkpoint":
@@ -619,6 +640,8 @@ def diff(
             rerun=rerun,
             progress=progress,
         )
+        if explain_order:
+            document = explain_recorded(document, a, b, components=components, model=model, progress=progress)
     _finish_diff(document, json, html, top=top is not None)
 
 
@@ -983,6 +1006,67 @@ def convert(
 
     document = job(file, out, entry)
     emit(document) if json else render.convert_document(document)
+
+
+@app.command(
+    epilog=examples(
+        "svf probe",
+        "svf probe --backend jax --threads 1 --json",
+    )
+)
+def probe(
+    backend: Annotated[BackendName, typer.Option(help="Whose sums to probe.")] = ON_BOTH,
+    device: Annotated[str, typer.Option(help="cpu, or a GPU: cuda, gpu, gpu:1.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(min=1, help="On so many; default on all, and on one.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Probe again what the cache knows.")] = False,
+    json: Json = False,
+    in_child: Annotated[bool, typer.Option("--in-child", hidden=True)] = False,
+    sizes: Annotated[str | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Reveal the order in which each backend sums: products of several shapes, sums, mean squares, softmax."""
+    from stages import render
+    from stages.order import probe_run
+    from stages.progress import Progress
+
+    with Progress(STATE.progress) as progress:
+        if in_child:
+            if threads is not None:
+                probe_run.limit_threads(threads)
+            loaded = load_backend(backend.value, device)
+            asked = [int(size) for size in sizes.split(",")] if sizes else None
+            emit(probe_run.probe_sizes(loaded, asked) if asked else probe_run.probe_backend(loaded, progress))
+            return
+        names = BOTH if backend is ON_BOTH else (backend.value,)
+        document = probe_run.probe_all(probe_run.ProbeCommand(names, device, threads, fresh), progress)
+    emit(document) if json else render.probe_document(document)
+    raise typer.Exit(0 if document["complete"] else 5)
+
+
+@app.command(
+    epilog=examples(
+        "svf infer components",
+        "svf infer dumps/jax --rows 256 --json",
+    )
+)
+def infer(
+    side: Annotated[Path, typer.Argument(help="Dump, component bundle or stage file of a replay; dump of a forward.")],
+    components: Annotated[Path | None, typer.Option(help="Bundle with U, S and V, the operands of products.")] = None,
+    model: Annotated[str | None, typer.Option(help="Weights of a forward dump; default as recorded.")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Of a replay, only so many rows of each tensor.")] = None,
+    columns: Annotated[int | None, typer.Option(min=1, help="Of a forward, so many columns of each product.")] = None,
+    json: Json = False,
+) -> None:
+    """Find the order in which a recorded run summed, from its bytes alone; loads no framework."""
+    from stages import render
+    from stages.order.infer_run import infer_recorded
+    from stages.progress import Progress
+
+    with Progress(STATE.progress) as progress:
+        document = infer_recorded(
+            side, components=components, model=model, rows=rows, columns=columns, progress=progress
+        )
+    emit(document) if json else render.orders_document(document)
+    raise typer.Exit(0 if document["outcome"] == "complete" else 5)
 
 
 @app.command(

@@ -59,6 +59,14 @@ class Backend(Protocol):
         Stages with a rounding to the activations' dtype inside (`forward.ROUNDED_INSIDE`) take it as `dtype`.
         """
 
+    @property
+    def ordered(self) -> Mapping[str, Callable[..., Any]]:
+        """What products in a given order are put together from; empty where there is no such thing.
+
+        `chain(a, b)` is a product of which each element is likely one FMA chain over K, `add(x, y)` a sum by itself;
+        `join`, `stack` and `scale` put the parts of a stage together.
+        """
+
     def widened(self) -> Backend:
         """This backend, able to compute in float64: to call `wide` with."""
 

@@ -21,6 +21,7 @@ from stages.defaults import cache_folder
 from stages.errors import InputError, OutputError, shown
 from stages.jsonio import read_object, write_json
 from stages.noise import LAMBDA, RMS, RMS_FACTOR, Lambdas, Noise
+from stages.order.cache import accumulation
 
 SCHEMA = "svf.calibrate/1"
 FACT, SHIPPED = "calibration", "shipped"
@@ -101,10 +102,10 @@ def lambdas_of(facts: Mapping[str, str], where: str) -> Lambdas:
 
 
 def facts_of(backend: Backend) -> dict[str, str]:
-    """A backend's facts, the processor, and the calibration that its results are judged by."""
+    """A backend's facts, the processor, the calibration it is judged by, and its orders of summation if probed."""
     facts = {**backend.facts(), "cpu": cpu_model()}
     known = load(facts)
-    return {**facts, FACT: known.fact if known else SHIPPED}
+    return {**facts, FACT: known.fact if known else SHIPPED, **accumulation(facts, facts["cpu"])}
 
 
 def cpu_model() -> str:

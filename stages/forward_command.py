@@ -52,6 +52,7 @@ def _arguments(command: ForwardCommand, name: str, tokens: list[int]) -> list[st
     arguments += ["--layers", command.layers, "--stages", command.stages, "--positions", command.positions]
     arguments += ["--dtype", command.dtype, "--repeat", str(command.repeat), "--generate", str(command.generate)]
     arguments += ["--device", command.device, "--json", "--precision", command.precision]
+    arguments += ["--order", command.order] if command.order is not None else []
     if name != "torch":
         arguments += ["--jit", command.jit]
     if command.adapted is not None:

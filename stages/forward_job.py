@@ -28,6 +28,8 @@ from stages.forward_run import Forwarder, StageResult, resolve_layers, resolve_s
 from stages.jsonio import copy_atomic
 from stages.memory import available_bytes
 from stages.metrics import Difference
+from stages.order.match import order_rows, with_order
+from stages.order.source import orders_at
 from stages.output import check_folder
 from stages.precision import NATIVE, precision_fields
 from stages.production import compare_production, greedy, with_stored_head
@@ -69,6 +71,7 @@ class ForwardCommand:
     timeout: float | None = None
     resume: bool = False
     max_memory: int | None = None
+    order: str | None = None
 
 
 def with_model(command: ForwardCommand, progress: Progress) -> ForwardCommand:
@@ -134,7 +137,8 @@ def forward_one(
             command.max_memory,
             "try fewer tokens",
         )
-        return job.run(backend(), reading)
+        orders = orders_at(Path(command.order), progress) if command.order else None
+        return job.run(with_order(backend(), orders, command.order or NATIVE), reading)
 
 
 class _Job:
@@ -178,6 +182,7 @@ class _Job:
             "facts": facts_of(backend),
             "jit": command.jit,
             **precision_fields(backend),
+            "orders": order_rows(backend),
             "out": str(command.out) if command.out else None,
         }
 
@@ -332,6 +337,8 @@ class _Job:
             return "--no-production"
         if command.precision != NATIVE:
             return f"production computes natively, this trace in {command.precision} precision"
+        if command.order is not None:
+            return f"production sums as it does, this trace in the order of {command.order}"
         if command.production is None:
             needed = production_bytes(self.config, command.dtype)
             free = min(available_bytes(), command.max_memory or sys.maxsize)

@@ -86,7 +86,7 @@ class PreciseBackend:
         self.replay = {name: functools.partial(self._stage, name) for name in REPLAY}
         self.forward = {name: functools.partial(self._stage, name) for name in DTYPES if name in self.inside.forward}
         self.router = {name: functools.partial(self._stage, name) for name in ROUTER}
-        self.wide = self.inside.wide
+        self.wide, self.ordered = self.inside.wide, self.inside.ordered
         self.svd = inside.svd  # a decomposition is native in every precision: it is an input of the stages
 
     def widened(self) -> Backend:

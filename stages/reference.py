@@ -144,6 +144,10 @@ class ReferenceBackend:
         inside = {name: _of_wide(fn) for name, fn in FORWARD_STAGES.items() if name in ROUNDED_INSIDE}
         return {**FORWARD_STAGES, **ROUTER_STAGES, **replay, **inside}
 
+    @property
+    def ordered(self) -> Mapping[str, Callable[..., np.ndarray]]:
+        return {}  # in float64 no order of float32 sums applies
+
     def widened(self) -> ReferenceBackend:
         return self
 

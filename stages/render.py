@@ -51,6 +51,8 @@ def diff_document(document: Mapping[str, Any], *, top: bool = False) -> None:
     _precision_lines(document, out)
     if document.get("recorded_hash"):
         out.print(escape(document["recorded_hash"]["note"]), soft_wrap=True)
+    for row in document.get("orders", []):
+        out.print(f"{row['stage']}, {row['terms']} terms: {row['order'] or 'no order'}, {row['words']}", soft_wrap=True)
     coverage = document["coverage"]
     style = {"agree": "bold green", "diverged": "bold red"}.get(document["outcome"], "bold yellow")
     out.print(f"Compared {coverage['compared']} of {coverage['expected']} stages.")
@@ -110,7 +112,7 @@ def _audit_problems(rows: Sequence[Mapping[str, Any]], limit: int = 30) -> Table
 def _table(*columns: str) -> Table:
     """A plain table; what is words stands left, what is a number right."""
     table = Table(header_style="bold", show_edge=False, pad_edge=False)
-    words = ("stage", "where", "verdict", "note", "tensor", "declared", "fits")
+    words = ("stage", "where", "verdict", "note", "tensor", "declared", "fits", "order")
     for name in columns:
         table.add_column(name, justify="left" if name in words else "right")
     return table
@@ -385,6 +387,54 @@ def calibrate_document(document: Mapping[str, Any]) -> None:
 def report_document(document: Mapping[str, Any]) -> None:
     """What `svf report` wrote."""
     console().print(f"Report: {document['out']} ({document['bytes']:,} bytes)", markup=False, soft_wrap=True)
+
+
+def probe_document(document: Mapping[str, Any]) -> None:
+    """A `svf.probe/1` document: per backend, each stage's shapes and the order that each is summed in."""
+    out = console()
+    for backend, changed in document["threads_change"].items():
+        runs = [run for run in document["runs"] if run["backend"] == backend]
+        table = _table("stage", "M x N x K", "rows", "columns", "order")
+        for item in runs[0]["items"]:
+            shape = " x ".join(map(str, item["shape"]))
+            for part in item["parts"]:
+                table.add_row(item["what"], shape, part.get("rows", "-"), part.get("cols", "-"), part["words"])
+            if item["note"]:
+                table.add_row(item["what"], shape, "-", "-", f"[bold yellow]not revealed[/]: {escape(item['note'])}")
+        threads = [str(run["threads"]) for run in runs]
+        out.print(f"[bold]{backend}[/] on {runs[0]['device']}, on {' and '.join(threads)} threads")
+        out.print(table)
+        said = f"changes {', '.join(changed)}" if changed else "changes nothing here"
+        if len(runs) > 1:
+            out.print(f"Another count of threads {said}.")
+
+
+def orders_document(document: Mapping[str, Any]) -> None:
+    """A `svf.orders/1` document: each sum's order, or the best one and what it leaves."""
+    out = console()
+    table = _table("stage", "tensor", "K", "results", "not reproduced", "order")
+    for row in document["rows"]:
+        names = row["tensors"]
+        tensor = names[0] if len(names) == 1 else f"{len(names)} tensors"
+        order = row["words"] + (f" ({row['also_fit']} other orders fit as well)" if row["also_fit"] else "")
+        if row["remaining"]:
+            order = f"[bold yellow]none of {row['tried']} tried; best:[/] {order}"
+        table.add_row(
+            row["stage"], escape(tensor), f"{row['terms']:,}", f"{row['elements']:,}", f"{row['remaining']:,}", order
+        )
+        for part in row["parts"][1:]:
+            table.add_row(
+                "",
+                "",
+                "",
+                f"{part['elements']:,}",
+                "0",
+                f"rows {part['rows']}, columns {part['cols']}: {part['order']}",
+            )
+    out.print(table)
+    style = "bold green" if document["outcome"] == "complete" else "bold yellow"
+    explained = f"the order explains every byte of {document['explained']} of {len(document['rows'])} sums"
+    out.print(f"[{style}]{document['outcome'].upper()}[/]  {explained}", soft_wrap=True)
 
 
 def decompose_document(document: Mapping[str, Any]) -> None:

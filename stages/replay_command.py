@@ -19,6 +19,8 @@ from stages.diff_job import diff_recorded
 from stages.dump import MANIFEST_FILE, keep_hashes
 from stages.errors import UsageError
 from stages.jsonio import write_json
+from stages.order.match import with_order
+from stages.order.source import orders_for
 from stages.output import claimed
 from stages.progress import Progress
 from stages.replay_job import ReplayJob, ReplayOptions
@@ -52,6 +54,7 @@ class ReplayCommand:
     max_memory: int | None = None
     close_up: bool = False
     native_components: bool = False
+    order: str = "native"
 
 
 def with_source(command: ReplayCommand, progress: Progress) -> ReplayCommand:
@@ -93,8 +96,13 @@ def _check(command: ReplayCommand) -> None:
         raise UsageError(f"--report {command.report}: its folder does not exist")
 
 
-def replay_one(command: ReplayCommand, backend: Callable[[], Backend], progress: Progress) -> dict[str, Any]:
-    """Replay on one backend, in this process; the `svf.diff/1` document against the recorded stages."""
+def replay_one(
+    command: ReplayCommand, backend: Callable[[], Backend], progress: Progress, others: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Replay on one backend, in this process; the `svf.diff/1` document against the recorded stages.
+
+    `others` are the backends whose orders of summation can be asked for.
+    """
     _check(command)
     command = with_source(command, progress)
     assert command.components is not None
@@ -120,7 +128,15 @@ def replay_one(command: ReplayCommand, backend: Callable[[], Backend], progress:
         job = ReplayJob(options, stack)
         shapes = [entry.shape for entry in job.entries]
         hold_memory(replay_bytes(shapes, command.chunk_rows), command.max_memory, "try a smaller --chunk-rows")
-        side = backend()
+        orders = orders_for(
+            command.order,
+            backend=command.backend,
+            others=others,
+            components=command.components,
+            device=command.device,
+            progress=progress,
+        )
+        side = with_order(backend(), orders, command.order)
         result = job.run(side, progress)
     if command.report is not None:
         stage_file = str(command.out) if command.out else None
@@ -181,7 +197,7 @@ def _arguments(command: ReplayCommand, name: str) -> list[str]:
     """What one side's process is asked, but for its folder."""
     arguments = ["replay", str(command.components), "--backend", name, "--layout", command.layout]
     arguments += ["--dump", "full", "--device", command.device, "--top", str(command.top), "--json"]
-    arguments += ["--precision", command.precision]
+    arguments += ["--precision", command.precision, "--order", command.order]
     arguments += ["--no-verdicts"]  # the parent judges both dumps
     files = (
         ("--model", command.model),

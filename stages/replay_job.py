@@ -23,6 +23,7 @@ from stages.final_hash import FINAL, FinalHash, Native, account
 from stages.layouts import LAYOUTS
 from stages.native import native_bundle
 from stages.noise import LAMBDA, residual_bound
+from stages.order.match import note_order, order_rows
 from stages.precision import PreciseBackend, native, precision_fields, with_precision
 from stages.replay import REPLAY
 from stages.replay_run import Chunk, Replayer, ReplayTask, chunk_plan, default_chunk_rows
@@ -371,7 +372,7 @@ class ReplayJob:
         gates = diff.Gates(
             **{**vars(gates), "replayed_hashes": tuple(r.sample_sha256 for r in runs if r.sample_sha256 is not None)}
         )
-        return diff.document(
+        document = diff.document(
             main.comparisons,
             diff.side(str(self.recorded.path) if self.recorded else "nothing recorded"),
             diff.side(f"{backend.name} replay", facts_of(backend)),
@@ -387,8 +388,11 @@ class ReplayJob:
                 "sample_sha256": main.sample_sha256,
                 "recorded_hash": self._account(backend, main),
                 **precision_fields(backend),
+                "orders": order_rows(backend),
             },
         )
+        note_order(document["rows"], backend, {entry.source_name: min(entry.shape) for entry in self.entries})
+        return document
 
 
 def unfit_rows(run: LayoutRun) -> list[dict[str, Any]]:

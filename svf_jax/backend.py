@@ -15,6 +15,7 @@ from stages.backend import Production, Weights
 from stages.errors import UsageError
 from stages.qwen import QwenConfig
 from svf_jax.components import REPLAY_STAGES
+from svf_jax.order import ORDERED
 from svf_jax.qwen import FORWARD_STAGES
 from svf_jax.router import ROUTER_STAGES
 from svf_jax.svd import svd
@@ -60,6 +61,10 @@ class JaxBackend:
     @property
     def wide(self) -> Mapping[str, Callable[..., Array]]:
         return WIDE_STAGES
+
+    @property
+    def ordered(self) -> Mapping[str, Callable[..., Array]]:
+        return ORDERED
 
     def widened(self) -> JaxBackend:
         return replace(self, x64=True)

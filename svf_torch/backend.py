@@ -16,6 +16,7 @@ from stages.errors import UsageError
 from stages.memory import aligned_copy, is_aligned
 from stages.qwen import QwenConfig
 from svf_torch.components import REPLAY_STAGES
+from svf_torch.order import ORDERED
 from svf_torch.qwen import FORWARD_STAGES
 from svf_torch.router import ROUTER_STAGES
 from svf_torch.svd import svd
@@ -51,6 +52,10 @@ class TorchBackend:
     @property
     def wide(self) -> Mapping[str, Callable[..., Tensor]]:
         return WIDE_STAGES
+
+    @property
+    def ordered(self) -> Mapping[str, Callable[..., Tensor]]:
+        return ORDERED
 
     def widened(self) -> TorchBackend:
         return self

@@ -54,7 +54,7 @@ class PlantedBackend:
         self.replay = {name: functools.partial(self._stage, name) for name in self.inside.replay}
         self.forward = {name: functools.partial(self._stage, name) for name in self.inside.forward}
         self.router = self.inside.router
-        self.wide, self.svd = self.inside.wide, self.inside.svd
+        self.wide, self.ordered, self.svd = self.inside.wide, self.inside.ordered, self.inside.svd
 
     def widened(self) -> Backend:
         return self.inside.widened()

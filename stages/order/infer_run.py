@@ -1,0 +1,110 @@
+"""`svf infer`: the orders in which a recorded replay summed, from its stages and components; needs no framework."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stages.diff_job import kind_of
+from stages.errors import InputError
+from stages.layouts import LAYOUTS
+from stages.noise import Noise
+from stages.order.family import family, family_of_sums
+from stages.order.found import Found, document, known_first
+from stages.order.infer import ProductEvidence, SumEvidence, infer
+from stages.order.infer_forward import infer_forward
+from stages.replay import REPLAY
+from stages.replay_run import MIN_CHUNK_ROWS, Chunk, chunk_plan, default_chunk_rows
+from stages.sides import Side, SideTensor, open_side
+from stages.stage import Stage
+
+PRODUCTS = tuple(stage for stage in REPLAY.values() if stage.noise is Noise.PRODUCT)
+RATIOS = tuple(stage for stage in REPLAY.values() if stage.noise is Noise.SUM_RATIO)
+
+Progress = Callable[[str, float], None]
+
+
+def infer_recorded(
+    path: Path,
+    *,
+    components: Path | None = None,
+    model: str | None = None,
+    rows: int | None = None,
+    columns: int | None = None,
+    progress: Progress = lambda _label, _done: None,
+) -> dict[str, Any]:
+    """The `svf.orders/1` document of a replay (dump, bundle, stage file) or of a forward dump.
+
+    Of each tensor of a replay the first `rows`, of each product of a forward `columns`; all by default. `InputError`
+    when no sum can be looked at: its operands or its result were not recorded.
+    """
+    if kind_of(path) == "forward":
+        return document(str(path), infer_forward(path, model=model, columns=columns, progress=progress))
+    with open_side(path, components) as side:
+        found = [one for tensor in side.tensors.values() for one in _products(tensor, rows, progress)]
+        found += _ratios(side, progress)
+    if not found:
+        raise InputError(f"{path}: no product or sum with its operands; give the bundle with --components")
+    return document(str(path), found)
+
+
+def operands(stage: Stage, chunk: Chunk, layout: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """What a product stage multiplies, `[M, K]` and `[K, N]`; None when a part was not recorded."""
+    arguments = chunk.arguments(stage)
+    if arguments is None:
+        return None
+    *left, v = arguments
+    # zero_source_f32 scales U by S itself; both libraries round that before they multiply.
+    a = left[0] * left[1] if len(left) == 2 else left[0]
+    return a, v.T if LAYOUTS[layout].transposed else v
+
+
+def _products(tensor: SideTensor, rows: int | None, progress: Progress) -> list[Found]:
+    total = min(tensor.rows, rows or tensor.rows)
+    found: dict[str, Found] = {}
+    plan = chunk_plan(tensor.rows, max(MIN_CHUNK_ROWS, min(total, default_chunk_rows(tensor.shape))))
+    for chunk in tensor.chunks(plan):
+        if chunk.start >= total:
+            break
+        stop = min(chunk.stop, total)
+        for stage in PRODUCTS:
+            pair = operands(stage, chunk, tensor.layout)
+            if pair is None or stage.name not in chunk.values:
+                continue
+            kept = slice(0, stop - chunk.start)
+            evidence = ProductEvidence(pair[0][kept], pair[1], chunk.values[stage.name][kept])
+            one = found.setdefault(stage.name, Found(stage.name, (tensor.source_name,), evidence.terms))
+            one.add(infer(evidence, known_first(found.values(), family)), chunk.start)
+            progress(f"{tensor.source_name} {stage.name}", stop / total)
+    return list(found.values())
+
+
+def _ratios(side: Side, progress: Progress) -> list[Found]:
+    """sum(S) / sum(scaled_s) is one number a tensor: those of all tensors with as many terms are one evidence."""
+    by_terms: dict[int, list[SideTensor]] = {}
+    for tensor in side.tensors.values():
+        if tensor.components is not None and {"scaled_s", "normalization"} <= set(tensor.stages):
+            by_terms.setdefault(tensor.components.s.size, []).append(tensor)
+    found = []
+    for stage in RATIOS:
+        for terms, tensors in by_terms.items():
+            progress(f"{stage.name} of {len(tensors)} tensors", 0.0)
+            numerators = [t.components.s for t in tensors if t.components is not None]
+            denominators, recorded = ([_read(t, name) for t in tensors] for name in ("scaled_s", stage.name))
+            evidence = SumEvidence(
+                np.stack([np.stack(numerators), np.stack(denominators)]),
+                np.concatenate(recorded)[None],
+                finish=lambda sums: sums[0] / sums[1],
+            )
+            one = Found(stage.name, tuple(t.source_name for t in tensors), terms)
+            one.add(infer(evidence, family_of_sums))
+            found.append(one)
+    return found
+
+
+def _read(tensor: SideTensor, stage: str) -> np.ndarray:
+    file, key = tensor.stages[stage]
+    return file.read(key)
