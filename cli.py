@@ -511,7 +511,10 @@ def forward(
     device: Annotated[str, typer.Option(help="cpu, or a GPU: cuda, gpu, gpu:1.")] = "cpu",
     precision: InPrecision = Precision.native,
     order: Annotated[
-        str | None, typer.Option(help="Take products as this float32 dump did, or as a file of svf infer says.")
+        str | None,
+        typer.Option(
+            help="float32 products as torch, jax or a recorded dump takes them, or as a file of svf infer says."
+        ),
     ] = None,
     jit: Annotated[Jit, typer.Option(help="What XLA compiles at a time; other than stage shows what fusion does.")] = (
         Jit.stage
@@ -570,8 +573,8 @@ def forward(
 
 def _forward(command: Any, json: bool, html: Path | None) -> None:
     from stages import render
-    from stages.forward_command import forward_both
-    from stages.forward_job import forward_one, sound
+    from stages.forward_command import forward_alone, forward_both
+    from stages.forward_job import sound
     from stages.progress import Progress
 
     with Progress(STATE.progress) as progress:
@@ -580,7 +583,7 @@ def _forward(command: Any, json: bool, html: Path | None) -> None:
         else:
             options = {"jit": command.jit != "none"} if command.backend == "jax" else {}
             load = lambda: load_backend(command.backend, command.device, command.precision, **options)  # noqa: E731
-            document = forward_one(command, load, progress)
+            document = forward_alone(command, load, BOTH, progress)
     if command.backend == "both":
         _finish_diff(document, json, html)
     _after(document, json, html, render.forward_document)

@@ -1,4 +1,5 @@
-"""Take docs/report.png: the report of a forward on JAX whose SiLU was ported as x * sigmoid(1.702 x), against torch.
+"""Take the pictures of the pages: docs/report.png of `svf demo`'s report; docs/guides/diverged.png of the report of a
+forward on JAX whose SiLU was ported as x * sigmoid(1.702 x), against torch.
 
 python docs/screenshot.py [CHROMIUM]     (or make screenshot; Debian's chromium is at /usr/bin/chromium)
 """
@@ -16,7 +17,7 @@ from playwright.sync_api import sync_playwright
 import cli
 from svf_jax.backend import JaxBackend
 
-TARGET = Path(__file__).resolve().parent / "report.png"
+DOCS = Path(__file__).resolve().parent
 TOKENS = ",".join(str(7 * i % 500) for i in range(1, 25))
 RUN = ("--no-progress", "forward", "--no-production", "--dtype", "float32", "--tokens", TOKENS)
 
@@ -35,32 +36,38 @@ def svf(*words: str) -> None:
         cli.app(list(words))
 
 
-def make_report() -> None:
-    """`report.html` in the current folder."""
+def demo() -> Path:
+    """The report that `svf demo` ends with."""
+    os.environ["SVF_CACHE"] = str(Path("cache").resolve())
+    svf("--no-progress", "demo")
+    return Path("cache/demo.html").resolve()
+
+
+def diverged() -> Path:
+    """The report of a port that is wrong."""
     svf(*RUN, "--backend", "torch", "--out", "torch")
     cli.BACKENDS["jax"] = "__main__:Port"
     svf(*RUN, "--backend", "jax", "--out", "jax-port")
     svf("diff", "torch", "jax-port", "--html", "report.html")
+    return Path("report.html").resolve()
 
 
-def photograph(chromium: str) -> None:
+def photograph(chromium: str, report: Path, target: Path, height: int) -> None:
     """The page's upper part, a desktop's width."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium)
-        page = browser.new_page(viewport={"width": 1280, "height": 1560}, color_scheme="light")
-        page.goto(Path("report.html").resolve().as_uri())
+        page = browser.new_page(viewport={"width": 1280, "height": height}, color_scheme="light")
+        page.goto(report.as_uri())
         page.wait_for_selector("html[data-ready]")
-        page.screenshot(path=TARGET)
+        page.screenshot(path=target)
         browser.close()
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
-        make_report()
-        photograph(sys.argv[1] if len(sys.argv) > 1 else "/usr/bin/chromium")
-        os.chdir(TARGET.parent)
-    print(f"{TARGET}: {TARGET.stat().st_size:,} bytes")
+    chromium = sys.argv[1] if len(sys.argv) > 1 else "/usr/bin/chromium"
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        photograph(chromium, demo(), DOCS / "report.png", 985)
+        photograph(chromium, diverged(), DOCS / "guides" / "diverged.png", 1560)
 
 
 if __name__ == "__main__":

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from stages.backend import Backend
 from stages.checkpoint import open_checkpoint
 from stages.children import command_line, run_sides
 from stages.errors import UsageError
 from stages.forward_diff import diff_forward
-from stages.forward_job import ForwardCommand, sound, token_ids, with_model
+from stages.forward_job import ForwardCommand, forward_one, sound, token_ids, with_model
+from stages.order.source import NATIVE
 from stages.output import claimed
 from stages.progress import Progress
 
@@ -44,6 +47,25 @@ def forward_both(command: ForwardCommand, names: Sequence[str], progress: Progre
         document["outcome"] = "diverged"
         document["verdict"] = f"The stages agree, but on {' and '.join(unsound)} the production model does not."
     return document
+
+
+def forward_alone(
+    command: ForwardCommand, backend: Callable[[], Backend], others: Iterable[str], progress: Progress
+) -> dict[str, Any]:
+    """Trace on one backend; `--order NAME` of one of the `others` runs that one first, to infer its orders from."""
+    name = command.order
+    if name in (NATIVE, command.backend):
+        command, name = replace(command, order=None), None
+    if name is None or name not in others:
+        return forward_one(command, backend, progress)
+    command = with_model(command, progress)
+    with open_checkpoint(str(command.model)) as checkpoint:
+        tokens = token_ids(command, checkpoint).tolist()
+    with tempfile.TemporaryDirectory(prefix="svf-order-") as scratch:
+        native = replace(command, order=None, layers="all", stages="all", positions="all", repeat=1, generate=0)
+        asked = {name: _arguments(replace(native, production=False), name, tokens)}
+        run_sides(asked, Path(scratch), None, command.timeout, progress)
+        return forward_one(replace(command, order_at=Path(scratch) / name), backend, progress)
 
 
 def _arguments(command: ForwardCommand, name: str, tokens: list[int]) -> list[str]:

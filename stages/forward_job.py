@@ -72,6 +72,7 @@ class ForwardCommand:
     resume: bool = False
     max_memory: int | None = None
     order: str | None = None
+    order_at: Path | None = None  # where the orders are taken from, when `order` is a backend's name
 
 
 def with_model(command: ForwardCommand, progress: Progress) -> ForwardCommand:
@@ -137,7 +138,7 @@ def forward_one(
             command.max_memory,
             "try fewer tokens",
         )
-        orders = orders_at(Path(command.order), progress) if command.order else None
+        orders = orders_at(command.order_at or Path(command.order), progress) if command.order else None
         return job.run(with_order(backend(), orders, command.order or NATIVE), reading)
 
 

@@ -253,8 +253,8 @@ def test_a_difference_that_no_order_makes_is_not_explained(
 def forwards(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Float32 forward dumps of both backends, and JAX's in torch's order."""
     out = tmp_path_factory.mktemp("forwards")
-    for name, order in (("torch", None), ("jax", None), ("ordered", str(out / "torch"))):
-        trace(model, "jax" if name == "ordered" else name, out / name, order)
+    for name, order in (("torch", None), ("jax", "jax"), ("ordered", str(out / "torch")), ("named", "torch")):
+        trace(model, name if name == "torch" else "jax", out / name, order)
     return out
 
 
@@ -273,9 +273,10 @@ def orders_in(dump: Path) -> dict[str, str]:
 
 
 def test_every_product_of_a_forward_is_explained_and_jax_takes_them_in_torchs_order(forwards: Path) -> None:
-    torch, jax, ordered = (orders_in(forwards / name) for name in ("torch", "jax", "ordered"))
+    torch, jax, ordered, named = (orders_in(forwards / name) for name in ("torch", "jax", "ordered", "named"))
     assert len(torch) == 2 * 7 + 1
     assert torch == ordered != jax
+    assert named == torch
 
 
 def test_the_difference_of_two_forwards_names_its_product_stages(forwards: Path) -> None:
