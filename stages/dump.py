@@ -139,6 +139,8 @@ class Dump:
         tensors = self.manifest.get("tensors")
         if not isinstance(tensors, dict):
             raise InputError(f"{path}: expected an object 'tensors'")
+        if not isinstance(self.manifest.get("facts", {}), dict):
+            raise InputError(f"{path}: expected an object 'facts'")
         self.tensors: dict[str, Any] = tensors
         self._files: dict[str, TensorFile] = {}
         self._check(path)
@@ -158,9 +160,11 @@ class Dump:
 
     def _check(self, path: Path) -> None:
         for key, entry in self.tensors.items():
-            file = entry.get("file") if isinstance(entry, dict) else self
+            file = entry.get("file", self) if isinstance(entry, dict) else self  # null: a dump of hashes
             if file is not None and (not isinstance(file, str) or Path(file).name != file):
                 raise InputError(f"{path}: tensor '{shown(key)}' names no file of this folder: {shown(file)}")
+            if not isinstance(entry.get("sha256"), str):
+                raise InputError(f"{path}: tensor '{shown(key)}' has no sha256; the dump was changed")
             if file is None:
                 continue
             info = self.file(file).info(key)

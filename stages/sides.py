@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from stages import bundle as bundles
 from stages.bundle import Bundle, BundleEntry, Components
@@ -141,24 +142,32 @@ def _from_dump(path: Path, components: Path | None, stack: ExitStack) -> Side:
     side.facts, side.backend = dump.facts, dump.backend
     bundle = _open_bundle(components or _recorded_path(dump), stack, required=components is not None)
     side.unknown = set(dump.tensors)
-    for item in dump.manifest.get("selected", []):
-        name = item.get("source_name") if isinstance(item, dict) else None
-        if not isinstance(name, str):
-            raise InputError(f"{path / MANIFEST_FILE}: an entry of 'selected' has no source_name")
+    for item in _selected(dump):
+        name = item["source_name"]
         keys = {stage: bundles.tensor_stage_key(name, stage) for stage in REPLAY}
         side.unknown -= set(keys.values())
         entries = {stage: dump.tensors[key] for stage, key in keys.items() if key in dump.tensors}
-        identity = {str(k): str(v) for k, v in dict(item.get("sha256", {})).items()}
+        identity = {str(k): str(v) for k, v in item.get("sha256", {}).items()}
         side.tensors[safe_key(name)] = SideTensor(
             name,
             {s: (dump.file(e["file"]), keys[s]) for s, e in entries.items() if e.get("file")},
             {s: str(e.get("sha256")) for s, e in entries.items()},
             {s: str(e.get("sha256")) for s, e in entries.items() if s in INPUT_STAGES},
-            str(item.get("layout", "torch_v")),
+            bundles.check_layout_name(str(item.get("layout", "torch_v"))),
             bool(item.get("transpose", False)),
             _matching_components(bundle, name, identity),
         )
     return side
+
+
+def _selected(dump: Dump) -> list[dict[str, Any]]:
+    """What a replay's manifest says of each tensor; `InputError` unless each entry is one that a replay writes."""
+    selected = dump.manifest.get("selected", [])
+    for item in selected if isinstance(selected, list) else [selected]:
+        known = isinstance(item, dict) and isinstance(item.get("source_name"), str)
+        if not known or not isinstance(item.get("sha256", {}), dict):
+            raise InputError(f"{dump.folder / MANIFEST_FILE}: 'selected' holds {shown(item)}, not a replayed tensor")
+    return list(selected)
 
 
 def _recorded_path(dump: Dump) -> Path | None:
