@@ -11,7 +11,7 @@ def probe() -> dict[str, object]:
     return {
         "devices": ["cpu", *_accelerators()],
         "settings": {
-            "cpus": jax.devices("cpu")[0].client.device_count(),
+            "cpu_devices": jax.devices("cpu")[0].client.device_count(),
             "default_backend": jax.default_backend(),
             "default_matmul_precision": str(config["jax_default_matmul_precision"] or "the device's"),
             "enable_x64": bool(config["jax_enable_x64"]),

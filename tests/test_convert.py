@@ -18,6 +18,8 @@ from helpers import ROOT, svf, tensors_of
 from stages.errors import InputError
 from svf_torch import convert_file
 
+pytestmark = pytest.mark.faults
+
 
 def saved(folder: Path, value: Any, *, legacy: bool = False) -> Path:
     torch.save(value, folder / "weights.pt", _use_new_zipfile_serialization=not legacy)
