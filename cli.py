@@ -176,6 +176,7 @@ Timeout = Annotated[
 MaxMemory = Annotated[
     str | None, typer.Option(help="Memory a side may take, such as 2G; more is refused, or ends with exit code 7.")
 ]
+BeginAgain = Annotated[bool, typer.Option("--resume", help="Begin again in --out what was killed there.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Finish the run that was cut short in --out.")]
 Layers = Annotated[str | None, typer.Option(help="Layers the selection rule takes, such as 26 or 0,3-5.")]
 Rerun = Annotated[
@@ -335,6 +336,7 @@ def decompose(
         bool,
         typer.Option("--decompose-all-selected-if-missing", help="Allow decomposing them without --svd-weights."),
     ] = False,
+    resume: BeginAgain = False,
     json: Json = False,
 ) -> None:
     """Decompose a model's selected weights and record every stage: the reference side of a parity run."""
@@ -351,7 +353,7 @@ def decompose(
             "--decompose-all-selected-if-missing"
         )
     options = DecomposeOptions(
-        model, vector, manifest, parse_layers(layers), out, report, all_selected_tensors, svd_weights
+        model, vector, manifest, parse_layers(layers), out, report, all_selected_tensors, svd_weights, resume
     )
     document = _decompose(options, svd.value)
     emit(document) if json else render.decompose_document(document)
@@ -774,6 +776,7 @@ def apply(
     backend: Annotated[OneBackend, typer.Option(help="What computes the adapted weights.")] = ON_TORCH,
     precision: InPrecision = Precision.native,
     device: Annotated[str, typer.Option(help="cpu, or a GPU: cuda, gpu, gpu:1.")] = "cpu",
+    resume: BeginAgain = False,
     json: Json = False,
 ) -> None:
     """Write the adapted checkpoint in Hugging Face layout, for `transformers` as it is."""
@@ -784,7 +787,7 @@ def apply(
 
     if layout is LayoutName.all:
         raise UsageError("--layout all is for svf replay; a checkpoint is written on one layout")
-    command = job.ApplyCommand(components, model, out, tied.value, dtype.value, layout.value)
+    command = job.ApplyCommand(components, model, out, tied.value, dtype.value, layout.value, resume)
     with Progress(STATE.progress) as progress:
         document = job.apply(command, lambda: load_backend(backend.value, device, precision.value), progress)
     emit(document) if json else render_files.apply_document(document)

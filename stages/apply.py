@@ -42,6 +42,7 @@ class ApplyCommand:
     tied: str
     dtype: str
     layout: str
+    resume: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def apply(command: ApplyCommand, load: Callable[[], Backend], progress: Progress
         if command.tied == LAST and not checkpoint.config.tie_word_embeddings:
             raise UsageError(f"--tied {LAST}: {command.model} is not tied, its LM head is a parameter of its own")
         dtype = stored_dtype(checkpoint.config.dtype if command.dtype == "model" else command.dtype)
-        folder = stack.enter_context(new_folder(command.out))
+        folder = stack.enter_context(new_folder(command.out, resume=command.resume))
         ensure_space(folder, _space(command.components, checkpoint, dtype))
         return _write(command, checkpoint, load(), dtype, folder, progress)
 

@@ -82,6 +82,7 @@ class DecomposeOptions:
     report: Path | None
     all_selected: bool
     svd_weights: Path | None = None
+    resume: bool = False
 
 
 def float64_svd(_name: str, rows: Callable[[int, int], np.ndarray], shape: tuple[int, int]) -> Factors:
@@ -175,7 +176,7 @@ def decompose(
         tensors = selection.tensors if options.all_selected else (sample,)
         if options.report is not None and not options.report.parent.is_dir():
             raise UsageError(f"--report {options.report}: its folder does not exist")
-        folder = stack.enter_context(new_folder(options.out))
+        folder = stack.enter_context(new_folder(options.out, resume=options.resume))
         ensure_space(folder, _output_bytes(tensors))
         writer = _BundleWriter(folder, checkpoint, vector, backend, method)
         writer.components(tensors, progress)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, Result, one_line, svf
+from helpers import ROOT, Result, one_line, svf, tree
 
 from stages.children import ChildResult, document_of, run_svf
 from stages.errors import InputError, OutputError, ResourceError, SvfError
@@ -43,6 +44,32 @@ def test_every_write_point(
     points = json.loads(done.stdout)["points"]
     assert points >= 12
     record_property("survived", points)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("decompose", "MODEL", "--vector", "VECTOR", "--layers", "2", "--out", "OUT"),
+        ("apply", "COMPONENTS", "MODEL", "--backend", "reference", "--out", "OUT"),
+    ],
+)
+def test_what_was_killed_is_begun_again(
+    words: tuple[str, ...], made: Path, model: Path, vector: Path, tmp_path: Path
+) -> None:
+    """In the folder that a kill left: refused without --resume, and with it the bytes of a run in a new one."""
+    given = {"MODEL": model, "VECTOR": vector, "COMPONENTS": made / "components"}
+    whole, cut = ([*(given.get(w, tmp_path / name if w == "OUT" else w) for w in words)] for name in ("whole", "cut"))
+    assert svf(*whole).code == 0
+    with claimed(tmp_path / "cut", []):
+        shutil.copytree(tmp_path / "cut", tmp_path / "killed")
+    shutil.rmtree(tmp_path / "cut")
+    (tmp_path / "killed" / "half.safetensors").touch()
+    (tmp_path / "killed").rename(tmp_path / "cut")
+    refused = svf(*cut)
+    assert refused.code == 6
+    assert "--resume" in refused.error
+    assert svf(*cut, "--resume").code == 0
+    assert tree(tmp_path / "cut") == tree(tmp_path / "whole")
 
 
 def test_two_runs_in_one_folder(tmp_path: Path) -> None:
