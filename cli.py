@@ -20,7 +20,7 @@ import typer
 if TYPE_CHECKING:
     from stages.backend import Backend
 
-# One row per backend: where its class is, and per framework its probe. Nothing else here names one.
+# One row per backend: where its class is; and per framework, its probe.
 BACKENDS = {
     "torch": "svf_torch.backend:TorchBackend",
     "jax": "svf_jax.backend:JaxBackend",
@@ -287,6 +287,7 @@ def synth(
     from stages import render
     from stages.defaults import router_vector, write_vector
     from stages.errors import UsageError
+    from stages.output import prepare_file
     from stages.progress import Progress
     from stages.selection import parse_layers
     from stages.synth import synthesize
@@ -294,6 +295,8 @@ def synth(
     if (vector is None) != (layers is None):
         raise UsageError("--vector FILE and --layers N go together")
     router = None if vector is None else router_vector(preset.value, parse_layers(layers), seed)
+    if vector is not None:
+        prepare_file(vector)
     with Progress(STATE.progress) as progress:
         document = synthesize(
             out,

@@ -16,7 +16,7 @@ from stages.errors import UsageError
 from stages.forward_diff import diff_forward
 from stages.forward_job import ForwardCommand, forward_one, sound, token_ids, with_model
 from stages.order.source import NATIVE
-from stages.output import claimed
+from stages.output import check_folder, claimed
 from stages.progress import Progress
 
 
@@ -58,6 +58,8 @@ def forward_alone(
         command, name = replace(command, order=None), None
     if name is None or name not in others:
         return forward_one(command, backend, progress)
+    if command.out is not None and not command.resume:
+        check_folder(command.out)  # before the other backend runs
     command = with_model(command, progress)
     with open_checkpoint(str(command.model)) as checkpoint:
         tokens = token_ids(command, checkpoint).tolist()

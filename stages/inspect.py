@@ -16,7 +16,7 @@ from stages.checkpoint import Checkpoint, open_checkpoint
 from stages.dump import Dump
 from stages.errors import InputError, shown
 from stages.forward_dump import forward_key
-from stages.jsonio import read_json
+from stages.jsonio import read_object
 from stages.npy import read_npy_header
 from stages.pickle_listing import list_pickle, record_faults
 from stages.qwen import EMBEDDING, LM_HEAD
@@ -205,9 +205,7 @@ def _pickle(source: str) -> Found:
 
 
 def _json(source: str) -> Found:
-    value = read_json(source)
-    if not isinstance(value, dict):
-        raise InputError(f"{source}: expected a JSON object, got {type(value).__name__}")
+    value = read_object(source)
     plain = {
         k: v if isinstance(v, str | int | float | None) else f"{type(v).__name__} of {len(v)}" for k, v in value.items()
     }

@@ -25,7 +25,7 @@ MAX_PICKLE_BYTES = 64 * 1024 * 1024
 _LEGACY_PICKLES = 4
 # Fifty or so go to a tensor; more than this is no list of tensors, and each costs a microsecond.
 MAX_OPCODES = 5_000_000
-# What a damaged zip raises.
+# What `zipfile` raises for a damaged zip; the last but one for a compression that it does not know.
 ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError, RuntimeError)
 # Nested deeper than any state dict is.
 _MAX_DEPTH = 8

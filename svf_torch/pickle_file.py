@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from stages.errors import InputError, NotFoundError, OutputError, ResourceError, SvfError, shown
 from stages.jsonio import parse_json
+from stages.pickle_listing import ZIP_ERRORS
 
 if TYPE_CHECKING:
     import torch
@@ -163,7 +164,7 @@ def _checked_zip(path: Path) -> bool:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
             stored = all(record.compress_type == zipfile.ZIP_STORED for record in archive.infolist())
-    except (zipfile.BadZipFile, EOFError, OSError, ValueError, NotImplementedError, RuntimeError) as error:
+    except ZIP_ERRORS as error:
         raise InputError(f"{path}: damaged or truncated zip: {shown(error)}") from None
     if damaged is not None:
         raise InputError(f"{path}: record '{shown(damaged)}' does not have its checksum; copy the file again")

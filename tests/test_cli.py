@@ -367,3 +367,11 @@ def test_a_forward_prints_one_document_or_what_a_person_reads(model: Path, backe
     assert table.code == 0
     assert f"Next token {done.json['next_token']}" in table.out
     assert "production model" in table.out
+
+
+def test_synth_overwrites_no_router_vector(tmp_path: Path) -> None:
+    (tmp_path / "router.npy").write_bytes(b"mine")
+    done = svf("synth", tmp_path / "m", "--vector", tmp_path / "router.npy", "--layers", "2")
+    assert done.code == 6
+    assert "exists" in done.error
+    assert not (tmp_path / "m").exists()
