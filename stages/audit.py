@@ -392,14 +392,15 @@ def document(
     unjudged = sum(row["verdict"] == Verdict.UNJUDGED for row in rows)
     missing = sum(row["verdict"] == Verdict.MISSING for row in rows)
     coverage = {"judged": len(rows) - unjudged - missing, "unjudged": unjudged, "expected": len(rows)}
-    culprit = _culprit(rows, explain)
+    culprits = _culprits(rows, explain)
     miss = next((z for z in zero_offset if z["fits"] is False), None)
-    outcome = "faulty" if culprit or miss else "incomplete" if unjudged or not coverage["judged"] else "sound"
+    outcome = "faulty" if culprits or miss else "incomplete" if unjudged or not coverage["judged"] else "sound"
     return {
         "schema": "svf.audit/1",
         "outcome": outcome,
-        "verdict": _sentence(rows, culprit, miss, coverage),
-        "culprit": culprit,
+        "verdict": _sentence(rows, culprits, miss, coverage),
+        "culprit": culprits[0] if culprits else None,
+        "culprits": culprits,
         "rows": list(rows),
         "zero_offset": list(zero_offset),
         "coverage": coverage,
@@ -409,27 +410,28 @@ def document(
     }
 
 
-def _culprit(
-    rows: Sequence[Mapping[str, Any]], explain: Callable[[Mapping[str, Any]], str | None]
-) -> dict[str, Any] | None:
-    row = diff.gravest(rows)
-    if row is None:
-        return None
-    fields = {name: row[name] for name in ("layer", "tensor", "stage", "verdict", "ratio")}
-    return {"side": None, **fields, "hint": row["hint"] or row["note"] or explain(row)}
+def _culprits(rows: Sequence[Row], explain: Callable[[Mapping[str, Any]], str | None]) -> list[dict[str, Any]]:
+    def describe(row: Row, first: bool) -> dict[str, Any]:
+        fields = {name: row[name] for name in ("layer", "tensor", "stage", "verdict", "ratio")}
+        hint = row["hint"] or row["note"] or (explain(row) if first else None)
+        return {"side": None, **fields, "hint": hint}
+
+    return diff.culprits_of(rows, describe)
 
 
 def _sentence(
     rows: Sequence[Mapping[str, Any]],
-    culprit: Mapping[str, Any] | None,
+    culprits: Sequence[Mapping[str, Any]],
     miss: Mapping[str, Any] | None,
     coverage: Mapping[str, int],
 ) -> str:
     """The verdict as a sentence."""
-    if culprit is not None:
+    if culprits:
+        culprit = culprits[0]
         ratio = f"{culprit['ratio']:.3g} times the bound" if culprit["ratio"] else "nothing to measure"
         hint = f": {culprit['hint']}" if culprit["hint"] else ""
-        return f"{culprit['verdict'].capitalize()} at {culprit['stage']} of {diff.place_of(culprit)}, {ratio}{hint}."
+        where = f"{culprit['stage']} of {diff.place_of(culprit)}"
+        return f"{culprit['verdict'].capitalize()} at {where}, {ratio}{hint}{diff.more_faults(culprits)}."
     if miss is not None:
         return (
             f"Each stage is right from its inputs, but zero offsets do not give {miss['tensor']} back: relative "

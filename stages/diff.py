@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
-from typing import Any
+from typing import Any, TypeVar
 
 from stages.basis import of_basis, unexplained
 from stages.compare import TensorComparison
@@ -103,15 +103,16 @@ def finish(
     gate_results = gates.results(rows) if gates else {}
     compared = sum(row["verdict"] not in (Verdict.MISSING, Verdict.EXTRA) for row in rows)
     coverage = {"compared": compared, "expected": max(expected, len(rows))}
-    culprit = find_culprit(rows, explain)
-    verdict = sentence(rows, zero_offset, culprit, gate_results, a, b, coverage)
+    culprits = find_culprits(rows, explain)
+    verdict = sentence(rows, zero_offset, culprits, gate_results, a, b, coverage)
     return {
         "schema": "svf.diff/1",
         "outcome": "diverged" if unexplained(basis) else outcome(rows, zero_offset, gate_results, coverage),
         "verdict": " ".join(
             filter(None, [verdict, about_precision(a, b), of_basis(basis), of_gates(basis, gate_results)])
         ),
-        "culprit": culprit,
+        "culprit": culprits[0] if culprits else None,
+        "culprits": culprits,
         "rows": list(rows),
         "zero_offset": list(zero_offset),
         "basis": list(basis),
@@ -146,6 +147,7 @@ def misfit(zero_offset: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None
     return next((z for z in zero_offset if z["fits_a"] is False or z["fits_b"] is False), None)
 
 
+_Row = TypeVar("_Row", bound=Mapping[str, Any])
 # A row and the letter of a side -> a hint at why that side failed.
 Explain = Callable[[Mapping[str, Any], str], str | None]
 # Graver first; within one verdict, the first in execution order.
@@ -160,30 +162,71 @@ GRAVE = (
 )
 
 
-def gravest(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """The first row in execution order with the gravest isolated verdict: a bug, then lost bits, then the rest."""
-    return next((row for grave in GRAVE for row in rows if row["verdict"] == grave), None)
+def failing(rows: Sequence[_Row]) -> list[_Row]:
+    """The rows that failed: bugs, then lost bits, then the rest; each in execution order."""
+    return sorted((row for row in rows if row["verdict"] in GRAVE), key=lambda row: GRAVE.index(row["verdict"]))
 
 
-def find_culprit(
+def culprits_of(rows: Sequence[_Row], describe: Callable[[_Row, bool], dict[str, Any]]) -> list[dict[str, Any]]:
+    """`describe` of every row that failed, the gravest first; its second argument is true once a stage.
+
+    So a hint, which may take long, is looked for where a stage fails first, not in each layer again.
+    """
+    seen: set[str] = set()
+    found = []
+    for row in failing(rows):
+        found.append(describe(row, row["stage"] not in seen))
+        seen.add(row["stage"])
+    return found
+
+
+def find_culprits(
     rows: Sequence[Mapping[str, Any]], explain: Explain = lambda _row, _side: None
-) -> dict[str, Any] | None:
-    """The gravest row, with the side that is wrong and a hint at the reason; None when nothing failed."""
-    row = gravest(rows)
-    if row is None:
-        return None
-    wrong = [name for name in ("a", "b") if row.get(f"verdict_{name}") == row["verdict"]]
-    ratios = [row[f"ratio_{name}"] for name in wrong]
-    hints = (row.get("note"), *(row.get(f"hint_{name}") or explain(row, name) for name in wrong[:1]))
-    return {
-        "side": wrong[0] if len(wrong) == 1 else ("both" if wrong else None),
-        "layer": row["layer"],
-        "tensor": row["tensor"],
-        "stage": row["stage"],
-        "verdict": row["verdict"],
-        "ratio": max(ratios) if ratios else None,
-        "hint": next((hint for hint in hints if hint), None),
-    }
+) -> list[dict[str, Any]]:
+    """Every row that failed, the gravest first, with the side that is wrong and a hint at the reason."""
+
+    def describe(row: Mapping[str, Any], first: bool) -> dict[str, Any]:
+        wrong = [name for name in ("a", "b") if row.get(f"verdict_{name}") == row["verdict"]]
+        ratios = [row[f"ratio_{name}"] for name in wrong]
+        hints = (row.get("note"), *(row.get(f"hint_{name}") or (first and explain(row, name)) for name in wrong[:1]))
+        return {
+            "side": wrong[0] if len(wrong) == 1 else ("both" if wrong else None),
+            "layer": row["layer"],
+            "tensor": row["tensor"],
+            "stage": row["stage"],
+            "verdict": row["verdict"],
+            "ratio": max(ratios) if ratios else None,
+            "hint": next((hint for hint in hints if hint), None),
+        }
+
+    return culprits_of(rows, describe)
+
+
+# Stages that a sentence names beside the culprit; the JSON has them all.
+_NAMED = 4
+
+
+def more_faults(culprits: Sequence[Mapping[str, Any]]) -> str:
+    """The rest of a sentence about the first culprit: what else failed, stage by stage; "" when nothing did."""
+    others = culprits[1:]
+    if not others:
+        return ""
+    places: dict[str, list[Mapping[str, Any]]] = {}
+    for culprit in others:
+        places.setdefault(culprit["stage"], []).append(culprit)
+    named = [f"{stage} of {_places(found)}" for stage, found in list(places.items())[:_NAMED]]
+    if len(places) > _NAMED:
+        named.append("...")
+    judged = all(culprit["verdict"] not in (Verdict.MISSING, Verdict.EXTRA) for culprit in others)
+    return f"; and {len(others)} more{', from their own inputs' if judged else ''}: {', '.join(named)}"
+
+
+def _places(found: Sequence[Mapping[str, Any]]) -> str:
+    layers = [culprit["layer"] for culprit in found]
+    if len(found) == 1 or None in layers or any(culprit["tensor"] is not None for culprit in found):
+        return place_of(found[0]) + (f" and {len(found) - 1} others" if len(found) > 1 else "")
+    runs = layers[-1] - layers[0] == len(layers) - 1 and len(layers) > 2
+    return f"layers {layers[0]} to {layers[-1]}" if runs else f"layers {', '.join(map(str, layers))}"
 
 
 def about_precision(a: Mapping[str, Any], b: Mapping[str, Any]) -> str | None:
@@ -213,7 +256,7 @@ def place_of(row: Mapping[str, Any]) -> str:
 def sentence(
     rows: Sequence[Mapping[str, Any]],
     zero_offset: Sequence[Mapping[str, Any]],
-    culprit: Mapping[str, Any] | None,
+    culprits: Sequence[Mapping[str, Any]],
     gates: Mapping[str, bool],
     a: Mapping[str, Any],
     b: Mapping[str, Any],
@@ -222,6 +265,7 @@ def sentence(
     """The verdict as a sentence."""
     if not rows:
         return "Nothing was compared."
+    culprit = culprits[0] if culprits else None
     miss = misfit(zero_offset)
     # A wrong contraction misses by about the weights' own size; less is a faulty stage, and the culprit says which.
     if miss is not None and (culprit is None or max(miss["relative_a"], miss["relative_b"]) > 0.1):
@@ -239,7 +283,7 @@ def sentence(
         blame = f"{who} computed it {how}" if who else "the sides differ"
         ratio = f", {culprit['ratio']:.3g} times the bound" if culprit["ratio"] and isfinite(culprit["ratio"]) else ""
         hint = f" ({culprit['hint']})" if culprit["hint"] else ""
-        return f"{culprit['verdict'].capitalize()} at {where}: {blame}{ratio}{hint}."
+        return f"{culprit['verdict'].capitalize()} at {where}: {blame}{ratio}{hint}{more_faults(culprits)}."
     failed = [name for name, passed in gates.items() if not passed]
     if failed:
         return f"No bug found, but the gate {', '.join(failed)} failed."
