@@ -159,7 +159,8 @@ One safetensors file, or a folder of them (`*.safetensors`; any split, no key tw
 the input, and the outcome is then `incomplete`. A key that is not in the table is refused by name.
 
 - **One sequence, token axis first**, in the order of the tokens; no batch axis (one of size 1 is dropped).
-  `attn_scores` and `attn_softmax` are `heads queries keys`.
+  `attn_scores` and `attn_softmax` are `heads queries keys`. Of `attn_scores` what belongs to keys after their query is
+  not judged: the mask throws it away, and a decode has nothing there. Calls of a decode are joined along the tokens.
 - **Shapes** in the table are by name: `hidden`, `intermediate`, `vocab`, `heads`, `kv_heads` and `head_dim` from the
   model's `config.json`; `qkv` is q, k and v joined on the last axis, `(heads + 2 kv_heads) * head_dim`;
   `heads*head_dim` is the heads joined; `frequencies` is `head_dim / 2`; `queries` and `keys` are the tokens. A flat

@@ -43,7 +43,7 @@ from stages.sides import SideTensor, open_side
 from stages.stage import Stage
 from stages.tensorfile import TensorFile
 from stages.tokens import check_tokens, parse_tokens
-from stages.verdict import Oracle, SideVerdict, Verdict, consult
+from stages.verdict import Oracle, SideVerdict, Verdict, consult, judged_part
 
 Progress = Callable[[str, float], None]
 Row = dict[str, Any]
@@ -342,7 +342,7 @@ class _Judged:
                 f"{observed.dtype.name} {list(observed.shape)}{_turned(expected, observed)}"
             )
             return
-        self.difference.add(expected, observed, start, axis)
+        self.difference.add(expected, judged_part(self.stage, observed), start, axis)
 
     def fields(self) -> Row:
         if self.difference.count == 0 and self.verdict.verdict is not Verdict.SHAPE:

@@ -155,6 +155,7 @@ def _attention(q: str, k: str, *, qk_norm: bool, qkv_bias: bool, o_bias: bool) -
         options=("scaling",),
         shape="heads queries keys",
         noise=Noise.SCORES,
+        causal=True,
         doc="q k^T / sqrt(head_dim), not yet masked; each key head serves consecutive query heads",
     )
     yield _layer(

@@ -17,9 +17,9 @@ from stages.errors import InputError, shown
 from stages.forward import parameter_name
 from stages.forward_dump import ForwardSide, Place, forward_key
 from stages.forward_judge import ForwardRun, explain_place, judge_place, open_run, order_of, pieces_of, stage_of
-from stages.metrics import Difference
+from stages.metrics import Difference, same_bits
 from stages.rerun import recorded_of, settle
-from stages.verdict import Verdict
+from stages.verdict import Verdict, judged_part
 
 Progress = Callable[[str, float], None]
 # The chain along which two engines' activations drift apart fastest, in the order of computation.
@@ -112,6 +112,9 @@ def _other_tensor(a: Checkpoint | None, b: Checkpoint | None) -> str | None:
     return next((name for name in a.tensors if a.weights_sha256([name]) != b.weights_sha256([name])), None)
 
 
+_UNSEEN = "only scores of keys after their query differ; the causal mask throws them away, they are not compared"
+
+
 def _row(place: Place, a: ForwardRun, b: ForwardRun, top: int) -> dict[str, Any]:
     layer, name = place
     row: dict[str, Any] = {
@@ -143,13 +146,16 @@ def _row(place: Place, a: ForwardRun, b: ForwardRun, top: int) -> dict[str, Any]
             note += ". Is one dump head-first?"
         return {**row, "verdict": Verdict.SHAPE.value, **side_fields(side_a, side_b), "note": note}
     d = Difference(top)
-    d.add(x, y)
+    stage = stage_of(a.path, place) if a.path and b.path else None
+    d.add(*((judged_part(stage, x), judged_part(stage, y)) if stage else (x, y)))
     given = name == "embedding" or (name == "inv_freq" and a.path is not None)
     other_weights = _other_weights(place, a, b)
     population_a, population_b = stats.population(x), stats.population(y)
+    equal = same_bits(x, y)
+    verdict = row_verdict(d, side_a, side_b, given=given and side_a is None and a.path is not None)
     return {
         **row,
-        "verdict": row_verdict(d, side_a, side_b, given=given and side_a is None and a.path is not None).value,
+        "verdict": verdict.value,
         **side_fields(side_a, side_b),
         "sha256_a": a.side.sha256(place),
         "sha256_b": b.side.sha256(place),
@@ -157,6 +163,8 @@ def _row(place: Place, a: ForwardRun, b: ForwardRun, top: int) -> dict[str, Any]
         "stats_b": population_b,
         "std_ratio": stats.std_ratio(population_a, population_b),
         **d.result(),
+        "byte_match": equal,
+        "note": _UNSEEN if d.byte_match and not equal and verdict.passes else None,
         **({"verdict": Verdict.BUG.value, "note": other_weights} if other_weights else {}),
     }
 

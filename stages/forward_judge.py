@@ -29,7 +29,7 @@ from stages.qwen import EMBEDDING, LM_HEAD, QwenConfig, parse_config
 from stages.stage import Path as StagePath
 from stages.stage import Scope, Stage
 from stages.tensorfile import TensorFile, stored_dtype
-from stages.verdict import STAGES, Oracle, SideVerdict, Verdict, judge
+from stages.verdict import STAGES, Oracle, SideVerdict, Verdict, judge, judged_part
 
 # What a forward may say it was computed in; `model` is what its config says.
 RUN_DTYPES = ("model", "float32", "bfloat16", "float16")
@@ -199,7 +199,8 @@ def oracles_of(place: Place, run: ForwardRun, observed: np.ndarray) -> Iterator[
 def pieces_of(place: Place, run: ForwardRun, observed: np.ndarray) -> Iterator[Piece]:
     """A recorded stage against what is correctly rounded from its own recorded inputs."""
     for columns, oracle in oracles_of(place, run, observed):
-        yield Piece(oracle.rounded, part(observed, columns), columns.start or 0, observed.ndim - 1)
+        shown = judged_part(oracle.stage, part(observed, columns))
+        yield Piece(oracle.rounded, shown, columns.start or 0, observed.ndim - 1)
 
 
 def judge_place(place: Place, run: ForwardRun, observed: np.ndarray) -> SideVerdict | None:

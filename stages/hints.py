@@ -21,7 +21,7 @@ from stages.alternatives import (
     without_a_parameter,
 )
 from stages.noise import Noise
-from stages.verdict import Oracle, judge
+from stages.verdict import Oracle, judge, judged_part
 
 # A wrong value explained by another function is this many times nearer to that function than to the right one.
 _NEARER = 4.0
@@ -46,7 +46,7 @@ class Case:
 
     @cached_property
     def got(self) -> np.ndarray:
-        return self.observed.astype(np.float64)
+        return judged_part(self.oracle.stage, self.observed.astype(np.float64))
 
     @property
     def value(self) -> np.ndarray:
@@ -84,6 +84,7 @@ class Case:
         """Whether every element is `value` within rounding, and much nearer to it than to the right value."""
         if value.shape != self.got.shape or not np.isfinite(value).all():
             return False
+        value = judged_part(self.oracle.stage, value)
         size = max(float(np.linalg.norm(self.value)), noise.TINY)
         scale = max(1.0, float(np.linalg.norm(value)) / size)
         # The bound is that of the right value; where this one is larger, so is its rounding: 64 u covers a softmax's.

@@ -11,7 +11,7 @@ from stages.errors import InputError, UsageError
 from stages.exact import decide, tie_band
 from stages.precision import EXACT, REFERENCE
 from stages.tensorfile import stored_dtype
-from stages.verdict import Oracle, SideVerdict, Verdict
+from stages.verdict import Oracle, SideVerdict, Verdict, judged_part
 
 # Precision -> the rule that rows name.
 RULES = {
@@ -34,11 +34,14 @@ def hold_to(verdict: SideVerdict, precision: str | None, oracle: Oracle, observe
 def breaches(precision: str, oracle: Oracle, observed: np.ndarray) -> int:
     """How many elements are not what `precision` gives from the oracle's arguments; +0 and -0 are one value."""
     stage, dtype = oracle.stage, stored_dtype(oracle.stage.dtype)
+    observed = judged_part(stage, observed)
     if stage.identity:
         return _differing(observed, oracle.rounded)
     if precision == EXACT:
-        return _differing(observed, decide(stage.name, oracle.value, oracle.arguments, oracle.options, dtype).array)
-    low, high = tie_band(stage.name, oracle.value, oracle.arguments, oracle.options, dtype)
+        decided = decide(stage.name, oracle.value, oracle.arguments, oracle.options, dtype).array
+        return _differing(observed, judged_part(stage, decided))
+    band = tie_band(stage.name, oracle.value, oracle.arguments, oracle.options, dtype)
+    low, high = (judged_part(stage, end) for end in band)
     inside = (low <= observed) & (observed <= high)
     return int(np.count_nonzero(~inside & ~(np.isnan(observed) & np.isnan(low))))
 

@@ -229,10 +229,15 @@ def _rope_products(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> tuple[np.
     return wide * cos.astype(np.float64)[:, None], rotated * sin.astype(np.float64)[:, None]
 
 
-def _masked(scores: np.ndarray) -> np.ndarray:
+def up_to_query(scores: np.ndarray) -> np.ndarray:
+    """Which keys the causal mask leaves to each query, `[queries, keys]`."""
     queries, keys = scores.shape[-2:]
     # The queries are the last of the keys' positions.
-    return np.where(np.tri(queries, keys, keys - queries, dtype=bool), scores.astype(np.float64), -np.inf)
+    return np.tri(queries, keys, keys - queries, dtype=bool)
+
+
+def _masked(scores: np.ndarray) -> np.ndarray:
+    return np.where(up_to_query(scores), scores.astype(np.float64), -np.inf)
 
 
 def _queries(qkv: np.ndarray, heads: int, head_dim: int) -> np.ndarray:

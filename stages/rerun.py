@@ -29,7 +29,7 @@ from stages.metrics import same_bits
 from stages.replay import REPLAY
 from stages.replay_run import Replayer, chunk_plan, default_chunk_rows
 from stages.sides import open_side
-from stages.verdict import Oracle, SideVerdict, Verdict, consult, worst
+from stages.verdict import Oracle, SideVerdict, Verdict, consult, judged_part, worst
 
 Row = dict[str, Any]
 # One part of a stage: its oracle, what was recorded, and what the two runs gave.
@@ -170,7 +170,7 @@ def compared(parts: Iterator[Part]) -> Again:
     for oracle, observed, native, reference in parts:
         reproduced = reproduced and same_bits(observed, native)
         verdict.add(oracle, reference)
-        error = (observed.astype(np.float64) - oracle.value).reshape(-1)
+        error = (judged_part(oracle.stage, observed).astype(np.float64) - oracle.value).reshape(-1)
         value = oracle.value.reshape(-1)
         squares, total = squares + float(error @ error), total + float(value @ value)
     bits = float(-0.5 * np.log2(max(squares, 2.0**-1000) / max(total, 2.0**-1000)))

@@ -32,7 +32,8 @@ class Stage:
     `shape` names the axes; an axis called `rows` may be computed in chunks, and one called `vocab` in chunks of
     the last parameter's rows. `options` are static keyword arguments (a layout, a target shape). `dtype` is what
     the stage stores, `model` meaning that of the activations. An `identity` stage is a copy of its one input, not
-    computed; an `absent` one is a step that this family lacks.
+    computed; an `absent` one is a step that this family lacks. Of a `causal` stage, `.. queries keys`, the causal mask
+    throws away what belongs to keys after their query: any value may stand there, and a decode computes none.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Stage:
     required: bool = True
     identity: bool = False
     absent: bool = False
+    causal: bool = False
     tolerance: Tolerance = Tolerance(0.0, 0.0)
     doc: str = ""
 

@@ -58,6 +58,13 @@ def worst(*verdicts: Verdict) -> Verdict:
     return max(verdicts, key=order.index)
 
 
+def judged_part(stage: Stage, array: np.ndarray) -> np.ndarray:
+    """`array` with 0 where the causal mask throws it away; that is not judged."""
+    if not stage.causal or array.ndim < 2:
+        return array
+    return np.where(reference_qwen.up_to_query(array), array, np.zeros((), array.dtype))
+
+
 @dataclass(frozen=True)
 class Oracle:
     """What a stage should give from certain inputs: the unrounded float64 value and its noise.
@@ -99,7 +106,7 @@ def consult(
     if stage.identity:
         value = arguments[0].astype(np.float64)
     else:
-        value = np.asarray(STAGES[stage.name](*arguments, **options), np.float64)
+        value = judged_part(stage, np.asarray(STAGES[stage.name](*arguments, **options), np.float64))
     operands: tuple[Any, ...] = arguments
     if stage.noise is not Noise.EXACT and stage.name in OPERANDS:
         operands = OPERANDS[stage.name](*arguments, **options)
@@ -167,6 +174,7 @@ class SideVerdict:
 
     def add(self, oracle: Oracle, observed: np.ndarray) -> Verdict:
         """Judge one chunk, and return its verdict; where it is beyond its bound, ask whether only bits were lost."""
+        observed = judged_part(oracle.stage, observed)
         judged = measure(oracle, observed)
         verdict = judged.verdict
         bits = fewer_bits(oracle, observed) if verdict in (Verdict.SUSPECT, Verdict.BUG) else None
@@ -190,6 +198,7 @@ def measure(oracle: Oracle, observed: np.ndarray) -> Judged:
     """An output against its oracle, element by element; all of it 0 where it is correctly rounded."""
     if observed.shape != oracle.value.shape or observed.dtype != stored_dtype(oracle.stage.dtype):
         return Judged(Verdict.SHAPE, np.inf)
+    observed = judged_part(oracle.stage, observed)
     expected, count = oracle.rounded, int(np.count_nonzero(oracle.value))
     if np.array_equal(expected, observed):  # as numbers: +0 and -0 are one value
         finite = bool(np.isfinite(observed).all())

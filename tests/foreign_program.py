@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
 
@@ -20,7 +20,16 @@ def run(folder, tokens, dtype, out, fault):
     stages: dict[str, torch.Tensor] = {}
 
     def keep(key, value):
-        stages[key] = value.detach().clone()
+        """Record a value; of a decode, each call's rows after those before it."""
+        value = value.detach().clone()
+        if key in stages and key.endswith(("attn_scores", "attn_softmax")):
+            # A decode computes no keys to come: nothing stands there, or for the probabilities 0.
+            blank = float("nan") if key.endswith("attn_scores") else 0.0
+            before = torch.nn.functional.pad(stages[key], (0, value.shape[-1] - stages[key].shape[-1]), value=blank)
+            value = torch.cat((before, value), dim=1)
+        elif key in stages:
+            value = torch.cat((stages[key], value), dim=0)
+        stages[key] = value
 
     def output(module, key, pick=None):
         module.register_forward_hook(lambda _m, _a, out: keep(key, (out if pick is None else out[pick])[0]))
@@ -56,7 +65,7 @@ def run(folder, tokens, dtype, out, fault):
     calls = {"rope": 0}
 
     def rotated(q, k, cos, sin, *args, **kwargs):
-        n = calls["rope"]
+        n = calls["rope"] % len(body.layers)
         calls["rope"] += 1
         if fault == "sin has the other sign" and n == 1:
             sin = -sin
@@ -73,7 +82,7 @@ def run(folder, tokens, dtype, out, fault):
         scores = query @ keys.transpose(2, 3)
         if not (fault == "no 1/sqrt(d)" and n == 1):
             scores = scores * scaling
-        masked = scores if fault == "no mask" and n == 0 else scores + mask
+        masked = scores if mask is None or (fault == "no mask" and n == 0) else scores + mask
         p = torch.softmax(masked, dim=-1, dtype=torch.float32).to(query.dtype)
         keep(f"layers.{n}.attn_scores", scores[0])
         keep(f"layers.{n}.attn_softmax", p[0])
@@ -97,7 +106,12 @@ def run(folder, tokens, dtype, out, fault):
         keep("inv_freq", body.rotary_emb.inv_freq)
         angle = torch.arange(len(tokens), dtype=torch.float32)[:, None] * body.rotary_emb.inv_freq
         keep("rope_angle", torch.cat((angle, angle), dim=-1))
-        model(torch.tensor([tokens]), use_cache=False)
+        if fault == "decode":
+            cache = DynamicCache(config=model.config)
+            for part in (tokens[:4], *([token] for token in tokens[4:])):
+                model(torch.tensor([part]), past_key_values=cache, use_cache=True)
+        else:
+            model(torch.tensor([tokens]), use_cache=False)
 
     for n in range(len(body.layers)):
         joined = torch.cat([stages.pop(f"layers.{n}.{name}") for name in "qkv"], dim=-1)

@@ -183,9 +183,14 @@ BFLOAT16_FAULTS = ("no 1/sqrt(d)", "eps", "wrong kv head map", "no mask", "sin h
 
 # Model and dtype -> file or folder, and what is wrong with it.
 RUNS: dict[tuple[str, str], dict[str, str]] = {
-    ("qwen3", "float32"): {"folder": "", "cos": "no cos", "unknown.safetensors": "unknown key"}
+    ("qwen3", "float32"): {"folder": "", "cos": "no cos", "unknown.safetensors": "unknown key", "decode": "decode"}
     | {f"{number}.safetensors": fault for number, fault in enumerate(FAULTS)},
-    ("qwen3", "bfloat16"): {"one.safetensors": "", "wide.safetensors": "as float32", "batch": "a batch axis"}
+    ("qwen3", "bfloat16"): {
+        "one.safetensors": "",
+        "wide.safetensors": "as float32",
+        "batch": "a batch axis",
+        "decode": "decode",
+    }
     | {f"{number}.safetensors": fault for number, fault in enumerate(BFLOAT16_FAULTS)},
     ("qwen2", "float32"): {"one.safetensors": ""},
 }
@@ -228,6 +233,16 @@ def test_its_dump_is_sound(models: Path, programs: Path, name: str, dtype: str) 
     assert done.json["facts"]["dtype"] == dtype
     assert done.json["coverage"]["judged"] == (45 if name == "qwen3" else 39)
     assert svf("audit", done.json["source"]).code == 2  # which model, and which tokens?
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_decode_through_a_cache_is_sound(models: Path, programs: Path, dtype: str) -> None:
+    """It computes no scores of keys to come, which the causal mask throws away anyway."""
+    done = audited(models, programs, "decode", dtype=dtype)
+    scores = tensors_of(programs / f"qwen3-{dtype}" / "decode" / "layers.1.safetensors")["layers.1.attn_scores"]
+    assert np.isnan(scores.astype(np.float32)).any()
+    assert (done.code, done.json["outcome"]) == (0, "sound"), done.json["verdict"]
+    assert done.json["coverage"]["judged"] == 45
 
 
 @pytest.mark.parametrize("fault", FAULTS)

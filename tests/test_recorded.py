@@ -67,3 +67,61 @@ def test_every_fault_is_told(made: Path, tmp_path: Path, dtype: str) -> None:
     for done in (svf("audit", right, "--json"), svf("diff", right, right, "--json")):
         assert (done.code, done.json["culprit"], done.json["culprits"]) == (0, None, [])
         assert "more" not in done.json["verdict"]
+
+
+# What the causal mask throws away.
+
+BLANKS = (0.0, 1e30, np.nan, np.inf)
+
+
+def blanked(value: float) -> Callable[[Tensors], object]:
+    """Scores of keys after their query replaced, in every layer."""
+
+    def change(t: Tensors) -> None:
+        for key in [key for key in t if key.endswith("attn_scores")]:
+            after = ~np.tri(len(TOKENS), dtype=bool)
+            t[key] = np.where(after, np.asarray(value).astype(t[key].dtype), t[key])
+
+    return change
+
+
+def one_key_seen(t: Tensors) -> None:
+    """A score that the mask keeps: the first key's, of the last query."""
+    t["layers.1.attn_scores"][2, -1, 0] *= 2
+
+
+@pytest.mark.filterwarnings("ignore:overflow")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scores_of_keys_to_come_are_not_judged(made: Path, tmp_path: Path, dtype: str) -> None:
+    right = made / f"qwen3-{dtype}-dump"
+    for number, value in enumerate(BLANKS):
+        other = changed(made, tmp_path / str(number), blanked(value), dtype)
+        done = svf("audit", other, "--json")
+        assert (done.code, done.json["outcome"]) == (0, "sound"), done.json["verdict"]
+        done = svf("diff", right, other, "--no-rerun", "--json")
+        assert done.code == 0, done.json["verdict"]
+        row = rows(done)["layers.1.attn_scores"]
+        assert (row["byte_match"], row["max_abs"], row["mismatched"]) == (False, 0, 0)
+        assert row["sha256_a"] != row["sha256_b"]
+        assert "the causal mask throws them away" in row["note"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scores_that_the_mask_keeps_are_judged(made: Path, tmp_path: Path, dtype: str) -> None:
+    def both(t: Tensors) -> None:
+        blanked(0.0)(t)
+        one_key_seen(t)
+
+    wrong = changed(made, tmp_path / "wrong", both, dtype)
+    for done in (svf("audit", wrong, "--json"), svf("diff", made / f"qwen3-{dtype}-dump", wrong, "--json")):
+        assert (done.code, done.json["culprit"]["layer"], done.json["culprit"]["stage"]) == (1, 1, "attn_scores")
+        assert "one element alone is wrong, at [2, 8, 0]" in done.json["culprit"]["hint"]
+
+
+def test_a_hint_at_scores_needs_only_those_that_the_mask_keeps(made: Path, tmp_path: Path) -> None:
+    def unscaled(t: Tensors) -> None:
+        t["layers.0.attn_scores"] = t["layers.0.attn_scores"] * np.float32(32**0.5)
+        blanked(np.nan)(t)
+
+    done = svf("audit", changed(made, tmp_path / "wrong", unscaled), "--json")
+    assert done.json["culprit"]["hint"] == "the scale 1/sqrt(head_dim) is missing"
