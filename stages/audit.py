@@ -33,17 +33,19 @@ from stages.forward_judge import (
     stage_of,
     why_unjudged,
 )
-from stages.metrics import Difference, Residual
-from stages.noise import Lambdas
+from stages.metrics import Difference, Residual, walk
+from stages.noise import Lambdas, Noise
 from stages.replay import REPLAY
 from stages.replay_run import Chunk, chunk_plan, default_chunk_rows
 from stages.rerun import Recorded, recorded_of, settle
 from stages.selection import layer_of
 from stages.sides import SideTensor, open_side
+from stages.spread import Spread
 from stages.stage import Stage
 from stages.tensorfile import TensorFile
 from stages.tokens import check_tokens, parse_tokens
 from stages.verdict import Oracle, SideVerdict, Verdict, consult, judged_part
+from stages.wording import how_far, times
 
 Progress = Callable[[str, float], None]
 Row = dict[str, Any]
@@ -327,9 +329,10 @@ class _Judged:
     note: str | None = None
     verdict: SideVerdict = field(default_factory=SideVerdict)
     difference: Difference = field(init=False)
+    spread: Spread = field(init=False)
 
     def __post_init__(self) -> None:
-        self.difference = Difference(self.top)
+        self.difference, self.spread = Difference(self.top), Spread(self.stage.shape)
 
     def add(self, oracle: Oracle, observed: np.ndarray, start: int, axis: int) -> None:
         """Judge one chunk, which begins at `start` along `axis`."""
@@ -342,7 +345,10 @@ class _Judged:
                 f"{observed.dtype.name} {list(observed.shape)}{_turned(expected, observed)}"
             )
             return
-        self.difference.add(expected, judged_part(self.stage, observed), start, axis)
+        shown = judged_part(self.stage, observed)
+        self.difference.add(expected, shown, start, axis)
+        if self.stage.noise is not Noise.EXACT and np.isfinite(shown).all():
+            self.spread.add(shown, oracle.value, oracle.bound, start, axis)
 
     def fields(self) -> Row:
         if self.difference.count == 0 and self.verdict.verdict is not Verdict.SHAPE:
@@ -355,6 +361,7 @@ class _Judged:
             "hint": self.verdict.hint,
             "note": self.note,
             **{of_oracle.get(name, name): value for name, value in self.difference.result().items()},
+            **self.spread.result(),
         }
 
 
@@ -389,6 +396,7 @@ def document(
     explain: Callable[[Mapping[str, Any]], str | None] = lambda _row: None,
 ) -> dict[str, Any]:
     """The whole `svf.audit/1` document of finished rows."""
+    walk(rows)
     unjudged = sum(row["verdict"] == Verdict.UNJUDGED for row in rows)
     missing = sum(row["verdict"] == Verdict.MISSING for row in rows)
     coverage = {"judged": len(rows) - unjudged - missing, "unjudged": unjudged, "expected": len(rows)}
@@ -428,10 +436,11 @@ def _sentence(
     """The verdict as a sentence."""
     if culprits:
         culprit = culprits[0]
-        ratio = f"{culprit['ratio']:.3g} times the bound" if culprit["ratio"] else "nothing to measure"
+        ratio = times(culprit["ratio"]) or "nothing to measure"
         hint = f": {culprit['hint']}" if culprit["hint"] else ""
         where = f"{culprit['stage']} of {diff.place_of(culprit)}"
-        return f"{culprit['verdict'].capitalize()} at {where}, {ratio}{hint}{diff.more_faults(culprits)}."
+        found = f"{culprit['verdict'].capitalize()} at {where}, {ratio}{hint}{diff.more_faults(culprits)}."
+        return " ".join(filter(None, [found, how_far(rows, culprit)]))
     if miss is not None:
         return (
             f"Each stage is right from its inputs, but zero offsets do not give {miss['tensor']} back: relative "

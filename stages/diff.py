@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
 from typing import Any, TypeVar
 
 from stages.basis import of_basis, unexplained
 from stages.compare import TensorComparison
+from stages.metrics import walk
 from stages.precision import NATIVE
 from stages.promise import RULES
 from stages.replay import REPLAY
 from stages.verdict import Verdict
+from stages.wording import how_far, times
 
 STRICT_STAGE_TOLERANCES = "strict_stage_tolerances"
 STRICT_CURRENT_PYTHON = "strict_current_python"
@@ -100,6 +101,7 @@ def finish(
 
     `explain` gives a hint at why a row's side, a or b, failed, where the row itself has none.
     """
+    walk(rows)
     gate_results = gates.results(rows) if gates else {}
     compared = sum(row["verdict"] not in (Verdict.MISSING, Verdict.EXTRA) for row in rows)
     coverage = {"compared": compared, "expected": max(expected, len(rows))}
@@ -109,7 +111,16 @@ def finish(
         "schema": "svf.diff/1",
         "outcome": "diverged" if unexplained(basis) else outcome(rows, zero_offset, gate_results, coverage),
         "verdict": " ".join(
-            filter(None, [verdict, about_precision(a, b), of_basis(basis), of_gates(basis, gate_results)])
+            filter(
+                None,
+                [
+                    verdict,
+                    how_far(rows, culprits[0] if culprits else None, (extra or {}).get("logits")),
+                    about_precision(a, b),
+                    of_basis(basis),
+                    of_gates(basis, gate_results),
+                ],
+            )
         ),
         "culprit": culprits[0] if culprits else None,
         "culprits": culprits,
@@ -278,10 +289,10 @@ def sentence(
         )
     if culprit is not None:
         where = f"{culprit['stage']} of {place_of(culprit)}"
-        who = {"a": a["source"], "b": b["source"], "both": "both sides"}.get(culprit["side"] or "")
+        who = {"a": f"a ({a['source']})", "b": f"b ({b['source']})", "both": "both sides"}.get(culprit["side"] or "")
         how = "with fewer bits than declared" if culprit["verdict"] == Verdict.PRECISION else "wrong"
         blame = f"{who} computed it {how}" if who else "the sides differ"
-        ratio = f", {culprit['ratio']:.3g} times the bound" if culprit["ratio"] and isfinite(culprit["ratio"]) else ""
+        ratio = f", {by}" if (by := times(culprit["ratio"])) else ""
         hint = f" ({culprit['hint']})" if culprit["hint"] else ""
         return f"{culprit['verdict'].capitalize()} at {where}: {blame}{ratio}{hint}{more_faults(culprits)}."
     failed = [name for name, passed in gates.items() if not passed]

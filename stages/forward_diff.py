@@ -150,7 +150,6 @@ def _row(place: Place, a: ForwardRun, b: ForwardRun, top: int) -> dict[str, Any]
     d.add(*((judged_part(stage, x), judged_part(stage, y)) if stage else (x, y)))
     given = name == "embedding" or (name == "inv_freq" and a.path is not None)
     other_weights = _other_weights(place, a, b)
-    population_a, population_b = stats.population(x), stats.population(y)
     equal = same_bits(x, y)
     verdict = row_verdict(d, side_a, side_b, given=given and side_a is None and a.path is not None)
     return {
@@ -159,9 +158,8 @@ def _row(place: Place, a: ForwardRun, b: ForwardRun, top: int) -> dict[str, Any]
         **side_fields(side_a, side_b),
         "sha256_a": a.side.sha256(place),
         "sha256_b": b.side.sha256(place),
-        "stats_a": population_a,
-        "stats_b": population_b,
-        "std_ratio": stats.std_ratio(population_a, population_b),
+        "stats_a": stats.population(x),
+        "stats_b": stats.population(y),
         **d.result(),
         "byte_match": equal,
         "note": _UNSEEN if d.byte_match and not equal and verdict.passes else None,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from stages.noise import TINY, residual_bound
+from stages.stats import Moments
 
 # Elements handled at a time. Their float64 copies stay in the cache, and OpenBLAS computes a dot product of fewer
 # than 10,000 on one thread: above it, waking threads cost 50 times the arithmetic here.
@@ -41,12 +43,16 @@ class Difference:
     bb: float = 0.0
     ab: float = 0.0
     byte_match: bool = True
+    dtype: str | None = None
+    moments_a: Moments = field(default_factory=Moments)
+    moments_b: Moments = field(default_factory=Moments)
     top: list[tuple[float, tuple[int, ...], float, float]] = field(default_factory=list)
 
     def add(self, a: np.ndarray, b: np.ndarray, start: int = 0, axis: int = 0) -> None:
         """Add slices of both arrays (same shape and dtype) that begin at `start` along `axis`."""
         equal = same_bits(a, b)
         self.byte_match &= equal
+        self.dtype = a.dtype.name
         self.count += a.size
         flat_a, flat_b = np.ascontiguousarray(a).reshape(-1), np.ascontiguousarray(b).reshape(-1)
         for at in range(0, flat_a.size, _BLOCK):
@@ -66,6 +72,8 @@ class Difference:
             x = x[finite]
             norm = float(x @ x)
         self.aa, self.bb, self.ab = self.aa + norm, self.bb + norm, self.ab + norm
+        self.moments_a.add(x)
+        self.moments_b.add(x)
 
     def _add_block(self, a: np.ndarray, b: np.ndarray, at: int, shape: tuple[int, ...], start: int, axis: int) -> None:
         self.mismatched += int(np.count_nonzero(_uints(a) != _uints(b)))
@@ -78,6 +86,8 @@ class Difference:
         self.aa += float(x @ x)
         self.bb += float(y @ y)
         self.ab += float(x @ y)
+        self.moments_a.add(x)
+        self.moments_b.add(y)
         d = np.abs(x - y)
         self.sum_abs += float(d.sum())
         self.sum_sq += float(d @ d)
@@ -111,6 +121,9 @@ class Difference:
         for name in ("count", "mismatched", "nonfinite_a", "nonfinite_b", "sum_abs", "sum_sq", "aa", "bb", "ab"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.byte_match &= other.byte_match
+        self.dtype = other.dtype or self.dtype
+        self.moments_a.merge(other.moments_a)
+        self.moments_b.merge(other.moments_b)
         self.top = self.top + other.top
         self._trim()
 
@@ -140,6 +153,8 @@ class Difference:
             "rms": math.sqrt(self.sum_sq / self.count) if self.count else 0.0,
             "rel_l2": math.sqrt(self.sum_sq / self.aa) if self.aa else (math.inf if self.sum_sq else 0.0),
             "cosine": self._cosine(),
+            "std_ratio": self.std_ratio,
+            "dtype": self.dtype,
             "mismatched": self.mismatched,
             "count": self.count,
             "byte_match": self.byte_match,
@@ -148,11 +163,34 @@ class Difference:
             "top": [{"index": list(i), "abs": d, "a": x, "b": y} for d, i, x, y in self.top[: self.top_k]],
         }
 
+    @property
+    def std_ratio(self) -> float | None:
+        """Standard deviation of b over a's; infinite where a is constant and b is not, None where neither tells."""
+        if not self.finite:
+            return None
+        one, other = self.moments_a.std, self.moments_b.std
+        return other / one if one else math.inf if other else None
+
     def _cosine(self) -> float:
         norm = math.sqrt(self.aa) * math.sqrt(self.bb)
         if not norm:
             return 1.0 if self.aa == self.bb else 0.0
         return 1.0 if self.byte_match else max(-1.0, min(1.0, self.ab / norm))
+
+
+def walk(rows: Sequence[dict[str, Any]]) -> None:
+    """Give each row `cosine_delta`: the change of its cosine from the stage before, in rows of execution order.
+
+    A replay's tensors are walked one by one; a stage without a cosine is stepped over.
+    """
+    before: float | None = None
+    for at, row in enumerate(rows):
+        if at and row["tensor"] != rows[at - 1]["tensor"]:
+            before = None
+        here = row.get("cosine")
+        if here is not None:
+            row["cosine_delta"] = None if before is None else here - before
+            before = here
 
 
 class PairHash:

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
+from stages import wording
 from stages.diff import place_of
+from stages.verdict import Verdict
+from stages.wording import number
 
-# Columns of a terminal below which tables leave out what is the least needed, rather than cut names.
-_WIDE = 130
+# Rows of a table in a terminal; --json has them all.
+_MOST = 30
+# Bits that are rounded off when a result is stored: of these dtypes that is nearly all of a stage's bound.
+_NARROW = ("bfloat16", "float16")
 _STYLES = {"exact": "green", "rounding": "green", "unjudged": "yellow", "suspect": "yellow"}
 
 
@@ -21,11 +28,6 @@ def console() -> Console:
     """A console on stdout; a file or pipe gets plain text as wide as the tables need."""
     out = Console(highlight=False)
     return out if out.is_terminal else Console(highlight=False, width=160)
-
-
-def number(value: Any) -> str:
-    """A metric in three digits; a dash for what is not known."""
-    return "-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def diff_document(document: Mapping[str, Any], *, top: bool = False) -> None:
@@ -37,11 +39,11 @@ def diff_document(document: Mapping[str, Any], *, top: bool = False) -> None:
     if document.get("kind") == "forward":
         _forward_view(document, out)
     elif rows:
-        out.print(_stage_table(rows, narrow=out.width < _WIDE))
+        out.print(_stage_table(rows, out.width))
     if rows:
         problems = [row for row in rows if row["verdict"] not in ("exact", "rounding")]
         if problems:
-            out.print(_row_table(problems, "Rows that need a look"))
+            _print_rows(problems, out)
         if top:
             _print_top(out, rows)
     layouts(document.get("layouts", []), out)
@@ -65,47 +67,149 @@ def audit_document(document: Mapping[str, Any]) -> None:
     facts = ", ".join(f"{name} {value}" for name, value in document["facts"].items() if name.startswith("dtype"))
     out.print(escape(f"{document['source']}{f' ({facts})' if facts else ''}"), soft_wrap=True)
     rows = document["rows"]
-    table = _table("stage", "of", "verdict", "worst error / bound", "max |error|", "not correctly rounded")
-    for stage in dict.fromkeys(row["stage"] for row in rows):
-        group = [row for row in rows if row["stage"] == stage]
-        worst = max(group, key=lambda row: _severity(row["verdict"]))
-        ratios = [row["ratio"] for row in group if row["ratio"]]
-        errors = [row["max_abs"] for row in group if row.get("max_abs") is not None]
-        different, count = sum(row.get("mismatched", 0) for row in group), sum(row.get("count", 0) for row in group)
-        table.add_row(
-            stage,
-            str(len(group)),
-            _styled(worst["verdict"]),
-            number(max(ratios)) if ratios else "-",
-            number(max(errors)) if errors else "-",
-            f"{different:,} of {count:,}" if count else "-",
-        )
-    out.print(table)
+    if rows:
+        out.print(_audit_table(rows, out.width))
+        if any(_stored_narrow(row) for row in rows):
+            out.print(_HALF_A_STEP, soft_wrap=True)
     problems = [row for row in rows if row["verdict"] not in ("exact", "rounding")]
     if problems:
-        out.print(_audit_problems(problems))
+        _print_audit_rows(problems, out)
     coverage = document["coverage"]
     style = {"sound": "bold green", "faulty": "bold red"}.get(document["outcome"], "bold yellow")
     out.print(f"Judged {coverage['judged']} of {coverage['expected']} stages.")
     out.print(f"[{style}]{document['outcome'].upper()}[/]  {escape(document['verdict'])}", soft_wrap=True)
 
 
-def _audit_problems(rows: Sequence[Mapping[str, Any]], limit: int = 30) -> Table:
-    table = _table("where", "stage", "verdict", "error / bound", "at", "expected", "got", "note")
-    table.title, table.title_justify = "Rows that need a look", "left"
-    for row in rows[:limit]:
-        table.add_row(
-            escape(place_of(row)),
-            row["stage"],
-            _styled(row["verdict"]),
-            number(row["ratio"]),
-            str(row.get("max_abs_index") or "-"),
-            number(row.get("max_abs_expected")),
-            number(row.get("max_abs_got")),
-            escape(row["hint"] or row["note"] or ""),
-        )
-    if len(rows) > limit:
-        table.add_row(f"... and {len(rows) - limit} more; --json has them all")
+def _audit_table(rows: Sequence[Mapping[str, Any]], width: int) -> Table:
+    """One line per stage, the worst over layers or tensors, and what a clean verdict rests on."""
+    columns = {name: _Column(name, *rank) for name, rank in _AUDIT_COLUMNS.items()}
+    for stage in dict.fromkeys(row["stage"] for row in rows):
+        group = [row for row in rows if row["stage"] == stage]
+        verdict = max((row["verdict"] for row in group), key=_severity)
+        different, count = sum(row.get("mismatched", 0) for row in group), sum(row.get("count", 0) for row in group)
+        worst = max(group, key=lambda row: row["ratio"] or 0.0)
+        furthest = max(group, key=lambda row: (row.get("worst_token") or {}).get("rms_ratio") or 0.0)
+        cells = {
+            "stage": stage,
+            "verdict": _styled(verdict),
+            "cosine": wording.cosine(_lowest(group, "cosine")),
+            "worst error / bound": _ratio(worst["ratio"], worst) if worst["ratio"] else "-",
+            "error RMS": number(_highest(group, "error_rms")),
+            "bound RMS": number(_highest(group, "bound_rms")),
+            "worst token": _whereabouts(furthest, "worst_token"),
+            "worst column": _whereabouts(furthest, "worst_column"),
+            "max |error|": number(_highest(group, "max_abs")),
+            "not correctly rounded": f"{different:,} of {count:,}" if count else "-",
+            "of": str(len(group)),
+        }
+        for name, cell in cells.items():
+            columns[name].cells.append(cell)
+    return _fitted(columns.values(), width)
+
+
+# Column -> whether it is words, and when it is left out where the terminal is narrow: the highest first, 0 never.
+_AUDIT_COLUMNS = {
+    "stage": (True, 0),
+    "verdict": (True, 0),
+    "cosine": (False, 4),
+    "worst error / bound": (False, 0),
+    "error RMS": (False, 2),
+    "bound RMS": (False, 2),
+    "worst token": (False, 5),
+    "worst column": (False, 6),
+    "max |error|": (False, 3),
+    "not correctly rounded": (False, 8),
+    "of": (False, 7),
+}
+_HALF_A_STEP = (
+    "(half step): storing in so few bits may be off by half a step, which is nearly all of the bound there; "
+    "a right result comes close to 1."
+)
+
+
+def _stored_narrow(row: Mapping[str, Any]) -> bool:
+    """Whether what is left of a row's error may be the rounding of its storing alone."""
+    ratios = [row.get(name) for name in ("ratio", "ratio_a", "ratio_b")]
+    return row["verdict"] == "rounding" and row.get("dtype") in _NARROW and any(ratios)
+
+
+def _ratio(value: float | None, row: Mapping[str, Any]) -> str:
+    """error / bound; of a stage stored in few bits, that this is the storing."""
+    return wording.ratio(value) + (" (half step)" if _stored_narrow(row) else "")
+
+
+def _whereabouts(row: Mapping[str, Any], field: str) -> str:
+    """The token or column that errs the most, and the RMS of its error / bound."""
+    found = row.get(field)
+    return "-" if not found else f"{','.join(map(str, found['index']))} ({number(found['rms_ratio'])})"
+
+
+def _lowest(rows: Sequence[Mapping[str, Any]], field: str) -> float | None:
+    return min((row[field] for row in rows if row.get(field) is not None), default=None)
+
+
+def _highest(rows: Sequence[Mapping[str, Any]], field: str) -> float | None:
+    return max((row[field] for row in rows if row.get(field) is not None), default=None)
+
+
+def _print_audit_rows(rows: Sequence[Mapping[str, Any]], out: Console) -> None:
+    columns = [
+        _Column("where", True),
+        _Column("stage", True),
+        _Column("verdict", True),
+        _Column("error / bound"),
+        _Column("at", least=2),
+        _Column("expected", least=1),
+        _Column("got", least=1),
+    ]
+    for row in rows[:_MOST]:
+        pair = wording.apart(row.get("max_abs_expected"), row.get("max_abs_got"))
+        cells = (escape(place_of(row)), row["stage"], _styled(row["verdict"]), _ratio(row["ratio"], row))
+        for column, cell in zip(columns, (*cells, str(row.get("max_abs_index") or "-"), *pair), strict=True):
+            column.cells.append(cell)
+    out.print(_fitted(columns, out.width, "Rows that need a look"))
+    _notes(rows, out)
+
+
+def _notes(rows: Sequence[Mapping[str, Any]], out: Console) -> None:
+    """What is known of the reasons, once for all rows that have the same; and how many rows were not shown."""
+    texts: dict[str, list[str]] = {}
+    for row in rows[:_MOST]:
+        for name in ("hint", "note", "hint_a", "hint_b"):
+            if row.get(name):
+                side = f"{name[-1]}: " if name.endswith(("_a", "_b")) else ""
+                texts.setdefault(f"{side}{row[name]}", []).append(row["key"])
+    for text, keys in texts.items():
+        more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+        out.print(f"  {escape(keys[0])}{more}: {escape(text)}", soft_wrap=True)
+    if len(rows) > _MOST:
+        out.print(f"... and {len(rows) - _MOST} more; --json has them all")
+
+
+@dataclass
+class _Column:
+    """A column of a table and when it is left out where the terminal is narrow: the highest first, 0 never."""
+
+    name: str
+    words: bool = False
+    least: int = 0
+    cells: list[str] = field(default_factory=list)
+
+    @property
+    def width(self) -> int:
+        return max(len(self.name), *(Text.from_markup(cell).cell_len for cell in self.cells))
+
+
+def _fitted(columns: Iterable[_Column], width: int, title: str | None = None) -> Table:
+    """A table of as many columns as fit: one that is not needed is left out rather than a name cut short."""
+    kept = list(columns)
+    while sum(column.width + 3 for column in kept) - 3 > width and any(column.least for column in kept):
+        kept.remove(max(kept, key=lambda column: column.least))
+    table = Table(title=title, title_justify="left", header_style="bold", show_edge=False, pad_edge=False)
+    for column in kept:
+        table.add_column(column.name, justify="left" if column.words else "right", overflow="fold")
+    for row in zip(*(column.cells for column in kept), strict=True):
+        table.add_row(*row)
     return table
 
 
@@ -132,7 +236,7 @@ def _forward_view(document: Mapping[str, Any], out: Console) -> None:
     """Stages by layers, then one line per stage, the growth over depth, the FFN's amplification, the logits."""
     rows = document["rows"]
     _grid(rows, out)
-    out.print(_stage_table(rows, narrow=out.width < _WIDE))
+    out.print(_stage_table(rows, out.width))
     if document["growth"]:
         line = "  ".join(f"{g['layer']}: {g['rel_l2']:.1e}" for g in document["growth"])
         out.print(f"Relative difference of the layers' outputs, by depth (inherited error included):\n  {line}")
@@ -160,7 +264,8 @@ def _grid(rows: Sequence[Mapping[str, Any]], out: Console) -> None:
     layers = sorted({row["layer"] for row in rows if row["layer"] is not None})
     by_place = {(row["layer"], row["stage"]): row for row in rows}
     stages = list(dict.fromkeys(row["stage"] for row in rows if row["layer"] is not None))
-    first = next((row["key"] for row in rows if row.get("byte_match") is False), None)
+    differ = [row for row in rows if row.get("byte_match") is False]
+    first = next((row["key"] for row in differ if row["layer"] is not None), None)
     fit = max(1, (out.width - 20) // 6)  # three characters, a space on either side, a line; one cell has the mark too
     for at in range(0, len(layers), fit):
         table = Table(title="Relative difference per layer, 10^n ('=' equal bytes)" if not at else None)
@@ -171,8 +276,10 @@ def _grid(rows: Sequence[Mapping[str, Any]], out: Console) -> None:
         for stage in stages:
             table.add_row(stage, *(_cell(by_place.get((n, stage)), first) for n in layers[at : at + fit]))
         out.print(table)
-    if first is not None:
-        out.print(f"First difference in bytes: {escape(first)} (marked *)")
+    if differ:
+        whole = differ[0]["key"]  # of the whole model, perhaps, which the table does not have
+        mark = "" if first is None else " (marked *)" if first == whole else f"; of a layer, {escape(first)} (marked *)"
+        out.print(f"First difference in bytes: {escape(whole)}{mark}")
 
 
 def _cell(row: Mapping[str, Any] | None, first: str | None) -> str:
@@ -243,43 +350,60 @@ def checkpoints_document(document: Mapping[str, Any]) -> None:
             name = row.get("tensor") or row.get("name") or ""
             table.add_row(escape(str(name)), row["status"], number(row.get("max_abs")), escape(row.get("note") or ""))
         out.print(table)
-    for field in document["config"]["differences"]:
-        out.print(f"config {field['field']}: {field['a']} and {field['b']}", markup=False)
+    for difference in document["config"]["differences"]:
+        out.print(f"config {difference['field']}: {difference['a']} and {difference['b']}", markup=False)
     out.print(", ".join(f"{count} {status}" for status, count in document["counts"].items()))
     style = {"agree": "bold green", "diverged": "bold red"}.get(document["outcome"], "bold yellow")
     out.print(f"[{style}]{document['outcome'].upper()}[/]  {escape(document['verdict'])}", soft_wrap=True)
 
 
-def _stage_table(rows: Sequence[Mapping[str, Any]], *, narrow: bool = False) -> Table:
-    """One line per stage, the worst over tensors: what a newcomer reads first."""
-    table = Table(title=None, header_style="bold", show_edge=False, pad_edge=False)
-    ratio = "error / bound" if narrow else "worst error / bound"
-    headers = ["stage", "of", "verdict", ratio, "max |a - b|", "elements that differ", "bytes", "std b / a"]
-    hidden = {"of", "elements that differ", "std b / a"} if narrow else set()
-    if not any(row.get("std_ratio") for row in rows):
-        hidden.add("std b / a")
-    shown = [i for i, name in enumerate(headers) if name not in hidden]
-    for name in (headers[i] for i in shown):
-        table.add_column(name, justify="left" if name in ("stage", "verdict") else "right", no_wrap=True)
+# As _AUDIT_COLUMNS.
+_STAGE_COLUMNS = {
+    "stage": (True, 0),
+    "verdict": (True, 0),
+    "cosine": (False, 1),
+    "delta": (False, 2),
+    "error / bound": (False, 0),
+    "max |a - b|": (False, 3),
+    "rms": (False, 4),
+    "elements that differ": (False, 8),
+    "bytes": (False, 5),
+    "std b / a": (False, 6),
+    "of": (False, 7),
+}
+
+
+def _stage_table(rows: Sequence[Mapping[str, Any]], width: int) -> Table:
+    """One line per stage, the worst over layers or tensors: what a newcomer reads first."""
+    columns = {name: _Column(name, *rank) for name, rank in _STAGE_COLUMNS.items()}
     for stage in dict.fromkeys(row["stage"] for row in rows):
         group = [row for row in rows if row["stage"] == stage]
         same = sum(bool(row.get("byte_match")) for row in group)
-        worst = max(group, key=lambda row: _severity(row["verdict"]))
-        ratios = [r for row in group for r in (row["ratio_a"], row["ratio_b"]) if r is not None]
-        errors = [row["max_abs"] for row in group if row.get("max_abs") is not None]
+        verdict = max((row["verdict"] for row in group), key=_severity)
+        ratios = [(r, row) for row in group for r in (row["ratio_a"], row["ratio_b"]) if r is not None]
         different, count = sum(row.get("mismatched", 0) for row in group), sum(row.get("count", 0) for row in group)
-        cells = (
-            stage,
-            str(len(group)),
-            _styled(worst["verdict"], inherits=worst["verdict"] == "exact" and same < len(group)),
-            number(max(ratios)) if ratios and worst["verdict"] != "exact" else "-",
-            number(max(errors)) if errors else "-",
-            f"{different:,} of {count:,}" if count else "-",
-            "equal" if same == len(group) else f"equal in {same}" if same else "differ",
-            _furthest([row["std_ratio"] for row in group if row.get("std_ratio")]),
-        )
-        table.add_row(*(cells[i] for i in shown))
-    return table
+        cells = {
+            "stage": stage,
+            "verdict": _styled(verdict, inherits=verdict == "exact" and same < len(group)),
+            "cosine": wording.cosine(_lowest(group, "cosine")),
+            "delta": wording.change(_steepest(group)),
+            "error / bound": _ratio(*max(ratios, key=lambda r: r[0])) if ratios and verdict != "exact" else "-",
+            "max |a - b|": number(_highest(group, "max_abs")),
+            "rms": number(_highest(group, "rms")),
+            "elements that differ": f"{different:,} of {count:,}" if count else "-",
+            "bytes": "equal" if same == len(group) else f"equal in {same}" if same else "differ",
+            "std b / a": _furthest([row["std_ratio"] for row in group if row.get("std_ratio")]),
+            "of": str(len(group)),
+        }
+        for name, cell in cells.items():
+            columns[name].cells.append(cell)
+    return _fitted(columns.values(), width)
+
+
+def _steepest(rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """The largest fall of the cosine from the stage before; where it falls nowhere, the largest rise."""
+    changes = [row["cosine_delta"] for row in rows if row.get("cosine_delta") is not None]
+    return min(changes, default=None) if any(c < 0 for c in changes) else max(changes, default=None)
 
 
 def _furthest(ratios: Sequence[float]) -> str:
@@ -287,27 +411,37 @@ def _furthest(ratios: Sequence[float]) -> str:
     return f"{max(ratios, key=lambda r: abs(math.log(r))):.6g}" if ratios else "-"
 
 
-def _row_table(rows: Sequence[Mapping[str, Any]], title: str, limit: int = 30) -> Table:
-    table = Table(title=title, title_justify="left", header_style="bold", show_edge=False, pad_edge=False)
-    for name in ("where", "stage", "verdict", "a / bound", "b / bound", "max |a - b|", "at", "a", "b"):
-        table.add_column(name, justify="left" if name in ("where", "stage", "verdict") else "right")
-    for row in rows[:limit]:
-        table.add_row(
+def _print_rows(rows: Sequence[Mapping[str, Any]], out: Console) -> None:
+    columns = [
+        _Column("where", True),
+        _Column("stage", True),
+        _Column("verdict", True),
+        _Column("a / bound"),
+        _Column("b / bound"),
+        _Column("cosine", least=5),
+        _Column("delta", least=6),
+        _Column("max |a - b|", least=4),
+        _Column("at", least=3),
+        _Column("a", least=2),
+        _Column("b", least=2),
+    ]
+    for row in rows[:_MOST]:
+        cells = (
             escape(place_of(row)),
             row["stage"],
             _styled(row["verdict"]),
-            number(row["ratio_a"]),
-            number(row["ratio_b"]),
+            wording.ratio(row["ratio_a"]),
+            wording.ratio(row["ratio_b"]),
+            wording.cosine(row.get("cosine")),
+            wording.change(row.get("cosine_delta")),
             number(row.get("max_abs")),
             str(row.get("max_abs_index") or "-"),
-            number(row.get("max_abs_a")),
-            number(row.get("max_abs_b")),
+            *wording.apart(row.get("max_abs_a"), row.get("max_abs_b")),
         )
-        if row.get("note"):
-            table.add_row("", "", escape(row["note"]))
-    if len(rows) > limit:
-        table.add_row(f"... and {len(rows) - limit} more; --json has them all")
-    return table
+        for column, cell in zip(columns, cells, strict=True):
+            column.cells.append(cell)
+    out.print(_fitted(columns, out.width, "Rows that need a look"))
+    _notes(rows, out)
 
 
 def _print_top(out: Console, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -467,6 +601,4 @@ def _styled(verdict: str, *, inherits: bool = False) -> str:
 
 
 def _severity(verdict: str) -> int:
-    from stages.verdict import Verdict
-
     return list(Verdict).index(Verdict(verdict))

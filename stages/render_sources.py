@@ -9,7 +9,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from stages.errors import shown
-from stages.render import console, number
+from stages.render import console
+from stages.wording import number
 
 # Rows of a table on a terminal; --json has them all.
 _MOST = 40

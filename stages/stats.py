@@ -2,34 +2,92 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+# Values at a time: their float64 copies stay in the cache.
+_BLOCK = 1 << 14
+
+
+@dataclass
+class Moments:
+    """Mean and spread of float64 values, piece by piece, without the cancellation that sums of squares have.
+
+    T. Chan, G. Golub, R. LeVeque, Algorithms for computing the sample variance, The American Statistician 37 (1983).
+    """
+
+    count: int = 0
+    mean: float = 0.0
+    squares: float = 0.0  # of the distances from the mean
+
+    def add(self, x: np.ndarray) -> None:
+        """Add one flat piece, finite."""
+        if x.size:
+            mean = float(x.mean())
+            apart = x - mean
+            self.merge(Moments(x.size, mean, float(apart @ apart)))
+
+    def merge(self, other: Moments) -> None:
+        count = self.count + other.count
+        if not count:
+            return
+        step = other.mean - self.mean
+        self.squares += other.squares + step * step * self.count * other.count / count
+        self.mean += step * other.count / count
+        self.count = count
+
+    @property
+    def std(self) -> float:
+        """Standard deviation; 0 where a mean's own rounding in float64 is all there is of it."""
+        std = math.sqrt(self.squares / self.count) if self.count else 0.0
+        # A step of float32 in one of 2^30 values is 2e-12 of the mean.
+        return std if std > 1e-12 * abs(self.mean) else 0.0
+
+
+@dataclass
+class Population:
+    """Statistics of a stage's values, piece by piece, in float64; non-finite ones are counted and left out."""
+
+    moments: Moments = field(default_factory=Moments)
+    count: int = 0
+    nonfinite: int = 0
+    low: float = math.inf
+    high: float = -math.inf
+
+    def add(self, values: np.ndarray) -> None:
+        """Add a piece, of any shape and dtype."""
+        flat = values.reshape(-1)
+        self.count += flat.size
+        for at in range(0, flat.size, _BLOCK):
+            x = flat[at : at + _BLOCK].astype(np.float64)
+            finite = np.isfinite(x)
+            if not finite.all():
+                self.nonfinite += int(x.size - np.count_nonzero(finite))
+                x = x[finite]
+            self.moments.add(x)
+            self.low, self.high = min(self.low, x.min(initial=math.inf)), max(self.high, x.max(initial=-math.inf))
+
+    def result(self) -> dict[str, Any]:
+        """As plain values; None where nothing is finite."""
+        known = self.moments.count > 0
+        return {
+            "mean": self.moments.mean if known else None,
+            "std": self.moments.std if known else None,
+            "min": float(self.low) if known else None,
+            "max": float(self.high) if known else None,
+            "count": self.count,
+            "nonfinite": self.nonfinite,
+        }
+
 
 def population(values: np.ndarray) -> dict[str, Any]:
-    """Mean, standard deviation, min, max and count of a stage's values, in float64; non-finite ones are counted."""
-    wide = values.astype(np.float64).reshape(-1)
-    finite = wide[np.isfinite(wide)]
-    if not finite.size:
-        return {"mean": None, "std": None, "min": None, "max": None, "count": wide.size, "nonfinite": wide.size}
-    return {
-        "mean": float(finite.mean()),
-        "std": float(finite.std()),
-        "min": float(finite.min()),
-        "max": float(finite.max()),
-        "count": wide.size,
-        "nonfinite": wide.size - finite.size,
-    }
-
-
-def std_ratio(a: dict[str, Any], b: dict[str, Any]) -> float | None:
-    """Standard deviation of b over a's; None when undefined. Refused over different counts by the caller."""
-    if a["count"] != b["count"]:
-        raise ValueError(f"a ratio of statistics over {a['count']} and {b['count']} values means nothing")
-    if not a["std"] or b["std"] is None:
-        return None
-    return float(b["std"] / a["std"])
+    """Mean, standard deviation, min, max and count of a stage's values."""
+    found = Population()
+    found.add(values)
+    return found.result()
 
 
 def logits(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:

@@ -136,20 +136,30 @@ def test_population_counts_what_is_not_finite_and_leaves_it_out() -> None:
     assert (nothing["mean"], nothing["std"], nothing["count"], nothing["nonfinite"]) == (None, None, 3, 3)
 
 
-def test_a_ratio_is_of_b_over_a_and_refused_over_other_counts() -> None:
-    a, b = np.arange(6.0, dtype=np.float32), np.arange(6.0, dtype=np.float32) * 3
-    assert stats.std_ratio(stats.population(a), stats.population(b)) == pytest.approx(3.0)
-    assert stats.std_ratio(stats.population(b), stats.population(a)) == pytest.approx(1 / 3)
-    with pytest.raises(ValueError, match="6 and 5 values"):
-        stats.std_ratio(stats.population(a), stats.population(b[:5]))
+@given(
+    pieces=st.lists(st.lists(st.floats(-(2.0**60), 2.0**60, width=32), max_size=9), min_size=1, max_size=5),
+    offset=st.sampled_from([0.0, 1e6]),
+)
+def test_pieces_are_the_whole(pieces: list[list[float]], offset: float) -> None:
+    found, arrays = stats.Population(), [np.array(piece, np.float64) + offset for piece in pieces]
+    for array in arrays:
+        found.add(array)
+    whole = np.concatenate(arrays)
+    if not whole.size:
+        assert found.result()["mean"] is None
+        return
+    size = np.abs(whole).max()
+    result = found.result()
+    assert result["mean"] == pytest.approx(whole.mean(), rel=1e-12, abs=1e-12 * size)
+    assert result["std"] == pytest.approx(whole.std(), rel=1e-9, abs=2e-12 * size)
+    assert (result["min"], result["max"], result["count"]) == (whole.min(), whole.max(), whole.size)
 
 
-def test_a_ratio_that_is_undefined_is_none() -> None:
-    flat, some = np.ones(3, np.float32), np.arange(3.0, dtype=np.float32)
-    nan = np.full(3, np.nan, np.float32)
-    for a, b in ((flat, some), (nan, some), (some, nan)):
-        assert stats.std_ratio(stats.population(a), stats.population(b)) is None
-    assert stats.std_ratio(stats.population(some), stats.population(flat)) == 0.0
+def test_a_constant_has_no_spread_however_large_and_in_whatever_pieces() -> None:
+    found = stats.Population()
+    for size in (3, 7, 100_000):
+        found.add(np.full(size, 0.1, np.float32))
+    assert found.result()["std"] == 0.0
 
 
 # -- logits ----------------------------------------------------------------------------------------------------

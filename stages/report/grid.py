@@ -9,8 +9,8 @@ from typing import Any
 
 from stages.culprit_data import ratio_of
 from stages.diff import place_of
-from stages.render import number
 from stages.verdict import Verdict
+from stages.wording import number
 
 Row = Mapping[str, Any]
 BOTH = "both"

@@ -10,9 +10,10 @@ from typing import Any
 from stages.culprit_data import chosen_row
 from stages.diff import place_of
 from stages.forward_job import sound
-from stages.render import number, production_line
+from stages.render import production_line
 from stages.report.document import AUDIT, FORWARD
 from stages.report.grid import BOTH, Grid, Row, grid, is_culprit
+from stages.wording import number
 
 Document = Mapping[str, Any]
 TONES = {"agree": "good", "sound": "good", "diverged": "bad", "faulty": "bad"}

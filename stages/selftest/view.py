@@ -9,7 +9,8 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from stages.render import console, number
+from stages.render import console
+from stages.wording import number
 
 
 def selftest_document(document: Mapping[str, Any]) -> None:
