@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import importlib
@@ -13,7 +14,7 @@ import traceback
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
@@ -50,13 +51,31 @@ SvdMethod = StrEnum("SvdMethod", ["float64", "torch"])
 
 
 class App(typer.Typer):
-    """Typer, with every expected error as one line and its documented exit code."""
+    """Typer, with every expected error as one line and its documented exit code, and choices in any case."""
+
+    def command(self, *args: Any, **kwargs: Any) -> Callable[[Any], Any]:
+        decorate = super().command(*args, **kwargs)
+
+        def of(function: Any) -> Any:
+            function.__annotations__ = get_type_hints(function, include_extras=True)  # evaluated once and for all
+            for hint in function.__annotations__.values():
+                for info in getattr(hint, "__metadata__", ()):
+                    info.case_sensitive = False
+            return decorate(function)
+
+        return of
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        from stages.settings import asks_json
+
         STATE.words = list(args[0]) if args else sys.argv[1:]
+        STATE.json = asks_json(STATE.words, {}, os.environ)
         signal.signal(signal.SIGTERM, _terminated)
         try:
-            code = super().__call__(*args, **{"prog_name": "svf", **_settings(self), **kwargs}, standalone_mode=False)
+            defaults = _settings(self)
+            STATE.json = asks_json(STATE.words, defaults, os.environ)
+            asked = {"prog_name": "svf", "default_map": defaults, **kwargs}
+            code = super().__call__(*args, **asked, standalone_mode=False)
             sys.stdout.flush()
         except BrokenPipeError:
             _reader_left()
@@ -74,7 +93,7 @@ class App(typer.Typer):
 
 
 def _settings(program: typer.Typer) -> dict[str, Any]:
-    """Defaults from files and the environment, as click takes them; none while a shell asks for completions."""
+    """Defaults from files and the environment, as typer takes them; none while a shell asks for completions."""
     from stages import settings
 
     if settings.ISOLATED in os.environ or "_SVF_COMPLETE" in os.environ:
@@ -85,8 +104,7 @@ def _settings(program: typer.Typer) -> dict[str, Any]:
         if c.callback
     }
     found = settings.find_settings(Path.cwd())
-    defaults = settings.default_map(found, os.environ, settings.options_of(main), commands)
-    return {"default_map": defaults, "auto_envvar_prefix": settings.PREFIX}
+    return settings.default_map(found, os.environ, settings.options_of(main), commands)
 
 
 def _reader_left() -> None:
@@ -100,7 +118,17 @@ def _terminated(_signal: int, _frame: object) -> None:
 
 
 def _fail(line: str, code: int) -> int:
-    print(f"svf: {line}", file=sys.stderr)
+    """Say it in one line on stderr, and with --json as a document on stdout; a child leaves saying it to its parent."""
+    from stages.errors import error_document, shown
+    from stages.settings import ISOLATED
+
+    line = shown(line, limit=4000)  # a path in it may hold anything
+    if ISOLATED not in os.environ:
+        print(f"svf: {line}", file=sys.stderr)
+    if STATE.json:
+        with contextlib.suppress(OSError):  # that nobody reads it is no second error
+            emit(error_document(line, code, shlex.join(["svf", *STATE.words])))
+            sys.stdout.flush()
     return code
 
 
@@ -110,10 +138,10 @@ def _report(error: Exception) -> int:
         traceback.print_exc()
     if hasattr(error, "format_message"):  # a usage error of typer's own
         return _usage(error)
-    from stages.errors import SvfError, shown
+    from stages.errors import SvfError
 
-    if isinstance(error, SvfError):  # a path in it may hold anything
-        return _fail(shown(error, limit=4000), error.exit_code)
+    if isinstance(error, SvfError):
+        return _fail(str(error), error.exit_code)
     # numpy's, torch's and XLA's ways of saying it
     if isinstance(error, MemoryError) or any(t in str(error) for t in ("can't allocate memory", "RESOURCE_EXHAUSTED")):
         return _fail("out of memory; try a smaller --chunk-rows", 7)
@@ -128,7 +156,8 @@ def _usage(error: Any) -> int:
     if "\n" in message:  # no arguments at all: the whole help
         error.show()
         return int(error.exit_code)
-    return _fail(f"{message.rstrip('.')}; try '{context.command_path if context else 'svf'} --help'", error.exit_code)
+    message = message.replace("Value error, ", "").rstrip(".")  # pydantic's words
+    return _fail(f"{message}; try '{context.command_path if context else 'svf'} --help'", error.exit_code)
 
 
 class State:
@@ -136,6 +165,7 @@ class State:
 
     debug = False
     progress = True
+    json = False  # also where the command line itself is wrong
     words: list[str]  # the command line, for a report to say how to make it again
 
 
@@ -163,6 +193,7 @@ def examples(*commands: str) -> str:
 Html = Annotated[
     Path | None, typer.Option("--html", help="Write a self-contained HTML report here; needs svf[report].")
 ]
+Force = Annotated[bool, typer.Option("--force", help="Replace a file that is there already.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
 InPrecision = Annotated[
     Precision,
@@ -197,6 +228,14 @@ StrictReference = Annotated[
 ]
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from stages.doctor import version_of
+
+        print(f"svf {version_of('svf') or 'of a source tree that is not installed'}")
+        raise typer.Exit
+
+
 @app.callback()
 def main(
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")] = False,
@@ -206,7 +245,9 @@ def main(
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Log on stderr what is read and compiled, and how long it took.")
     ] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", "-V", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
 ) -> None:
     from stages.watch import end_with_parent
 
@@ -215,11 +256,6 @@ def main(
     STATE.progress = not quiet
     if verbose or os.environ.get("SVF_VERBOSE"):
         _log()
-    if version:
-        from importlib.metadata import version as installed
-
-        print(f"svf {installed('svf')}")
-        raise typer.Exit
 
 
 def _log() -> None:
@@ -247,12 +283,16 @@ def emit(document: Any) -> None:
     print(to_json(document))
 
 
-def _before_html(html: Path | None) -> None:
-    """Refuse, before anything is computed, a report that cannot be written."""
+def _before(force: bool, html: Path | None = None, file: Path | None = None) -> None:
+    """Refuse, before anything is computed, a page or a file that cannot be written."""
     if html is not None:
         from stages.report.page import check_target
 
-        check_target(html)
+        check_target(html, force=force)
+    if file is not None:
+        from stages.output import prepare_file
+
+        prepare_file(file, force=force)
 
 
 def _after(document: Any, json: bool, html: Path | None, show: Callable[[Any], None]) -> None:
@@ -340,6 +380,7 @@ def decompose(
         typer.Option("--decompose-all-selected-if-missing", help="Allow decomposing them without --svd-weights."),
     ] = False,
     resume: BeginAgain = False,
+    force: Force = False,
     json: Json = False,
 ) -> None:
     """Decompose a model's selected weights and record every stage: the reference side of a parity run."""
@@ -355,6 +396,7 @@ def decompose(
             "--all-selected-tensors decomposes embedding and LM head too: give --svd-weights FILE.pt, or allow it with "
             "--decompose-all-selected-if-missing"
         )
+    _before(force, file=report)
     options = DecomposeOptions(
         model, vector, manifest, parse_layers(layers), out, report, all_selected_tensors, svd_weights, resume
     )
@@ -434,6 +476,7 @@ def replay(
     resume: Resume = False,
     max_memory: MaxMemory = None,
     html: Html = None,
+    force: Force = False,
     json: Json = False,
     verdicts: Annotated[bool, typer.Option(hidden=True)] = True,
 ) -> None:
@@ -443,7 +486,7 @@ def replay(
     from stages.errors import UsageError
     from stages.replay_command import ReplayCommand
 
-    _before_html(html)
+    _before(force, html, report)
     command = ReplayCommand(
         components=components,
         backend=backend.value,
@@ -529,6 +572,7 @@ def forward(
     resume: Resume = False,
     max_memory: MaxMemory = None,
     html: Html = None,
+    force: Force = False,
     json: Json = False,
 ) -> None:
     """Run a Qwen checkpoint layer by layer, every intermediate named, and compare with the production model."""
@@ -546,7 +590,7 @@ def forward(
         raise UsageError("--order is for single native stages: not with --precision, --jit layer or --production")
     if precision is not Precision.native and production:
         raise UsageError(f"--production computes natively; --precision {precision.value} cannot be compared with it")
-    _before_html(html)
+    _before(force, html)
     command = ForwardCommand(
         model=model,
         tokens=tokens,
@@ -623,6 +667,7 @@ def diff(
     strict_reference: StrictReference = False,
     rerun: Rerun = True,
     html: Html = None,
+    force: Force = False,
     json: Json = False,
 ) -> None:
     """Compare two recorded runs, bundles, checkpoints or reports, stage by stage; loads no framework."""
@@ -634,7 +679,7 @@ def diff(
 
     if html is not None and kind_of(a) == kind_of(b) == "checkpoint":
         raise UsageError("--html reports on stages, and checkpoints have none; leave it out")
-    _before_html(html)
+    _before(force, html)
     gates = Gates(strict_stage_tolerances, strict_current_python, strict_reference)
     with Progress(STATE.progress) as progress:
         document = diff_any(
@@ -680,6 +725,7 @@ def audit(
     top: Annotated[int, typer.Option(min=0, help="Largest errors kept per stage.")] = 5,
     rerun: Rerun = True,
     html: Html = None,
+    force: Force = False,
     json: Json = False,
 ) -> None:
     """Judge one dump by itself: every stage against float64, from the inputs that the dump recorded."""
@@ -687,7 +733,7 @@ def audit(
     from stages import render
     from stages.progress import Progress
 
-    _before_html(html)
+    _before(force, html)
     with Progress(STATE.progress) as progress:
         document = job.audit(
             dump, model=model, tokens=tokens, components=components, top=top, rerun=rerun, progress=progress
@@ -821,6 +867,7 @@ def route(
     precision: InPrecision = Precision.native,
     device: Annotated[str, typer.Option(help="cpu, or a GPU: cuda, gpu, gpu:1.")] = "cpu",
     out: Annotated[Path | None, typer.Option(help="File for one side's hidden state and logits, safetensors.")] = None,
+    force: Force = False,
     json: Json = False,
 ) -> None:
     """Route with the TRINITY head: logits of agents and roles from the second-to-last token's hidden state."""
@@ -832,6 +879,7 @@ def route(
 
     if layout is LayoutName.all:
         raise UsageError("--layout all is for svf replay; a route runs on one layout")
+    _before(force, file=out)
     command = RouteCommand(
         model=model,
         head=head,
@@ -913,13 +961,14 @@ def report(
         Path, typer.Argument(help="What svf diff, audit, replay or forward printed with --json, in a file.")
     ],
     html: Annotated[Path, typer.Option("--html", help="New file for the report; needs svf[report].")],
+    force: Force = False,
     json: Json = False,
 ) -> None:
     """Write the HTML report of a saved result; nothing is computed again."""
     from stages import render
     from stages.report.page import report as write
 
-    document = write(result, html)
+    document = write(result, html, force=force)
     emit(document) if json else render.report_document(document)
 
 

@@ -11,8 +11,7 @@ import numpy as np
 from stages import calibration
 from stages.backend import Backend
 from stages.calibration import Calibration
-from stages.children import run_svf
-from stages.errors import SvfError
+from stages.children import document_of, run_svf
 from stages.forward_run import Forwarder, oracles, recorded_inputs
 from stages.noise import RMS_COUNT, Noise
 from stages.progress import Progress
@@ -89,11 +88,7 @@ def calibrate_both(names: Sequence[str], device: str, progress: Progress) -> dic
         progress.say(f"calibrating {name}")
         arguments = ["calibrate", "--backend", name, "--device", device, "--json"]
         child = run_svf(arguments if progress.enabled else ["--no-progress", *arguments])
-        if child.document is None:
-            error = SvfError(f"the {name} side stopped with exit code {child.returncode}; its message stands above")
-            error.exit_code = child.returncode if child.returncode > 1 else 70
-            raise error
-        found += child.document["backends"]
+        found += document_of(name, child)["backends"]
     return document(found)
 
 

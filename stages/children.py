@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stages import errors
 from stages.errors import ResourceError, SvfError, shown
 from stages.jsonio import parse_json
 from stages.output import Run
@@ -22,19 +23,20 @@ from stages.settings import ISOLATED
 from stages.watch import FILE_VARIABLE, PARENT_VARIABLE, last_place
 
 _LOG = logging.getLogger("svf")
-# Where this package is imported from: an installed wheel or a source tree.
-_ROOT = Path(__file__).resolve().parent.parent
+# Run as a file: no path of the user's can put another program in its place.
+_START = Path(__file__).resolve().parent.parent / "svf_torch" / "start.py"
 
 
 @dataclass(frozen=True)
 class ChildResult:
     """How a child ended: exit code (negative: a signal), its JSON document (None: it printed none), the stage it was
-    in last, and the limit in seconds that it ran past, if that is why it ended."""
+    in last, the limit in seconds that it ran past, if that is why it ended, and the error that it told of."""
 
     returncode: int
     document: Any
     place: str | None = None
     timeout: float | None = None
+    error: str | None = None
 
 
 def run_svf(
@@ -44,12 +46,10 @@ def run_svf(
 
     Its stderr passes through, its stdout is the document. It ends with this process, however that ends.
     """
-    # -P keeps the current folder off sys.path: a user's own cli.py must not be what runs.
-    command = [sys.executable, "-P", "-m", "cli", *arguments]
-    path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH", ""))))
+    command = [sys.executable, "-P", str(_START), *arguments]  # -P: nor is anything beside that file imported by name
     with tempfile.NamedTemporaryFile(prefix="svf-watch-") as watch:
         watched = {FILE_VARIABLE: watch.name, PARENT_VARIABLE: str(os.getpid())}
-        env = {**os.environ, "PYTHONPATH": path, ISOLATED: "1", **watched, **(environment or {})}
+        env = {**os.environ, ISOLATED: "1", **watched, **(environment or {})}
         started = time.monotonic()
         try:
             done = subprocess.run(command, env=env, stdout=subprocess.PIPE, check=False, timeout=timeout)
@@ -59,6 +59,8 @@ def run_svf(
         place = last_place(watch.name)
     text = done.stdout.strip()
     document = parse_json(text, f"output of svf {arguments[0]}") if text else None
+    if isinstance(document, dict) and document.get("schema") == errors.SCHEMA:
+        return ChildResult(done.returncode, None, place, error=document["message"])
     return ChildResult(done.returncode, document, place)
 
 
@@ -79,9 +81,16 @@ def document_of(name: str, child: ChildResult) -> Any:
         )
     if child.returncode < 0:
         raise SvfError(f"the {name} side crashed with {signal.Signals(-child.returncode).name}{where}")
-    error = SvfError(f"the {name} side stopped with exit code {child.returncode}{where}; its message stands above")
-    error.exit_code = child.returncode if child.returncode > 1 else 70
-    raise error
+    raise SideError(name, child.returncode if child.returncode > 1 else 70, where, child.error)
+
+
+class SideError(SvfError):
+    """A side ended by itself without its document; `said` is its own message, None where it told of none."""
+
+    def __init__(self, name: str, exit_code: int, where: str, said: str | None):
+        self.exit_code, self.said = exit_code, said
+        ending = f": {said}" if said else f" with exit code {exit_code}; its message stands above"
+        super().__init__(f"the {name} side stopped{where}{ending}")
 
 
 def command_line(arguments: Mapping[str, Sequence[str]]) -> list[str]:
@@ -113,8 +122,16 @@ def run_sides(
         if run is not None:
             run.save()
     if failed:
-        raise _with_kept(failed[0], run)
+        raise _with_kept(_as_one(failed, len(arguments)), run)
     return tuple(done[name] for name in arguments)
+
+
+def _as_one(failed: Sequence[SvfError], sides: int) -> SvfError:
+    """One error for all that failed: what every side says alike is about what was asked, and is said once."""
+    first, said = failed[0], {getattr(error, "said", None) for error in failed}
+    alike = len(said) == 1 and len(failed) == sides > 1
+    first.args = (said.pop() or str(first),) if alike else ("; ".join(map(str, failed)),)
+    return first
 
 
 def _with_kept(error: SvfError, run: Run | None) -> SvfError:

@@ -24,7 +24,7 @@ from stages.backend import Backend
 from stages.bundle import component_keys, offsets_key, sample_stage_key, tensor_stage_key
 from stages.checkpoint import Checkpoint, open_checkpoint
 from stages.decompose_report import BASELINE_LABEL, BundleReport, Hashes, is_turned, variant
-from stages.errors import InputError, UsageError
+from stages.errors import InputError
 from stages.jsonio import write_json
 from stages.layouts import LAYOUTS
 from stages.output import ensure_space, new_folder
@@ -174,8 +174,6 @@ def decompose(
         vector = load_router_vector(options.vector, selection, checkpoint.config.hidden_size)
         sample = next(t for t in selection.tensors if t.source_name == selection.sample.source_name)
         tensors = selection.tensors if options.all_selected else (sample,)
-        if options.report is not None and not options.report.parent.is_dir():
-            raise UsageError(f"--report {options.report}: its folder does not exist")
         folder = stack.enter_context(new_folder(options.out, resume=options.resume))
         ensure_space(folder, _output_bytes(tensors))
         writer = _BundleWriter(folder, checkpoint, vector, backend, method)

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from stages.bundle import MANIFEST_FILE
-from stages.children import run_svf
-from stages.errors import OutputError, SvfError
+from stages.children import document_of, run_svf
+from stages.errors import OutputError
 from stages.jsonio import write_all, write_atomic
 from stages.qwen import parameter_shapes, parse_config
 from stages.selection import select_by_rule
@@ -57,9 +57,7 @@ def make_default(folder: Path) -> None:
         *("--layers", str(LAYER), "--all-selected-tensors", "--decompose-all-selected-if-missing"),
         *("--out", str(folder / "components"), "--report", str(folder / "reference.json"), "--json"),
     ]
-    child = run_svf(arguments)
-    if child.returncode:
-        raise SvfError(f"the built-in bundle could not be made: svf decompose ended with exit code {child.returncode}")
+    document_of("decomposing", run_svf(arguments))
 
 
 def default_source() -> tuple[Path, bool]:

@@ -60,7 +60,7 @@ class Finding:
 def examine(frameworks: Sequence[str]) -> dict[str, Any]:
     """The document; each framework is probed in a process of its own. `outcome` is `well` unless some finding stops
     a run or changes results."""
-    versions = {name: _version(name) for name in PACKAGES}
+    versions = {name: version_of(name) for name in PACKAGES}
     probes = {name: _probe(name) for name in frameworks}
     environment = {name: os.environ[name] for name in VARIABLES if name in os.environ}
     machine = _machine()
@@ -84,7 +84,8 @@ def examine(frameworks: Sequence[str]) -> dict[str, Any]:
 EXIT_CODES = {"well": 0, "findings": 1}
 
 
-def _version(name: str) -> str | None:
+def version_of(name: str) -> str | None:
+    """The installed version of a package; None where it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -99,6 +100,8 @@ def _probe(name: str) -> dict[str, Any]:
         return {"error": str(error)}
     if isinstance(child.document, dict) and ("error" in child.document or "settings" in child.document):
         return child.document
+    if child.error is not None:
+        return {"error": child.error}
     late = f" after {child.timeout:g} s" if child.timeout is not None else ""
     return {"error": f"the process that imports it ended with {child.returncode}{late}"}
 

@@ -3,6 +3,10 @@
 Every message is one line: what was expected, what came, where, and what to try.
 """
 
+from typing import Any
+
+SCHEMA = "svf.error/1"
+
 
 class SvfError(Exception):
     """Base of all expected errors; `exit_code` is what the process returns."""
@@ -44,6 +48,26 @@ class ResourceError(SvfError):
     """The work would not fit the memory or disk it may use."""
 
     exit_code = 7
+
+
+# What an exit code says went wrong, in `svf.error/1`; 1 is an answer, "diverged", and no error.
+KINDS = {
+    UsageError.exit_code: "usage",
+    InputError.exit_code: "input",
+    NotFoundError.exit_code: "not found",
+    IncompleteError.exit_code: "incomplete",
+    OutputError.exit_code: "output",
+    ResourceError.exit_code: "resource",
+    SvfError.exit_code: "internal",
+    130: "interrupted",
+    143: "terminated",
+}
+
+
+def error_document(message: str, exit_code: int, command: str) -> dict[str, Any]:
+    """The `svf.error/1` document: what `--json` prints where a command ends without its own."""
+    kind = KINDS.get(exit_code, KINDS[SvfError.exit_code])
+    return {"schema": SCHEMA, "exit_code": exit_code, "error": kind, "message": message, "command": command}
 
 
 def shown(text: object, limit: int = 120) -> str:

@@ -110,8 +110,11 @@ def write_all(fd: int, data: bytes | memoryview) -> None:
 
 
 def to_json(value: Any) -> str:
-    """`value` as one JSON document with a stable layout; NaN and infinity become null (JSON has neither)."""
-    return json.dumps(_finite(value), indent=1, ensure_ascii=False, allow_nan=False)
+    """`value` as one JSON document with a stable layout, in ASCII: what a name holds never reaches a terminal.
+
+    NaN and infinity become null (JSON has neither).
+    """
+    return json.dumps(_finite(value), indent=1, allow_nan=False)
 
 
 def _finite(value: Any) -> Any:

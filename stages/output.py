@@ -68,15 +68,17 @@ def _existing_folder(path: str | os.PathLike[str]) -> Path:
     return folder
 
 
-def prepare_file(path: str | os.PathLike[str]) -> Path:
+def prepare_file(path: str | os.PathLike[str], *, force: bool | None = None) -> Path:
     """`path`, where a new file can be written. `OutputError` when something is there, or it cannot be written.
 
-    Nothing that exists is changed.
+    With `force` a regular file may be there; None where the command has no such option. Nothing that exists is changed.
     """
     file = Path(path)
     try:
-        if os.path.lexists(file):
-            raise OutputError(f"{file}: exists; name a new file, or remove this one")
+        replaceable = file.is_file() and not file.is_symlink()
+        if os.path.lexists(file) and not (force and replaceable):
+            also = "" if force is None else ", or add --force" if replaceable else "; --force is for plain files"
+            raise OutputError(f"{file}: exists; name a new file, or remove this one{also}")
         if not file.name or not file.parent.is_dir():
             raise OutputError(f"{file}: its folder does not exist, or it names no file")
         _probe(file.parent)

@@ -18,7 +18,7 @@ import numpy as np
 
 from stages.backend import Backend
 from stages.calibration import FACT, facts_of
-from stages.children import run_svf
+from stages.children import ChildResult, run_svf
 from stages.errors import InputError
 from stages.forward_dump import ForwardSide, parse_key
 from stages.forward_judge import ForwardRun, inputs_of, oracles_of, part, stage_of
@@ -84,10 +84,12 @@ def settle(rows: Sequence[Row], dump: Recorded, letter: str = "") -> None:
         for row in suspects:
             _add_hint(row, end, f"not run again: {dump.why_not}")
         return
-    document = _child([row["key"] for row in suspects], dump)
+    child = _child([row["key"] for row in suspects], dump)
+    document = child.document
     for row in suspects:
         if document is None:
-            _add_hint(row, end, f"the {dump.backend} backend could not run it again; its message stands above")
+            why = child.error or f"it ended with {child.returncode}; its message stands above"
+            _add_hint(row, end, f"the {dump.backend} backend could not run it again: {why}")
             continue
         again = Again(**document["stages"][row["key"]])
         verdict, hint = decide(again, dump.facts, document["facts"])
@@ -130,8 +132,8 @@ def decide(again: Again, recorded: Mapping[str, str], now: Mapping[str, str]) ->
     )
 
 
-def _child(keys: Sequence[str], dump: Recorded) -> Any:
-    """What the hidden command printed; None when it could not do it."""
+def _child(keys: Sequence[str], dump: Recorded) -> ChildResult:
+    """How the hidden command ended; without a document when it could not do it."""
     request = {
         "dump": str(dump.path),
         "backend": dump.backend,
@@ -144,7 +146,7 @@ def _child(keys: Sequence[str], dump: Recorded) -> Any:
     with tempfile.TemporaryDirectory(prefix="svf-rerun-") as scratch:
         file = Path(scratch) / "request.json"
         file.write_text(json.dumps(request))
-        return run_svf(["--no-progress", "rerun", str(file)]).document
+        return run_svf(["--no-progress", "rerun", str(file)])
 
 
 def answer(request_file: Path, load: Loader) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from stages.backend import Backend, Weights
 from stages.bundle import Bundle
 from stages.checkpoint import Checkpoint, open_checkpoint
 from stages.children import document_of, run_svf
-from stages.errors import OutputError, UsageError
+from stages.errors import UsageError
 from stages.forward_job import token_ids
 from stages.forward_run import Forwarder
 from stages.metrics import Difference
@@ -84,8 +84,6 @@ def _given(command: RouteCommand, stack: ExitStack) -> _Given:
         raise UsageError("the head reads the second-to-last token's hidden state: give two tokens at least")
     if command.layout != "declared" and command.adapted is None:
         raise UsageError(f"--layout {command.layout} is about --adapted COMPONENTS")
-    if command.out is not None and not command.out.parent.is_dir():
-        raise OutputError(f"{command.out}: its folder does not exist")
     layers = parse_layers(command.layers)
     selection = None if command.layers is None else select_by_rule(parameter_shapes(checkpoint.config), layers)
     bundle = None if command.adapted is None else stack.enter_context(Bundle(command.adapted))

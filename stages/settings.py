@@ -8,7 +8,7 @@ defaults. Names are the options' long names, with `-` or `_`.
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -100,10 +100,10 @@ def _project(path: Path) -> dict[str, Any] | None:
 def default_map(
     settings: Settings | None, environment: Mapping[str, str], top: Mapping[str, Option], commands: Commands
 ) -> dict[str, Any]:
-    """Defaults as click takes them: options of the whole program by name, a dictionary per command.
+    """Defaults as typer takes them: options of the whole program by name, a dictionary per command.
 
     `top` are the program's own options. `UsageError`, naming file and key, for a key that is no option, or a value
-    of another type. `SVF_<OPTION>` of `environment` wins over the file; click itself reads `SVF_<COMMAND>_<OPTION>`.
+    of another type. `SVF_<COMMAND>_<OPTION>` of `environment` wins over `SVF_<OPTION>`, and that over the file.
     """
     found: dict[str, Any] = {name: {} for name in commands}
     if settings is not None:
@@ -116,9 +116,31 @@ def default_map(
                 for name in (n for n, options in commands.items() if key in options):
                     found[name].setdefault(key, value)
     for name, options in commands.items():
-        asked = {key: environment.get(f"{PREFIX}_{key.upper()}") for key in options if key not in top}
-        found[name].update({key: text for key, text in asked.items() if text})
+        found[name].update(_from_environment(environment, options, (name, "")))
+    return found | _from_environment(environment, top, ("",))
+
+
+def _from_environment(
+    environment: Mapping[str, str], options: Mapping[str, Option], commands: Sequence[str]
+) -> dict[str, Any]:
+    """What the environment says of each option, for the first of `commands` that it says something for."""
+    found: dict[str, Any] = {}
+    for key, option in options.items():
+        names = ("_".join(filter(None, (PREFIX, command, key))).replace("-", "_").upper() for command in commands)
+        text = next((environment[name] for name in names if environment.get(name)), None)
+        if text is not None:
+            found[key] = text.split() if option.multiple else text
     return found
+
+
+def asks_json(words: Sequence[str], defaults: Mapping[str, Any], environment: Mapping[str, str]) -> bool:
+    """Whether the command line `words` is to be answered in JSON: by its flag, by a setting, or as a child always."""
+    asked: Mapping[str, Any] = next((defaults[word] for word in words if isinstance(defaults.get(word), dict)), {})
+    given = asked.get("json")
+    return "--json" in words or ISOLATED in environment or str(given).lower() in _YES
+
+
+_YES = ("1", "true", "t", "yes", "y", "on")  # as typer reads a flag's variable
 
 
 def _checked(settings: Settings, top: Mapping[str, Option], commands: Commands) -> dict[str, Any]:

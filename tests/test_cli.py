@@ -171,7 +171,7 @@ def test_2_options_that_do_not_fit_together(made: Path, tmp_path: Path) -> None:
     line_of(svf(*replay, "--chunk-rows", 15), 2, "--chunk-rows 15", "16")
     line_of(svf(*replay, "--strict-reference"), 2, "--reference-report")
     line_of(svf(*replay, "--strict-current-python"), 2, "--reference-report")
-    line_of(svf(*replay, "--report", tmp_path / "none" / "r.json"), 2, "--report")
+    line_of(svf(*replay, "--report", tmp_path / "none" / "r.json"), 6, "r.json")
     line_of(svf("replay", made / "components", "--report", tmp_path / "r.json"), 2, "--report")
     line_of(svf("replay", made / "components", "--backend", "torch", "--device", "nowhere"), 2, "nowhere")
 

@@ -66,7 +66,7 @@ def test_nan_and_infinity_become_null() -> None:
 
 def test_one_layout_of_a_document(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"b": 1, "a": "ü"})
-    assert (tmp_path / "a.json").read_bytes() == '{\n "b": 1,\n "a": "ü"\n}\n'.encode()
+    assert (tmp_path / "a.json").read_bytes() == b'{\n "b": 1,\n "a": "\\u00fc"\n}\n'
     assert read_object(tmp_path / "a.json") == {"b": 1, "a": "ü"}
 
 

@@ -30,7 +30,7 @@ def test_a_wheel_works_outside_the_tree(tmp_path: Path) -> None:
     where = [sys.executable, "-P", "-c", "import cli, stages, svf_torch, svf_jax; print(stages.__file__)"]
     found = subprocess.run(where, env=env, cwd=empty, check=True, capture_output=True, text=True).stdout
     assert Path(found.strip()).is_relative_to(site)
-    run = [sys.executable, "-P", "-m", "cli", "--no-progress", "replay", "--layout", "torch_v", "--json"]
+    run = [sys.executable, str(site / "bin" / "svf"), "--no-progress", "replay", "--layout", "torch_v", "--json"]
     run += ["--html", str(tmp_path / "report.html")]
     done = subprocess.run(run, env=env, cwd=empty, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

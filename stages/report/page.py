@@ -24,17 +24,17 @@ def missing_libraries() -> list[str]:
     return [name for name in EXTRA if find_spec(name) is None]
 
 
-def check_target(path: Path) -> None:
-    """`UsageError` without the extra `report`, `OutputError` where `path` exists or cannot be written."""
+def check_target(path: Path, *, force: bool = False) -> None:
+    """`UsageError` without the extra `report`, `OutputError` as of `prepare_file`."""
     missing = missing_libraries()
     if missing:
         raise UsageError(f"--html needs {' and '.join(missing)}, not installed here: {HOW_TO_GET}")
-    prepare_file(path)
+    prepare_file(path, force=force)
 
 
-def report(source: Path, target: Path) -> dict[str, Any]:
+def report(source: Path, target: Path, *, force: bool = False) -> dict[str, Any]:
     """The `svf.report/1` document of writing a saved document's page; nothing is computed again."""
-    check_target(target)
+    check_target(target, force=force)
     document = read_document(source)
     write_page(document, target, str(source))
     return {
