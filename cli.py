@@ -645,6 +645,7 @@ def _forward(command: Any, json: bool, html: Path | None) -> None:
         "svf diff a/stages.safetensors b/stages.safetensors --components bundle",
         "svf diff reference.json replay.json --strict-stage-tolerances",
         "svf diff dumps/torch dumps/jax --explain-order",
+        "svf diff dumps/torch dumps/jax --std-ratio 0.5:2",
     )
 )
 def diff(
@@ -665,13 +666,17 @@ def diff(
     strict_stage_tolerances: StrictStages = False,
     strict_current_python: StrictCurrent = False,
     strict_reference: StrictReference = False,
+    std_ratio: Annotated[
+        str | None,
+        typer.Option(help="Fail unless std of b over std of a is within LOW:HIGH in every stage, such as 0.5:2."),
+    ] = None,
     rerun: Rerun = True,
     html: Html = None,
     force: Force = False,
     json: Json = False,
 ) -> None:
     """Compare two recorded runs, bundles, checkpoints or reports, stage by stage; loads no framework."""
-    from stages.diff import Gates
+    from stages.diff import Gates, parse_std_ratio
     from stages.diff_job import diff_any, kind_of
     from stages.errors import UsageError
     from stages.order.explain import explain_recorded
@@ -680,7 +685,8 @@ def diff(
     if html is not None and kind_of(a) == kind_of(b) == "checkpoint":
         raise UsageError("--html reports on stages, and checkpoints have none; leave it out")
     _before(force, html)
-    gates = Gates(strict_stage_tolerances, strict_current_python, strict_reference)
+    within = None if std_ratio is None else parse_std_ratio(std_ratio)
+    gates = Gates(strict_stage_tolerances, strict_current_python, strict_reference, std_ratio=within)
     with Progress(STATE.progress) as progress:
         document = diff_any(
             a,
@@ -740,6 +746,28 @@ def audit(
         )
     _after(document, json, html, render.audit_document)
     raise typer.Exit(job.EXIT_CODES[document["outcome"]])
+
+
+@app.command(
+    epilog=examples(
+        "svf stats dumps/torch",
+        "svf stats recorded.safetensors --json",
+    )
+)
+def stats(
+    dump: Annotated[
+        Path, typer.Argument(help="Dump, bundle or stage file; APRT; or another program's safetensors or folder.")
+    ],
+    json: Json = False,
+) -> None:
+    """Show mean, standard deviation, smallest and largest value of every recorded stage; needs no model."""
+    from stages import render
+    from stages.progress import Progress
+    from stages.stats_job import stats_of
+
+    with Progress(STATE.progress) as progress:
+        document = stats_of(dump, progress)
+    emit(document) if json else render.stats_document(document)
 
 
 @app.command(

@@ -69,7 +69,7 @@ def audit(
     no stage. With `rerun`, suspect stages of our own dumps are run again on their backend.
     """
     with ExitStack() as stack:
-        if _is_replay(path):
+        if is_replay(path):
             if tokens is not None:
                 raise UsageError(f"--tokens is about forwards; {path} is a component replay")
             return _audit_replay(path, model, components, top, rerun, stack, progress)
@@ -78,7 +78,8 @@ def audit(
         return _audit_forward(_open_forward(path, model, tokens, stack), model, top, rerun, progress)
 
 
-def _is_replay(path: Path) -> bool:
+def is_replay(path: Path) -> bool:
+    """Whether a path holds a component replay rather than a forward; `NotFoundError` where nothing is."""
     if path.is_dir():
         ours = (path / dump.MANIFEST_FILE).is_file() and not is_forward_dump(path)
         return ours or (path / bundles.MANIFEST_FILE).is_file()

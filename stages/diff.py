@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf, nan
 from typing import Any, TypeVar
 
 from stages.basis import of_basis, unexplained
 from stages.compare import TensorComparison
+from stages.errors import InputError, UsageError, shown
 from stages.metrics import walk
 from stages.precision import NATIVE
 from stages.promise import RULES
@@ -18,14 +20,16 @@ from stages.wording import how_far, times
 STRICT_STAGE_TOLERANCES = "strict_stage_tolerances"
 STRICT_CURRENT_PYTHON = "strict_current_python"
 STRICT_REFERENCE = "strict_reference"
+STD_RATIO = "std_ratio"
 
 
 @dataclass(frozen=True)
 class Gates:
-    """Gates of the original comparator that were asked for, and the hashes they need.
+    """Gates that were asked for, and the hashes that the original comparator's need.
 
     `current` is the reference side's current final bf16 hash, `historical` the stored one (None: unknown);
-    `reference_hashes` and `replayed_hashes` are the final bf16 hashes that each side reached.
+    `reference_hashes` and `replayed_hashes` are the final bf16 hashes that each side reached. `std_ratio` is between
+    what b's standard deviation over a's must be in every stage.
     """
 
     stage_tolerances: bool = False
@@ -35,6 +39,7 @@ class Gates:
     historical: str | None = None
     reference_hashes: tuple[str, ...] = ()
     replayed_hashes: tuple[str, ...] = ()
+    std_ratio: tuple[float, float] | None = None
 
     def results(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, bool]:
         """Gate name -> passed, for the gates asked for. No check found is a failure, as in the original."""
@@ -47,7 +52,48 @@ class Gates:
         if self.reference:
             reached = self.historical in self.reference_hashes and self.historical in self.replayed_hashes
             results[STRICT_REFERENCE] = self.historical is not None and reached
+        if self.std_ratio is not None:
+            found = std_ratios(rows, self.std_ratio)
+            results[STD_RATIO] = bool(found["checked"]) and found["first"] is None
         return results
+
+
+def parse_std_ratio(text: str) -> tuple[float, float]:
+    """Bounds such as `0.5:2` of a ratio of standard deviations; `UsageError` otherwise."""
+    low, colon, high = text.partition(":")
+    try:
+        bounds = float(low), float(high)
+    except ValueError:
+        bounds = (nan, nan)
+    if not colon or not 0 <= bounds[0] <= 1 <= bounds[1] < inf:
+        raise UsageError(f"--std-ratio {shown(text)}: expected LOW:HIGH around 1, such as 0.5:2")
+    return bounds
+
+
+def std_ratios(rows: Sequence[Mapping[str, Any]], bounds: tuple[float, float]) -> dict[str, Any]:
+    """How many stages have a ratio of b's standard deviation over a's, and the first one outside `bounds`.
+
+    `InputError` where the sides hold different counts of values: their statistics are of different things.
+    """
+    unlike = next((row for row in rows if row["verdict"] == Verdict.SHAPE), None)
+    if unlike is not None:
+        raise InputError(f"--std-ratio: {unlike['key']} has another shape on each side; {unlike.get('note')}")
+    known = [row for row in rows if row.get("std_ratio") is not None]
+    first = next((row for row in known if not bounds[0] <= row["std_ratio"] <= bounds[1]), None)
+    place = {name: first[name] for name in ("key", "layer", "tensor", "stage", "std_ratio")} if first else None
+    return {"low": bounds[0], "high": bounds[1], "checked": len(known), "first": place}
+
+
+def std_ratio_words(document: Mapping[str, Any], gate: str = STD_RATIO) -> str | None:
+    """What the gate on standard deviations found; None for another gate."""
+    if gate != STD_RATIO or STD_RATIO not in document:
+        return None
+    found = document[STD_RATIO]
+    if found["first"] is None:
+        return f"{found['checked']} stages are within {found['low']:g} to {found['high']:g}"
+    first = found["first"]
+    times = "infinite" if first["std_ratio"] is None else f"{first['std_ratio']:.4g}"
+    return f"first at {first['stage']} of {place_of(first)}: the standard deviation of b over a's is {times}"
 
 
 def side(source: str, facts: Mapping[str, str] | None = None, run: Any = None) -> dict[str, Any]:
@@ -103,6 +149,7 @@ def finish(
     """
     walk(rows)
     gate_results = gates.results(rows) if gates else {}
+    spread = {STD_RATIO: std_ratios(rows, gates.std_ratio)} if gates and gates.std_ratio else {}
     compared = sum(row["verdict"] not in (Verdict.MISSING, Verdict.EXTRA) for row in rows)
     coverage = {"compared": compared, "expected": max(expected, len(rows))}
     culprits = find_culprits(rows, explain)
@@ -116,6 +163,7 @@ def finish(
                 [
                     verdict,
                     how_far(rows, culprits[0] if culprits else None, (extra or {}).get("logits")),
+                    f"Gate --std-ratio: {std_ratio_words(spread)}." if gate_results.get(STD_RATIO) is False else None,
                     about_precision(a, b),
                     of_basis(basis),
                     of_gates(basis, gate_results),
@@ -129,6 +177,7 @@ def finish(
         "basis": list(basis),
         "coverage": coverage,
         "gates": gate_results,
+        **spread,
         "a": dict(a),
         "b": dict(b),
         **(extra or {}),

@@ -100,15 +100,18 @@ def diff_any(
     """
     require_precision(precision, path_a, path_b)
     kinds = {kind_of(path_a), kind_of(path_b)}
+    if gates.std_ratio and kinds & {"report", "checkpoint"}:
+        raise UsageError(f"--std-ratio is about the values of stages, and a {min(kinds)} has none; leave it out")
     if kinds == {"report"}:
         return diff_reports(path_a, path_b, gates)
     if kinds == {"checkpoint"}:
         with open_checkpoint(path_a) as a, open_checkpoint(path_b) as b:
             return diff_checkpoints(a, b, top=top, progress=progress)
     if kinds == {"aprt"}:
-        return diff_aprt_files(path_a, path_b, top=top)
+        return diff_aprt_files(path_a, path_b, top=top, gates=gates)
     if kinds <= {"forward", "aprt tree"}:
-        return diff_forward(path_a, path_b, model=model, top=top, rerun=rerun, progress=progress)
+        only = diff.Gates(std_ratio=gates.std_ratio)
+        return diff_forward(path_a, path_b, model=model, top=top, rerun=rerun, gates=only, progress=progress)
     if kinds == {"replay"}:
         return diff_recorded(
             path_a, path_b, components=components, top=top, gates=gates, rerun=rerun, progress=progress
@@ -137,10 +140,11 @@ def kind_of(path: Path) -> str:
     return "aprt" if is_aprt(path) else "replay"
 
 
-def diff_aprt_files(path_a: Path, path_b: Path, *, top: int) -> dict[str, Any]:
+def diff_aprt_files(path_a: Path, path_b: Path, *, top: int, gates: diff.Gates | None = None) -> dict[str, Any]:
     """Two APRT files, flat: the format stores neither shape nor dtype."""
     row = compare_files(AprtFile(path_a), AprtFile(path_b), top=top)
-    return diff.finish([row], diff.side(str(path_a)), diff.side(str(path_b)), expected=1)
+    only = diff.Gates(std_ratio=gates.std_ratio if gates else None)
+    return diff.finish([row], diff.side(str(path_a)), diff.side(str(path_b)), gates=only, expected=1)
 
 
 def _same_kind(a: Side, b: Side, path_a: Path, path_b: Path, components: Path | None) -> tuple[Side, Side]:

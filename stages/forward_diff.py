@@ -34,6 +34,7 @@ def diff_forward(
     top: int = 5,
     runs: tuple[Any, Any] = (None, None),
     rerun: bool = True,
+    gates: diff.Gates | None = None,
     progress: Progress = lambda _label, _done: None,
 ) -> dict[str, Any]:
     """The `svf.diff/1` document of two forward dumps.
@@ -63,6 +64,7 @@ def diff_forward(
             diff.side(a.side.label, a.side.facts, runs[0]),
             diff.side(b.side.label, b.side.facts, runs[1]),
             expected=len(places),
+            gates=gates,
             explain=lambda row, side: _explain(row, {"a": a, "b": b}[side]),
             extra={
                 "kind": "forward",

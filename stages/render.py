@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stages import wording
-from stages.diff import place_of
+from stages.diff import place_of, std_ratio_words
 from stages.verdict import Verdict
 from stages.wording import number
 
@@ -49,7 +49,8 @@ def diff_document(document: Mapping[str, Any], *, top: bool = False) -> None:
     layouts(document.get("layouts", []), out)
     for name, passed in document["gates"].items():
         flag = "--" + name.replace("_", "-")
-        out.print(f"{flag}: {'[green]passed[/]' if passed else '[red]failed[/]'}")
+        why = f", {escape(words)}" if (words := std_ratio_words(document, name)) else ""
+        out.print(f"{flag}: {'[green]passed[/]' if passed else '[red]failed[/]'}{why}", soft_wrap=True)
     _precision_lines(document, out)
     if document.get("recorded_hash"):
         out.print(escape(document["recorded_hash"]["note"]), soft_wrap=True)
@@ -336,6 +337,22 @@ def forward_document(document: Mapping[str, Any]) -> None:
         )
     if document["out"]:
         out.print(f"Dump: {document['out']}", markup=False, soft_wrap=True)
+
+
+def stats_document(document: Mapping[str, Any]) -> None:
+    """A `svf.stats/1` document: one line per stage and layer, or tensor."""
+    out = console()
+    out.print(document["source"], markup=False, soft_wrap=True)
+    columns = [_Column("where", True), _Column("stage", True), *map(_Column, ("mean", "std", "min", "max"))]
+    columns += [_Column("count", least=1), _Column("not finite", least=0), _Column("dtype", True, 2)]
+    for row in document["rows"]:
+        cells = (escape(place_of(row)), row["stage"], *(number(row[name]) for name in ("mean", "std", "min", "max")))
+        more = (f"{row['count']:,}", f"{row['nonfinite']:,}" if row["nonfinite"] else "-", row["dtype"])
+        for column, cell in zip(columns, (*cells, *more), strict=True):
+            column.cells.append(cell)
+    if not any(row["nonfinite"] for row in document["rows"]):
+        columns.pop(-2)
+    out.print(_fitted(columns, out.width))
 
 
 def checkpoints_document(document: Mapping[str, Any]) -> None:

@@ -12,16 +12,19 @@ import ml_dtypes
 import numpy as np
 import pytest
 from forward_models import MODELS, change_dump, trace, write_model
+from helpers import svf
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
 from cli import load_backend
-from stages import render, wording
+from stages import diff, render, wording
 from stages.audit import audit
+from stages.errors import InputError
 from stages.forward_diff import diff_forward
 from stages.metrics import walk
 from stages.spread import Spread
+from stages.tensorfile import write_tensors
 
 # -- numbers in words ------------------------------------------------------------------------------------------
 
@@ -201,3 +204,102 @@ def test_half_a_stored_step_is_called_that(lines: Lines, place: Path, dtype: str
     found = lines(render.audit_document, {**document, "rows": rows}, 160)
     assert any("0.99 (half step)" in line for line in found)
     assert any(line.startswith("(half step): storing") for line in found)
+
+
+# -- svf stats -------------------------------------------------------------------------------------------------
+
+
+def described(values: np.ndarray) -> dict[str, Any]:
+    wide = values.astype(np.float64)
+    found = {"mean": wide.mean(), "std": wide.std(), "min": wide.min(), "max": wide.max()}
+    return {name: pytest.approx(value, rel=1e-9, abs=1e-12) for name, value in found.items()} | {
+        "count": values.size,
+        "nonfinite": 0,
+    }
+
+
+def test_stats_of_a_dump_a_tree_a_file_and_another_programs_are_numpys(place: Path, tmp_path: Path) -> None:
+    from stages.forward_dump import ForwardSide
+
+    side = ForwardSide(place / "a")
+    expected = {key: described(side.read(p)) for p, key in side.places.items()}
+    assert svf("export", place / "a", tmp_path / "tree").code == 0
+    own = tmp_path / "own.safetensors"
+    write_tensors(own, {key: side.read(p) for p, key in side.places.items()})
+    for source in (place / "a", own):
+        rows = svf("stats", source, "--json").json["rows"]
+        assert {row["key"]: {name: row[name] for name in expected[row["key"]]} for row in rows} == expected
+        assert [row["key"] for row in rows][:2] == ["inv_freq", "rope_angle"]  # in execution order
+    tree = {row["key"]: row for row in svf("stats", tmp_path / "tree", "--json").json["rows"]}
+    key = "layers.1.ffn_out"
+    assert {name: tree[key][name] for name in expected[key]} == expected[key]
+    (one,) = svf("stats", tmp_path / "tree" / "layer-1" / "ffn_out.bin", "--json").json["rows"]
+    assert one == tree[key]
+    side.close()
+
+
+def test_stats_of_a_replay(made: Path) -> None:
+    from stages.sides import open_side
+
+    document = svf("stats", made / "components", "--json").json
+    assert (document["schema"], document["kind"]) == ("svf.stats/1", "replay")
+    with open_side(made / "components") as side:
+        for row in document["rows"]:
+            key, _, stage = row["key"].removeprefix("tensor.").rpartition(".")
+            file, name = side.tensors[key].stages[stage]
+            assert {n: row[n] for n in described(file.read(name))} == described(file.read(name))
+    text = svf("stats", made / "components").out
+    assert "matmul_pre_norm" in text
+
+
+def test_stats_of_a_bfloat16_dump_say_so_and_count_what_is_not_finite(tmp_path: Path) -> None:
+    values = np.array([1, 2, np.nan, np.inf], ml_dtypes.bfloat16)
+    write_tensors(tmp_path / "f.safetensors", {"layers.0.ffn_out": values})
+    (row,) = svf("stats", tmp_path / "f.safetensors", "--json").json["rows"]
+    assert (row["dtype"], row["mean"], row["count"], row["nonfinite"]) == ("bfloat16", 1.5, 4, 2)
+    assert "not finite" in svf("stats", tmp_path / "f.safetensors").out
+
+
+def test_what_has_no_stages_has_no_stats(place: Path, tmp_path: Path) -> None:
+    assert svf("stats", tmp_path / "none").code == 4
+    assert svf("stats", place / "model").code == 3
+
+
+# -- the gate on standard deviations ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("bounds", "code", "passed"), [("0.5:2", 1, True), ("0.9:1.2", 1, False), ("0.999:1.001", 1, False)]
+)
+def test_the_gate_names_the_first_stage_outside(place: Path, bounds: str, code: int, passed: bool) -> None:
+    done = svf("diff", place / "a", place / "b", "--std-ratio", bounds, "--json")
+    found = done.json["std_ratio"]
+    assert (done.code, done.json["gates"]) == (code, {"std_ratio": passed})
+    assert found["checked"] == len(done.json["rows"])
+    assert (found["first"] is None) == passed
+    if not passed:
+        assert found["first"]["key"] == "layers.0.ffn_silu"
+        assert found["first"]["std_ratio"] == pytest.approx(1.5)
+        text = svf("diff", place / "a", place / "b", "--std-ratio", bounds).out
+        assert "--std-ratio: failed, first at ffn_silu of layer 0: the standard deviation of b over a's is 1.5" in text
+
+
+def test_the_gate_fails_what_would_pass(place: Path, made: Path) -> None:
+    """That exit 1 comes of the gate alone: bounds that leave out 1 are refused, so two equal sides always pass."""
+    for side in (place / "a", made / "components"):
+        done = svf("diff", side, side, "--std-ratio", "1:1", "--json")
+        assert (done.code, done.json["gates"]) == (0, {"std_ratio": True})
+        assert "--std-ratio: passed" in svf("diff", side, side, "--std-ratio", "0.5:2").out
+    rows = [{"key": "k", "layer": None, "tensor": None, "stage": "s", "verdict": "rounding", "std_ratio": 2.5}]
+    assert diff.std_ratios(rows, (0.5, 2))["first"]["key"] == "k"
+    assert diff.Gates(std_ratio=(0.5, 2)).results(rows) == {"std_ratio": False}
+    assert diff.Gates(std_ratio=(0.5, 2)).results([]) == {"std_ratio": False}  # nothing checked is no pass
+
+
+def test_the_gate_is_refused_where_counts_differ_or_there_are_no_stages(place: Path) -> None:
+    rows = [{"key": "layers.0.q_norm", "verdict": "shape", "note": "a has 5, b has 6"}]
+    with pytest.raises(InputError, match=r"layers\.0\.q_norm"):
+        diff.std_ratios(rows, (0.5, 2))
+    for bounds in ("2:3", "0.5", "x:2", "-1:2", "0.5:inf", "nan:2", ":"):
+        assert svf("diff", place / "a", place / "b", "--std-ratio", bounds).code == 2
+    assert svf("diff", place / "model", place / "model", "--std-ratio", "0.5:2").code == 2
