@@ -119,7 +119,7 @@ def _operands(name: str, arguments: Sequence[np.ndarray], options: Mapping[str, 
 
 OPERANDS: Mapping[str, Callable[..., tuple[Any, ...]]] = MappingProxyType(
     {
-        "inv_freq": lambda **options: (options,),
+        "inv_freq": lambda positions, **options: (positions, options),
         "rope_cos": lambda angle, *, attention_scaling, dtype: (angle, attention_scaling, "cos"),
         "rope_sin": lambda angle, *, attention_scaling, dtype: (angle, attention_scaling, "sin"),
         "attn_norm": lambda x, weight, *, eps: (x, weight, eps),
@@ -384,28 +384,51 @@ def _scaled(function: Callable[[Any], Any], x: float, scale: float) -> Any:
     return function(mpmath.mpf(x)) * mpmath.mpf(scale)
 
 
-def inv_freq_error(value: np.ndarray, dtype: np.dtype, options: Mapping[str, Any]) -> np.ndarray:
-    """32 u |r|: a power within 8 u, and up to six operations on positive numbers."""
-    return 32 * U64 * np.abs(value)
+def inv_freq_error(value: np.ndarray, dtype: np.dtype, positions: np.ndarray, options: Mapping[str, Any]) -> np.ndarray:
+    """64 u |r|: a power within 8 u, dynamic's theta with another, and up to ten operations on positive numbers.
+
+    llama3's share is a difference: its minuend, high / (high - low) at most where it blends, errs by 16 u of itself,
+    and goes into the result with f - f/factor, f at most.
+    """
+    error = 64 * U64 * np.abs(value)
+    if options["rope_type"] != "llama3":
+        return error
+    rope = dict(options["rope_parameters"])
+    high, low = rope["high_freq_factor"], rope["low_freq_factor"]
+    return error * (1 + rope["factor"] * high / (high - low))
 
 
-def inv_freq_exact(places: Places, dtype: np.dtype, options: Mapping[str, Any]) -> np.ndarray:
-    """Elements of `reference_qwen.inv_freq`, whose float32 exponents, theta and yarn ramp are part of its meaning."""
+def inv_freq_exact(places: Places, dtype: np.dtype, positions: np.ndarray, options: Mapping[str, Any]) -> np.ndarray:
+    """Elements of `reference_qwen.inv_freq`, whose float32 exponents, theta and factors are part of its meaning."""
     rope, head_dim = dict(options["rope_parameters"]), options["head_dim"]
     exponents = (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)).astype(np.float64)
     theta, rope_type = float(np.float32(options["rope_theta"])), options["rope_type"]
-    kept = np.zeros(exponents.size)
+    factor = mpmath.mpf(rope.get("factor", 1.0))
+    kept, divisors = np.zeros(exponents.size), np.ones(exponents.size)
     if rope_type == "yarn":
         kept = reference_qwen._yarn_kept(head_dim, options["rope_theta"], rope).astype(np.float64)
+    if rope_type == "longrope":
+        divisors = reference_qwen._longrope_factors(positions, rope).astype(np.float64)
+
+    def base() -> Any:
+        if rope_type != "dynamic":
+            return mpmath.mpf(theta)
+        original = rope["original_max_position_embeddings"]
+        stretch = 1 + factor * max(int(positions.max()) + 1 - original, 0) / original
+        return theta * stretch ** mpmath.mpf(head_dim / (head_dim - 2))
 
     def frequency(at: int) -> Any:
-        power = mpmath.mpf(theta) ** -mpmath.mpf(exponents[at])
+        power = base() ** -mpmath.mpf(exponents[at])
         if rope_type == "linear":
             return power / mpmath.mpf(float(np.float32(rope["factor"])))
-        if rope_type == "yarn":
-            share = mpmath.mpf(kept[at])
-            return power / mpmath.mpf(rope["factor"]) * (1 - share) + power * share
-        return power
+        share = mpmath.mpf(kept[at])
+        if rope_type == "llama3":
+            low, high = mpmath.mpf(rope["low_freq_factor"]), mpmath.mpf(rope["high_freq_factor"])
+            turns = rope["original_max_position_embeddings"] * power / (2 * mpmath.mpf(math.pi))
+            share = min(max((turns - low) / (high - low), mpmath.mpf(0)), mpmath.mpf(1))
+        if rope_type in ("yarn", "llama3"):
+            return power / factor * (1 - share) + power * share
+        return power / mpmath.mpf(divisors[at])
 
     return np.array([_settled(partial(frequency, at), dtype) for at in places[0].tolist()], dtype)
 

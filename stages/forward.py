@@ -54,11 +54,13 @@ def _layer(name: str, **fields: Any) -> Stage:
 def _before() -> Iterator[Stage]:
     yield _model(
         "inv_freq",
+        params=("positions",),
         options=("head_dim", "rope_theta", "rope_type", "rope_parameters"),
         shape="frequencies",
         dtype="float32",
         noise=Noise.INV_FREQ,
-        doc="Inverse frequencies of RoPE, theta^(-2i/head_dim), scaled as the rope_type says",
+        doc="Inverse frequencies of RoPE, theta^(-2i/head_dim), scaled as the rope_type says; "
+        "dynamic and longrope go by the sequence's length",
     )
     yield _model(
         "rope_angle",
@@ -74,7 +76,7 @@ def _before() -> Iterator[Stage]:
         options=_ROPE_TABLE,
         shape="tokens head_dim",
         noise=Noise.COS_SIN,
-        doc="cos(rope_angle) in float32, times yarn's attention factor, cast to the activations' dtype",
+        doc="cos(rope_angle) in float32, times the attention factor, cast to the activations' dtype",
     )
     yield _model(
         "rope_sin",
@@ -82,7 +84,7 @@ def _before() -> Iterator[Stage]:
         options=_ROPE_TABLE,
         shape="tokens head_dim",
         noise=Noise.COS_SIN,
-        doc="sin(rope_angle) in float32, times yarn's attention factor, cast to the activations' dtype",
+        doc="sin(rope_angle) in float32, times the attention factor, cast to the activations' dtype",
     )
     yield _model(
         "embedding", params=("tokens", EMBEDDING), shape="tokens hidden", doc="Rows of the embedding, one per token"
@@ -289,7 +291,7 @@ def stage_options(config: QwenConfig, stage: Stage) -> dict[str, Any]:
         "rope_theta": config.rope_theta,
         "rope_type": config.rope_type,
         "rope_parameters": config.rope_parameters,
-        "attention_scaling": config.rope.get("attention_factor", 1.0),
+        "attention_scaling": config.attention_factor,
         "dtype": stage.dtype,
     }
     return {name: values[name] for name in stage.options}

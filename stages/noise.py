@@ -44,7 +44,7 @@ class Noise(StrEnum):
 
 
 # Largest |error| / bound seen on correct kernels (numerics.md, docs/findings/forward.md): products 2.9, scaled scores
-# and weighted values 2.7, RMSNorm 0.67, softmax 0.6, silu 0.67, RoPE 1.0, cos and sin 0.99, inv_freq 0.49.
+# and weighted values 2.7, RMSNorm 0.67, softmax 0.6, silu 0.67, RoPE 1.0, cos and sin 0.99, inv_freq 0.25.
 Lambdas = Mapping[Noise, float]
 LAMBDA: Lambdas = MappingProxyType(
     {
@@ -305,14 +305,21 @@ def cos_sin_rigorous(scale: float, result: np.ndarray) -> np.ndarray:
     return (8 * U32 * scale + 2 * U32 * np.abs(result)) * (1 + 4 * U32)
 
 
-def inv_freq_bound(lam: float, result: np.ndarray) -> np.ndarray:
-    """4u |r|."""
-    return lam * 4 * U32 * np.abs(result)
+def inv_freq_bound(
+    lam: float, logarithm: np.ndarray, number: np.ndarray, extra: np.ndarray, result: np.ndarray
+) -> np.ndarray:
+    """u (6 + 4 |log f| + 2 i) |r|, f the i-th unscaled frequency, whichever way it is made; and what a scaling adds.
+
+    A power and a reciprocal: 6 u with a scale's operations. exp(-e log theta), or in base 2: a rounded logarithm,
+    exponent and product, u |log f| each, and one to spare. Powers of theta^(-2/d) multiplied up: each step adds
+    its own rounding and the first power's.
+    """
+    return lam * U32 * ((6 + 4 * logarithm + 2 * number) * np.abs(result) + extra)
 
 
-def inv_freq_rigorous(result: np.ndarray) -> np.ndarray:
-    """A power taken as exp(e log(theta)) turns the logarithm's 8 u into 8 u |log r|; 8 u for exp, and 8 operations."""
-    return U32 * (16 + 8 * np.abs(np.log(result))) * np.abs(result)
+def inv_freq_rigorous(logarithm: np.ndarray, number: np.ndarray, extra: np.ndarray, result: np.ndarray) -> np.ndarray:
+    """As `inv_freq_bound`, a logarithm, an exponential and a power within 8 u, and 8 operations."""
+    return U32 * ((16 + 10 * logarithm + 10 * number) * np.abs(result) + 2 * extra)
 
 
 def _scaled(scale: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:

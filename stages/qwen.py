@@ -35,7 +35,14 @@ ROPE_KEYS: dict[str, frozenset[str]] = {
             "truncate",
         }
     ),
+    "dynamic": frozenset({"factor"}),
+    "longrope": frozenset(
+        {"factor", "original_max_position_embeddings", "attention_factor", "short_factor", "long_factor"}
+    ),
+    "llama3": frozenset({"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"}),
 }
+RopeValue = float | int | bool | tuple[float, ...]
+RopeParameters = tuple[tuple[str, RopeValue], ...]
 _COMMON_ROPE_KEYS = frozenset({"rope_theta", "rope_type", "type", "partial_rotary_factor"})
 
 # The default of transformers' Qwen3Config; it is not hidden_size / num_attention_heads.
@@ -68,7 +75,10 @@ class QwenConfig:
     `rope_parameters` holds, as sorted pairs, what the `rope_type` needs beside `rope_theta`: nothing for
     `default`; `factor` for `linear` (inv_freq is divided by it); for `yarn` also `attention_factor` (multiplies
     cos and sin; computed from `factor`, `mscale` and `mscale_all_dim` where the file leaves it open), `beta_fast`,
-    `beta_slow`, `original_max_position_embeddings` and `truncate`.
+    `beta_slow`, `original_max_position_embeddings` and `truncate`; for `dynamic` `factor`, and the length up to which
+    it changes nothing as `original_max_position_embeddings`; for `longrope` `short_factor`, `long_factor`, one number
+    a frequency each, `original_max_position_embeddings` and `attention_factor`; for `llama3` `factor`,
+    `low_freq_factor`, `high_freq_factor` and `original_max_position_embeddings`.
 
     `sliding_window` is the window that some layer really applies, in tokens, or None; while it is set, only
     sequences that fit are computed, see `check_length`. `dtype` is the activations' and weights' dtype by name.
@@ -85,7 +95,7 @@ class QwenConfig:
     rms_norm_eps: float
     rope_theta: float
     rope_type: str
-    rope_parameters: tuple[tuple[str, float | int | bool], ...]
+    rope_parameters: RopeParameters
     tie_word_embeddings: bool
     qkv_bias: bool
     o_bias: bool
@@ -96,16 +106,23 @@ class QwenConfig:
     sliding_window: int | None
 
     @property
-    def rope(self) -> dict[str, float | int | bool]:
+    def rope(self) -> dict[str, RopeValue]:
         """`rope_parameters` as a dictionary."""
         return dict(self.rope_parameters)
+
+    @property
+    def attention_factor(self) -> float:
+        """What cos and sin are multiplied by."""
+        factor = self.rope.get("attention_factor", 1.0)
+        assert not isinstance(factor, tuple)
+        return float(factor)
 
     def check_length(self, tokens: int) -> None:
         """`InputError` for a sequence that cannot be computed faithfully.
 
         That is one without tokens, one longer than a sliding window that some layer applies, or one whose last
         position float32 cannot hold. More tokens than `max_position_embeddings` are computed, as `transformers`
-        does: the formulas of `default`, `linear` and `yarn` have no end.
+        does: no formula of RoPE has an end.
         """
         if tokens < 1:
             raise InputError(f"expected at least one token, got {tokens}")
@@ -137,7 +154,8 @@ def parse_config(raw: Mapping[str, Any], where: str) -> QwenConfig:
         raise InputError(f"{where}: num_key_value_heads: {key_value_heads} does not divide num_attention_heads {heads}")
     layers = _size(raw, "num_hidden_layers", where, limit=_MAX_LAYERS)
     positions = _size(raw, "max_position_embeddings", where)
-    theta, rope_type, parameters = _rope(raw, positions, where)
+    head_dim = _head_dim(raw, family, hidden, heads, where)
+    theta, rope_type, parameters = _rope(raw, positions, head_dim, where)
     use_window, window = _window(raw, layers, where)
     # Qwen2's classes do not read attention_bias: q, k and v have a bias whatever the file says, o_proj has none.
     bias = _flag(raw, "attention_bias", where, default=False) if family == "qwen3" else True
@@ -147,7 +165,7 @@ def parse_config(raw: Mapping[str, Any], where: str) -> QwenConfig:
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=key_value_heads,
-        head_dim=_head_dim(raw, family, hidden, heads, where),
+        head_dim=head_dim,
         intermediate_size=_size(raw, "intermediate_size", where),
         vocab_size=_size(raw, "vocab_size", where),
         rms_norm_eps=_number(raw, "rms_norm_eps", where),
@@ -251,15 +269,16 @@ def _some_layer_slides(raw: Mapping[str, Any], layers: int, where: str) -> bool:
     return "sliding_attention" in types
 
 
-def _rope(
-    raw: Mapping[str, Any], positions: int, where: str
-) -> tuple[float, str, tuple[tuple[str, float | int | bool], ...]]:
+def _rope(raw: Mapping[str, Any], positions: int, head_dim: int, where: str) -> tuple[float, str, RopeParameters]:
     """rope_theta, rope_type and the sorted parameters of that type."""
     field, table = _rope_table(raw, where)
     theta = _rope_theta(raw, field, table, where)
     for place, holder in ((f"{field}.", table), ("", raw)):
         if (factor := holder.get("partial_rotary_factor")) is not None and (isinstance(factor, bool) or factor != 1):
-            raise InputError(f"{where}: {place}partial_rotary_factor: only 1 is supported, got {_got(factor)}")
+            raise InputError(
+                f"{where}: {place}partial_rotary_factor: only 1 is supported, got {_got(factor)}; transformers' Qwen "
+                "turns whole heads"
+            )
     kind = _rope_type(field, table, where)
     unknown = sorted(set(table) - ROPE_KEYS[kind] - _COMMON_ROPE_KEYS)
     if unknown:
@@ -267,11 +286,22 @@ def _rope(
         raise InputError(
             f"{where}: {field}.{shown(unknown[0])}: transformers does not read it for rope_type '{kind}' ({known})"
         )
-    values: dict[str, float | int | bool] = {}
-    if kind != "default":
+    values: dict[str, RopeValue] = {}
+    if kind not in ("default", "longrope"):
         values["factor"] = _number(table, "factor", where, field, least=1.0)
+    if kind in ("yarn", "longrope", "llama3"):
+        values["original_max_position_embeddings"] = _original_length(raw, field, table, positions, where)
     if kind == "yarn":
-        values |= _yarn(raw, field, table, positions, where)
+        values |= _yarn(field, table, where)
+    if kind == "dynamic":
+        if head_dim == 2:
+            raise InputError(f"{where}: head_dim: 2 has no dynamic RoPE: its exponent is head_dim / (head_dim - 2)")
+        values["original_max_position_embeddings"] = positions
+    if kind == "longrope":
+        original = int(values["original_max_position_embeddings"])  # type: ignore[arg-type]
+        values |= _longrope(field, table, positions, original, head_dim, where)
+    if kind == "llama3":
+        values |= _llama3(field, table, where)
     return theta, kind, tuple(sorted(values.items()))
 
 
@@ -312,27 +342,58 @@ def _rope_type(field: str, table: Mapping[str, Any], where: str) -> str:
     return names[0]
 
 
-def _yarn(
-    raw: Mapping[str, Any], field: str, table: Mapping[str, Any], positions: int, where: str
-) -> dict[str, float | int | bool]:
+def _yarn(field: str, table: Mapping[str, Any], where: str) -> dict[str, RopeValue]:
     """The settings of YaRN with transformers' defaults filled in (https://huggingface.co/papers/2309.00071)."""
-
-    def optional(key: str) -> float | None:
-        return None if table.get(key) is None else _number(table, key, where, field)
-
-    fast, slow = optional("beta_fast") or 32.0, optional("beta_slow") or 1.0
+    fast = _optional(field, table, "beta_fast", where) or 32.0
+    slow = _optional(field, table, "beta_slow", where) or 1.0
     if fast < slow:
         raise InputError(f"{where}: {field}.beta_fast: {fast} is less than beta_slow {slow}")
     return {
-        "original_max_position_embeddings": _yarn_length(raw, field, table, positions, where),
-        "attention_factor": optional("attention_factor") or _yarn_attention_factor(field, table, where),
+        "attention_factor": _optional(field, table, "attention_factor", where)
+        or _yarn_attention_factor(field, table, where),
         "beta_fast": fast,
         "beta_slow": slow,
         "truncate": _flag(table, "truncate", where, field, default=True),
     }
 
 
-def _yarn_length(raw: Mapping[str, Any], field: str, table: Mapping[str, Any], positions: int, where: str) -> int:
+def _longrope(
+    field: str, table: Mapping[str, Any], positions: int, original: int, head_dim: int, where: str
+) -> dict[str, RopeValue]:
+    """The settings of LongRoPE (https://huggingface.co/papers/2402.13753)."""
+    lists = {key: _numbers(table, key, head_dim // 2, where, field) for key in ("short_factor", "long_factor")}
+    given = table.get("factor") is not None
+    factor = _number(table, "factor", where, field, least=1.0) if given else positions / original
+    found = _optional(field, table, "attention_factor", where)
+    if found is None:
+        if factor > 1 and original == 1:  # its logarithm divides
+            raise InputError(f"{where}: {field}.original_max_position_embeddings: expected more than 1, got 1")
+        found = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    return {**lists, "attention_factor": found}
+
+
+def _llama3(field: str, table: Mapping[str, Any], where: str) -> dict[str, RopeValue]:
+    """The settings of Llama 3.1's RoPE: wavelengths between two lengths are blended."""
+    low, high = (_number(table, key, where, field) for key in ("low_freq_factor", "high_freq_factor"))
+    if high <= low:
+        raise InputError(f"{where}: {field}.high_freq_factor: expected more than low_freq_factor {low}, got {high}")
+    return {"low_freq_factor": low, "high_freq_factor": high}
+
+
+def _optional(field: str, table: Mapping[str, Any], key: str, where: str) -> float | None:
+    return None if table.get(key) is None else _number(table, key, where, field)
+
+
+def _numbers(table: Mapping[str, Any], key: str, count: int, where: str, field: str) -> tuple[float, ...]:
+    """A list of `count` finite numbers above 0."""
+    value, place = _value(table, key, where, field)
+    if not isinstance(value, list) or len(value) != count:
+        got = f"{len(value)} of them" if isinstance(value, list) else _got(value)
+        raise InputError(f"{place}: expected a list of {count} numbers, one a frequency, got {got}")
+    return tuple(_number({f"{key}[{i}]": x}, f"{key}[{i}]", where, field) for i, x in enumerate(value))
+
+
+def _original_length(raw: Mapping[str, Any], field: str, table: Mapping[str, Any], positions: int, where: str) -> int:
     key = "original_max_position_embeddings"
     lengths = [_size(holder, key, where, at) for holder, at in ((table, field), (raw, "")) if key in holder]
     if len(set(lengths)) > 1:  # transformers lets the top level win over the table

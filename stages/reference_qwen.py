@@ -9,25 +9,33 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
 from stages.forward import DTYPES
-from stages.noise import prescribed
+from stages.noise import U32, prescribed
+from stages.qwen import RopeParameters
 
 
 def inv_freq(
-    *, head_dim: int, rope_theta: float, rope_type: str, rope_parameters: tuple[tuple[str, float], ...]
+    positions: np.ndarray, *, head_dim: int, rope_theta: float, rope_type: str, rope_parameters: RopeParameters
 ) -> np.ndarray:
-    """Inverse frequencies of RoPE, theta^(-2i/head_dim), `[head_dim / 2]`; scaled as the rope_type says."""
-    rope = dict(rope_parameters)
-    # float32 exponents and theta are part of the model's meaning: an error in 2i/d is multiplied by log(theta)
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    frequencies = np.float64(np.float32(rope_theta)) ** -exponents.astype(np.float64)
+    """Inverse frequencies of RoPE, theta^(-2i/head_dim), `[head_dim / 2]`; scaled as the rope_type says.
+
+    The sequence's length, by which dynamic and longrope go, is one more than its last position.
+    """
+    rope: dict[str, Any] = dict(rope_parameters)
+    frequencies = _unscaled(positions, head_dim, rope_theta, rope_type, rope)
     if rope_type == "linear":
         return frequencies / np.float64(np.float32(rope["factor"]))
     if rope_type == "yarn":
         kept = _yarn_kept(head_dim, rope_theta, rope).astype(np.float64)
+        return frequencies / rope["factor"] * (1 - kept) + frequencies * kept
+    if rope_type == "longrope":
+        return frequencies / _longrope_factors(positions, rope).astype(np.float64)
+    if rope_type == "llama3":
+        kept = np.clip(_llama3_share(frequencies, rope), 0, 1)
         return frequencies / rope["factor"] * (1 - kept) + frequencies * kept
     return frequencies
 
@@ -39,12 +47,12 @@ def rope_angle(inv_freq: np.ndarray, positions: np.ndarray) -> np.ndarray:
 
 
 def rope_cos(rope_angle: np.ndarray, *, attention_scaling: float, dtype: str) -> np.ndarray:
-    """cos(rope_angle) times yarn's attention factor in float32, `[tokens, head_dim]`, cast to `dtype`."""
+    """cos(rope_angle) times the attention factor in float32, `[tokens, head_dim]`, cast to `dtype`."""
     return np.cos(rope_angle.astype(np.float64)) * attention_scaling
 
 
 def rope_sin(rope_angle: np.ndarray, *, attention_scaling: float, dtype: str) -> np.ndarray:
-    """sin(rope_angle) times yarn's attention factor in float32, `[tokens, head_dim]`, cast to `dtype`."""
+    """sin(rope_angle) times the attention factor in float32, `[tokens, head_dim]`, cast to `dtype`."""
     return np.sin(rope_angle.astype(np.float64)) * attention_scaling
 
 
@@ -183,12 +191,44 @@ def lm_head(final_norm: np.ndarray, weight: np.ndarray) -> np.ndarray:
     return _linear(final_norm, weight)
 
 
-def _yarn_kept(head_dim: int, rope_theta: float, rope: Mapping[str, float]) -> np.ndarray:
-    """How much of each frequency yarn keeps, float32 `[head_dim / 2]`: 1 for fast ones, falling to 0.
+def _exponents(head_dim: int) -> np.ndarray:
+    # float32 exponents and theta are part of the model's meaning: an error in 2i/d is multiplied by log(theta)
+    return (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)).astype(np.float64)
 
-    https://huggingface.co/papers/2309.00071. Subtractions and divisions of small numbers, rounded to float32
-    one by one as transformers does; part of the model's meaning, and the same on every IEEE machine.
+
+def _unscaled(
+    positions: np.ndarray, head_dim: int, rope_theta: float, rope_type: str, rope: Mapping[str, Any]
+) -> np.ndarray:
+    """The frequencies before any scaling but dynamic's, which is one of theta."""
+    theta = np.float64(np.float32(rope_theta))
+    if rope_type == "dynamic":
+        theta = theta * _stretch(positions, rope) ** (head_dim / (head_dim - 2))
+    return theta ** -_exponents(head_dim)
+
+
+def _stretch(positions: np.ndarray, rope: Mapping[str, Any]) -> float:
+    """By how much dynamic RoPE's context is longer than the model's, 1 up to its length.
+
+    factor * length / original - (factor - 1) in transformers, here without its cancellation.
     """
+    original = rope["original_max_position_embeddings"]
+    return float(1 + rope["factor"] * max(int(positions.max()) + 1 - original, 0) / original)
+
+
+def _longrope_factors(positions: np.ndarray, rope: Mapping[str, Any]) -> np.ndarray:
+    """Each frequency's divisor, float32: longrope has a set for short sequences and one for long ones."""
+    long = int(positions.max()) + 1 > rope["original_max_position_embeddings"]
+    return np.asarray(rope["long_factor" if long else "short_factor"], np.float32)
+
+
+def _llama3_share(frequencies: np.ndarray, rope: Mapping[str, Any]) -> np.ndarray:
+    """How much of each frequency llama3 keeps before it is cut to 0..1: by its turns in the original length."""
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    return (rope["original_max_position_embeddings"] * frequencies / (2 * math.pi) - low) / (high - low)
+
+
+def _yarn_range(head_dim: int, rope_theta: float, rope: Mapping[str, Any]) -> tuple[float, float]:
+    """The frequencies between which yarn blends."""
     length, theta = rope["original_max_position_embeddings"], rope_theta
 
     def dimension(rotations: float) -> float:
@@ -198,8 +238,16 @@ def _yarn_kept(head_dim: int, rope_theta: float, rope: Mapping[str, float]) -> n
     if rope["truncate"]:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
-    if low == high:
-        high += 0.001
+    return low, high + 0.001 if low == high else high
+
+
+def _yarn_kept(head_dim: int, rope_theta: float, rope: Mapping[str, Any]) -> np.ndarray:
+    """How much of each frequency yarn keeps, float32 `[head_dim / 2]`: 1 for fast ones, falling to 0.
+
+    https://huggingface.co/papers/2309.00071. Subtractions and divisions of small numbers, rounded to float32
+    one by one as transformers does; part of the model's meaning, and the same on every IEEE machine.
+    """
+    low, high = _yarn_range(head_dim, rope_theta, rope)
     ramp = (np.arange(head_dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low)
     return np.float32(1) - np.clip(ramp, np.float32(0), np.float32(1))
 
@@ -297,8 +345,40 @@ def _attention_operands(p: np.ndarray, qkv: np.ndarray, *, heads: int, kv_heads:
     return _f32(p), _f32(_repeated(_values(qkv, heads, kv_heads, head_dim), heads))
 
 
+def _inv_freq_operands(
+    positions: np.ndarray, *, head_dim: int, rope_theta: float, rope_type: str, rope_parameters: RopeParameters
+) -> Operands:
+    """|log| of the unscaled frequencies, their number in the row, and what their scaling errs by in float32 units.
+
+    A blend of f and f/factor errs by its share's error times f - f/factor. yarn's share is a ramp of four float32
+    operations, between ends that are logarithms unless they are cut to integers. llama3's is a frequency with its
+    error and four operations more. dynamic's theta goes into the power: the stretch is taken by a difference of
+    larger numbers in transformers, 4 u of the larger one, and by a power.
+    """
+    rope: dict[str, Any] = dict(rope_parameters)
+    f = _unscaled(positions, head_dim, rope_theta, rope_type, rope)
+    logarithm, number, extra = np.abs(np.log(f)), np.arange(f.size, dtype=np.float64), np.zeros(f.size)
+    if rope_type == "yarn":
+        low, high = _yarn_range(head_dim, rope_theta, rope)
+        ends = 0.0 if rope["truncate"] else 4 * (abs(low) + abs(high)) / (high - low)
+        extra = (4 + ends) * (f - f / rope["factor"])
+    if rope_type == "llama3":
+        width = rope["high_freq_factor"] - rope["low_freq_factor"]
+        turns = rope["original_max_position_embeddings"] * f / (2 * math.pi)
+        error = turns * (10 + 4 * logarithm + 2 * number) / width + 2
+        share = _llama3_share(f, rope)
+        blended = (share > -error * U32) & (share < 1 + error * U32)
+        extra = np.where(blended, error, 0) * (f - f / rope["factor"])
+    if rope_type == "dynamic":
+        stretch = _stretch(positions, rope)
+        error = (4 * (stretch + rope["factor"] - 1) / stretch + 2) * head_dim / (head_dim - 2) + 6
+        extra = f * _exponents(head_dim) * (error if stretch > 1 else 0)
+    return logarithm, number, extra
+
+
 OPERANDS: Mapping[str, Callable[..., Operands]] = MappingProxyType(
     {
+        "inv_freq": _inv_freq_operands,
         "rope_cos": lambda angle, *, attention_scaling, dtype: (attention_scaling,),
         "rope_sin": lambda angle, *, attention_scaling, dtype: (attention_scaling,),
         "attn_norm": _norm_operands,

@@ -7,6 +7,7 @@ the paths of the nnx state are its tensor names. The only function shared is `in
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -66,15 +67,18 @@ class RotaryEmbedding(nnx.Module):
     def __init__(self, config: QwenConfig, dtype: str):
         # The traced path's own: one ulp here is 3e-5 in the angle at position 500, which would drown all other
         # rounding. The stage is judged by its oracle. A variable, not a constant, lest XLA fold cos and sin.
-        self.inv_freq = Buffer(jax.jit(lambda: _inv_freq(config))())
-        self.scaling = float(config.rope.get("attention_factor", 1.0))
+        self.inv_freq = Buffer(frequencies(config, 1))
+        self.config = config
         self.dtype = dtype
 
-    def __call__(self, tokens: int) -> tuple[Array, Array]:
-        half = jnp.arange(tokens, dtype=jnp.float32)[:, None] * self.inv_freq[...]
+    def __call__(self, tokens: int, inv_freq: Array | None) -> tuple[Array, Array]:
+        if inv_freq is None:
+            by_length = self.config.rope_type in ("dynamic", "longrope")
+            inv_freq = frequencies(self.config, tokens) if by_length else self.inv_freq[...]
+        half = jnp.arange(tokens, dtype=jnp.float32)[:, None] * inv_freq
         angle = jnp.concatenate((half, half), axis=-1)
-        cos, sin = jnp.cos(angle) * self.scaling, jnp.sin(angle) * self.scaling
-        return cos.astype(self.dtype), sin.astype(self.dtype)
+        scaling = self.config.attention_factor
+        return (jnp.cos(angle) * scaling).astype(self.dtype), (jnp.sin(angle) * scaling).astype(self.dtype)
 
 
 class Attention(nnx.Module):
@@ -150,9 +154,9 @@ class Decoder(nnx.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.rotary_emb = RotaryEmbedding(config, dtype)
 
-    def __call__(self, tokens: Array) -> Array:
+    def __call__(self, tokens: Array, inv_freq: Array | None = None) -> Array:
         x = self.embed_tokens(tokens)
-        cos, sin = self.rotary_emb(tokens.shape[0])
+        cos, sin = self.rotary_emb(tokens.shape[0], inv_freq)
         for layer in self.layers:
             x = layer(x, cos, sin)
         return self.norm(x)
@@ -171,9 +175,12 @@ class QwenModel(nnx.Module):
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else Linear(config.hidden_size, config.vocab_size, rngs, dtype)
 
-    def __call__(self, tokens: Array, rows: Array | None = None) -> Array:
-        """Logits `[tokens, vocab]` of token ids `[tokens]`, or of the positions `rows` only, `[len(rows), vocab]`."""
-        hidden = self.model(tokens)
+    def __call__(self, tokens: Array, rows: Array | None = None, inv_freq: Array | None = None) -> Array:
+        """Logits `[tokens, vocab]` of token ids `[tokens]`, or of the positions `rows` only, `[len(rows), vocab]`.
+
+        `inv_freq`: RoPE's frequencies, where the sequence has other ones than its tokens' number says: a padded one.
+        """
+        hidden = self.model(tokens, inv_freq)
         if rows is not None:
             hidden = hidden[rows]
         return _linear(hidden, self.model.embed_tokens.weight[...]) if self.lm_head is None else self.lm_head(hidden)
@@ -213,8 +220,8 @@ class JaxProduction:
         self._place, self._precision = _device(device), precision
         graph, self._state = nnx.split(model)
 
-        def forward(state: nnx.State, tokens: Array, rows: Array | None) -> Array:
-            return nnx.merge(graph, state)(tokens, rows)
+        def forward(state: nnx.State, tokens: Array, rows: Array | None, inv_freq: Array) -> Array:
+            return nnx.merge(graph, state)(tokens, rows, inv_freq)
 
         self._forward = forward
         self._jitted = jax.jit(forward, compiler_options={"xla_allow_excess_precision": False})
@@ -240,14 +247,18 @@ class JaxProduction:
             self.config.check_length(len(ids))
             padded = np.zeros(bucket(len(ids)), np.int32)
             padded[: len(ids)] = ids
-            logits = self._run(self._jitted, padded, [len(ids) - 1])
+            logits = self._run(self._jitted, padded, [len(ids) - 1], len(ids))
             ids = np.append(ids, np.int32(greedy(logits)))
         return [int(token) for token in ids[len(tokens) :]]
 
-    def _run(self, forward: Callable[..., Array], ids: np.ndarray, rows: list[int] | None) -> np.ndarray:
+    def _run(
+        self, forward: Callable[..., Array], ids: np.ndarray, rows: list[int] | None, length: int | None = None
+    ) -> np.ndarray:
+        """Logits of `ids`, of which the first `length` are the sequence and the rest padding."""
         put = [None if x is None else jax.device_put(x, self._place) for x in (ids, rows and np.array(rows, np.int32))]
         with jax.default_matmul_precision(self._precision), jax.default_device(self._place):
-            return np.ascontiguousarray(np.asarray(forward(self._state, *put)))
+            inv_freq = frequencies(self.config, length or len(ids))
+            return np.ascontiguousarray(np.asarray(forward(self._state, *put, inv_freq)))
 
 
 def production(
@@ -262,11 +273,22 @@ def _device(device: str) -> jax.Device:
     return jax.devices(platform)[int(index or 0)]
 
 
-def _inv_freq(config: QwenConfig) -> Array:
+@functools.partial(jax.jit, static_argnums=0)
+def _inv_freq(config: QwenConfig, positions: Array) -> Array:
     c = config
     return inv_freq(
-        head_dim=c.head_dim, rope_theta=c.rope_theta, rope_type=c.rope_type, rope_parameters=c.rope_parameters
+        positions,
+        head_dim=c.head_dim,
+        rope_theta=c.rope_theta,
+        rope_type=c.rope_type,
+        rope_parameters=c.rope_parameters,
     )
+
+
+def frequencies(config: QwenConfig, length: int) -> Array:
+    """RoPE's inverse frequencies for a sequence of `length` tokens, `[head_dim / 2]`."""
+    # The last position alone: it gives the length, and one compilation serves all.
+    return _inv_freq(config, np.array([length - 1], np.int32))
 
 
 def _linear(x: Array, weight: Array, bias: Array | None = None) -> Array:

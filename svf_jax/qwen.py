@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,20 +18,29 @@ import numpy as np
 from jax import Array, lax
 
 from stages.forward import DTYPES
+from stages.qwen import RopeParameters
 
 
 def inv_freq(
-    *, head_dim: int, rope_theta: float, rope_type: str, rope_parameters: tuple[tuple[str, float], ...]
+    positions: Array, *, head_dim: int, rope_theta: float, rope_type: str, rope_parameters: RopeParameters
 ) -> Array:
-    """Inverse frequencies of RoPE, theta^(-2i/head_dim), `[head_dim / 2]`; scaled as the rope_type says."""
-    rope = dict(rope_parameters)
+    """Inverse frequencies of RoPE, theta^(-2i/head_dim), `[head_dim / 2]`; scaled as the rope_type says.
+
+    The sequence's length, by which dynamic and longrope go, is one more than its last position.
+    """
+    rope: dict[str, Any] = dict(rope_parameters)
     # numpy, not jnp: XLA divides by a constant as a product with its reciprocal
-    powers = jnp.float32(rope_theta) ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    powers = _theta(positions, head_dim, rope_theta, rope_type, rope) ** exponents
     if rope_type == "linear":
         return 1.0 / powers / rope["factor"]
     if rope_type == "yarn":
         kept = _yarn_kept(head_dim, rope_theta, rope)
         return 1.0 / (rope["factor"] * powers) * (1 - kept) + 1.0 / powers * kept
+    if rope_type == "longrope":
+        return 1.0 / (_longrope_factors(positions, rope) * powers)
+    if rope_type == "llama3":
+        return _llama3(1.0 / powers, rope)
     return 1.0 / powers
 
 
@@ -41,12 +51,12 @@ def rope_angle(inv_freq: Array, positions: Array) -> Array:
 
 
 def rope_cos(rope_angle: Array, *, attention_scaling: float, dtype: str) -> Array:
-    """cos(rope_angle) times yarn's attention factor in float32, `[tokens, head_dim]`, cast to `dtype`."""
+    """cos(rope_angle) times the attention factor in float32, `[tokens, head_dim]`, cast to `dtype`."""
     return (jnp.cos(rope_angle) * attention_scaling).astype(dtype)
 
 
 def rope_sin(rope_angle: Array, *, attention_scaling: float, dtype: str) -> Array:
-    """sin(rope_angle) times yarn's attention factor in float32, `[tokens, head_dim]`, cast to `dtype`."""
+    """sin(rope_angle) times the attention factor in float32, `[tokens, head_dim]`, cast to `dtype`."""
     return (jnp.sin(rope_angle) * attention_scaling).astype(dtype)
 
 
@@ -167,7 +177,35 @@ def lm_head(final_norm: Array, weight: Array) -> Array:
     return _linear(final_norm, weight)
 
 
-def _yarn_kept(head_dim: int, rope_theta: float, rope: Mapping[str, float]) -> np.ndarray:
+def _theta(positions: Array, head_dim: int, rope_theta: float, rope_type: str, rope: Mapping[str, Any]) -> Array:
+    """rope_theta, stretched where dynamic RoPE's sequence is longer than the model's."""
+    theta = jnp.float32(rope_theta)
+    if rope_type != "dynamic":
+        return theta
+    original = rope["original_max_position_embeddings"]
+    # Not transformers' difference of two larger numbers: positions are traced, so this is float32 at any length.
+    stretch = 1 + np.float32(rope["factor"]) * jnp.maximum(positions.max() + 1 - original, 0) / original
+    return theta * stretch ** (head_dim / (head_dim - 2))
+
+
+def _longrope_factors(positions: Array, rope: Mapping[str, Any]) -> Array:
+    """Each frequency's divisor, float32: longrope has a set for short sequences and one for long ones."""
+    long, short = (np.asarray(rope[f"{which}_factor"], np.float32) for which in ("long", "short"))
+    return jnp.where(positions.max() + 1 > rope["original_max_position_embeddings"], long, short)
+
+
+def _llama3(frequencies: Array, rope: Mapping[str, Any]) -> Array:
+    """Slow frequencies divided by the factor, fast ones kept, those between blended by their wavelength."""
+    factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
+    length = rope["original_max_position_embeddings"]
+    wavelength = 2 * math.pi / frequencies
+    slow, fast = wavelength > length / low, wavelength < length / high
+    share = (length / wavelength - low) / (high - low)
+    blend = (1 - share) * frequencies / factor + share * frequencies
+    return jnp.where(slow, frequencies / factor, jnp.where(fast, frequencies, blend))
+
+
+def _yarn_kept(head_dim: int, rope_theta: float, rope: Mapping[str, Any]) -> np.ndarray:
     length, theta = rope["original_max_position_embeddings"], rope_theta
 
     def dimension(rotations: float) -> float:

@@ -6,14 +6,17 @@ in it, or a rounding inside that float64 has to perform itself, as stages/refere
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from stages.qwen import RopeParameters
 from svf_jax import components, qwen, router
 
 
@@ -43,29 +46,38 @@ def final_bf16(final_f32: Array) -> Array:
 
 
 def inv_freq(
-    *, head_dim: int, rope_theta: float, rope_type: str, rope_parameters: tuple[tuple[str, float], ...]
+    positions: Array, *, head_dim: int, rope_theta: float, rope_type: str, rope_parameters: RopeParameters
 ) -> Array:
     """Inverse frequencies of RoPE, theta^(-2i/head_dim), `[head_dim / 2]`; scaled as the rope_type says."""
-    rope = dict(rope_parameters)
+    rope: dict[str, Any] = dict(rope_parameters)
     # float32 exponents and theta are part of the model's meaning: an error in 2i/d is multiplied by log(theta)
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     theta = jnp.float64(np.float32(rope_theta))
+    if rope_type == "dynamic":
+        theta = theta * _stretch(positions, rope) ** (head_dim / (head_dim - 2))
     frequencies = theta ** -exponents.astype(np.float64)
     if rope_type == "linear":
         return frequencies / float(np.float32(rope["factor"]))
     if rope_type == "yarn":
         kept = qwen._yarn_kept(head_dim, rope_theta, rope).astype(np.float64)
         return frequencies / rope["factor"] * (1 - kept) + frequencies * kept
+    if rope_type == "longrope":
+        return frequencies / qwen._longrope_factors(positions, rope).astype(np.float64)
+    if rope_type == "llama3":
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        share = (rope["original_max_position_embeddings"] * frequencies / (2 * math.pi) - low) / (high - low)
+        share = jnp.clip(share, 0, 1)
+        return frequencies / rope["factor"] * (1 - share) + frequencies * share
     return frequencies
 
 
 def rope_cos(rope_angle: Array, *, attention_scaling: float, dtype: str) -> Array:
-    """cos(rope_angle) times yarn's attention factor, `[tokens, head_dim]`."""
+    """cos(rope_angle) times the attention factor, `[tokens, head_dim]`."""
     return jnp.cos(rope_angle) * attention_scaling
 
 
 def rope_sin(rope_angle: Array, *, attention_scaling: float, dtype: str) -> Array:
-    """sin(rope_angle) times yarn's attention factor, `[tokens, head_dim]`."""
+    """sin(rope_angle) times the attention factor, `[tokens, head_dim]`."""
     return jnp.sin(rope_angle) * attention_scaling
 
 
@@ -128,6 +140,13 @@ def ffn_norm(post_attn_residual: Array, weight: Array, *, eps: float, dtype: str
 def final_norm(post_ffn_residual: Array, weight: Array, *, eps: float, dtype: str) -> Array:
     """RMSNorm of the last layer's output, `[tokens, hidden]`."""
     return _rms_norm(post_ffn_residual, weight, eps, dtype)
+
+
+def _stretch(positions: Array, rope: Mapping[str, Any]) -> Array:
+    """By how much dynamic RoPE's context is longer than the model's, 1 up to its length."""
+    original = rope["original_max_position_embeddings"]
+    beyond = jnp.maximum(positions.max() + 1 - original, 0).astype(np.float64)
+    return 1 + rope["factor"] * beyond / original
 
 
 def _rms_norm(x: Array, weight: Array, eps: float, dtype: str) -> Array:

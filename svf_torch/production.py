@@ -69,13 +69,20 @@ def transformers_config(config: QwenConfig, raw_config: Mapping[str, Any] | None
         head_dim=c.head_dim,
         max_position_embeddings=c.max_position_embeddings,
         rms_norm_eps=c.rms_norm_eps,
-        rope_parameters={"rope_type": c.rope_type, "rope_theta": c.rope_theta, **c.rope},
+        rope_parameters=_rope_parameters(c),
         tie_word_embeddings=c.tie_word_embeddings,
         # Sequences that a window could cut are refused, so full attention is the same and always right.
         use_sliding_window=False,
         layer_types=["full_attention"] * c.num_hidden_layers,
         **({"attention_bias": c.qkv_bias} if c.family == "qwen3" else {}),
     )
+
+
+def _rope_parameters(config: QwenConfig) -> dict[str, Any]:
+    rope = {name: list(value) if isinstance(value, tuple) else value for name, value in config.rope.items()}
+    if config.rope_type == "dynamic":  # its length is max_position_embeddings
+        del rope["original_max_position_embeddings"]
+    return {"rope_type": config.rope_type, "rope_theta": config.rope_theta, **rope}
 
 
 class TorchProduction:
@@ -107,8 +114,15 @@ class TorchProduction:
             ids = np.append(ids, np.int32(greedy(self._run(ids, last_only=True))))
         return [int(token) for token in ids[len(tokens) :]]
 
+    def _forget_length(self) -> None:
+        """Dynamic RoPE keeps the frequencies of the longest sequence so far: each of ours is the first one."""
+        rotary = self.model.model.rotary_emb
+        if rotary.rope_type == "dynamic":
+            rotary.inv_freq, rotary.max_seq_len_cached = rotary.original_inv_freq, rotary.original_max_seq_len
+
     def _run(self, ids: np.ndarray, last_only: bool) -> np.ndarray:
         put = torch.from_numpy(ids.astype(np.int64))[None].to(self.model.device)
+        self._forget_length()
         with torch.inference_mode():
             out = self.model(put, use_cache=False, logits_to_keep=1 if last_only else 0).logits[0]
         out = out.contiguous().cpu()

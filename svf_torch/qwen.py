@@ -9,26 +9,38 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from stages.forward import DTYPES
+from stages.qwen import RopeParameters
 
 
 def inv_freq(
-    *, head_dim: int, rope_theta: float, rope_type: str, rope_parameters: tuple[tuple[str, float], ...]
+    positions: Tensor, *, head_dim: int, rope_theta: float, rope_type: str, rope_parameters: RopeParameters
 ) -> Tensor:
-    """Inverse frequencies of RoPE, theta^(-2i/head_dim), `[head_dim / 2]`; scaled as the rope_type says."""
-    rope = dict(rope_parameters)
-    # The CPU's whatever the device: transformers computes them when it builds the model.
-    powers = rope_theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    """Inverse frequencies of RoPE, theta^(-2i/head_dim), `[head_dim / 2]`; scaled as the rope_type says.
+
+    The sequence's length, by which dynamic and longrope go, is one more than its last position.
+    """
+    rope: dict[str, Any] = dict(rope_parameters)
+    # The CPU's whatever the device: transformers computes them when it builds the model. Those of a sequence longer
+    # than the model's own are the device's: it computes them in the forward.
+    device = positions.device if _is_long(positions, rope_type, rope) else torch.device("cpu")
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+    powers = _theta(positions, head_dim, rope_theta, rope_type, rope) ** exponents
     if rope_type == "linear":
         return 1.0 / powers / rope["factor"]
     if rope_type == "yarn":
         kept = _yarn_kept(head_dim, rope_theta, rope)
         return 1.0 / (rope["factor"] * powers) * (1 - kept) + 1.0 / powers * kept
+    if rope_type == "longrope":
+        return 1.0 / (_longrope_factors(positions, rope).to(device) * powers)
+    if rope_type == "llama3":
+        return _llama3(1.0 / powers, rope)
     return 1.0 / powers
 
 
@@ -39,12 +51,12 @@ def rope_angle(inv_freq: Tensor, positions: Tensor) -> Tensor:
 
 
 def rope_cos(rope_angle: Tensor, *, attention_scaling: float, dtype: str) -> Tensor:
-    """cos(rope_angle) times yarn's attention factor in float32, `[tokens, head_dim]`, cast to `dtype`."""
+    """cos(rope_angle) times the attention factor in float32, `[tokens, head_dim]`, cast to `dtype`."""
     return (rope_angle.cos() * attention_scaling).to(getattr(torch, dtype))
 
 
 def rope_sin(rope_angle: Tensor, *, attention_scaling: float, dtype: str) -> Tensor:
-    """sin(rope_angle) times yarn's attention factor in float32, `[tokens, head_dim]`, cast to `dtype`."""
+    """sin(rope_angle) times the attention factor in float32, `[tokens, head_dim]`, cast to `dtype`."""
     return (rope_angle.sin() * attention_scaling).to(getattr(torch, dtype))
 
 
@@ -163,7 +175,43 @@ def lm_head(final_norm: Tensor, weight: Tensor) -> Tensor:
     return F.linear(final_norm, weight)
 
 
-def _yarn_kept(head_dim: int, rope_theta: float, rope: Mapping[str, float]) -> Tensor:
+def _is_long(positions: Tensor, rope_type: str, rope: Mapping[str, Any]) -> bool:
+    """Whether the sequence is longer than the length from which on dynamic and longrope change."""
+    if rope_type not in ("dynamic", "longrope"):
+        return False
+    return bool(positions.max() + 1 > rope["original_max_position_embeddings"])
+
+
+def _theta(
+    positions: Tensor, head_dim: int, rope_theta: float, rope_type: str, rope: Mapping[str, Any]
+) -> Tensor | float:
+    """rope_theta, stretched where dynamic RoPE's sequence is longer than the model's."""
+    if rope_type != "dynamic":
+        return rope_theta
+    factor, original = rope["factor"], rope["original_max_position_embeddings"]
+    # A tensor's arithmetic is float32, as transformers has it when it computes them anew; else Python's.
+    length = positions.max() + 1 if _is_long(positions, rope_type, rope) else original
+    return rope_theta * ((factor * length / original) - (factor - 1)) ** (head_dim / (head_dim - 2))
+
+
+def _longrope_factors(positions: Tensor, rope: Mapping[str, Any]) -> Tensor:
+    """Each frequency's divisor, float32: longrope has a set for short sequences and one for long ones."""
+    long = _is_long(positions, "longrope", rope)
+    return torch.tensor(rope["long_factor" if long else "short_factor"], dtype=torch.float32)
+
+
+def _llama3(frequencies: Tensor, rope: Mapping[str, Any]) -> Tensor:
+    """Slow frequencies divided by the factor, fast ones kept, those between blended by their wavelength."""
+    factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
+    length = rope["original_max_position_embeddings"]
+    wavelength = 2 * math.pi / frequencies
+    slow, fast = wavelength > length / low, wavelength < length / high
+    share = (length / wavelength - low) / (high - low)
+    blend = (1 - share) * frequencies / factor + share * frequencies
+    return torch.where(slow, frequencies / factor, torch.where(fast, frequencies, blend))
+
+
+def _yarn_kept(head_dim: int, rope_theta: float, rope: Mapping[str, Any]) -> Tensor:
     length, theta = rope["original_max_position_embeddings"], rope_theta
 
     def dimension(rotations: float) -> float:

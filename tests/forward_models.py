@@ -29,6 +29,24 @@ YARN = {
     "beta_slow": 1.0,
 }
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}
+# Of a model of 64 positions.
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "original_max_position_embeddings": 64,
+    "short_factor": [1.0 + 0.01 * i for i in range(16)],
+    "long_factor": [1.1 + 0.7 * i for i in range(16)],
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1e6,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 
 
 @dataclass(frozen=True)
@@ -46,6 +64,7 @@ class Model:
     tied: bool = True
     attention_bias: bool = False
     eps: float = 1e-6
+    positions: int = 512
     rope: Mapping[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 1e6})
 
     def raw(self, dtype: str) -> dict[str, Any]:
@@ -58,7 +77,7 @@ class Model:
             "hidden_act": "silu",
             "hidden_size": self.hidden,
             "intermediate_size": self.intermediate,
-            "max_position_embeddings": 512,
+            "max_position_embeddings": self.positions,
             "max_window_layers": self.layers,
             "num_attention_heads": self.heads,
             "num_hidden_layers": self.layers,
@@ -77,7 +96,7 @@ class Model:
 
 
 # Every shape that the forward must handle: both families, GQA ratios 1, 2, 4 and 7, head_dim unlike hidden / heads,
-# tied and untied, with and without each bias, and the three RoPE types.
+# tied and untied, with and without each bias, and the six RoPE types.
 MODELS = {
     "qwen3": Model(),
     "qwen3-untied": Model(tied=False),
@@ -87,6 +106,9 @@ MODELS = {
     "qwen3-bias": Model(attention_bias=True),
     "qwen3-yarn": Model(rope=YARN),
     "qwen3-linear": Model(rope=LINEAR),
+    "qwen3-dynamic": Model(rope=DYNAMIC, positions=64),
+    "qwen3-longrope": Model(rope=LONGROPE),
+    "qwen3-llama3": Model(rope=LLAMA3),
     "qwen2": Model("qwen2", tied=False),
     "qwen2-tied": Model("qwen2"),
     "qwen2-gqa1": Model("qwen2", heads=2, kv_heads=2, head_dim=32),
@@ -94,6 +116,9 @@ MODELS = {
     "qwen2-gqa7": Model("qwen2", heads=14, kv_heads=2, head_dim=8, hidden=112),
     "qwen2-yarn": Model("qwen2", rope=YARN),
     "qwen2-linear": Model("qwen2", rope=LINEAR),
+    "qwen2-dynamic": Model("qwen2", rope=DYNAMIC, positions=64),
+    "qwen2-longrope": Model("qwen2", rope=LONGROPE),
+    "qwen2-llama3": Model("qwen2", rope=LLAMA3),
 }
 
 

@@ -288,8 +288,8 @@ def wrong_groups(q: torch.Tensor, k: torch.Tensor, *, scaling: float) -> torch.T
 
 
 MUTANTS: dict[str, tuple[str, Callable[..., Any]]] = {
-    "theta 1e4 for 1e6": ("inv_freq", lambda **o: STAGES["inv_freq"](**{**o, "rope_theta": 1e4})),
-    "theta a thousandth off": ("inv_freq", lambda **o: STAGES["inv_freq"](**{**o, "rope_theta": 1.001e6})),
+    "theta 1e4 for 1e6": ("inv_freq", lambda p, **o: STAGES["inv_freq"](p, **{**o, "rope_theta": 1e4})),
+    "theta a thousandth off": ("inv_freq", lambda p, **o: STAGES["inv_freq"](p, **{**o, "rope_theta": 1.001e6})),
     "positions + 1": ("rope_angle", lambda f, p: STAGES["rope_angle"](f, p + 1)),
     "cos and sin swapped": ("rope_cos", STAGES["rope_sin"]),
     "next token": ("embedding", lambda t, w: STAGES["embedding"]((t + 1) % len(w), w)),

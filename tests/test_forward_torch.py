@@ -65,7 +65,6 @@ def record(model: Any, tokens: list[int], monkeypatch: pytest.MonkeyPatch, **opt
             stack.callback(module.register_forward_pre_hook(hook).remove)
 
         body = model.model
-        recorded[None, "inv_freq"] = body.rotary_emb.inv_freq
         output(body.rotary_emb, None, "rope_cos", 0)
         output(body.rotary_emb, None, "rope_sin", 1)
         output(body.embed_tokens, None, "embedding")
@@ -101,6 +100,7 @@ def record(model: Any, tokens: list[int], monkeypatch: pytest.MonkeyPatch, **opt
         patch.setattr(module, "apply_rotary_pos_emb", rotated)
         with torch.inference_mode(), Calls(recorded):
             model(torch.tensor([tokens]), use_cache=False, **options)
+        recorded[None, "inv_freq"] = body.rotary_emb.inv_freq  # of this sequence: it may go by its length
     for n, (q, k) in enumerate(turned):
         recorded[n, "q_post_rope"], recorded[n, "k_post_rope"] = q[0].transpose(0, 1), k[0].transpose(0, 1)
         recorded[n, "qkv_bias"] = torch.cat([recorded.pop((n, f"{name}_proj")) for name in "qkv"], dim=-1)

@@ -276,6 +276,26 @@ def test_both_generate_the_same_tokens_and_each_is_the_forwards_greedy_one(name:
     assert ours.generate(tokens, 0) == []
 
 
+@pytest.mark.parametrize("name", ["qwen3-dynamic", "qwen2-longrope"])
+def test_a_length_that_changes_the_frequencies_is_the_sequences_own(name: str) -> None:
+    """From 65 tokens on they are others: padding to a bucket is no token, and a longer run leaves no trace."""
+    config = MODELS[name].config("float32")
+    weights = MemoryWeights(random_weights(config, seed=5))
+    ours, theirs = (SIDES[side][0].production(config, weights) for side in ("jax", "torch"))
+    tokens = tokens_of(70)
+    at_first = {n: theirs(tokens[:n], last_only=True) for n in (60, 64, 65, 70)}
+    generated = theirs.generate(tokens[:60], 8)
+    assert ours.generate(tokens[:60], 8) == generated
+    theirs(tokens_of(300))
+    for n, logits in at_first.items():
+        assert np.array_equal(theirs(tokens[:n], last_only=True), logits)
+        for side, found in (("torch", logits), ("jax", ours(tokens[:n], last_only=True))):
+            row = traced(side, config, weights, tokens[:n])[-1:]
+            assert compare_production(row, found, layers=2)["verdict"] in ("exact", "rounding"), (n, side)
+    for n in range(8):
+        assert generated[n] == int(theirs([*tokens[:60], *generated[:n]])[-1].argmax())
+
+
 def test_buckets_are_powers_of_two_that_hold_the_tokens() -> None:
     assert [bucket(n) for n in (1, 16, 17, 32, 33, 500)] == [16, 16, 32, 32, 64, 512]
 

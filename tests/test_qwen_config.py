@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from stages.errors import InputError
 from stages.qwen import MAX_TOKENS, QwenConfig, parameter_shapes, parse_config
@@ -38,6 +39,22 @@ ABSENT = object()
 WINDOWED = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 128}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "original_max_position_embeddings": 128,
+    "short_factor": [1 + i / 100 for i in range(16)],
+    "long_factor": [1.5 + i for i in range(16)],
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8,
+    "low_freq_factor": 1,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 128,
+}
 
 
 def changed(base: dict[str, Any], **changes: Any) -> dict[str, Any]:
@@ -156,17 +173,45 @@ ROPE_CASES = {
     "yarn, mscale_all_dim 0": rope(**YARN, mscale=0.707, mscale_all_dim=0),
     "yarn, betas": rope(**YARN, beta_fast=16, beta_slow=2.5),
     "yarn, not truncated": rope(**YARN, truncate=False),
+    "dynamic": rope(**DYNAMIC),
+    "dynamic, old name": {
+        "rope_parameters": ABSENT,
+        "rope_theta": 1e4,
+        "rope_scaling": {"type": "dynamic", "factor": 2},
+    },
+    "longrope": rope(**LONGROPE),
+    "longrope, factor": rope(**LONGROPE, factor=32),
+    "longrope, factor 1": rope(**LONGROPE, factor=1.0),
+    "longrope, attention_factor": rope(**LONGROPE, factor=32, attention_factor=1.25),
+    "longrope, no original length": rope(**LONGROPE | {"original_max_position_embeddings": ABSENT}),
+    "longrope, original length on top": rope(**LONGROPE | {"original_max_position_embeddings": ABSENT})
+    | {"original_max_position_embeddings": 64},
+    "llama3": rope(**LLAMA3),
+    "llama3, narrow": rope(**LLAMA3 | {"low_freq_factor": 3.9}),
+    "llama3, no original length": rope(**LLAMA3 | {"original_max_position_embeddings": ABSENT}),
 }
 
 
-def reference_yarn(config: QwenConfig) -> tuple[list[float], float]:
-    """inv_freq and cos/sin factor from nothing but the parsed config, by the formulas of the YaRN paper."""
-    dim, theta, r = config.head_dim, config.rope_theta, config.rope
+def reference_rope(config: QwenConfig, tokens: int) -> tuple[list[float], float]:
+    """inv_freq and cos/sin factor from nothing but the parsed config, by the formulas of the papers."""
+    dim, theta = config.head_dim, config.rope_theta
+    r: dict[str, Any] = dict(config.rope)
+    if config.rope_type == "dynamic":
+        length = r["original_max_position_embeddings"]
+        theta *= (r["factor"] * max(tokens, length) / length - r["factor"] + 1) ** (dim / (dim - 2))
+        return [theta ** -(i / dim) for i in range(0, dim, 2)], 1.0
     plain = [theta ** -(i / dim) for i in range(0, dim, 2)]
     if config.rope_type == "default":
         return plain, 1.0
     if config.rope_type == "linear":
         return [f / r["factor"] for f in plain], 1.0
+    if config.rope_type == "longrope":
+        divisors = r["long_factor" if tokens > r["original_max_position_embeddings"] else "short_factor"]
+        return [f / divisor for f, divisor in zip(plain, divisors, strict=True)], float(r["attention_factor"])
+    if config.rope_type == "llama3":
+        low, high, length = r["low_freq_factor"], r["high_freq_factor"], r["original_max_position_embeddings"]
+        kept = [min(max((length * f / (2 * math.pi) - low) / (high - low), 0), 1) for f in plain]
+        return [f * k + f / r["factor"] * (1 - k) for f, k in zip(plain, kept, strict=True)], 1.0
 
     def turns(count: float) -> float:
         length = r["original_max_position_embeddings"]
@@ -184,11 +229,15 @@ def reference_yarn(config: QwenConfig) -> tuple[list[float], float]:
 @pytest.mark.parametrize("base", [QWEN3, QWEN2], ids=["qwen3", "qwen2"])
 @pytest.mark.parametrize("case", ROPE_CASES)
 def test_the_parsed_rope_gives_transformers_frequencies(case: str, base: dict[str, Any]) -> None:
-    raw = changed(base, **ROPE_CASES[case])
-    frequencies, factor = reference_yarn(parse_config(raw, "config.json"))
+    raw = changed(base, **ROPE_CASES[case] | {"head_dim": 32})  # as many as longrope's lists are for
+    config = parse_config(raw, "config.json")
     rotary = transformers_model(raw, rotary_only=True)
-    assert rotary.attention_scaling == factor
-    assert rotary.inv_freq.tolist() == pytest.approx(frequencies, rel=1e-5)
+    # At, before and beyond the lengths where dynamic and longrope change.
+    for tokens in (1, 64, 65, 128, 129, config.max_position_embeddings, config.max_position_embeddings + 1, 5000):
+        frequencies, factor = reference_rope(config, tokens)
+        rotary(torch.zeros(1), torch.arange(tokens)[None])
+        assert rotary.attention_scaling == config.attention_factor == factor
+        assert rotary.inv_freq.tolist() == pytest.approx(frequencies, rel=1e-5)
 
 
 # -- what is refused -------------------------------------------------------------------------------------------
@@ -296,9 +345,22 @@ REFUSED = {
     "fast below slow": ("beta_fast", rope(**YARN, beta_fast=1, beta_slow=2)),
     "truncate of another type": ("truncate", rope(**YARN, truncate=0)),
     "a false mscale": ("mscale", rope(**YARN, mscale=False)),
+    "no factor for dynamic": ("factor", rope(**DYNAMIC | {"factor": ABSENT})),
+    "dynamic of two": ("head_dim", rope(**DYNAMIC) | {"head_dim": 2}),
+    "an attention factor for dynamic": ("attention_factor", rope(**DYNAMIC, attention_factor=1.2)),
+    "no long factors": ("long_factor", rope(**LONGROPE | {"long_factor": ABSENT})),
+    "too few long factors": ("long_factor", rope(**LONGROPE | {"long_factor": [1.0] * 15})),
+    "one short factor for all": ("short_factor", rope(**LONGROPE | {"short_factor": 2.0})),
+    "a short factor of 0": ("short_factor[3]", rope(**LONGROPE | {"short_factor": [1, 1, 1, 0, *[1] * 12]})),
+    "a short factor that is a word": ("short_factor[15]", rope(**LONGROPE | {"short_factor": [*[1] * 15, "1"]})),
+    "longrope of one position": ("original_max", rope(**LONGROPE | {"original_max_position_embeddings": 1})),
+    "llama3, high below low": ("high_freq_factor", rope(**LLAMA3 | {"high_freq_factor": 0.5})),
+    "llama3, high equals low": ("high_freq_factor", rope(**LLAMA3 | {"high_freq_factor": 1})),
+    "no low factor": ("low_freq_factor", rope(**LLAMA3 | {"low_freq_factor": ABSENT})),
+    "part of the head for llama3": ("partial_rotary_factor", rope(**LLAMA3, partial_rotary_factor=0.5)),
 }
 REFUSED |= {f"rope_type {kind}": ("rope_type", rope(rope_theta=1e6, rope_type=kind)) for kind in (
-    "dynamic", "longrope", "llama3", "proportional", "axial", "mrope", "su", "Linear", 1, ["yarn"]
+    "proportional", "axial", "mrope", "su", "Linear", 1, ["yarn"]
 )}  # fmt: skip
 REFUSED |= {
     f"yarn {key} {value}": (key, rope(**YARN | {key: value}))

@@ -38,7 +38,7 @@ def _tables() -> Iterator[Fault]:
         ("inv_freq",),
         "rope_theta off by a relative `size`",
         lambda call: call.of(rope_theta=call.options["rope_theta"] * (1 + call.size)),
-        size=6e-07,
+        size=1.2e-05,
     )
     yield Fault("inv_freq in bfloat16", ("inv_freq",), "the buffer was cast with the model", then(bfloat16))
     yield Fault("inv_freq in float16", ("inv_freq",), "the buffer was cast with the model", then(float16))
