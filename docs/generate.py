@@ -164,11 +164,14 @@ the input, and the outcome is then `incomplete`. A key that is not in the table 
 - **Shapes** in the table are by name: `hidden`, `intermediate`, `vocab`, `heads`, `kv_heads` and `head_dim` from the
   model's `config.json`; `qkv` is q, k and v joined on the last axis, `(heads + 2 kv_heads) * head_dim`;
   `heads*head_dim` is the heads joined; `frequencies` is `head_dim / 2`; `queries` and `keys` are the tokens. A flat
-  array of the right size is given its shape. `lm_head` may hold the last token's logits alone.
-- **Dtypes**: `inv_freq` and `rope_angle` are float32 always. All others, *activations*, have the dtype that the model
-  was run in: float32, bfloat16 or float16, the same for all. A narrow run may be stored as float32, value for value: if
-  every computed stage holds only values of bfloat16, or of float16, it is taken as such a run. The report
-  says which dtype was taken, and why. Weights are those of the checkpoint, cast to that dtype.
+  array of the right size is given its shape; axes in another order (heads first) are turned, and the row says so. A
+  dump may hold the last position alone. `lm_head` may hold the last token's logits alone.
+- **Dtypes**: float32, bfloat16, float16 or float64, stage by stage: each is judged as it is stored, float32 logits or
+  tables in a bfloat16 run too. What is stored wider than its values are, a bfloat16 run in float32, a float32 run in
+  float64, is taken for what it is. The *activations'* dtype is that of most stages; the report says which was taken,
+  and which stages differ. Weights are those of the checkpoint, cast to that dtype. Where a stage's inputs have several
+  dtypes, it may have promoted them or cast the wider ones first: either is right. A float64 run is judged by the bounds
+  of float32.
 - Record what was *computed*, before anybody rounds it again, and copy it: some frameworks reuse buffers.
 
 An APRT tree (`layer-<n>/<stage>.bin`, `<stage>.bin`; flat float32) with these stage names is taken as well.

@@ -30,6 +30,7 @@ from stages.forward_judge import (
     order_of,
     part,
     pieces_of,
+    reread,
     stage_of,
     why_unjudged,
 )
@@ -121,7 +122,7 @@ def _audit_forward(run: ForwardRun, model: str | None, top: int, rerun: bool, pr
 
     def explain(row: Mapping[str, Any]) -> str | None:
         place = (row["layer"], row["stage"])
-        return explain_place(place, run, run.side.read(place)) if row["ratio"] is not None else None
+        return explain_place(place, run, run.read(place)) if row["ratio"] is not None else None
 
     facts = {**run.side.facts, **({"model": model} if model else {})}
     result = document(rows, run.side.label, facts, kind="forward", explain=explain)
@@ -135,7 +136,7 @@ def _forward_data(result: Mapping[str, Any], run: ForwardRun) -> dict[str, Any] 
     if chosen is None or place not in run.side.places or why_unjudged(place, run) is not None:
         return None
     assert run.path is not None
-    observed, axes = run.side.read(place), stage_of(run.path, place).shape
+    observed, axes = run.read(place), stage_of(run.path, place).shape
     pieces = pieces_of(place, run, observed)
     return culprit_data(*chosen, pieces, shape=observed.shape, axes=axes, labels=(ORACLE, "recorded"))
 
@@ -156,15 +157,27 @@ def _forward_row(place: Place, run: ForwardRun, top: int) -> Row:
     row = _row(forward_key(place), place[0], None, place[1], stage.required)
     if place not in run.side.places:
         return {**row, "verdict": Verdict.MISSING.value, "note": "the manifest says it was recorded"}
-    observed = run.side.read(place)
+    observed = run.read(place)
     row |= {"sha256": run.side.sha256(place), "stats": stats.population(observed)}
     why = why_unjudged(place, run)
     if why is not None:
         return {**row, "verdict": Verdict.UNJUDGED.value, "note": why}
-    judged = _Judged(stage, top, run.side.facts.get("precision"))
+    judged = _forward_judged(place, run, observed, top)
+    other = reread(place, run, observed) if judged.verdict.verdict.fails else None
+    if other is not None and other.fault:
+        fields = {"verdict": Verdict.BUG.value, "hint": other.text}
+        return {**row, **judged.fields(), **fields}
+    if other is not None:
+        judged = _forward_judged(place, run, other.array, top)
+    return {**row, **judged.fields(), **({"note": run.notes[place]} if place in run.notes else {})}
+
+
+def _forward_judged(place: Place, run: ForwardRun, observed: np.ndarray, top: int) -> _Judged:
+    assert run.path is not None
+    judged = _Judged(stage_of(run.path, place), top, run.side.facts.get("precision"))
     for columns, oracle in oracles_of(place, run, observed):
         judged.add(oracle, part(observed, columns), columns.start or 0, observed.ndim - 1)
-    return {**row, **judged.fields()}
+    return judged
 
 
 # -- a component replay -------------------------------------------------------------------------------------------
@@ -422,7 +435,7 @@ def document(
 def _culprits(rows: Sequence[Row], explain: Callable[[Mapping[str, Any]], str | None]) -> list[dict[str, Any]]:
     def describe(row: Row, first: bool) -> dict[str, Any]:
         fields = {name: row[name] for name in ("layer", "tensor", "stage", "verdict", "ratio")}
-        hint = row["hint"] or row["note"] or (explain(row) if first else None)
+        hint = row["hint"] or (explain(row) if first else None) or row["note"]
         return {"side": None, **fields, "hint": hint}
 
     return diff.culprits_of(rows, describe)

@@ -13,7 +13,7 @@ from stages.aprt import AprtTree, is_aprt_tree, write_tree
 from stages.checkpoint import Checkpoint, open_checkpoint
 from stages.errors import InputError, UsageError, shown
 from stages.foreign import open_foreign, open_side
-from stages.forward import stage_shape
+from stages.forward import recorded_shape
 from stages.forward_dump import ForwardDump, ForwardSide, Place, forward_key, is_forward_dump, run_fields
 from stages.forward_judge import ForwardRun, order_of, stage_of
 from stages.forward_run import StageResult
@@ -158,7 +158,7 @@ def _manifest(run: ForwardRun, checkpoint: Checkpoint, model: str, source: Path)
         "facts": {**run.side.facts, "imported from": str(source)},
         **run_fields(checkpoint, model, run.tokens),
         "dtype": run.side.facts["dtype"],
-        "positions": "all",
+        "positions": run.positions,
         "layers": sorted({layer for layer, _ in places if layer is not None}),
         "stages": list(dict.fromkeys(stage for _, stage in places)),
     }
@@ -172,7 +172,7 @@ def _check_sizes(run: ForwardRun, source: Path) -> None:
     assert run.path is not None
     assert run.config is not None
     for place in run.side.places:
-        shape = list(stage_shape(run.config, stage_of(run.path, place), len(run.tokens)))
+        shape = list(recorded_shape(run.config, stage_of(run.path, place), len(run.tokens), run.positions))
         if place[1] == "lm_head":
             shape[0] = 1
         found = run.side.shape(place)

@@ -315,6 +315,16 @@ def stage_shape(config: QwenConfig, stage: Stage, tokens: int) -> tuple[int, ...
     return tuple(sizes[axis] for axis in stage.shape.split())
 
 
+def recorded_shape(
+    config: QwenConfig, stage: Stage, tokens: int, positions: str = "all", *, joined: bool = True
+) -> tuple[int, ...]:
+    """The shape of a stage recorded at `positions`, all or the last; not `joined`: an axis `a*b` as two, a and b."""
+    axes = (stage.shape if joined else stage.shape.replace("*", " ")).split()
+    shape = stage_shape(config, dataclasses.replace(stage, shape=" ".join(axes)), tokens)
+    last = positions == "last"
+    return tuple(1 if last and axis in ("tokens", "queries") else n for axis, n in zip(axes, shape, strict=True))
+
+
 def parameter_name(stage: Stage, param: str, layer: int | None) -> str:
     """The checkpoint's name of a stage's parameter in a layer."""
     return f"model.layers.{layer}.{param}" if stage.scope is Scope.LAYER else param

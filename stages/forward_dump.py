@@ -37,6 +37,35 @@ def parse_key(key: str) -> Place | None:
     return (int(layer), stage) if layer.isascii() and layer.isdigit() and stage and "." not in stage else None
 
 
+# Modules of `transformers` by the last part of their names -> the stage that their output is.
+_MODULES = {
+    "embed_tokens": "embedding",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "o_proj": "attn_out",
+    "self_attn": "attn_out",
+    "gate_proj": "ffn_gate",
+    "up_proj": "ffn_up",
+    "act_fn": "ffn_silu",
+    "down_proj": "ffn_out",
+    "mlp": "ffn_out",
+    "norm": "final_norm",
+}
+_PARTS = tuple(f"{name}{end}" for name in "qkv" for end in ("", "_proj"))
+
+
+def advice(key: str) -> str:
+    """What to write instead of a key that is none, `: ...`; "" where nothing is known of it."""
+    prefix, _, rest = key.partition(".")
+    last = rest.rpartition(".")[2]
+    found = ["drop 'model.'"] if prefix == "model" and rest else []
+    if last in _PARTS:
+        found.append("join q, k, v on the last axis as qkv_bias")
+    elif last in _MODULES:
+        found.append(f"call it {_MODULES[last]}")
+    return f": {', '.join(found)}" if found else ""
+
+
 def layer_file(layer: int | None) -> str:
     """File of a layer's stages."""
     return MODEL_FILE if layer is None else f"layer-{layer}.safetensors"

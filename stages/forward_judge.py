@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +20,8 @@ from stages.calibration import lambdas_of
 from stages.checkpoint import Checkpoint, open_checkpoint
 from stages.culprit_data import Piece
 from stages.errors import InputError, NotFoundError, UsageError, shown
-from stages.forward import ALIASES, RUN_PARAMS, declare, forward_path, parameter_name, producers, stage_shape
-from stages.forward_dump import AprtSide, ForwardSide, Place, forward_key
+from stages.forward import ALIASES, DTYPES, RUN_PARAMS, declare, forward_path, parameter_name, producers, recorded_shape
+from stages.forward_dump import AprtSide, ForwardSide, Place, advice, forward_key
 from stages.forward_run import POSITIONS, oracles, parameters
 from stages.hints import Case, explain
 from stages.noise import LAMBDA, Lambdas
@@ -31,8 +32,13 @@ from stages.stage import Scope, Stage
 from stages.tensorfile import TensorFile, stored_dtype
 from stages.verdict import STAGES, Oracle, SideVerdict, Verdict, judge, judged_part
 
+# What a stage may be stored in.
+FLOATS = ("bfloat16", "float16", "float32", "float64")
 # What a forward may say it was computed in; `model` is what its config says.
 RUN_DTYPES = ("model", "float32", "bfloat16", "float16")
+
+
+Turn = Callable[[np.ndarray], np.ndarray]
 
 
 class Recorded(Protocol):
@@ -64,6 +70,15 @@ class ForwardRun:
     checkpoint: Checkpoint | None = None  # what `weights` come from, adapted or not
     misshapen: set[Place] = field(default_factory=set)  # nothing can be said of a stage that reads one of these
     lambdas: Lambdas = field(default_factory=lambda: LAMBDA)
+    notes: dict[Place, str] = field(default_factory=dict)  # how a stage was read, where not simply as it was recorded
+    orders: dict[Place, Turn] = field(default_factory=dict)  # another order of axes, where the shape does not tell
+    turned: dict[Place, Turn] = field(default_factory=dict)  # what is done to a recorded array to get its values
+    readings: dict[Place, int] = field(default_factory=dict)  # which of `_readings` a stage was computed by
+
+    def read(self, place: Place) -> np.ndarray:
+        """A recorded stage's values."""
+        array = self.side.read(place)
+        return self.turned[place](array) if place in self.turned else array
 
 
 def open_run(folder: Path, model: str | None, stack: ExitStack) -> ForwardRun:
@@ -150,8 +165,8 @@ def order_of(path: StagePath | None, have: Iterable[Place]) -> list[Place]:
     order += [(None, s.name) for s in stages[first:] if s.scope is Scope.MODEL]
     unknown = sorted(have - set(order), key=str)
     if unknown:
-        names = ", ".join(stage.name for stage in stages)
-        raise InputError(f"'{forward_key(unknown[0])}' is no stage of a Qwen model; there are {names}")
+        key, names = forward_key(unknown[0]), ", ".join(stage.name for stage in stages)
+        raise InputError(f"'{key}' is no stage of a Qwen model{advice(key) or f'; there are {names}'}")
     return [place for place in order if place in have]
 
 
@@ -179,21 +194,112 @@ def _fits(run: ForwardRun, place: Place) -> bool:
     assert run.path is not None
     assert run.config is not None
     stage = stage_of(run.path, place)
-    shape, names = list(stage_shape(run.config, stage, len(run.tokens))), stage.shape.split()
-    if run.positions == "last":
-        shape = [1 if name in ("tokens", "queries") else size for name, size in zip(names, shape, strict=True)]
-    return run.side.shape(place) == shape
+    return run.side.shape(place) == list(recorded_shape(run.config, stage, len(run.tokens), run.positions))
 
 
 def oracles_of(place: Place, run: ForwardRun, observed: np.ndarray) -> Iterator[tuple[slice, Oracle]]:
     """The oracle of a recorded stage from its own recorded inputs, by columns; `ValueError` if these do not fit."""
     assert run.path is not None
     assert run.config is not None
-    stage, inputs = stage_of(run.path, place), inputs_of(place, run)
+    stage = _as_stored(stage_of(run.path, place), observed)
+    _, inputs = list(_readings(place, run, stage, inputs_of(place, run)))[run.readings.get(place, 0)]
     if stage.by_vocab and observed.ndim == 2:  # logits may be recorded of the last tokens alone
         inputs = {name: array[-len(observed) :] if name in stage.inputs else array for name, array in inputs.items()}
     with np.errstate(all="ignore"):  # a NaN among the inputs is their own row's verdict
         yield from oracles(run.path, run.config, stage, inputs, _weights_of(run), place[0], run.lambdas)
+
+
+def _as_stored(stage: Stage, observed: np.ndarray) -> Stage:
+    """The stage with the dtype in which its values are there: logits may be float32 in a bfloat16 run."""
+    name = observed.dtype.name
+    return dataclasses.replace(stage, dtype=name) if name in FLOATS else stage
+
+
+def _readings(
+    place: Place, run: ForwardRun, stage: Stage, inputs: Mapping[str, np.ndarray]
+) -> Iterator[tuple[str | None, dict[str, np.ndarray]]]:
+    """The inputs as a right program may have read them, likeliest first, and what it then did, in words.
+
+    One way where all have the run's dtype. Else they are brought to the widest among them and the result, as
+    frameworks promote; or wider ones are cast to the run's dtype first; or, of a result wider than the run, the
+    roundings inside are still to the run's dtype.
+    """
+    assert run.path is not None
+    dtype, own = stored_dtype(run.path["embedding"].dtype), stored_dtype(stage.dtype)
+    flow = [name for name, (_, source) in sources_of(place, run).items() if DTYPES[source] == "model"]
+
+    def promoted(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        common = _widest([own, *(arrays[name].dtype for name in flow)])
+        return {**arrays, **{name: arrays[name].astype(common, copy=False) for name in flow}}
+
+    yield None, promoted(inputs)
+    wider = [name for name in flow if inputs[name].dtype.itemsize > dtype.itemsize]
+    if wider:
+        narrowed = {name: inputs[name].astype(dtype) for name in wider}
+        yield f"right with {', '.join(wider)} cast to {dtype.name} first", promoted({**inputs, **narrowed})
+    if flow and not wider and own.itemsize > dtype.itemsize:
+        yield f"right with its roundings inside to {dtype.name}", dict(inputs)
+
+
+def _widest(dtypes: Sequence[np.dtype]) -> np.dtype:
+    """The dtype that holds the values of all: of bfloat16 and float16 neither does."""
+    widest = max(dtypes, key=lambda dtype: dtype.itemsize)
+    return np.dtype(np.float32) if widest.itemsize == 2 and len(set(dtypes)) > 1 else widest
+
+
+@dataclass(frozen=True)
+class Reread:
+    """Another way to read a stage in which it is right: its values so read, what was done, and whether that is a fault
+    of the recording."""
+
+    array: np.ndarray
+    text: str
+    fault: bool
+
+
+def reread(place: Place, run: ForwardRun, observed: np.ndarray) -> Reread | None:
+    """How else a stage that failed may be read so that it is right; `run` remembers, for stages judged from it."""
+    if why_unjudged(place, run) is not None:
+        return None
+    assert run.path is not None
+    for text, fault, turn in [(None, False, None), *_turns(place, run, observed)]:
+        array = observed if turn is None else turn(observed)
+        stage = _as_stored(stage_of(run.path, place), array)
+        ways = [way for way, _ in _readings(place, run, stage, inputs_of(place, run))]
+        for number, way in enumerate(ways):
+            run.readings[place] = number
+            if (turn is not None or number) and _right(place, run, array):
+                said = "; ".join(filter(None, (run.notes.get(place), text, way)))
+                if turn is not None:
+                    run.turned[place] = turn
+                if not fault:
+                    run.notes[place] = said
+                return Reread(array, said, fault)
+    run.readings[place] = 0
+    return None
+
+
+def _right(place: Place, run: ForwardRun, array: np.ndarray) -> bool:
+    return all(judge(oracle, part(array, columns))[0].passes for columns, oracle in oracles_of(place, run, array))
+
+
+def _turns(place: Place, run: ForwardRun, observed: np.ndarray) -> Iterator[tuple[str, bool, Turn]]:
+    """Other values that the same bytes may stand for, in words, and whether having written them so is a fault."""
+    if place in run.orders:
+        yield "recorded with its first two axes in the other order", False, run.orders[place]
+    own = observed.dtype
+    for dtype in map(stored_dtype, FLOATS):
+        if dtype != own and dtype.itemsize <= own.itemsize:
+            text = f"{dtype.name} bytes were read as {own.name}"
+            yield text, True, functools.partial(_as_bytes_of, dtype, 1)
+            if dtype.itemsize < own.itemsize:
+                yield f"{text}, row by row", True, functools.partial(_as_bytes_of, dtype, observed.shape[-1])
+
+
+def _as_bytes_of(dtype: np.dtype, row: int, array: np.ndarray) -> np.ndarray:
+    """`array` as what its bytes are in `dtype`: rows of `row` elements (1: the whole) hold as many of these first."""
+    rows = np.ascontiguousarray(array).reshape(1 if row == 1 else -1, array.size if row == 1 else row)
+    return np.ascontiguousarray(rows.view(dtype)[:, : rows.shape[1]]).reshape(array.shape)
 
 
 def pieces_of(place: Place, run: ForwardRun, observed: np.ndarray) -> Iterator[Piece]:
@@ -207,13 +313,23 @@ def judge_place(place: Place, run: ForwardRun, observed: np.ndarray) -> SideVerd
     """The verdict on one recorded stage from its own recorded inputs; None where these, or weights, are not there."""
     if why_unjudged(place, run) is not None:
         return None
-    verdict = SideVerdict()
     try:
-        for columns, oracle in oracles_of(place, run, observed):
-            verdict.add(oracle, part(observed, columns))
-            hold_to(verdict, run.side.facts.get("precision"), oracle, part(observed, columns))
+        verdict = _judged(place, run, observed)
+        other = reread(place, run, observed) if verdict.verdict.fails else None
     except (ValueError, IndexError):  # numpy's, for operands whose shapes do not go together
         return SideVerdict(Verdict.SHAPE, np.inf)
+    if other is None:
+        return verdict
+    if other.fault:
+        return SideVerdict(Verdict.BUG, verdict.ratio, other.text)
+    return _judged(place, run, other.array)
+
+
+def _judged(place: Place, run: ForwardRun, observed: np.ndarray) -> SideVerdict:
+    verdict = SideVerdict()
+    for columns, oracle in oracles_of(place, run, observed):
+        verdict.add(oracle, part(observed, columns))
+        hold_to(verdict, run.side.facts.get("precision"), oracle, part(observed, columns))
     return verdict
 
 
@@ -290,7 +406,7 @@ def inputs_of(place: Place, run: ForwardRun) -> dict[str, np.ndarray]:
     for name, source in sources_of(place, run).items():
         found = _find(run, source)
         assert found is not None
-        inputs[name] = run.side.read(found)
+        inputs[name] = run.read(found)
     chosen = slice(-1, None) if run.positions == "last" else slice(None)
     tokens, positions = np.asarray(run.tokens, np.int32), np.arange(len(run.tokens), dtype=np.int32)
     return inputs | {"tokens": tokens[chosen], "positions": positions[chosen]}

@@ -104,7 +104,7 @@ def residual_bound(rank: int) -> float:
 
 def rounding_unit(dtype: np.dtype) -> float:
     """Unit roundoff of a stage's stored dtype."""
-    return {"bfloat16": U_BF16, "float16": 2.0**-11}.get(dtype.name, U32)
+    return {"bfloat16": U_BF16, "float16": 2.0**-11, "float64": 2.0**-53}.get(dtype.name, U32)
 
 
 def exact_bound(result: np.ndarray, dtype: np.dtype) -> np.ndarray:

@@ -136,7 +136,11 @@ def test_what_has_no_place_is_refused_and_leaves_nothing(made: Path, traced: Pat
         (6, "not empty", ("export", traced / "dump", tmp_path / "aprt")),
         (4, "is not a folder", ("import", tmp_path / "f64.safetensors", out)),
         (2, "go together", ("import", tmp_path / "aprt", out, "--model", traced / "model")),
-        (3, "are these its tokens", ("import", tmp_path / "aprt", out, "--model", traced / "model", "--tokens", "1")),
+        (
+            3,
+            "has 5 tokens",
+            ("import", tmp_path / "aprt", out, "--model", traced / "model", "--tokens", "1"),
+        ),
         (6, "not empty", ("import", tmp_path / "aprt", traced / "dump")),
     ]:
         done = svf(*arguments)

@@ -80,19 +80,6 @@ def test_a_foreign_float16_forward_is_audited_and_its_fault_named(tmp_path: Path
     assert wrong.json["culprit"]["stage"] == "ffn_silu"
 
 
-def test_two_narrow_dtypes_in_one_forward_are_refused(tmp_path: Path) -> None:
-    import ml_dtypes
-
-    model = write_model(tmp_path / "model", MODELS["qwen3"], "float16")
-    ones = np.ones((2, 64), np.float16)
-    write_tensors(
-        tmp_path / "x.safetensors", {"layers.0.ffn_norm": ones, "layers.0.attn_norm": ones.astype(ml_dtypes.bfloat16)}
-    )
-    result = svf("audit", tmp_path / "x.safetensors", "--model", model, "--tokens", "1,2")
-    assert result.code == 3
-    assert "one dtype for all activations" in result.error
-
-
 def test_forward_takes_float16(tmp_path: Path) -> None:
     document = svf("forward", "--backend", "torch", "--dtype", "float16", "--no-production", "--json").json
     assert document["dtype"] == "float16"

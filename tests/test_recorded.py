@@ -7,10 +7,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
-from forward_models import MODELS, change_dump, tokens_of, write_model
-from helpers import Result, svf
+from forward_models import MODELS, MemoryWeights, change_dump, dumped, tokens_of, write_model
+from helpers import Result, svf, tensors_of
+
+from stages.aprt import write_aprt
+from stages.forward import forward_path, producers
+from stages.forward_dump import forward_key, parse_key
+from stages.forward_judge import order_of
+from stages.forward_run import oracles
+from stages.tensorfile import write_tensors
 
 TOKENS = tokens_of(9)
 IDS = ",".join(map(str, TOKENS))
@@ -34,6 +42,25 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def changed(made: Path, out: Path, change: Callable[[Tensors], object], dtype: str = "float32") -> Path:
     """A copy of a right dump after `change(tensors)`."""
     return change_dump(Path(shutil.copytree(made / f"qwen3-{dtype}-dump", out)), change)
+
+
+def recorded(made: Path, out: Path, change: Callable[[Tensors], object], name: str = "qwen3-float32") -> Result:
+    """The audit of a right dump's stages after `change(tensors)`, handed over as another program's."""
+    tensors = dumped(made / f"{name}-dump")
+    change(tensors)
+    write_tensors(out, {key: np.ascontiguousarray(a) for key, a in tensors.items()})
+    return svf("audit", out, "--model", made / name, "--tokens", IDS, "--json")
+
+
+def sound(done: Result) -> bool:
+    assert (done.code, done.json["outcome"]) == (0, "sound"), done.json["verdict"]
+    return True
+
+
+def blamed(done: Result) -> tuple[str, int | None, str]:
+    assert (done.code, done.json["outcome"]) == (1, "faulty"), done.json["verdict"]
+    found = done.json["culprit"]
+    return found["verdict"], found["layer"], found["stage"]
 
 
 def rows(done: Result) -> dict[str, dict[str, Any]]:
@@ -125,3 +152,271 @@ def test_a_hint_at_scores_needs_only_those_that_the_mask_keeps(made: Path, tmp_p
 
     done = svf("audit", changed(made, tmp_path / "wrong", unscaled), "--json")
     assert done.json["culprit"]["hint"] == "the scale 1/sqrt(head_dim) is missing"
+
+
+# A dtype per stage.
+
+NARROW = ("bfloat16", "float16")
+STORED = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
+
+
+def wide_logits(made: Path, dtype: str, t: Tensors) -> None:
+    """Logits in float32 from narrow operands."""
+    head = model_tensors(made, dtype)["model.embed_tokens.weight"].astype(np.float32)
+    t["lm_head"] = t["final_norm"].astype(np.float32) @ head.T
+
+
+def model_tensors(made: Path, dtype: str) -> Tensors:
+    return tensors_of(made / f"qwen3-{dtype}" / "model.safetensors")
+
+
+def widened(t: Tensors) -> None:
+    t.update({key: a.astype(np.float32) for key, a in t.items()})
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_wide_logits_in_a_narrow_run_are_judged_as_stored(made: Path, tmp_path: Path, dtype: str) -> None:
+    name = f"qwen3-{dtype}"
+    for stored, change in {"as computed": lambda t: None, "in float32": widened}.items():
+
+        def logits(t: Tensors, change: Callable[[Tensors], None] = change) -> None:
+            wide_logits(made, dtype, t)
+            change(t)
+
+        done = recorded(made, tmp_path / "right.safetensors", logits, name)
+        assert sound(done)
+        assert done.json["facts"]["dtype"] == dtype
+        assert done.json["facts"]["dtype taken"] == f"most stored values are of {dtype}; lm_head: float32", stored
+
+        def wrong(t: Tensors, logits: Callable[[Tensors], None] = logits) -> None:
+            logits(t)
+            t["lm_head"] = t["lm_head"] * np.float32(1 + 2.0**-12)  # seen in float32, below half a narrow step
+
+        assert blamed(recorded(made, tmp_path / "wrong.safetensors", wrong, name)) == ("bug", None, "lm_head")
+    done = recorded(made, tmp_path / "all.safetensors", widened, name)
+    assert sound(done)
+    assert done.json["facts"]["dtype taken"] == f"every stored value is one of {dtype}"
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_our_own_dump_may_hold_wide_logits(made: Path, tmp_path: Path, dtype: str) -> None:
+    assert sound(svf("audit", changed(made, tmp_path / "x", lambda t: wide_logits(made, dtype, t), dtype), "--json"))
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_float32_tables_in_a_narrow_run_are_judged_as_stored(made: Path, tmp_path: Path, dtype: str) -> None:
+    """Whether the program turned with them as they are, or cast them first."""
+
+    def wide_tables(t: Tensors) -> None:
+        for name, function in (("rope_cos", np.cos), ("rope_sin", np.sin)):
+            t[name] = function(t["rope_angle"].astype(np.float64)).astype(np.float32)
+
+    def turned(t: Tensors) -> None:
+        wide_tables(t)
+        for key in [key for key in t if key.endswith("_post_rope")]:
+            x = t[key.replace("_post_rope", "_norm")].astype(np.float32)
+            half = x.shape[-1] // 2
+            rotated = np.concatenate((-x[..., half:], x[..., :half]), axis=-1)
+            t[key] = (x * t["rope_cos"][:, None] + rotated * t["rope_sin"][:, None]).astype(t[key].dtype)
+
+    name = f"qwen3-{dtype}"
+    cast = recorded(made, tmp_path / "cast.safetensors", wide_tables, name)
+    assert sound(cast)
+    told = f"right with rope_cos, rope_sin cast to {dtype} first"
+    assert told in {row["note"] for key, row in rows(cast).items() if key.endswith("_post_rope")}
+
+    def as_they_are(t: Tensors) -> None:
+        turned(t)
+        downstream(t)
+
+    def downstream(t: Tensors) -> None:
+        for key in [key for key in t if key.startswith("layers.") and not key.endswith(("_norm", "_post_rope"))]:
+            del t[key]  # made from the rotation before
+
+    done = recorded(made, tmp_path / "wide.safetensors", as_they_are, name)
+    assert {row["verdict"] for key, row in rows(done).items() if key.endswith("_post_rope")} <= {"exact", "rounding"}
+
+    def backwards(t: Tensors) -> None:
+        wide_tables(t)
+        t["layers.1.q_post_rope"] = t["layers.1.q_post_rope"][..., ::-1]
+
+    assert blamed(recorded(made, tmp_path / "wrong.safetensors", backwards, name)) == ("bug", 1, "q_post_rope")
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("stage", ["attn_scores", "attn_softmax"])
+def test_float32_attention_inside_a_narrow_run(made: Path, tmp_path: Path, dtype: str, stage: str) -> None:
+    """Scores and probabilities kept in float32, as fused kernels do: not rounded before the scale, or cast after."""
+
+    def wide(t: Tensors) -> None:
+        for n in range(2):
+            q, k = (
+                t[f"layers.{n}.{name}"].astype(np.float32).swapaxes(0, 1) for name in ("q_post_rope", "k_post_rope")
+            )
+            scores = (q @ np.repeat(k, 2, axis=0).swapaxes(1, 2) * np.float32(32**-0.5)).astype(np.float32)
+            if stage == "attn_softmax":
+                scores = t[f"layers.{n}.attn_scores"].astype(np.float32)
+            masked = np.where(np.tri(len(TOKENS), dtype=bool), scores, -np.inf)
+            p = np.exp(masked - masked.max(axis=-1, keepdims=True))
+            p = (p / p.sum(axis=-1, keepdims=True)).astype(np.float32)
+            t[f"layers.{n}.attn_scores"] = scores if stage == "attn_scores" else t[f"layers.{n}.attn_scores"]
+            narrow = STORED[dtype]
+            t[f"layers.{n}.attn_softmax"] = p if stage == "attn_softmax" else p.astype(narrow)
+            v = np.repeat(t[f"layers.{n}.qkv_bias"][:, -64:].reshape(-1, 2, 32).swapaxes(0, 1), 2, axis=0)
+            out = p.astype(narrow).astype(np.float32) @ v.astype(np.float32)
+            t[f"layers.{n}.attention"] = out.swapaxes(0, 1).reshape(len(TOKENS), -1).astype(narrow)
+            for name in ("attn_out", "post_attn_residual"):  # made from the attention before
+                del t[f"layers.{n}.{name}"]
+
+    done = recorded(made, tmp_path / "right.safetensors", wide, f"qwen3-{dtype}")
+    judged = {key: row["verdict"] for key, row in rows(done).items() if ".att" in key and "norm" not in key}
+    assert len(judged) == 6
+    assert set(judged.values()) <= {"exact", "rounding"}, done.json["verdict"]
+
+    def half(t: Tensors) -> None:
+        wide(t)
+        t[f"layers.1.{stage}"] = t[f"layers.1.{stage}"] * np.float32(1 + 2.0**-10)
+
+    assert blamed(recorded(made, tmp_path / "wrong.safetensors", half, f"qwen3-{dtype}")) == ("bug", 1, stage)
+
+
+def test_one_narrow_stage_does_not_make_a_narrow_run(made: Path, tmp_path: Path) -> None:
+    def one(t: Tensors) -> None:
+        gate = t["layers.1.ffn_gate"].astype(STORED["bfloat16"])
+        t["layers.1.ffn_gate"] = gate.astype(np.float32)
+
+    done = recorded(made, tmp_path / "x.safetensors", one)
+    assert done.json["facts"]["dtype"] == "float32"
+    assert ("precision", 1, "ffn_gate") in {(c["verdict"], c["layer"], c["stage"]) for c in done.json["culprits"]}
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("way", ["row by row", "whole"])
+def test_bytes_read_as_another_type_are_named(made: Path, tmp_path: Path, dtype: str, way: str) -> None:
+    """Two-byte logits handed out as four-byte ones: half is garbage, the rest 0. All else is judged."""
+
+    def misread(t: Tensors) -> None:
+        a = t["lm_head"].reshape(len(TOKENS) if way == "row by row" else 1, -1)
+        garbage = a.view(np.float32)
+        t["lm_head"] = np.concatenate((garbage, np.zeros_like(garbage)), axis=-1).reshape(t["lm_head"].shape)
+
+    done = recorded(made, tmp_path / "x.safetensors", misread, f"qwen3-{dtype}")
+    assert blamed(done) == ("bug", None, "lm_head")
+    assert f"{dtype} bytes were read as float32" in done.json["verdict"]
+    assert {row["verdict"] for key, row in rows(done).items() if key != "lm_head"} <= {"exact", "rounding"}
+
+
+def test_bfloat16_bytes_read_as_float16_are_named_and_what_follows_is_judged(made: Path, tmp_path: Path) -> None:
+    def misread(t: Tensors) -> None:
+        t["layers.0.ffn_gate"] = t["layers.0.ffn_gate"].view(np.float16)
+
+    done = recorded(made, tmp_path / "x.safetensors", misread, "qwen3-bfloat16")
+    assert blamed(done) == ("bug", 0, "ffn_gate")
+    assert len(done.json["culprits"]) == 1
+    assert "bfloat16 bytes were read as float16" in done.json["culprit"]["hint"]
+
+
+# Float64.
+
+
+def test_float64_that_holds_float32_is_judged_as_that(made: Path, tmp_path: Path) -> None:
+    done = recorded(
+        made, tmp_path / "x.safetensors", lambda t: t.update({k: a.astype(np.float64) for k, a in t.items()})
+    )
+    assert sound(done)
+    assert (done.json["facts"]["dtype"], done.json["coverage"]["judged"]) == ("float32", 45)
+    assert done.json["facts"]["dtype taken"] == "every stored value is one of float32"
+
+
+def in_float64(made: Path, wrong: str | None = None) -> Callable[[Tensors], None]:
+    """Everything computed again in float64 by the oracle's own functions, one of them wrong by 1e-5."""
+
+    def change(t: Tensors) -> None:
+        config = MODELS["qwen3"].config("float32")
+        weights = MemoryWeights(model_tensors(made, "float32"))
+        path = forward_path(config, "float64")
+        given = {"tokens": np.asarray(TOKENS, np.int32), "positions": np.arange(len(TOKENS), dtype=np.int32)}
+        for place in order_of(path, [parse_key(key) for key in t]):
+            stage = path[place[1]]
+            sources = producers(path, stage, place[0], config.num_hidden_layers)
+            inputs = {name: t[forward_key(source)] for name, source in sources.items()} | given
+            parts = [oracle.value for _, oracle in oracles(path, config, stage, inputs, weights, place[0])]
+            value = np.concatenate(parts, axis=-1)
+            t[forward_key(place)] = value * (1 + 1e-5) if forward_key(place) == wrong else value
+
+    return change
+
+
+def test_a_float64_run_is_judged_as_far_as_the_bounds_of_float32_go(made: Path, tmp_path: Path) -> None:
+    done = recorded(made, tmp_path / "x.safetensors", in_float64(made))
+    assert sound(done)
+    assert (done.json["facts"]["dtype"], done.json["coverage"]["judged"]) == ("float64", 45)
+    assert "to float32's resolution" in done.json["facts"]["dtype taken"]
+    for place in ((0, "ffn_gate"), (1, "post_attn_residual"), (1, "attention")):
+        change = in_float64(made, forward_key(place))
+        assert blamed(recorded(made, tmp_path / "x.safetensors", change)) == ("bug", *place)
+
+
+# The forms in which programs write.
+
+
+def test_another_count_of_tokens_is_no_fault_of_a_stage(made: Path, tmp_path: Path) -> None:
+    done = recorded(made, tmp_path / "x.safetensors", lambda t: None)
+    assert sound(done)
+    for ids in ("1,2,3,4,5,6,7,8", "1"):
+        done = svf("audit", tmp_path / "x.safetensors", "--model", made / "qwen3-float32", "--tokens", ids)
+        assert done.code == 3
+        assert f"the dump has 9 tokens, --tokens {len(ids.split(','))}" in done.error
+
+
+def heads_first(t: Tensors) -> None:
+    """As attention has them: a batch axis, then heads; the output of attention before heads are joined."""
+    for key, a in list(t.items()):
+        if key.endswith(("q_norm", "k_norm", "_post_rope")):
+            t[key] = a.swapaxes(0, 1)[None]
+        elif key.endswith("attention"):
+            t[key] = a.reshape(len(a), 4, 32).swapaxes(0, 1)[None]
+        elif key.endswith(("attn_scores", "attn_softmax")):
+            t[key] = a.swapaxes(0, 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [9, 4])
+def test_heads_first_is_sound(made: Path, tmp_path: Path, dtype: str, count: int) -> None:
+    """Of 4 tokens and 4 heads the shape does not tell; the values do."""
+    ids = ",".join(map(str, TOKENS[:count]))
+    model = made / f"qwen3-{dtype}"
+    command = ["forward", model, "--tokens", ids, "--no-production", "--backend", "reference"]
+    assert svf(*command, "--out", tmp_path / "dump").code == 0
+    right = dumped(tmp_path / "dump")
+    heads_first(right)
+    write_tensors(tmp_path / "x.safetensors", {key: np.ascontiguousarray(a) for key, a in right.items()})
+    given = ("--model", model, "--tokens", ids, "--json")
+    done = svf("audit", tmp_path / "x.safetensors", *given)
+    assert sound(done)
+    assert done.json["coverage"]["judged"] == 45
+    assert all("recorded" in (rows(done)[f"layers.{n}.q_post_rope"]["note"] or "") for n in range(2))
+    right["layers.1.q_post_rope"] = right["layers.1.q_post_rope"][..., ::-1]
+    write_tensors(tmp_path / "x.safetensors", {key: np.ascontiguousarray(a) for key, a in right.items()})
+    assert blamed(svf("audit", tmp_path / "x.safetensors", *given)) == ("bug", 1, "q_post_rope")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_tree_of_the_last_position_is_no_fault(made: Path, tmp_path: Path, dtype: str) -> None:
+    model = made / f"qwen3-{dtype}"
+    command = ["forward", model, "--tokens", IDS, "--no-production", "--backend", "torch", "--positions", "last"]
+    assert svf(*command, "--out", tmp_path / "dump").code == 0
+    tensors = {key: a.astype(np.float32) for key, a in dumped(tmp_path / "dump").items()}
+    for key, a in tensors.items():
+        place = parse_key(key)
+        assert place is not None
+        file = tmp_path / "tree" / ("" if place[0] is None else f"layer-{place[0]}") / f"{place[1]}.bin"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_aprt(file, place[0], a.reshape(-1))
+    given = ("--model", model, "--tokens", IDS)
+    done = svf("audit", tmp_path / "tree", *given, "--json")
+    assert done.json["culprit"] is None, done.json["verdict"]
+    same = svf("audit", tmp_path / "dump", "--json")
+    assert done.json["coverage"] == same.json["coverage"]
+    assert svf("import", tmp_path / "tree", tmp_path / "back", *given).code == 0
+    assert svf("audit", tmp_path / "back", "--json").json["coverage"] == same.json["coverage"]
