@@ -8,13 +8,13 @@ import platform
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from stages.children import run_svf
 from stages.defaults import cache_folder
+from stages.environment import VARIABLES, Effect, set_here
 from stages.errors import SvfError, shown
 from stages.memory import available_bytes
 
@@ -23,29 +23,11 @@ PACKAGES = (
     *("svf", "numpy", "torch", "jax", "jaxlib", "flax", "transformers", "safetensors", "huggingface_hub"),
     *("ml_dtypes", "tokenizers"),
 )
-# Read by BLAS, XLA, the frameworks, the hub's client or this tool; shown where set.
-VARIABLES = (
-    *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS"),
-    *("ATEN_CPU_CAPABILITY", "ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE"),
-    *("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "CUDA_VISIBLE_DEVICES"),
-    *("XLA_FLAGS", "JAX_PLATFORMS", "JAX_DEFAULT_MATMUL_PRECISION", "JAX_ENABLE_X64", "JAX_DISABLE_JIT"),
-    *("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "SVF_CACHE"),
-)
 # A framework and a tiny model take about a GiB; a default bundle and a small dump some hundred MB.
 MIN_MEMORY = 2 * 1024**3
 MIN_DISK = 1024**3
 # Importing a framework takes some seconds, on a slow disk a minute.
 PROBE_SECONDS = 120.0
-# XLA flags that neither choose an arithmetic nor an instruction set.
-_HARMLESS_XLA = ("--xla_dump_", "--xla_force_host_platform_device_count", "--xla_gpu_cuda_data_dir")
-
-
-class Effect(StrEnum):
-    """What a finding does: `stops` a run, `changes` results, or is good to `know`."""
-
-    STOPS = "stops"
-    CHANGES = "changes"
-    KNOW = "know"
 
 
 @dataclass(frozen=True)
@@ -143,36 +125,10 @@ _USUAL: dict[str, tuple[Any, str]] = {
 
 
 def _environment(environment: Mapping[str, str]) -> Iterator[Finding]:
-    flags = [f for f in environment.get("XLA_FLAGS", "").split() if not f.startswith(_HARMLESS_XLA)]
-    if flags:
-        told = f"XLA_FLAGS has {shown(' '.join(flags))}"
-        yield Finding(Effect.CHANGES, told, "unset it, or give both runs that are compared the same flags")
-    for name, (effect, harmless, remedy) in _VARIABLE_EFFECTS.items():
-        if name in environment and environment[name].strip().lower() not in harmless:
-            yield Finding(effect, f"{name} is set to {shown(environment[name])}", remedy)
-    platforms = environment.get("JAX_PLATFORMS", "")
-    if platforms and "cpu" not in platforms.split(","):
-        told = f"JAX_PLATFORMS is {shown(platforms)}, without cpu"
-        yield Finding(Effect.STOPS, told, "add cpu: svf computes there unless told otherwise")
-
-
-_SAME = "unset it, or set it alike for every run that is compared"
-_OFF = ("", "0", "false", "off", "no")
-# Per variable: its effect where set, the values without one, what to do.
-_VARIABLE_EFFECTS: dict[str, tuple[Effect, tuple[str, ...], str]] = {
-    "MKL_CBWR": (Effect.CHANGES, ("",), f"MKL takes other kernels and sums in another order; {_SAME}"),
-    "MKL_ENABLE_INSTRUCTIONS": (Effect.CHANGES, ("",), f"MKL takes other kernels; {_SAME}"),
-    "ATEN_CPU_CAPABILITY": (Effect.CHANGES, ("",), f"torch takes other kernels; {_SAME}"),
-    "ONEDNN_DEFAULT_FPMATH_MODE": (Effect.CHANGES, ("", "strict"), "oneDNN rounds float32 operands down; unset it"),
-    "DNNL_DEFAULT_FPMATH_MODE": (Effect.CHANGES, ("", "strict"), "oneDNN rounds float32 operands down; unset it"),
-    "NVIDIA_TF32_OVERRIDE": (Effect.CHANGES, ("", "0"), "cuBLAS takes TF32 whatever is asked for; unset it"),
-    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": (Effect.CHANGES, _OFF, "torch takes TF32 for products on GPUs; unset it"),
-    "OMP_NUM_THREADS": (Effect.KNOW, ("",), "a float32 SVD (--svd torch) depends on the number of threads"),
-    "MKL_NUM_THREADS": (Effect.KNOW, ("",), "a float32 SVD (--svd torch) depends on the number of threads"),
-    "JAX_DEFAULT_MATMUL_PRECISION": (Effect.KNOW, ("", "highest"), "svf asks for 'highest' itself"),
-    "JAX_ENABLE_X64": (Effect.KNOW, _OFF, "svf sets the width of its own computations; other programs are affected"),
-    "HF_HUB_OFFLINE": (Effect.KNOW, _OFF, "hub models must be in the cache already, whole"),
-}
+    for name, value in set_here(environment).items():
+        variable = VARIABLES[name]
+        if variable.remedy and not (name == "JAX_PLATFORMS" and "cpu" in value.split(",")):
+            yield Finding(variable.effect, f"{name} is set to {shown(value, 300)}", variable.remedy)
 
 
 def _machine() -> dict[str, Any]:

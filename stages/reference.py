@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from stages import svd
+from stages import environment, svd
 from stages.backend import Weights
 from stages.forward import DTYPES, ROUNDED_INSIDE
 from stages.layouts import LAYOUTS
@@ -174,4 +174,5 @@ class ReferenceBackend:
             "device": "cpu",
             "cpus": str(len(os.sched_getaffinity(0))),
             "arithmetic": "float64, rounded at stage boundaries",
+            **environment.facts(),
         }

@@ -7,6 +7,7 @@ recorded bytes come again, bits were lost (`precision`); otherwise something els
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -19,6 +20,7 @@ import numpy as np
 from stages.backend import Backend
 from stages.calibration import FACT, facts_of
 from stages.children import ChildResult, run_svf
+from stages.environment import AUTOTUNE, xla_flag, xla_flags
 from stages.errors import InputError
 from stages.forward_dump import ForwardSide, parse_key
 from stages.forward_judge import ForwardRun, inputs_of, oracles_of, part, stage_of
@@ -107,8 +109,9 @@ def _add_hint(row: Row, end: str, hint: str) -> None:
 def decide(again: Again, recorded: Mapping[str, str], now: Mapping[str, str]) -> tuple[Verdict, str]:
     """What a suspect is, and why.
 
-    Other versions or threads than recorded may rightly give other bytes: then it stays `suspect`, unless the function
-    is wrong in reference precision, which no version excuses.
+    Other versions, threads or settings than recorded may rightly give other bytes, and so may a GPU, whose kernels
+    are chosen anew in each process: then it stays `suspect`, unless the function is wrong in reference precision, which
+    nothing excuses.
     """
     if not Verdict(again.reference).passes:
         return Verdict.BUG, (
@@ -121,14 +124,29 @@ def decide(again: Again, recorded: Mapping[str, str], now: Mapping[str, str]) ->
             "reference precision the oracle's values"
         )
     changed = [
-        f"{name} {recorded[name]} then, {now[name]} now"
+        f"{name} {recorded[name] or 'none'} then, {now[name] or 'none'} now"
         for name in now
         if name in recorded and name not in (FACT, "jit") and recorded[name] != now[name]
     ]
     if changed:
         return Verdict.SUSPECT, f"run again it gives other bytes, but elsewhere: {', '.join(changed)}"
+    if recorded.get("device", "cpu") != "cpu" or now.get("device", "cpu") != "cpu":
+        return _other_bytes_of_a_gpu(recorded, now)
     return Verdict.BUG, (
         "run again on the same versions it gives other bytes, within its bound: what wrote this dump was not this code"
+    )
+
+
+def _other_bytes_of_a_gpu(recorded: Mapping[str, str], now: Mapping[str, str]) -> tuple[Verdict, str]:
+    """Where kernels are tuned, other bytes are no proof (openxla issue 37902: even of a plain sum)."""
+    if recorded.get(AUTOTUNE) == now.get(AUTOTUNE) == "0":
+        return Verdict.BUG, (
+            f"run again on the same versions, both without autotuning ({AUTOTUNE} 0), it gives other bytes, within its "
+            "bound"
+        )
+    remedy = f"; run both with XLA_FLAGS=--{AUTOTUNE}=0 to know" if AUTOTUNE in now else ""
+    return Verdict.SUSPECT, (
+        f"run again it gives other bytes, which proves nothing on a GPU: another process may take other kernels{remedy}"
     )
 
 
@@ -146,7 +164,14 @@ def _child(keys: Sequence[str], dump: Recorded) -> ChildResult:
     with tempfile.TemporaryDirectory(prefix="svf-rerun-") as scratch:
         file = Path(scratch) / "request.json"
         file.write_text(json.dumps(request))
-        return run_svf(["--no-progress", "rerun", str(file)])
+        return run_svf(["--no-progress", "rerun", str(file)], _environment(dump.facts))
+
+
+def _environment(recorded: Mapping[str, str]) -> dict[str, str]:
+    """What the child's environment takes from the dump's: that nothing was tuned. No other value of a file's is set."""
+    if recorded.get(AUTOTUNE) != "0" or xla_flag(AUTOTUNE) == "0":
+        return {}
+    return {"XLA_FLAGS": f"{' '.join(xla_flags(os.environ.get('XLA_FLAGS', '')))} --{AUTOTUNE}=0".strip()}
 
 
 def answer(request_file: Path, load: Loader) -> dict[str, Any]:

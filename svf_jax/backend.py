@@ -11,11 +11,13 @@ import jax
 import numpy as np
 from jax import Array
 
+from stages import environment
 from stages.backend import Production, Weights
 from stages.errors import UsageError
 from stages.qwen import QwenConfig
 from svf_jax.components import REPLAY_STAGES
 from svf_jax.order import ORDERED
+from svf_jax.probe import flags
 from svf_jax.qwen import FORWARD_STAGES
 from svf_jax.router import ROUTER_STAGES
 from svf_jax.svd import svd
@@ -114,4 +116,6 @@ class JaxBackend:
             "matmul_precision": self.precision,
             "jit": str(self.jit),
             "xla_flags": os.environ.get("XLA_FLAGS", ""),
+            **flags(),
+            **environment.facts(),
         }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import jax
 
+from stages.environment import AUTOTUNE, xla_flag
+
 
 def probe() -> dict[str, object]:
     """Devices and the settings that change results, as plain values."""
@@ -16,8 +18,14 @@ def probe() -> dict[str, object]:
             "default_matmul_precision": str(config["jax_default_matmul_precision"] or "the device's"),
             "enable_x64": bool(config["jax_enable_x64"]),
             "disable_jit": bool(config["jax_disable_jit"]),
+            **flags(),
         },
     }
+
+
+def flags() -> dict[str, str]:
+    """The flags that let products on a GPU differ from run to run, or keep casts back and forth out."""
+    return {name: xla_flag(name) for name in (AUTOTUNE, "xla_allow_excess_precision")}
 
 
 def _accelerators() -> list[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stages import environment
 from stages.backend import Production, Weights
 from stages.errors import UsageError
 from stages.memory import aligned_copy, is_aligned
 from stages.qwen import QwenConfig
 from svf_torch.components import REPLAY_STAGES
 from svf_torch.order import ORDERED
+from svf_torch.probe import flags, set_flag
 from svf_torch.qwen import FORWARD_STAGES
 from svf_torch.router import ROUTER_STAGES
 from svf_torch.svd import svd
@@ -28,6 +31,9 @@ class TorchBackend:
     """Native PyTorch kernels on `device` (`cpu`, `cuda`, `cuda:1`)."""
 
     device: str = "cpu"
+    # On a GPU torch keeps partial sums in 16 bits by default; a port is judged at full precision first (numerics.md).
+    # True: products lose what this process's flags let them, as the user's own do.
+    reduced_products: bool = False
     name: str = "torch"
 
     def __post_init__(self) -> None:
@@ -82,7 +88,28 @@ class TorchBackend:
 
     def compile(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """`fn` without autograd: torch runs eagerly, operation by operation."""
-        return torch.inference_mode()(fn)
+
+        def call(*arrays: Tensor) -> Any:
+            with torch.inference_mode(), self._flags():
+                return fn(*arrays)
+
+        return call
+
+    @contextmanager
+    def _flags(self) -> Iterator[None]:
+        """Within it, on a GPU, no product loses bits; the process's own flags are back afterwards."""
+        on = (
+            {}
+            if self.reduced_products or not self.device.startswith("cuda")
+            else {k: v for k, v in flags().items() if v}
+        )
+        for name in on:
+            set_flag(name, False)
+        try:
+            yield
+        finally:
+            for name in on:
+                set_flag(name, True)
 
     def production(
         self, config: QwenConfig, weights: Weights, *, dtype: str = "model", raw_config: Mapping[str, Any] | None = None
@@ -94,6 +121,8 @@ class TorchBackend:
 
     def facts(self) -> dict[str, str]:
         """What may change results: versions, device, threads, precision flags."""
+        with self._flags():
+            effective = {name: str(value) for name, value in flags().items()}
         return {
             "backend": self.name,
             "torch": torch.__version__,
@@ -102,6 +131,8 @@ class TorchBackend:
             "float32_matmul_precision": torch.get_float32_matmul_precision(),
             "blas": "mkl" if torch.backends.mkl.is_available() else "other",
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            **effective,
+            **environment.facts(),
         }
 
 

@@ -21,7 +21,9 @@ from stages.rerun import Again, Recorded, decide
 from stages.verdict import Verdict
 
 KEY = "layers.1.ffn_out"
-FACTS = {"torch": "2.13.0", "threads": "2"}
+FACTS = {"torch": "2.13.0", "threads": "2", "environment": ""}
+ON_GPU = {"device": "gpu:0: NVIDIA H200", "jax": "0.12", "xla_gpu_autotune_level": "default"}
+NOT_TUNED = {**ON_GPU, "xla_gpu_autotune_level": "0"}
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +85,12 @@ AGAIN = {
         Verdict.BUG,
         "another function",
     ),
+    "another setting": (
+        Again(False, "exact", 0.0, 17.3),
+        {**FACTS, "environment": "MKL_CBWR=COMPATIBLE"},
+        Verdict.SUSPECT,
+        "environment none then, MKL_CBWR=COMPATIBLE now",
+    ),
     "another calibration is no other code": (
         Again(False, "exact", 0.0, 17.3),
         {**FACTS, "calibration": "shipped"},
@@ -98,6 +106,33 @@ def test_what_a_suspect_becomes(case: str) -> None:
     found, hint = decide(again, {**FACTS, "calibration": "2026-11-20: product 2/4"}, now)
     assert found is verdict
     assert words in hint
+
+
+@pytest.mark.parametrize(("again", "recorded", "now", "verdict", "words"), [
+    (Again(False, "exact", 0.0, 17.3), ON_GPU, ON_GPU, Verdict.SUSPECT, "--xla_gpu_autotune_level=0 to know"),
+    (Again(False, "exact", 0.0, 17.3), NOT_TUNED, ON_GPU, Verdict.SUSPECT, "elsewhere"),
+    (Again(False, "exact", 0.0, 17.3), NOT_TUNED, NOT_TUNED, Verdict.BUG, "both without autotuning"),
+    (Again(False, "exact", 0.0, 17.3), {"device": "cuda: H200"}, {"device": "cuda: H200"}, Verdict.SUSPECT, "nothing"),
+    (Again(False, "bug", 9.0, 17.3), ON_GPU, ON_GPU, Verdict.BUG, "another function"),
+    (Again(True, "exact", 0.0, 9.0), ON_GPU, ON_GPU, Verdict.PRECISION, "about 9.0 significant bits"),
+])  # fmt: skip
+def test_other_bytes_of_a_gpu_are_no_proof(
+    again: Again, recorded: dict[str, str], now: dict[str, str], verdict: Verdict, words: str
+) -> None:
+    found, hint = decide(again, recorded, now)
+    assert found is verdict
+    assert words in hint
+    assert "was not this code" not in hint
+
+
+def test_a_dump_that_was_not_tuned_is_run_again_without_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XLA_FLAGS", "--xla_a=1")
+    assert rerun._environment({"xla_gpu_autotune_level": "0", "environment": "XLA_FLAGS=--xla_dump_to=/tmp"}) == {
+        "XLA_FLAGS": "--xla_a=1 --xla_gpu_autotune_level=0"
+    }
+    assert rerun._environment({"xla_gpu_autotune_level": "default", "XLA_FLAGS": "--xla_dump_to=/tmp"}) == {}
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_autotune_level=0")
+    assert rerun._environment({"xla_gpu_autotune_level": "0"}) == {}
 
 
 def test_an_audit_without_rerun_leaves_a_suspect_with_its_statistic(dump: Path) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from stages import environment
 from stages.defaults import cache_folder
 from stages.errors import OutputError, SvfError
 from stages.jsonio import read_object, write_json
@@ -17,8 +18,6 @@ from stages.jsonio import read_object, write_json
 # Raise it when what is probed, or how it is told, changes.
 _VERSION = 1
 _PACKAGES = ("torch", "jax", "jaxlib")
-# What sets vector widths and kernels; the value of each is part of the key.
-_VARIABLES = ("XLA_FLAGS", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS")
 # What limits the threads of numerical libraries, beside the processors that a process may use.
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
@@ -26,8 +25,8 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 def identity(backend: str, device: str, threads: int, cpu: str) -> dict[str, str]:
     """What probed orders hold for; `cpu` is the processor's name. Loads no framework."""
     packages = {name: _installed(name) for name in _PACKAGES}
-    variables = {name: os.environ.get(name, "") for name in _VARIABLES}
-    return {"backend": backend, "device": device, "threads": str(threads), "cpu": cpu, **packages, **variables}
+    settings = environment.facts(but=THREAD_VARIABLES)
+    return {"backend": backend, "device": device, "threads": str(threads), "cpu": cpu, **packages, **settings}
 
 
 def _installed(package: str) -> str:
