@@ -201,7 +201,7 @@ def oracles_of(place: Place, run: ForwardRun, observed: np.ndarray) -> Iterator[
     """The oracle of a recorded stage from its own recorded inputs, by columns; `ValueError` if these do not fit."""
     assert run.path is not None
     assert run.config is not None
-    stage = _as_stored(stage_of(run.path, place), observed)
+    stage = _as_stored(run, stage_of(run.path, place), observed)
     _, inputs = list(_readings(place, run, stage, inputs_of(place, run)))[run.readings.get(place, 0)]
     if stage.by_vocab and observed.ndim == 2:  # logits may be recorded of the last tokens alone
         inputs = {name: array[-len(observed) :] if name in stage.inputs else array for name, array in inputs.items()}
@@ -209,10 +209,14 @@ def oracles_of(place: Place, run: ForwardRun, observed: np.ndarray) -> Iterator[
         yield from oracles(run.path, run.config, stage, inputs, _weights_of(run), place[0], run.lambdas)
 
 
-def _as_stored(stage: Stage, observed: np.ndarray) -> Stage:
-    """The stage with the dtype in which its values are there: logits may be float32 in a bfloat16 run."""
-    name = observed.dtype.name
-    return dataclasses.replace(stage, dtype=name) if name in FLOATS else stage
+def _as_stored(run: ForwardRun, stage: Stage, observed: np.ndarray) -> Stage:
+    """The stage with the dtype in which its values are there: logits may be float32 in a bfloat16 run.
+
+    A dump of ours says what it was computed in; what is stored there in less does not fit, and stays as declared.
+    """
+    less = observed.dtype.itemsize < stored_dtype(stage.dtype).itemsize and isinstance(run.side, ForwardSide)
+    known = observed.dtype.name in FLOATS and not less
+    return dataclasses.replace(stage, dtype=observed.dtype.name) if known else stage
 
 
 def _readings(
@@ -264,7 +268,7 @@ def reread(place: Place, run: ForwardRun, observed: np.ndarray) -> Reread | None
     assert run.path is not None
     for text, fault, turn in [(None, False, None), *_turns(place, run, observed)]:
         array = observed if turn is None else turn(observed)
-        stage = _as_stored(stage_of(run.path, place), array)
+        stage = _as_stored(run, stage_of(run.path, place), array)
         ways = [way for way, _ in _readings(place, run, stage, inputs_of(place, run))]
         for number, way in enumerate(ways):
             run.readings[place] = number
