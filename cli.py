@@ -460,6 +460,10 @@ def replay(
     dump: Annotated[DumpMode | None, typer.Option(help="full with --out, otherwise none.")] = None,
     out: Annotated[Path | None, typer.Option(help="New folder for the dump.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write the replaying side's report here.")] = None,
+    stage_dir: Annotated[
+        Path | None,
+        typer.Option(help="New folder for stage files as the original tool writes them, one a tensor, stage.NAME."),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, or a GPU: cuda, gpu, gpu:1.")] = "cpu",
     precision: InPrecision = Precision.native,
     order: Annotated[
@@ -511,6 +515,7 @@ def replay(
         close_up=html is not None,
         native_components=components_from is ComponentsFrom.native,
         order=order,
+        stage_dir=stage_dir,
     )
     if order != "native" and precision is not Precision.native:
         raise UsageError(f"--order {order} is about native products; --precision {precision.value} has no order")
@@ -708,8 +713,13 @@ def _finish_diff(document: Any, json: bool, html: Path | None = None, *, top: bo
     from stages import render
     from stages.diff import EXIT_CODES as outcomes
 
-    checkpoints = document["schema"] == "svf.checkpoints/1"
-    show = render.checkpoints_document if checkpoints else functools.partial(render.diff_document, top=top)
+    show: Callable[[Any], None] = functools.partial(render.diff_document, top=top)
+    if document["schema"] == "svf.checkpoints/1":
+        show = render.checkpoints_document
+    elif document.get("kind") == "reports":
+        from stages.render_reports import reports_document
+
+        show = functools.partial(reports_document, top=top)
     _after(document, json, html, show)
     raise typer.Exit(outcomes[document["outcome"]])
 

@@ -16,8 +16,9 @@ from stages.metrics import Residual
 from stages.replay import REPLAY
 from stages.replay_run import ReplayTask
 from stages.selection import RouterVector, SelectedTensor, Selection
+from stages.summaries import summary
 from stages.tensorfile import TensorFile, sha256, stored_dtype
-from stages.trinity_report import REFERENCE_SCHEMA, summary
+from stages.trinity_report import REFERENCE_SCHEMA
 
 if TYPE_CHECKING:
     from stages.decompose import DecomposeOptions, Method

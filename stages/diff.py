@@ -28,8 +28,9 @@ class Gates:
     """Gates that were asked for, and the hashes that the original comparator's need.
 
     `current` is the reference side's current final bf16 hash, `historical` the stored one (None: unknown);
-    `reference_hashes` and `replayed_hashes` are the final bf16 hashes that each side reached. `std_ratio` is between
-    what b's standard deviation over a's must be in every stage.
+    `reference_hashes` and `replayed_hashes` are the final bf16 hashes that each side reached; `next_step` is what to
+    do when the current one is not among these. `std_ratio` is between what b's standard deviation over a's must be in
+    every stage.
     """
 
     stage_tolerances: bool = False
@@ -40,6 +41,7 @@ class Gates:
     reference_hashes: tuple[str, ...] = ()
     replayed_hashes: tuple[str, ...] = ()
     std_ratio: tuple[float, float] | None = None
+    next_step: str | None = None
 
     def results(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, bool]:
         """Gate name -> passed, for the gates asked for. No check found is a failure, as in the original."""
@@ -154,6 +156,7 @@ def finish(
     coverage = {"compared": compared, "expected": max(expected, len(rows))}
     culprits = find_culprits(rows, explain)
     verdict = sentence(rows, zero_offset, culprits, gate_results, a, b, coverage)
+    step = gates.next_step if gates and not culprits else None
     return {
         "schema": "svf.diff/1",
         "outcome": "diverged" if unexplained(basis) else outcome(rows, zero_offset, gate_results, coverage),
@@ -166,7 +169,7 @@ def finish(
                     f"Gate --std-ratio: {std_ratio_words(spread)}." if gate_results.get(STD_RATIO) is False else None,
                     about_precision(a, b),
                     of_basis(basis),
-                    of_gates(basis, gate_results),
+                    of_gates(basis, gate_results, step),
                 ],
             )
         ),
@@ -299,11 +302,16 @@ def about_precision(a: Mapping[str, Any], b: Mapping[str, Any]) -> str | None:
     return f"The sides differ in precision: a was computed in {one}, b in {other}."
 
 
-def of_gates(basis: Sequence[Mapping[str, Any]], gates: Mapping[str, bool]) -> str | None:
-    """A sentence when a gate failed on sides with a decomposition each: it was made for one shared by both."""
-    if not basis or all(gates.values()):
-        return None
-    return "The gates compare the numbers of one decomposition, and here each side has its own U, S, V."
+def of_gates(basis: Sequence[Mapping[str, Any]], gates: Mapping[str, bool], next_step: str | None = None) -> str | None:
+    """A sentence when a gate failed: on sides with a decomposition each, what it was made for; else the next step."""
+    if basis and not all(gates.values()):
+        return "The gates compare the numbers of one decomposition, and here each side has its own U, S, V."
+    return next_step if gates.get(STRICT_CURRENT_PYTHON) is False else None
+
+
+def sum_alike(command: str) -> str:
+    """The next step when bytes differ by rounding alone: `command` sums in the order of the other side."""
+    return f"Bytes that differ by rounding alone were summed in another order; take the reference side's: {command}"
 
 
 def place_of(row: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,10 @@ from stages.noise import Lambdas
 from stages.promise import require_precision
 from stages.replay import REPLAY
 from stages.replay_run import chunk_plan, default_chunk_rows
+from stages.report_diff import diff_reports, is_report
 from stages.rerun import Recorded, settle
 from stages.sides import Side, SideTensor, check_comparable, open_side, pair_samples
 from stages.stage import Stage
-from stages.trinity_report import diff_reports, is_report
 from stages.verdict import Verdict
 
 Progress = Callable[[str, float], None]
@@ -65,6 +66,8 @@ def diff_recorded(
                 comparisons.append(_compare(key, one, other, top, lambdas, (a.precision, b.precision), progress))
         if gates is not None and gates.current_python and gates.current is None:
             gates = _gates_of_pair(gates, [row for c in comparisons for row in c.rows()] + hash_rows)
+            step = diff.sum_alike(f"svf replay COMPONENTS --order {path_a}")
+            gates = replace(gates, next_step=gates.next_step or step)
         document = diff.document(
             comparisons,
             diff.side(a.label, a.facts, runs[0]),
@@ -103,7 +106,7 @@ def diff_any(
     if gates.std_ratio and kinds & {"report", "checkpoint"}:
         raise UsageError(f"--std-ratio is about the values of stages, and a {min(kinds)} has none; leave it out")
     if kinds == {"report"}:
-        return diff_reports(path_a, path_b, gates)
+        return diff_reports(path_a, path_b, gates, top=top)
     if kinds == {"checkpoint"}:
         with open_checkpoint(path_a) as a, open_checkpoint(path_b) as b:
             return diff_checkpoints(a, b, top=top, progress=progress)

@@ -14,13 +14,13 @@ from stages.budget import hold_memory, replay_bytes
 from stages.bundle import Bundle
 from stages.children import command_line, run_sides
 from stages.defaults import default_source
-from stages.diff import Gates
+from stages.diff import Gates, sum_alike
 from stages.diff_job import diff_recorded
 from stages.dump import MANIFEST_FILE, keep_hashes
 from stages.errors import UsageError
 from stages.jsonio import write_json
 from stages.order.match import with_order
-from stages.order.source import orders_for
+from stages.order.source import NATIVE, orders_for
 from stages.output import claimed
 from stages.progress import Progress
 from stages.replay_job import ReplayJob, ReplayOptions
@@ -55,6 +55,7 @@ class ReplayCommand:
     close_up: bool = False
     native_components: bool = False
     order: str = "native"
+    stage_dir: Path | None = None
 
 
 def with_source(command: ReplayCommand, progress: Progress) -> ReplayCommand:
@@ -71,7 +72,7 @@ def with_source(command: ReplayCommand, progress: Progress) -> ReplayCommand:
 
 def _gates(command: ReplayCommand) -> Gates:
     """The gates asked for, with the hashes of the reference side's report."""
-    asked = command.gates
+    asked = replace(command.gates, next_step=_next_step(command))
     if command.reference_report is None:
         if asked.reference:
             raise UsageError("--strict-reference needs --reference-report: the historical hash stands there")
@@ -84,7 +85,19 @@ def _gates(command: ReplayCommand) -> Gates:
         stage_tolerances=asked.stage_tolerances,
         current_python=asked.current_python,
         reference=asked.reference,
+        next_step=asked.next_step,
     )
+
+
+def _next_step(command: ReplayCommand) -> str | None:
+    """What leads to the reference side's bytes, unless it was tried or another layout was asked for."""
+    if command.order != NATIVE or command.layout not in ("declared", "all") or command.native_components:
+        return None
+    if command.precision != NATIVE:
+        return "The recorded hash is of native arithmetic: leave --precision out and take its order, --order inferred."
+    report = f" --reference-report {command.reference_report}" if command.reference_report else ""
+    backend = "jax" if command.backend == "both" else command.backend
+    return sum_alike(f"svf replay {command.components} --backend {backend} --order inferred{report}")
 
 
 def _check(command: ReplayCommand) -> None:
@@ -121,6 +134,8 @@ def replay_one(
         gates=gates,
         resume=command.resume,
         native_components=command.native_components,
+        stage_dir=command.stage_dir,
+        reported=command.report is not None,
     )
     with ExitStack() as stack:
         job = ReplayJob(options, stack)
@@ -137,16 +152,16 @@ def replay_one(
         side = with_order(backend(), orders, command.order)
         result = job.run(side, progress)
     if command.report is not None:
-        stage_file = str(command.out) if command.out else None
-        write_json(command.report, replay_report(result, gates, side.name, stage_file))
+        write_json(command.report, replay_report(result, gates, side.name, command.device))
     return result.document
 
 
 def replay_both(command: ReplayCommand, names: Sequence[str], progress: Progress) -> dict[str, Any]:
     """Replay on each backend in a process of its own, then compare their dumps: a is the first, b the second."""
     _check(command)
-    if command.report is not None:
-        raise UsageError("--report is one side's: use --backend torch or --backend jax")
+    for flag, value in (("--report", command.report), ("--stage-dir", command.stage_dir)):
+        if value is not None:
+            raise UsageError(f"{flag} is one side's: use --backend torch or --backend jax")
     command = with_source(command, progress)
     assert command.components is not None
     with Bundle(command.components) as bundle:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,21 @@ from stages.calibration import facts_of, lambdas_of
 from stages.checkpoint import Checkpoint, open_checkpoint
 from stages.compare import TensorComparison, empty_row
 from stages.culprit_data import ORACLE, Piece, against_oracle, chosen_row, culprit_data, oracle_pieces
-from stages.dump import COMPONENTS_FOLDER, ReplayDump
+from stages.dump import COMPONENTS_FOLDER, ReplayDump, dump_file
 from stages.errors import InputError, UsageError, shown
 from stages.final_hash import FINAL, FinalHash, Native, account
 from stages.layouts import LAYOUTS
 from stages.native import native_bundle
 from stages.noise import LAMBDA, residual_bound
 from stages.order.match import note_order, order_rows
+from stages.output import new_folder
 from stages.precision import PreciseBackend, native, precision_fields, with_precision
 from stages.replay import REPLAY
 from stages.replay_run import Chunk, Replayer, ReplayTask, chunk_plan, default_chunk_rows
 from stages.selection import safe_key
 from stages.sides import SideTensor
+from stages.stage_files import StageFiles
+from stages.summaries import FinalSummaries
 from stages.verdict import Verdict
 
 Progress = Callable[[str, float], None]
@@ -53,6 +56,8 @@ class ReplayOptions:
     gates: diff.Gates = field(default_factory=diff.Gates)
     resume: bool = False
     native_components: bool = False
+    stage_dir: Path | None = None  # for a stage file of each tensor
+    reported: bool = False  # whether the original tool's report is wanted: summaries, and the sample's stage file
 
     @property
     def layouts(self) -> tuple[str, ...]:
@@ -69,6 +74,12 @@ class LayoutRun:
     sample_sha256: str | None = None
     unfit: dict[str, str] = field(default_factory=dict)
     chunk_rows: dict[str, int] = field(default_factory=dict)
+    # For a report: stage files by tensor, the sample's own, summaries by tensor, the sample's as it is reported on.
+    stage_files: dict[str, Path] = field(default_factory=dict)
+    dump_files: dict[str, Path] = field(default_factory=dict)
+    sample_file: Path | None = None
+    finals: dict[str, dict[str, Any]] = field(default_factory=dict)
+    sample_finals: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -78,6 +89,12 @@ class ReplayResult:
     document: dict[str, Any]
     runs: tuple[LayoutRun, ...]
     entries: tuple[BundleEntry, ...]
+    sample_name: str | None = None
+    all_selected: bool = False  # whether the recorded stages are of every tensor, source-oriented
+
+    def stage_file(self, run: LayoutRun, name: str) -> Path | None:
+        """The file that holds the replayed stages of a tensor: its stage file, or one of the dump; None without."""
+        return run.stage_files.get(name) or run.dump_files.get(name)
 
 
 class ReplayJob:
@@ -189,7 +206,8 @@ class ReplayJob:
         document = self._document(backend, runs)
         if self.options.close_up:
             document["culprit_data"] = self._culprit_data(replayer, document)
-        return ReplayResult(document, runs, self.entries)
+        everything = self.recorded is None or self.recorded.sample_name is None
+        return ReplayResult(document, runs, self.entries, self.bundle.sample_name, everything)
 
     def _culprit_data(self, replayer: Replayer, document: Mapping[str, Any]) -> dict[str, Any] | None:
         """A close look at the culprit, whose tensor is replayed once more: results are not kept."""
@@ -233,8 +251,13 @@ class ReplayJob:
             if self.options.native_components and fitting:
                 self._decompose(replayer.backend, list(zip(entries, fitting, strict=True)), dump, progress)
                 fitting = [self.task(entry, layout) for entry in entries]
+            if dump is not None and dump.mode == "full":
+                run.dump_files = {t.source_name: dump.folder / dump_file(t.source_name) for t in fitting}
+            files = self._open_stage_files(run, replayer.backend.name, fitting, dump, stack)
             for entry, task in zip(entries, fitting, strict=True):
-                self._run_tensor(replayer, run, entry, task, dump, progress)
+                self._run_tensor(replayer, run, entry, task, (dump, files), progress)
+            if files is not None:
+                files.commit()
             if dump is not None:
                 dump.commit(self._manifest(replayer.backend, fitting))
         return run
@@ -259,13 +282,31 @@ class ReplayJob:
         folder = out / layout if self.options.layout == "all" else out
         return stack.enter_context(ReplayDump(folder, tasks, self.options.dump, resume=self.options.resume))
 
+    def _open_stage_files(
+        self, run: LayoutRun, backend: str, tasks: Sequence[ReplayTask], dump: ReplayDump | None, stack: ExitStack
+    ) -> StageFiles | None:
+        """Stage files as asked for; of all layouts only the declared one has them, as in the original tool."""
+        if self.options.layout == "all" and run.layout != self.entries[0].layout:
+            return None
+        samples = [task for task in tasks if task.source_name == self.bundle.sample_name]
+        sample = next((replace(task, transpose=self.sample_turned) for task in samples), None)
+        if self.options.stage_dir is not None:
+            folder = stack.enter_context(new_folder(self.options.stage_dir, resume=self.options.resume))
+        elif self.options.reported and dump is not None and dump.mode == "full" and sample is not None:
+            folder, tasks = dump.folder, []
+        else:
+            return None
+        files = stack.enter_context(StageFiles(folder, f"trinity_svf_stage_{backend}", tasks, sample))
+        run.stage_files, run.sample_file = files.files, files.sample
+        return files
+
     def _run_tensor(
         self,
         replayer: Replayer,
         run: LayoutRun,
         entry: BundleEntry,
         task: ReplayTask,
-        dump: ReplayDump | None,
+        outputs: tuple[ReplayDump | None, StageFiles | None],
         progress: Progress,
     ) -> None:
         side = self.recorded_side(entry)
@@ -289,16 +330,24 @@ class ReplayJob:
             comparison.diagnose_basis(given, replayed)
         recorded = side.chunks(plan) if side else iter([Chunk(a, z, {}, {}, {}) for a, z in plan])
         final = self._final_hash(entry, task)
+        turn = self._is_sample(entry) and self.sample_turned and not task.transpose
+        summaries = FinalSummaries(int(task.transpose), turn=turn) if self.options.reported else None
         for before, chunk in zip(recorded, replayer.run(task, rows), strict=True):
             comparison.add(before, chunk)
-            if dump is not None:
-                dump.add(task, chunk)
+            for output in outputs:
+                if output is not None:
+                    output.add(task, chunk)
             final.add(chunk.values["final_bf16"])
+            if summaries is not None:
+                summaries.add(chunk)
             progress(f"{replayer.backend.name} {run.layout} {entry.source_name}", chunk.stop / task.shape[0])
         run.comparisons.append(comparison)
         run.final_sha256[entry.source_name] = final.digest()
+        if summaries is not None:
+            run.finals[entry.source_name] = summaries.results()
         if self._is_sample(entry):
             run.sample_sha256 = final.target_digest()
+            run.sample_finals = summaries.turned() if summaries is not None else {}
 
     def _final_hash(self, entry: BundleEntry, task: ReplayTask) -> FinalHash:
         return FinalHash(self._is_sample(entry) and self.sample_turned and not task.transpose, task.transpose)

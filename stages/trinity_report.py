@@ -1,14 +1,14 @@
-"""Reports in the schemas of the original parity tool, so that its comparator can read them (`formats.md`)."""
+"""Reports in the schemas of the original parity tool, so that its comparator can read them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from stages.bundle import sample_stage_key
+from stages.bundle import BundleEntry, sample_stage_key
 from stages.compare import ChunkCheck, TensorComparison
 from stages.diff import Gates
 from stages.errors import InputError, shown
@@ -19,29 +19,10 @@ from stages.replay import REPLAY
 from stages.replay_job import LayoutRun, ReplayResult
 from stages.selection import safe_key
 from stages.stage import Stage
-from stages.tensorfile import sha256, stored_dtype
 
 REFERENCE_SCHEMA = "trinity_sakana_python_svd_parity_trace.v2"
 REPLAY_SCHEMA = "trinity_sakana_svd_parity_trace.v2"
-_BF16 = stored_dtype("bfloat16")
-
-
-def summary(array: np.ndarray, prefix: int) -> dict[str, Any]:
-    """The original's summary of a tensor; `sum` is accumulated in float64."""
-    wide = array.astype(np.float32)
-    return {
-        "device": "cpu",
-        "dtype": array.dtype.name,
-        "max": float(wide.max()),
-        "min": float(wide.min()),
-        "prefix_f32": [float(x) for x in wide.reshape(-1)[:prefix]],
-        "sha256": sha256(array),
-        "sha256_as_bf16": sha256(wide.astype(_BF16)),
-        "sha256_as_f32": sha256(wide),
-        "shape": list(array.shape),
-        "size": array.size,
-        "sum": float(wide.sum(dtype=np.float64)),
-    }
+VARIANT_LISTS = ("variants", "native_elixir_svd_variants", "semantic_python_component_variants")
 
 
 def reference_hashes(path: Path) -> Gates:
@@ -55,43 +36,115 @@ def reference_hashes(path: Path) -> Gates:
     return Gates(
         current=_text(reference.get("current_python_baseline_bf16_sha256")),
         historical=_text(reference.get("expected_bf16_sha256")),
-        reference_hashes=tuple(observed_hashes(report, "variants").values()),
+        reference_hashes=tuple(v["observed_bf16_sha256"] for v in variants_of(report)),
     )
 
 
-def observed_hashes(report: Mapping[str, Any], *lists: str) -> dict[str, str]:
-    """Label -> final bf16 hash of the report's variants in `lists`."""
-    found: dict[str, str] = {}
-    for name in lists:
-        for item in _items(report, name):
-            if isinstance(item, dict) and isinstance(item.get("observed_bf16_sha256"), str):
-                found[str(item.get("label"))] = item["observed_bf16_sha256"]
-    return found
+def variants_of(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Every variant of a report of either side that has a final bf16 hash, those of equal labels too."""
+    found = [item for name in VARIANT_LISTS for item in items_of(report, name)]
+    return [item for item in found if isinstance(item.get("observed_bf16_sha256"), str)]
 
 
-def _items(report: Mapping[str, Any], name: str) -> list[Any]:
+def items_of(report: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
+    """The objects of a list in a report; none where it is something else."""
     value = report.get(name)
-    return value if isinstance(value, list) else []
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
 def _text(value: Any) -> str | None:
     return value if isinstance(value, str) and value else None
 
 
-def replay_report(result: ReplayResult, gates: Gates, backend: str, stage_file: str | None) -> dict[str, Any]:
-    """The replaying side's report: one variant per layout and tensor; stage checks with the declared layout alone."""
-    native = result.document["native_components"]
-    variants: list[dict[str, Any]] = []
-    chunk_checks: list[dict[str, Any]] = []
-    for run in result.runs:
-        for comparison in run.comparisons:
-            variants.append(_variant(result, run, comparison, gates, backend, stage_file))
-            if len(comparison.chunks) > 1 and comparison.options["layout"] == _layout(run, comparison):
-                chunk_checks += [
-                    _chunk_entry(comparison, i, chunk, stage_file) for i, chunk in enumerate(comparison.chunks)
-                ]
-        if run.sample_sha256 is not None and run.sample_sha256 not in run.final_sha256.values():
-            variants.append(_sample_variant(run, gates, backend))
+@dataclass(frozen=True)
+class _Writer:
+    """A replay being reported; `side` names backend and device as the labels do."""
+
+    result: ReplayResult
+    gates: Gates
+    backend: str
+    side: str
+
+    def variants(self) -> Iterator[dict[str, Any]]:
+        """One variant per layout and tensor, each with a label of its own, and the sample as it is reported on."""
+        for run in self.result.runs:
+            for comparison in run.comparisons:
+                yield self._variant(run, comparison)
+            if run.sample_sha256 is not None and self.result.all_selected:
+                yield self._sample(run)
+
+    def _label(self, layout: str, name: str | None) -> str:
+        """The original's comparator keeps the last of equal labels, and takes the first with `host_binary_v_layout_`
+        for the sample's."""
+        components = "native_svd" if self.result.document["native_components"] else "semantic_python_components"
+        return f"{components}_{self.side}{'' if name is None else f'_tensor_{safe_key(name)}'}_v_layout_{layout}"
+
+    def _variant(self, run: LayoutRun, comparison: TensorComparison) -> dict[str, Any]:
+        layout, name = _layout(run, comparison), comparison.source_name
+        declared = self._entry(name).layout
+        variant = {
+            **self._common(name, run.final_sha256[name], layout, None if not self.result.all_selected else name),
+            "zero_offset_max_abs_error_vs_source": comparison.residual_b.max_abs,
+            **run.finals.get(name, {}),
+        }
+        if layout == declared:
+            path = run.sample_file if not self.result.all_selected else None
+            variant["stage_debug"] = _stage_debug(comparison, path or self.result.stage_file(run, name))
+        return variant
+
+    def _sample(self, run: LayoutRun) -> dict[str, Any]:
+        """The sample in the orientation that the reference side reports on, whether or not it is the source's own."""
+        name, observed = self.result.sample_name, run.sample_sha256
+        assert name is not None
+        assert observed is not None
+        comparison = next(c for c in run.comparisons if c.source_name == name)
+        layout = _layout(run, comparison)
+        variant = self._common(name, observed, layout, None)
+        variant["label"] += "_sample_orientation"
+        variant |= {"zero_offset_max_abs_error_vs_source": comparison.residual_b.max_abs, **run.sample_finals}
+        if layout == self._entry(name).layout:  # its checks are those of the source-oriented one
+            checked = _stage_debug(comparison, run.sample_file)
+            variant["stage_debug"] = {**checked, "compared_to_python_stage_tensors": False, "checks": []}
+        return variant
+
+    def _common(self, name: str, observed: str, layout: str, in_label: str | None) -> dict[str, Any]:
+        entry = self._entry(name)
+        expected = self.gates.historical if name == self.result.sample_name else None
+        return {
+            "label": self._label(layout, in_label),
+            "observed_bf16_sha256": observed,
+            "expected_bf16_sha256": expected,
+            "matches_expected": expected is not None and observed == expected,
+            "v_layout": layout,
+            "compute_backend": self.backend,
+            "source_name": name,
+            "elixir_name": entry.elixir_name,
+            "safe_key": safe_key(name),
+            "offset_start": entry.offset_start,
+            "offset_end": entry.offset_end,
+        }
+
+    def _entry(self, name: str) -> BundleEntry:
+        return next(e for e in self.result.entries if e.source_name == name)
+
+    def chunk_checks(self) -> Iterator[dict[str, Any]]:
+        """Checks of each chunk of the tensors that were replayed in several, of the declared layout alone."""
+        for run in self.result.runs:
+            for comparison in run.comparisons:
+                if len(comparison.chunks) > 1 and comparison.options["layout"] == _layout(run, comparison):
+                    file = self.result.stage_file(run, comparison.source_name)
+                    for i, chunk in enumerate(comparison.chunks):
+                        yield _chunk_entry(comparison, i, chunk, file)
+
+
+def replay_report(result: ReplayResult, gates: Gates, backend: str, device: str) -> dict[str, Any]:
+    """The replaying side's report: stage checks with the declared layout alone.
+
+    On a CPU its side is `host_binary`, whose stage file the original's comparator reads; else `device_NAME`.
+    """
+    target = "host_binary" if device == "cpu" else f"device_{re.sub(r'[^a-z0-9]+', '_', device.lower())}"
+    writer = _Writer(result, gates, backend, f"{backend}_{target}")
+    native, variants = result.document["native_components"], list(writer.variants())
     return {
         "schema": REPLAY_SCHEMA,
         "reference": {
@@ -101,7 +154,7 @@ def replay_report(result: ReplayResult, gates: Gates, backend: str, stage_file: 
         # The checks are of the numbers of one decomposition: of native components there are none.
         "native_elixir_svd_variants": variants if native else [],
         "semantic_python_component_variants": [] if native else variants,
-        "large_tensor_chunk_checks": [] if native else chunk_checks,
+        "large_tensor_chunk_checks": [] if native else list(writer.chunk_checks()),
         **{name: result.document[name] for name in PRECISION_FIELDS if name in result.document},
         **({"recorded_hash": account} if (account := result.document["recorded_hash"]) else {}),
     }
@@ -111,49 +164,7 @@ def _layout(run: LayoutRun, comparison: TensorComparison) -> str:
     return comparison.options["layout"] if run.layout == "declared" else run.layout
 
 
-def _variant(
-    result: ReplayResult,
-    run: LayoutRun,
-    comparison: TensorComparison,
-    gates: Gates,
-    backend: str,
-    stage_file: str | None,
-) -> dict[str, Any]:
-    layout, name = _layout(run, comparison), comparison.source_name
-    entry = next(e for e in result.entries if e.source_name == name)
-    observed = run.final_sha256[name]
-    components = "native_svd" if result.document["native_components"] else "semantic_python_components"
-    variant: dict[str, Any] = {
-        "label": f"{components}_{backend}_v_layout_{layout}",
-        "observed_bf16_sha256": observed,
-        "expected_bf16_sha256": gates.historical,
-        "matches_expected": observed == gates.historical,
-        "v_layout": layout,
-        "compute_backend": backend,
-        "source_name": name,
-        "elixir_name": entry.elixir_name,
-        "safe_key": safe_key(name),
-        "offset_start": entry.offset_start,
-        "offset_end": entry.offset_end,
-        "zero_offset_max_abs_error_vs_source": comparison.residual_b.max_abs,
-    }
-    if layout == entry.layout:
-        variant["stage_debug"] = _stage_debug(comparison, stage_file)
-    return variant
-
-
-def _sample_variant(run: LayoutRun, gates: Gates, backend: str) -> dict[str, Any]:
-    """The sample's final hash in the orientation that the reference side reports on, beside the source-oriented one."""
-    return {
-        "label": f"semantic_python_components_{backend}_v_layout_{run.layout}_sample_orientation",
-        "observed_bf16_sha256": run.sample_sha256,
-        "expected_bf16_sha256": gates.historical,
-        "matches_expected": run.sample_sha256 == gates.historical,
-        "compute_backend": backend,
-    }
-
-
-def _stage_debug(comparison: TensorComparison, stage_file: str | None) -> dict[str, Any]:
+def _stage_debug(comparison: TensorComparison, stage_file: Path | None) -> dict[str, Any]:
     checks = [
         _check(c.stage, c.difference, c.shape_note is None) for c in comparison.stages.values() if c.difference.count
     ]
@@ -161,7 +172,7 @@ def _stage_debug(comparison: TensorComparison, stage_file: str | None) -> dict[s
     passed = [check["functional_passed"] for check in checks if check["required_for_functional_parity"]]
     return {
         "schema": "trinity_sakana_stage_debug.v1",
-        "stage_tensor_file": stage_file,
+        "stage_tensor_file": _absolute(stage_file),
         "source_name": comparison.source_name,
         "compared_to_python_stage_tensors": bool(checks),
         "functional_parity_passed": bool(passed) and all(passed),
@@ -169,7 +180,14 @@ def _stage_debug(comparison: TensorComparison, stage_file: str | None) -> dict[s
     }
 
 
-def _chunk_entry(comparison: TensorComparison, index: int, chunk: ChunkCheck, stage_file: str | None) -> dict[str, Any]:
+def _absolute(path: Path | None) -> str | None:
+    """As the original's comparator, which looks from the current folder alone, finds it from anywhere."""
+    return None if path is None else str(path.resolve())
+
+
+def _chunk_entry(
+    comparison: TensorComparison, index: int, chunk: ChunkCheck, stage_file: Path | None
+) -> dict[str, Any]:
     checks = [_check(REPLAY[name], difference, True) for name, difference in chunk.differences.items()]
     passed = [check["functional_passed"] for check in checks if check["required_for_functional_parity"]]
     return {
@@ -179,7 +197,7 @@ def _chunk_entry(comparison: TensorComparison, index: int, chunk: ChunkCheck, st
         "row_start": chunk.start,
         "row_end": chunk.stop,
         "stage_debug": {
-            "stage_tensor_file": stage_file,
+            "stage_tensor_file": _absolute(stage_file),
             "functional_parity_passed": bool(passed) and all(passed),
             "checks": checks,
         },
@@ -206,72 +224,3 @@ def _check(stage: Stage, d: Difference, shape_match: bool) -> dict[str, Any]:
 
 def _missing_check(stage: Stage) -> dict[str, Any]:
     return {**_check(stage, Difference(), False), "byte_match": False, "max_abs_error": None, "mean_abs_error": None}
-
-
-def required_checks(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Every stage check of a replaying side's report, chunk checks included, as the original comparator does."""
-    holders: Iterable[Any] = [
-        *(v.get("stage_debug") for v in _items(report, "semantic_python_component_variants") if isinstance(v, dict)),
-        *(c.get("stage_debug", c) for c in _items(report, "large_tensor_chunk_checks") if isinstance(c, dict)),
-    ]
-    checks: list[Mapping[str, Any]] = []
-    for holder in holders:
-        if isinstance(holder, dict):
-            checks += [check for check in _items(holder, "checks") if isinstance(check, dict)]
-    return [check for check in checks if check.get("required_for_functional_parity") is True]
-
-
-def diff_reports(path_a: Path, path_b: Path, gates: Gates) -> dict[str, Any]:
-    """The `svf.diff/1` document of two reports; a is the reference side's, b the replaying side's (or reference-like).
-
-    Reports hold hashes and check results, no tensors: rows are the final hashes that both sides name.
-    """
-    a, b = read_object(path_a), read_object(path_b)
-    for path, report in ((path_a, a), (path_b, b)):
-        if report.get("schema") not in (REFERENCE_SCHEMA, REPLAY_SCHEMA):
-            raise InputError(f"{path}: schema is {shown(report.get('schema'))}; expected a parity report")
-    lists = ("variants", "native_elixir_svd_variants", "semantic_python_component_variants")
-    hashes_a, hashes_b = observed_hashes(a, *lists), observed_hashes(b, *lists)
-    reference = a.get("reference") if isinstance(a.get("reference"), dict) else {}
-    current = _text(reference.get("current_python_baseline_bf16_sha256")) if reference else None
-    historical = _text(reference.get("expected_bf16_sha256")) if reference else None
-    checks = required_checks(b)
-    failed = [check for check in checks if check.get("functional_passed") is not True]
-    results = Gates(
-        current_python=gates.current_python,
-        reference=gates.reference,
-        current=current,
-        historical=historical,
-        reference_hashes=tuple(hashes_a.values()),
-        replayed_hashes=tuple(hashes_b.values()),
-    ).results([])
-    if gates.stage_tolerances:
-        results["strict_stage_tolerances"] = bool(checks) and not failed
-    reached = current is not None and current in hashes_b.values()
-    compared = len(checks) + len(set(hashes_a.values()) & set(hashes_b.values()))
-    # Hashes that differ are only evidence with an equal one or passed checks beside them; alone they judge nothing.
-    outcome = "diverged" if failed or not all(results.values()) else "agree" if compared else "incomplete"
-    if outcome == "diverged":
-        sentence = f"{len(failed)} of {len(checks)} required checks failed; gates: {results}."
-    elif outcome == "incomplete":
-        sentence = "Nothing comparable: no stage checks, and no final hash that both reports have."
-    else:
-        sentence = f"{len(checks)} required checks, none failed; final bf16 hash {'equal' if reached else 'differs'}."
-    return {
-        "schema": "svf.diff/1",
-        "outcome": outcome,
-        "verdict": sentence,
-        "culprit": None,
-        "rows": [],
-        "hashes": {"a": hashes_a, "b": hashes_b, "current": current, "historical": historical},
-        "failed_checks": failed,
-        "coverage": {"compared": compared, "expected": max(compared, 1), "checks": len(checks)},
-        "gates": results,
-        "a": {"source": str(path_a), "facts": {}},
-        "b": {"source": str(path_b), "facts": {}},
-    }
-
-
-def is_report(path: Path) -> bool:
-    """Whether `path` is to be read as a parity report."""
-    return path.suffix == ".json" and path.is_file()

@@ -468,7 +468,7 @@ def changed_report(reports: tuple[Path, Path], tmp_path: Path, change: Callable[
 
 def first_check(report: dict[str, Any]) -> dict[str, Any]:
     variants = report["semantic_python_component_variants"]
-    return next(v["stage_debug"]["checks"][2] for v in variants if "stage_debug" in v)
+    return next(v["stage_debug"]["checks"][2] for v in variants if v.get("stage_debug", {}).get("checks"))
 
 
 def test_one_failed_check_diverges(reports: tuple[Path, Path], tmp_path: Path) -> None:
