@@ -8,7 +8,9 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from stages.render import _row_table, _table, console, number
+from stages.diff import place_of
+from stages.render import _table, console
+from stages.wording import number
 
 _LIMIT = 40
 
@@ -27,9 +29,7 @@ def reports_document(document: Mapping[str, Any], *, top: bool = False) -> None:
     _identical(out, found["identical"])
     for name, title in (("checks", "Stage checks"), ("chunks", "Checks of row chunks")):
         _counts(out, title, found[name])
-    failed = [row for row in document["rows"] if row["required"] and not row["tolerance_passed"]]
-    if failed:
-        out.print(_row_table(failed, "Required checks that failed"))
+    _failed(out, document["culprits"])
     _elements(out, found["stage_files"], top=top)
     for name, passed in document["gates"].items():
         flag = "--" + name.replace("_", "-")
@@ -70,6 +70,15 @@ def _counts(out: Console, title: str, counts: Mapping[str, Any]) -> None:
         numbers = (number(row[name]) for name in ("max_abs", "mean_abs", "ratio"))
         table.add_row(escape(row["tensor"] + rows), escape(row["stage"]), *numbers, "yes" if row["required"] else "no")
     out.print(table)
+
+
+def _failed(out: Console, culprits: Sequence[Mapping[str, Any]]) -> None:
+    if culprits:
+        out.print("Required checks that failed:")
+    for row in culprits[:_LIMIT]:
+        out.print(f"  {row['stage']} of {place_of(row)}: {row['hint']}", markup=False, soft_wrap=True)
+    if len(culprits) > _LIMIT:
+        out.print(f"  ... and {len(culprits) - _LIMIT} more; --json has them all")
 
 
 def _elements(out: Console, found: Mapping[str, Any], *, top: bool) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from stages.bundle import sample_stage_key
 from stages.compare import empty_row
-from stages.diff import STRICT_CURRENT_PYTHON, STRICT_STAGE_TOLERANCES, Gates, gravest, place_of, sum_alike
+from stages.diff import STRICT_CURRENT_PYTHON, STRICT_STAGE_TOLERANCES, Gates, culprits_of, place_of, sum_alike
 from stages.errors import InputError, SvfError, shown
 from stages.jsonio import read_object
 from stages.metrics import Difference
@@ -169,12 +169,13 @@ def diff_reports(path_a: Path, path_b: Path, gates: Gates, *, top: int = 5) -> d
     compared = len(required) + len(set(hashes_a) & set(hashes_b))
     # Hashes that differ are only evidence with an equal one or passed checks beside them; alone they judge nothing.
     outcome = "diverged" if failed or not all(results.values()) else "agree" if compared else "incomplete"
-    culprit = _culprit(rows, failed)
+    culprits = _culprits(rows)
     document = {
         "schema": "svf.diff/1",
         "outcome": outcome,
         "verdict": "",
-        "culprit": culprit,
+        "culprit": culprits[0] if culprits else None,
+        "culprits": culprits,
         "rows": rows,
         "kind": "reports",
         "hashes": {
@@ -240,14 +241,14 @@ def _counts(checks: Sequence[Check]) -> dict[str, Any]:
     }
 
 
-def _culprit(rows: Sequence[Report], failed: Sequence[Check]) -> dict[str, Any] | None:
-    """The gravest failed check, the first of several in execution order."""
-    failing = {id(check.fields) for check in failed}
-    row = gravest([row for row in rows if not row["tolerance_passed"] and row["required"]]) if failing else None
-    if row is None:
-        return None
-    place = {name: row[name] for name in ("layer", "tensor", "stage", "verdict", "ratio")}
-    return {"side": "b", **place, "hint": row["note"]}
+def _culprits(rows: Sequence[Report]) -> list[dict[str, Any]]:
+    """The required checks that failed, the gravest first; of a row, as of a chunk, b is the side that was checked."""
+
+    def describe(row: Report, _first: bool) -> dict[str, Any]:
+        place = {name: row[name] for name in ("layer", "tensor", "stage", "verdict", "ratio")}
+        return {"side": "b", **place, "hint": row["note"]}
+
+    return culprits_of([row for row in rows if row["required"] and not row["tolerance_passed"]], describe)
 
 
 def _elements(a: Report, b: Report, paths: tuple[Path, Path], top: int) -> dict[str, Any]:
