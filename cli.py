@@ -297,7 +297,10 @@ def _before(force: bool, html: Path | None = None, file: Path | None = None) -> 
 
 def _after(document: Any, json: bool, html: Path | None, show: Callable[[Any], None]) -> None:
     """The document with the command that made it: its report where one is asked for, then as JSON or as text."""
+    from stages.jsonio import made_now
+
     document["command"] = shlex.join(["svf", *STATE.words])
+    document["made"] = made_now()
     if html is not None:
         from stages.report.page import write_page
 
@@ -621,6 +624,7 @@ def forward(
         timeout=timeout,
         resume=resume,
         max_memory=None if max_memory is None else parse_size(max_memory),
+        close_up=html is not None,
     )
     _forward(command, json, html)
 

@@ -24,6 +24,7 @@ from stages.foreign import open_foreign
 from stages.forward_dump import Place, forward_key, is_forward_dump
 from stages.forward_judge import (
     ForwardRun,
+    about,
     explain_place,
     open_run,
     oracles_of,
@@ -34,7 +35,7 @@ from stages.forward_judge import (
     stage_of,
     why_unjudged,
 )
-from stages.metrics import Difference, Residual, walk
+from stages.metrics import Difference, Residual
 from stages.noise import Lambdas, Noise
 from stages.replay import REPLAY
 from stages.replay_run import Chunk, chunk_plan, default_chunk_rows
@@ -126,7 +127,7 @@ def _audit_forward(run: ForwardRun, model: str | None, top: int, rerun: bool, pr
 
     facts = {**run.side.facts, **({"model": model} if model else {})}
     result = document(rows, run.side.label, facts, kind="forward", explain=explain)
-    return {**result, "culprit_data": _forward_data(result, run)}
+    return {**result, "about": about(run, model), "culprit_data": _forward_data(result, run)}
 
 
 def _forward_data(result: Mapping[str, Any], run: ForwardRun) -> dict[str, Any] | None:
@@ -410,7 +411,6 @@ def document(
     explain: Callable[[Mapping[str, Any]], str | None] = lambda _row: None,
 ) -> dict[str, Any]:
     """The whole `svf.audit/1` document of finished rows."""
-    walk(rows)
     unjudged = sum(row["verdict"] == Verdict.UNJUDGED for row in rows)
     missing = sum(row["verdict"] == Verdict.MISSING for row in rows)
     coverage = {"judged": len(rows) - unjudged - missing, "unjudged": unjudged, "expected": len(rows)}

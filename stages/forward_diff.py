@@ -16,7 +16,7 @@ from stages.culprit_data import ORACLE, Piece, against_oracle, chosen_row, culpr
 from stages.errors import InputError, shown
 from stages.forward import parameter_name
 from stages.forward_dump import ForwardSide, Place, forward_key
-from stages.forward_judge import ForwardRun, explain_place, judge_place, open_run, order_of, pieces_of, stage_of
+from stages.forward_judge import ForwardRun, about, explain_place, judge_place, open_run, order_of, pieces_of, stage_of
 from stages.metrics import Difference, same_bits
 from stages.rerun import recorded_of, settle
 from stages.verdict import Verdict, judged_part
@@ -68,6 +68,7 @@ def diff_forward(
             explain=lambda row, side: _explain(row, {"a": a, "b": b}[side]),
             extra={
                 "kind": "forward",
+                "about": about(a if a.config else b, model),
                 "tokens": len(a.tokens) or len(b.tokens) or None,
                 "flat": a.config is None or b.config is None,
                 "logits": logits,

@@ -72,6 +72,7 @@ class ForwardCommand:
     resume: bool = False
     max_memory: int | None = None
     order: str | None = None
+    close_up: bool = False  # whether statistics of every stage are wanted, for a report
     order_at: Path | None = None  # where the orders are taken from, when `order` is a backend's name
 
 
@@ -153,6 +154,7 @@ class _Job:
         self.layers = resolve_layers(command.layers, self.config)
         self.adapted: dict[str, str] | None = None  # tensor -> layout
         self.adapted_sha256: dict[str, str] | None = None
+        self.statistics: list[dict[str, Any]] | None = [] if command.close_up else None
 
     def run(self, backend: Backend, reading: Callable[[Weights], Weights]) -> dict[str, Any]:
         command = self.command
@@ -184,6 +186,7 @@ class _Job:
             "jit": command.jit,
             **precision_fields(backend),
             "orders": order_rows(backend),
+            "stats": self.statistics,
             "out": str(command.out) if command.out else None,
         }
 
@@ -210,6 +213,7 @@ class _Job:
                 if result.stage == "lm_head":
                     kept.append(result.array)
                 if result.stage in self.stages:
+                    self._measure(result)
                     yield result
 
         if command.out is not None and command.format == "aprt":
@@ -226,6 +230,11 @@ class _Job:
             for _ in asked():
                 pass
         return kept[0], hashlib.sha256(np.ascontiguousarray(kept[0]).reshape(-1).view(np.uint8).data).hexdigest()
+
+    def _measure(self, result: StageResult) -> None:
+        if self.statistics is not None:
+            place = {"layer": result.layer, "tensor": None, "stage": result.stage}
+            self.statistics.append({**place, **stats.population(result.array)})
 
     def _results(self, forwarder: Forwarder) -> Iterator[StageResult]:
         """The asked stages and the logits, with progress."""

@@ -152,6 +152,19 @@ def _weights(folder: Path, checkpoint: Checkpoint | None, stack: ExitStack) -> W
     return AdaptedWeights(checkpoint, file)
 
 
+def about(run: ForwardRun, model: str | None = None) -> dict[str, Any]:
+    """What was run, for a reader: the model as the dump or the user (`model`) names it, dtype, tokens, layers."""
+    manifest = run.side.dump.manifest if isinstance(run.side, ForwardSide) else {}
+    named = model or (manifest.get("model") or {}).get("source")
+    layers = {layer for layer, _ in run.side.places if layer is not None}
+    return {
+        "model": named,
+        "dtype": manifest.get("dtype") or run.side.facts.get("dtype"),
+        "tokens": len(run.tokens) or None,
+        "layers": len(layers),
+    }
+
+
 def order_of(path: StagePath | None, have: Iterable[Place]) -> list[Place]:
     """The places that are there, in execution order; `InputError` naming one that no Qwen, or not this one, has."""
     have = set(have)

@@ -1,4 +1,4 @@
-"""The heat map's cells: layers, or tensors, by stages; what a row says of one side in one number and one word."""
+"""The heat map's cells: layers, or tensors, by stages; what a row says of one side in a shade and a few characters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 from stages.culprit_data import ratio_of
 from stages.diff import place_of
 from stages.verdict import Verdict
-from stages.wording import number
 
 Row = Mapping[str, Any]
 BOTH = "both"
@@ -23,26 +22,39 @@ MARKS = {
     Verdict.UNJUDGED: "?",
     Verdict.EXACT: "=",
 }
+# Largest error / bound of each shade: blue up to the bound, orange beyond it, and nothing in between.
+SHADES = {"b1": 0.01, "b2": 0.1, "b3": 0.3, "b4": 0.6, "b5": 1.0, "o1": 10.0, "o2": 1000.0, "o3": math.inf}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One stage of one layer or tensor, of one side."""
+    """One stage of one layer or tensor, of one side; `row` is its place among the document's rows."""
 
     verdict: Verdict
     ratio: float | None
-    text: str  # all there is to say, for a person who points at it
+    row: int
     culprit: bool
 
     @property
-    def log(self) -> float | None:
-        """log10(error / bound); None where nothing was measured, or the result is exact."""
-        return math.log10(self.ratio) if self.ratio and math.isfinite(self.ratio) else None
+    def measured(self) -> bool:
+        """Whether there is an error to show: something was measured, and the result is not exact."""
+        return bool(self.ratio and math.isfinite(self.ratio))
+
+    @property
+    def shade(self) -> str:
+        """The CSS class that colours the cell."""
+        if self.measured and self.ratio is not None:
+            return next(shade for shade, most in SHADES.items() if self.ratio <= most)
+        return "calm" if self.verdict in (Verdict.EXACT, Verdict.UNJUDGED) else "odd"
 
     @property
     def mark(self) -> str:
-        """The cell in a word: a mark of its verdict, or the ratio."""
-        return number(self.ratio) if self.log is not None else MARKS.get(self.verdict, self.verdict.value)
+        """What stands in the cell: error / bound in two characters, its power of ten from 10 on, or a mark."""
+        if not self.measured or self.ratio is None:
+            return MARKS.get(self.verdict, self.verdict.value)
+        if self.ratio >= 10:
+            return f"+{math.floor(math.log10(self.ratio))}"
+        return "0" if self.ratio < 0.005 else f"{self.ratio:.2f}"[1:] if self.ratio < 0.995 else f"{self.ratio:.1f}"
 
 
 @dataclass(frozen=True)
@@ -72,7 +84,7 @@ def grid(rows: Sequence[Row], culprit: Row | None) -> Grid:
         tuple(places),
         tuple(stages),
         {
-            side: {(place_of(row), str(row["stage"])): _cell(row, side, culprit) for row in rows}
+            side: {(place_of(row), str(row["stage"])): _cell(row, at, side, culprit) for at, row in enumerate(rows)}
             for side in ((BOTH, "a", "b") if compared else ("",))
         },
     )
@@ -83,19 +95,12 @@ def is_culprit(row: Row, culprit: Row | None) -> bool:
     return culprit is not None and all(row[name] == culprit[name] for name in ("layer", "tensor", "stage"))
 
 
-def _cell(row: Row, side: str, culprit: Row | None) -> Cell:
+def _cell(row: Row, at: int, side: str, culprit: Row | None) -> Cell:
     whole = Verdict(row["verdict"])
     verdict, ratio = whole, ratio_of(row)
     if side in ("a", "b"):
         verdict, ratio = _of_side(row, side, whole), row.get(f"ratio_{side}")
-    error = f", error / bound {number(ratio)}" if ratio is not None else ""
-    who = f"{side}: " if side in ("a", "b") else ""
-    text = f"{row['stage']}, {place_of(row)}\n{who}{verdict.value}{error}"
-    if row.get("max_abs") is not None:
-        text += f"\nmax difference {number(row['max_abs'])}, relative {number(row.get('rel_l2'))}"
-    if row.get("note"):
-        text += f"\n{row['note']}"
-    return Cell(verdict, ratio, text, is_culprit(row, culprit))
+    return Cell(verdict, None if ratio is None else float(ratio), at, is_culprit(row, culprit))
 
 
 def _of_side(row: Row, side: str, whole: Verdict) -> Verdict:

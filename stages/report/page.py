@@ -1,4 +1,4 @@
-"""Writing the page: checks before anything is computed, then template, figures and plotly.js in one file."""
+"""Writing the page: checks before anything is computed, then template, style, script and figures in one file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stages.jsonio import write_all, write_atomic
 from stages.output import prepare_file
 from stages.report.document import printable, read_document
 
-EXTRA = ("plotly", "jinja2")
+EXTRA = ("jinja2",)
 HOW_TO_GET = "pip install 'svf[report]'"
 
 
@@ -73,7 +73,6 @@ def _figures(shown: Any) -> dict[str, Any]:
 
     found: dict[str, Any] = {}
     if shown.grid is not None:
-        found["heat"] = draw.heat_map(shown.grid, shown.side)
         found["growth"] = draw.growth(shown.rows, shown.kind)
     if shown.card is not None and shown.card.data is not None:
         found |= {
@@ -81,38 +80,27 @@ def _figures(shown: Any) -> dict[str, Any]:
             "scatter": draw.scatter(shown.card.data),
             "map": draw.residual_map(shown.card.data),
         }
-    return found
+    spread = draw.spread(shown.rows) if shown.one_sided else None
+    return found if spread is None else {**found, "spread": spread}
 
 
 def _fill(shown: Any, figures: Mapping[str, Any]) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    environment = Environment(
-        loader=PackageLoader("stages.report", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     templates = PackageLoader("stages.report", "templates")
+    environment = Environment(
+        loader=templates, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     style, script = (templates.get_source(environment, name)[0] for name in ("page.css", "page.js"))
-    library = _plotly_js() if figures else ""
-    scripts = [text for text in (library, script) if text]
     return environment.get_template("page.html").render(
         view=shown,
-        figures=embedded_json(figures),
+        figures=figures,
+        details=embedded_json(shown.details),
         style=style,
-        scripts=scripts,
-        hashes=[_sha256(text) for text in scripts],
+        script=script,
+        style_hash=_sha256(style),
+        script_hash=_sha256(script),
     )
-
-
-def _plotly_js() -> str:
-    """plotly.js as the package ships it, 4.8 MB: there is no smaller bundle in it."""
-    from plotly.offline import get_plotlyjs
-
-    source: str = get_plotlyjs()
-    return source
 
 
 def embedded_json(value: Any) -> str:
@@ -124,5 +112,5 @@ def embedded_json(value: Any) -> str:
 
 
 def _sha256(text: str) -> str:
-    """A script's hash for the page's content security policy: no other script may run."""
+    """A script's or style's hash for the page's content security policy: no other one counts."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
