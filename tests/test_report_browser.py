@@ -76,9 +76,12 @@ def show(browser: Any, tmp_path: Path) -> Iterator[Open]:
 
 def test_every_figure_is_drawn_and_nothing_is_fetched(show: Open, document: dict[str, Any]) -> None:
     page = show(document)
-    assert page.locator("[data-figure]").count() == len(Page(render_page(document)).figures) == 5
-    assert page.locator("[data-figure] .plot-container").count() == 5
-    assert page.locator("[data-figure=heat] .shapelayer path").count() == 1
+    assert page.locator("figure").count() == len(Page(render_page(document)).figures) == 4
+    for figure in page.locator("figure svg.plot").all():
+        box = figure.bounding_box()
+        assert box["width"] > 200
+        assert box["height"] > 150
+    assert page.locator(".map:visible").count() == 1
 
 
 @pytest.mark.parametrize("width", [400, 1280, 1920])
@@ -93,39 +96,90 @@ def test_no_page_scrolls_sideways(show: Open, document: dict[str, Any], width: i
     )
     dark = sum(map(int, background[4:-1].split(","))) < sum(map(int, ink[4:-1].split(",")))
     assert dark == (scheme == "dark")
-    drawn = page.locator("[data-figure=heat] .xtick text").first.evaluate("e => getComputedStyle(e).fill")
+    drawn = page.locator("svg.plot text").first.evaluate("e => getComputedStyle(e).fill")
     assert drawn == ink
 
 
 def test_a_wide_figure_scrolls_in_its_own_box(show: Open, document: dict[str, Any]) -> None:
     page = show(document, 400)
-    box = page.locator(".scroll:has([data-figure=heat])")
+    box = page.locator(".scroll:has(svg.wide)").first
     assert box.evaluate("e => e.scrollWidth > e.clientWidth")
 
 
 def test_the_side_is_chosen_by_keyboard(show: Open, document: dict[str, Any]) -> None:
     page = show(document)
-    shown = (
-        "() => [...new Set(document.querySelector('[data-figure=heat]').data.filter(t => t.visible).map(t => t.meta))]"
-    )
-    assert page.evaluate(shown) == ["b"]
+    assert page.locator(".map.side-b").is_visible()
     for _ in range(10):
         page.keyboard.press("Tab")
         if page.evaluate("document.activeElement.name") == "side":
             break
     page.keyboard.press("ArrowLeft")
     assert page.evaluate("document.activeElement.value") == "a"
-    assert page.evaluate(shown) == ["a"]
-    assert page.locator("[data-figure=heat] .shapelayer path").count() == 1  # the culprit stays outlined
+    assert page.locator(".map.side-a").is_visible()
+    assert not page.locator(".map.side-b").is_visible()
+    assert page.locator(".map.side-a .culprit").count() == 1  # the culprit stays outlined
 
 
-def test_the_table_of_the_map_opens_by_keyboard(show: Open, document: dict[str, Any]) -> None:
+def test_a_click_and_the_keyboard_show_a_stage(show: Open, document: dict[str, Any]) -> None:
     page = show(document)
-    page.locator("summary").first.focus()
-    assert not page.locator("table.cells").first.is_visible()
+    page.locator(".map:visible .culprit").click()
+    dialog = page.locator("dialog#stage")
+    assert "ffn_silu of layer 1" in dialog.inner_text()
+    assert "Worst elements" in dialog.inner_text()
+    page.keyboard.press("Escape")
+    assert not dialog.is_visible()
+    page.locator(".map:visible .culprit").focus()
+    page.keyboard.press("ArrowLeft")
     page.keyboard.press("Enter")
-    assert page.locator("table.cells").first.is_visible()
-    assert "◆" in page.locator("table.cells").nth(2).inner_text()
+    assert "ffn_up of layer 1" in dialog.inner_text()
+    page.keyboard.press("Escape")
+    page.locator("table.rows tr[data-row]").first.click()
+    assert "ffn_silu of layer 1" in dialog.inner_text()
+
+
+def deep(document: dict[str, Any], layers: int = 28) -> dict[str, Any]:
+    """The document with so many layers, each as layer 1; the culprit in the middle of the last."""
+    model = [row for row in document["rows"] if row["layer"] is None]
+    rows = [{**row, "layer": n} for n in range(layers) for row in document["rows"] if row["layer"] == 1]
+    return {**document, "rows": [*model, *rows], "culprit": {**document["culprit"], "layer": layers - 1}}
+
+
+def test_on_a_phone_the_culprit_is_in_sight_and_the_page_is_not_endless(show: Open, document: dict[str, Any]) -> None:
+    page = show(deep(document), 400)
+    place = page.locator(".map:visible .culprit").evaluate(
+        "e => { const c = e.getBoundingClientRect(), b = e.closest('.map').getBoundingClientRect();"
+        " return [c.left - b.left, b.right - c.right, c.top - b.top, b.bottom - c.bottom]; }"
+    )
+    assert min(place) >= 0
+    page.locator("summary").first.click()  # all 539 rows
+    assert page.evaluate("document.documentElement.scrollHeight") < 10_000
+
+
+def test_the_finding_is_copied_as_markdown(browser: Any, document: dict[str, Any], tmp_path: Path) -> None:
+    write_page(document, tmp_path / "r.html")
+    context = browser.new_context(permissions=["clipboard-read", "clipboard-write"])
+    page = context.new_page()
+    page.goto((tmp_path / "r.html").as_uri())
+    page.locator("#copy").click()
+    page.wait_for_function("document.getElementById('copied').textContent !== ''")
+    assert page.evaluate("navigator.clipboard.readText()").startswith("**svf: diverged**")
+    context.close()
+
+
+def test_without_javascript_all_is_there_and_it_says_what_is_not(
+    browser: Any, document: dict[str, Any], tmp_path: Path
+) -> None:
+    write_page(document, tmp_path / "r.html")
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto((tmp_path / "r.html").as_uri())
+    assert "Without JavaScript" in page.locator(".note").inner_text()
+    assert not page.locator("#copy").is_visible()
+    assert page.locator(".map:visible").count() == 1
+    page.locator("input[value=a]").check()
+    assert page.locator(".map.side-a").is_visible()
+    assert page.locator("figure svg.plot").count() == 4
+    context.close()
 
 
 def test_focus_can_be_seen(show: Open, document: dict[str, Any]) -> None:
@@ -139,6 +193,9 @@ def test_hostile_names_do_nothing(show: Open, document: dict[str, Any]) -> None:
     page = show(hostile(document), 400)
     assert page.evaluate("typeof evil") == "undefined"
     assert page.locator("img, svg a").count() == 0
+    page.locator("td[data-row]:visible").first.click()
+    assert page.locator("dialog img, dialog script").count() == 0
+    page.keyboard.press("Escape")
     assert page.evaluate("document.documentElement.scrollWidth") == 400
     assert page.locator("h1").inner_text().endswith("\\u2066")
 

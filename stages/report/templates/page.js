@@ -65,7 +65,7 @@
   document.addEventListener("click", (event) => {
     const row = event.target.closest("[data-row]");
     if (row) show(row.dataset.row);
-    if (event.target === dialog) dialog.close(); // the dark around it
+    if (event.target === dialog || event.target.closest(".close")) dialog.close(); // the dark around it, too
   });
 
   // One stop for the Tab key in each map, arrows inside it.
