@@ -1209,8 +1209,8 @@ def selftest(
     from stages.selftest.document import exit_code
 
     if list_faults:
-        rows = command.kinds(fault)
-        emit(rows) if json else view.fault_list(rows)
+        document = command.listed(fault)
+        emit(document) if json else view.fault_list(document["faults"])
         return
     options = command.options(backend.value, fault, quick=quick, clean=clean, seed=seed)
     with Progress(STATE.progress) as progress:

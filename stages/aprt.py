@@ -40,6 +40,8 @@ Place = tuple[int | None, str]  # layer (None: whole model) and stage, as in for
 _HEADER = struct.Struct("<4sII")
 _F32 = np.dtype("<f4")
 _BF16 = np.dtype(ml_dtypes.bfloat16)
+# What float32 holds exactly, so that a file keeps every value.
+HELD = (_F32, _BF16, np.dtype(np.float16))
 # A stage's name becomes a file's name, so nothing that a path could be made of.
 _STAGE = re.compile(r"[a-z_+]+", re.ASCII)
 _LAYER_FOLDER = re.compile(r"layer-(0|[1-9][0-9]{0,9})", re.ASCII)
@@ -50,16 +52,16 @@ _BLOCK = 1 << 22
 def write_aprt(path: str | os.PathLike[str], layer: int | None, values: np.ndarray) -> None:
     """Write `values`, row-major, as the stage file of `layer` (None: the whole model), atomically.
 
-    Float32 is written bit for bit and bfloat16 upcast bit for bit, NaN payloads included. `TypeError` for any other
-    dtype, `OutputError` for what the header cannot hold or a place that cannot be written.
+    Float32 is written bit for bit, bfloat16 and float16 widened exactly, NaN payloads included. `TypeError` for any
+    other dtype, `OutputError` for what the header cannot hold or a place that cannot be written.
     """
     _check(path, layer, values)
     write_atomic(path, lambda fd: _put(fd, layer, values))
 
 
 def _check(path: str | os.PathLike[str], layer: int | None, values: np.ndarray) -> None:
-    if values.dtype not in (_F32, _BF16):
-        raise TypeError(f"{path}: APRT holds float32, got {values.dtype}; only bfloat16 is upcast")
+    if values.dtype not in HELD:
+        raise TypeError(f"{path}: APRT holds float32, got {values.dtype}; only bfloat16 and float16 are widened")
     if values.size > MAX_COUNT:
         raise OutputError(f"{path}: {values.size} elements, an APRT file holds at most {MAX_COUNT}; use safetensors")
     if layer is not None and not 0 <= layer < WHOLE_MODEL:
@@ -76,8 +78,14 @@ def _put(fd: int, layer: int | None, values: np.ndarray) -> None:
 def _float32(values: np.ndarray) -> np.ndarray:
     if values.dtype == _F32:
         return values
-    # By bits: a conversion instruction would make a signalling NaN quiet.
-    return (values.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    # A NaN by bits: a conversion instruction would make a signalling one quiet.
+    bits = values.view(np.uint16).astype(np.uint32)
+    if values.dtype == _BF16:
+        return (bits << 16).view(np.float32)
+    wide = values.astype(np.float32)
+    nan = np.isnan(values)
+    wide.view(np.uint32)[nan] = ((bits & 0x8000) << 16 | 0x7F800000 | (bits & 0x3FF) << 13)[nan]
+    return wide
 
 
 class AprtFile:

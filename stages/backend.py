@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
+from stages.errors import UsageError, shown
 from stages.qwen import QwenConfig
+
+
+def check_device(device: str) -> None:
+    """`UsageError` unless it is a device that both frameworks may have, by its name; whether it is there, they say."""
+    if not re.fullmatch(r"cpu|(cuda|gpu)(:\d{1,3})?", device, re.ASCII):
+        raise UsageError(f"--device {shown(device)}: expected cpu, or a GPU: cuda, gpu, gpu:1")
 
 
 class Weights(Protocol):

@@ -40,12 +40,17 @@ def hold_memory(needed: int, limit: int | None, advice: str) -> None:
 
     `ResourceError`, naming both figures, when `needed` is more than `limit`, or than what is free.
     """
+    check_memory(needed, limit, advice)
+    if limit is not None:
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+
+
+def check_memory(needed: int, limit: int | None, advice: str) -> None:
+    """`ResourceError`, naming both figures, when `needed` bytes are more than `limit`, or than what is free."""
     free = available_bytes()
     allowed, whose = (limit, "--max-memory allows") if limit is not None and limit < free else (free, "the machine has")
     if needed > allowed:
         raise ResourceError(f"needs about {needed / 1e9:.2f} GB of memory, {whose} {allowed / 1e9:.2f} GB; {advice}")
-    if limit is not None:
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
 
 def forward_bytes(config: QwenConfig, path: Path, tokens: int) -> int:

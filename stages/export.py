@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from stages.aprt import AprtTree, is_aprt_tree, write_tree
+from stages.aprt import HELD, AprtTree, is_aprt_tree, write_tree
 from stages.checkpoint import Checkpoint, open_checkpoint
 from stages.errors import InputError, UsageError, shown
 from stages.foreign import open_foreign, open_side
@@ -48,7 +48,7 @@ def export_aprt(source: Path, out: Path, progress: Progress) -> dict[str, Any]:
             "out": str(out),
             "files": len(files),
             "elements": kept.elements,
-            "widened": kept.widened,
+            "widened": list(kept.widened),
             "cut": kept.cut,
             "not_kept": [*kept.lost(), *_manifest_loss(source)],
         }
@@ -60,7 +60,7 @@ class _Kept:
     def __init__(self, progress: Progress):
         self.progress = progress
         self.elements = 0
-        self.widened: list[str] = []
+        self.widened: dict[str, str] = {}
         self.cut: list[str] = []
 
     def of(
@@ -70,10 +70,12 @@ class _Kept:
         places = list(places)
         for done, (layer, stage) in enumerate(places):
             key, array = forward_key((layer, stage)), read((layer, stage))
-            if array.dtype != _F32 and array.dtype.name != "bfloat16":
-                raise InputError(f"{shown(key)} is {array.dtype}; APRT holds float32, and bfloat16 as float32")
+            if array.dtype not in HELD:
+                raise InputError(
+                    f"{shown(key)} is {array.dtype}; APRT holds float32, bfloat16 and float16 widened to it"
+                )
             if array.dtype != _F32:
-                self.widened.append(key)
+                self.widened[key] = array.dtype.name
             if stage == "lm_head" and array.ndim > 1 and len(array) > 1:
                 self.cut.append(key)
                 array = array[-1:]
@@ -85,7 +87,8 @@ class _Kept:
         """What an APRT tree does not hold of these stages, in words."""
         found = ["shapes and dtypes (svf import --model --tokens gives them back)"]
         if self.widened:
-            found.append(f"that {len(self.widened)} tensors are bfloat16: stored as float32, value for value")
+            dtypes = " or ".join(dict.fromkeys(self.widened.values()))
+            found.append(f"that {len(self.widened)} tensors are {dtypes}: stored as float32, value for value")
         if self.cut:
             found.append(f"{', '.join(self.cut)} of all tokens but the last")
         return found

@@ -9,12 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from stages.backend import Backend
+from stages.backend import Backend, check_device
 from stages.checkpoint import open_checkpoint
 from stages.children import command_line, run_sides
 from stages.errors import UsageError
 from stages.forward_diff import diff_forward
-from stages.forward_job import ForwardCommand, forward_one, sound, token_ids, with_model
+from stages.forward_job import ForwardCommand, check_forward, forward_one, sound, token_ids, with_model
 from stages.order.source import NATIVE
 from stages.output import check_folder, claimed
 from stages.progress import Progress
@@ -24,9 +24,10 @@ def forward_both(command: ForwardCommand, names: Sequence[str], progress: Progre
     """Trace on each backend in a process of its own, then compare their dumps: a is the first, b the second."""
     if command.format == "aprt":
         raise UsageError("--backend both compares safetensors dumps; write APRT trees one backend at a time")
+    check_device(command.device)
     command = with_model(command, progress)
     with open_checkpoint(str(command.model)) as checkpoint:
-        tokens = token_ids(command, checkpoint).tolist()
+        tokens = check_forward(command, checkpoint)
     arguments = {name: _arguments(command, name, tokens) for name in names}
     with ExitStack() as stack:
         run = None

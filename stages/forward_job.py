@@ -17,7 +17,8 @@ from stages import stats
 from stages.adapted import ADAPTED_FILE, adapt
 from stages.aprt import write_tree
 from stages.backend import Backend, Production, Weights
-from stages.budget import forward_bytes, hold_memory
+from stages.budget import check_memory, forward_bytes, hold_memory
+from stages.bundle import Bundle
 from stages.calibration import facts_of
 from stages.checkpoint import Checkpoint, open_checkpoint
 from stages.defaults import default_source
@@ -130,17 +131,22 @@ def forward_one(
     assert command.model is not None
     with ExitStack() as stack:
         checkpoint = stack.enter_context(open_checkpoint(command.model))
-        checkpoint.check()
         job = _Job(command, checkpoint, stack, progress)
         if command.out is not None and not command.resume:
             check_folder(command.out)
-        hold_memory(
-            forward_bytes(job.config, forward_path(job.config, command.dtype), len(job.tokens)),
-            command.max_memory,
-            "try fewer tokens",
-        )
+        hold_memory(job.needed, command.max_memory, "try fewer tokens")
         orders = orders_at(command.order_at or Path(command.order), progress) if command.order else None
         return job.run(with_order(backend(), orders, command.order or NATIVE), reading)
+
+
+def check_forward(command: ForwardCommand, checkpoint: Checkpoint) -> list[int]:
+    """The run's token ids; refuses what a side would refuse before it computes, so that it is said once."""
+    with ExitStack() as stack:
+        job = _Job(command, checkpoint, stack, Progress(False))
+        check_memory(job.needed, command.max_memory, "try fewer tokens")
+        if command.adapted is not None:
+            Bundle(command.adapted).close()
+        return job.tokens.tolist()
 
 
 class _Job:
@@ -148,10 +154,16 @@ class _Job:
 
     def __init__(self, command: ForwardCommand, checkpoint: Checkpoint, stack: ExitStack, progress: Progress):
         self.command, self.checkpoint, self.stack, self.progress = command, checkpoint, stack, progress
+        checkpoint.check()
         self.config = checkpoint.config
         self.tokens = token_ids(command, checkpoint)
         self.config.check_length(len(self.tokens))
+        path = forward_path(self.config, command.dtype)
         self.layers = resolve_layers(command.layers, self.config)
+        self.stages = resolve_stages(command.stages, path)
+        if command.adapted is None and command.layout != "declared":
+            raise UsageError(f"--layout {command.layout} is about --adapted COMPONENTS")
+        self.needed = forward_bytes(self.config, path, len(self.tokens))  # bytes of memory
         self.adapted: dict[str, str] | None = None  # tensor -> layout
         self.adapted_sha256: dict[str, str] | None = None
         self.statistics: list[dict[str, Any]] | None = [] if command.close_up else None
@@ -161,7 +173,6 @@ class _Job:
         scratch = Path(self.stack.enter_context(tempfile.TemporaryDirectory(prefix="svf-forward-")))
         weights = reading(self._weights(backend, scratch))
         forwarder = Forwarder(backend, self.config, weights, dtype=command.dtype, fuse_layers=command.jit == "layer")
-        self.stages = resolve_stages(command.stages, forwarder.path)
         logits, digest = self._trace(forwarder, backend, scratch)
         repeated = self._repeat(forwarder, scratch) if command.repeat > 1 else None
         generated = self._generate(forwarder) if command.generate else None
@@ -194,8 +205,6 @@ class _Job:
         """The checkpoint, or the checkpoint with the bundle's adapted tensors in place of its own."""
         command = self.command
         if command.adapted is None:
-            if command.layout != "declared":
-                raise UsageError(f"--layout {command.layout} is about --adapted COMPONENTS")
             return self.checkpoint
         found = adapt(command.adapted, command.layout, self.checkpoint, backend, scratch, self.stack, self.progress)
         self.adapted, self.adapted_sha256 = found.layouts, found.sha256

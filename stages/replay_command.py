@@ -9,9 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from stages.backend import Backend
-from stages.budget import hold_memory, replay_bytes
-from stages.bundle import Bundle
+from stages.backend import Backend, check_device
+from stages.budget import check_memory, hold_memory, replay_bytes
 from stages.children import command_line, run_sides
 from stages.defaults import default_source
 from stages.diff import Gates, sum_alike
@@ -118,29 +117,9 @@ def replay_one(
     command = with_source(command, progress)
     assert command.components is not None
     gates = _gates(command)
-    options = ReplayOptions(
-        components=command.components,
-        layout=command.layout,
-        model=command.model,
-        source_from_stage=command.source_from_stage,
-        all_selected=command.all_selected,
-        select=command.select,
-        chunk_rows=command.chunk_rows,
-        dump=command.dump,
-        out=command.out,
-        top=command.top,
-        verdicts=command.verdicts,
-        close_up=command.close_up,
-        gates=gates,
-        resume=command.resume,
-        native_components=command.native_components,
-        stage_dir=command.stage_dir,
-        reported=command.report is not None,
-    )
     with ExitStack() as stack:
-        job = ReplayJob(options, stack)
-        shapes = [entry.shape for entry in job.entries]
-        hold_memory(replay_bytes(shapes, command.chunk_rows), command.max_memory, "try a smaller --chunk-rows")
+        job = ReplayJob(_options(command, gates), stack)
+        _hold(hold_memory, job, command)
         orders = orders_for(
             command.order,
             backend=command.backend,
@@ -156,16 +135,47 @@ def replay_one(
     return result.document
 
 
+def _hold(hold: Callable[[int, int | None, str], None], job: ReplayJob, command: ReplayCommand) -> None:
+    needed = replay_bytes([entry.shape for entry in job.entries], command.chunk_rows)
+    hold(needed, command.max_memory, "try a smaller --chunk-rows")
+
+
+def _options(command: ReplayCommand, gates: Gates | None = None) -> ReplayOptions:
+    assert command.components is not None
+    return ReplayOptions(
+        components=command.components,
+        layout=command.layout,
+        model=command.model,
+        source_from_stage=command.source_from_stage,
+        all_selected=command.all_selected,
+        select=command.select,
+        chunk_rows=command.chunk_rows,
+        dump=command.dump,
+        out=command.out,
+        top=command.top,
+        verdicts=command.verdicts,
+        close_up=command.close_up,
+        gates=gates or command.gates,
+        resume=command.resume,
+        native_components=command.native_components,
+        stage_dir=command.stage_dir,
+        reported=command.report is not None,
+    )
+
+
 def replay_both(command: ReplayCommand, names: Sequence[str], progress: Progress) -> dict[str, Any]:
     """Replay on each backend in a process of its own, then compare their dumps: a is the first, b the second."""
     _check(command)
     for flag, value in (("--report", command.report), ("--stage-dir", command.stage_dir)):
         if value is not None:
             raise UsageError(f"{flag} is one side's: use --backend torch or --backend jax")
+    check_device(command.device)
     command = with_source(command, progress)
     assert command.components is not None
-    with Bundle(command.components) as bundle:
-        declared = bundle.entries[0].layout
+    with ExitStack() as stack:  # what a side would refuse before it computes is said once
+        job = ReplayJob(_options(command), stack)
+        _hold(check_memory, job, command)
+        declared = job.bundle.entries[0].layout
     with ExitStack() as stack:
         arguments = {name: _arguments(command, name) for name in names}
         run = None
@@ -215,6 +225,7 @@ def _arguments(command: ReplayCommand, name: str) -> list[str]:
     files = (
         ("--model", command.model),
         ("--chunk-rows", command.chunk_rows),
+        ("--max-memory", command.max_memory),
         ("--reference-report", command.reference_report),  # a child says why its hash is not the recorded one
     )
     for flag, value in files:

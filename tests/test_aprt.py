@@ -86,6 +86,22 @@ def test_all_65536_bfloat16_are_upcast_exactly(tmp_path: Path) -> None:
     assert (file.read()[finite] == bits.view(BF16).astype(np.float32)[finite]).all()
 
 
+def test_all_65536_float16_are_widened_exactly_and_come_back(tmp_path: Path) -> None:
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    wide = file_of(tmp_path, bits.view(np.float16)).read()
+    nan = np.isnan(bits.view(np.float16))
+    # By arithmetic: sign, and mantissa over its power of two; a subnormal has no hidden bit.
+    sign, exponent, mantissa = bits >> 15, (bits >> 10 & 31).astype(int), (bits & 1023).astype(np.float64)
+    value = np.where(exponent == 0, mantissa / 2.0**24, (1 + mantissa / 1024) * 2.0 ** (exponent - 15))
+    value = np.where(exponent == 31, np.inf, value) * np.where(sign, -1.0, 1.0)
+    assert (wide[~nan] == value[~nan]).all()
+    assert (np.signbit(wide) == sign.astype(bool)).all()
+    payload = wide.view(np.uint32)[nan]
+    assert (payload >> 13 & 1023 == bits[nan] & 1023).all()
+    assert (payload & 0x7F800000 == 0x7F800000).all()
+    assert (wide[~nan].astype(np.float16).view(np.uint16) == bits[~nan]).all()
+
+
 def test_blocks_and_copies_of_a_view_are_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(aprt, "_BLOCK", 7)
     values = np.arange(60, dtype=np.float32).reshape(6, 10)
@@ -128,8 +144,8 @@ def test_a_layer_the_header_cannot_hold(tmp_path: Path, layer: int) -> None:
     assert tree(tmp_path) == {}
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float16", ">f4", "int32", "uint32"])
-def test_only_float32_and_bfloat16_are_written(tmp_path: Path, dtype: str) -> None:
+@pytest.mark.parametrize("dtype", ["float64", ">f4", "int32", "uint32"])
+def test_only_what_float32_holds_is_written(tmp_path: Path, dtype: str) -> None:
     with pytest.raises(TypeError, match="APRT holds float32"):
         write_aprt(tmp_path / "x.bin", 0, np.zeros(2, dtype))
     assert tree(tmp_path) == {}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 from forward_models import MODELS, dumped, trace, write_model
@@ -21,7 +20,7 @@ from stages.tensorfile import write_tensors
 TOKENS = "3,141,59,26,53"  # what `trace` runs on
 
 
-@pytest.fixture(scope="session", params=["float32", "bfloat16"])
+@pytest.fixture(scope="session", params=["float32", "bfloat16", "float16"])
 def traced(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, torch_backend: Backend) -> Path:
     """A folder with a `model` of two layers and the `dump` of its forward."""
     folder = tmp_path_factory.mktemp("export")
@@ -82,15 +81,24 @@ def test_one_bit_is_seen_in_a_round_trip(traced: Path, tmp_path: Path) -> None:
 
 def test_what_is_not_kept_is_told(traced: Path, tmp_path: Path) -> None:
     document = run("export", traced / "dump", tmp_path / "aprt")
-    bf16 = {key for key, array in dumped(traced / "dump").items() if array.dtype == ml_dtypes.bfloat16}
-    assert set(document["widened"]) == bf16
+    narrow = {key: array.dtype.name for key, array in dumped(traced / "dump").items() if array.dtype.itemsize == 2}
+    assert set(document["widened"]) == set(narrow)
     told = " ".join(document["not_kept"])
     assert "shapes and dtypes" in told
     assert "manifest" in told
     assert "lm_head of all tokens but the last" in told
-    assert ("bfloat16" in told) == bool(bf16)
+    assert [name for name in ("bfloat16", "float16") if f"tensors are {name}:" in told] == sorted(set(narrow.values()))
     done = svf("export", traced / "dump", tmp_path / "more")
     assert done.out.count("APRT does not keep") == len(document["not_kept"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_forward_writes_the_tree_that_export_writes(traced: Path, tmp_path: Path, dtype: str) -> None:
+    common = ("forward", traced / "model", "--tokens", TOKENS, "--backend", "torch", "--dtype", dtype)
+    run(*common, "--no-production", "--format", "aprt", "--out", tmp_path / "direct")
+    run(*common, "--no-production", "--out", tmp_path / "dump")
+    run("export", tmp_path / "dump", tmp_path / "tree")
+    assert tree(tmp_path / "direct") == tree(tmp_path / "tree")
 
 
 def test_nan_payloads_and_subnormals_survive(tmp_path: Path) -> None:

@@ -291,3 +291,13 @@ def test_the_page_of_two_reports_is_written(pair: tuple[Path, Path], tmp_path: P
     done = svf("diff", *pair, "--html", tmp_path / "page.html")
     assert done.code == 1
     assert "matmul_pre_norm" in (tmp_path / "page.html").read_text()
+
+
+def test_svf_report_says_what_to_do_with_what_report_writes(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    pytest.importorskip("plotly")
+    for path in pair:
+        done = svf("report", path, "--html", tmp_path / "page.html")
+        assert done.code == 3
+        assert "svf diff REFERENCE.json" in done.error
+        assert "--html" in done.error
+    assert not (tmp_path / "page.html").exists()

@@ -170,7 +170,7 @@ def test_judging_loads_no_fault_and_listing_faults_no_framework() -> None:
         "import sys, stages.diff_job, stages.audit, stages.hints\n"
         "assert not [m for m in sys.modules if 'selftest' in m]\n"
         "import stages.selftest.command\n"
-        "assert stages.selftest.command.kinds(None)\n"
+        "assert stages.selftest.command.listed(None)\n"
         "assert not {'torch', 'jax'} & set(sys.modules)"
     )
     done = fresh(code)

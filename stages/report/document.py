@@ -8,8 +8,10 @@ from typing import Any
 
 from stages.errors import InputError, shown
 from stages.jsonio import read_object, to_json
+from stages.trinity_report import REFERENCE_SCHEMA, REPLAY_SCHEMA
 
 DIFF, AUDIT, FORWARD = SCHEMAS = ("svf.diff/1", "svf.audit/1", "svf.forward/1")
+PARITY_REPORTS = (REFERENCE_SCHEMA, REPLAY_SCHEMA)
 # A longer text is no name; a verdict sentence with a hint has some 300 characters.
 _LONGEST = 2_000
 
@@ -17,6 +19,11 @@ _LONGEST = 2_000
 def read_document(path: Path) -> dict[str, Any]:
     """A saved document; `InputError` when it is of a schema that has no report."""
     document = read_object(path)
+    if document.get("schema") in PARITY_REPORTS:
+        raise InputError(
+            f"{path}: is a report of one side, as --report writes it; compare it with the other side's, and save that "
+            f"page: svf diff REFERENCE.json {path} --html PAGE.html"
+        )
     if document.get("schema") not in SCHEMAS:
         raise InputError(
             f"{path}: schema is {shown(document.get('schema'))}, expected {', '.join(SCHEMAS)}; save what --json prints"

@@ -11,7 +11,7 @@ from stages.selftest.fault import Fault
 from stages.selftest.faults import FAULTS
 from stages.selftest.run import SIDES, SelftestOptions, selftest
 
-__all__ = ["kinds", "options", "selftest"]
+__all__ = ["listed", "options", "selftest"]
 
 _CLEAN, _CLEAN_QUICK = 40, 8
 
@@ -25,9 +25,9 @@ def options(backend: str, names: Sequence[str] | None, *, quick: bool, clean: in
     return SelftestOptions(_faults(names), chosen, quick, count, seed)
 
 
-def kinds(names: Sequence[str] | None) -> list[dict[str, Any]]:
-    """Every kind of fault, or those of `names`."""
-    return listing({fault.name: fault for fault in _faults(names)})
+def listed(names: Sequence[str] | None) -> dict[str, Any]:
+    """The `svf.faults/1` document: every kind of fault, or those of `names`."""
+    return {"schema": "svf.faults/1", "faults": listing({fault.name: fault for fault in _faults(names)})}
 
 
 def _faults(names: Sequence[str] | None) -> tuple[Fault, ...]:
