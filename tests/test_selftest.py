@@ -249,7 +249,8 @@ def test_a_fault_changes_a_call_or_a_tensor() -> None:
 
 def test_the_list_names_every_kind() -> None:
     listed = svf("selftest", "--list", "--json").json
-    assert [row["kind"] for row in listed] == list(FAULTS)
+    assert listed["schema"] == "svf.faults/1"
+    assert [row["kind"] for row in listed["faults"]] == list(FAULTS)
 
 
 @pytest.mark.parametrize(
