@@ -74,19 +74,6 @@ def _sum_missing(x: np.ndarray, y: np.ndarray) -> Iterator[Wrong]:
     yield "what the block added is subtracted", x - y
 
 
-def _softmax_missing(scores: np.ndarray) -> Iterator[Wrong]:
-    s = scores.astype(np.float64)
-    p = np.exp(s - s.max(axis=-1, keepdims=True))
-    yield "the causal mask is missing", p / p.sum(axis=-1, keepdims=True)
-    queries, keys = s.shape[-2:]
-    for text, mask in (
-        ("the mask hides a query's own position", np.tri(queries, keys, keys - queries - 1, dtype=bool)),
-        ("the mask shows one position too many", np.tri(queries, keys, keys - queries + 1, dtype=bool)),
-    ):
-        hidden = np.where(mask | ~mask.any(axis=-1, keepdims=True), p, 0.0)
-        yield text, hidden / hidden.sum(axis=-1, keepdims=True)
-
-
 def _silu_missing(gate: np.ndarray) -> Iterator[Wrong]:
     x = gate.astype(np.float64)
     with np.errstate(over="ignore"):
@@ -157,7 +144,6 @@ MISSING: Mapping[str, Alternatives] = MappingProxyType(
         "k_norm": _head_norm_missing(1),
         "q_post_rope": _rope_missing(0),
         "k_post_rope": _rope_missing(1),
-        "attn_softmax": _softmax_missing,
         "post_attn_residual": _sum_missing,
         "post_ffn_residual": _sum_missing,
         "ffn_silu": _silu_missing,

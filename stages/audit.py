@@ -435,8 +435,8 @@ def document(
 def _culprits(rows: Sequence[Row], explain: Callable[[Mapping[str, Any]], str | None]) -> list[dict[str, Any]]:
     def describe(row: Row, first: bool) -> dict[str, Any]:
         fields = {name: row[name] for name in ("layer", "tensor", "stage", "verdict", "ratio")}
-        hint = row["hint"] or (explain(row) if first else None) or row["note"]
-        return {"side": None, **fields, "hint": hint}
+        why = diff.hint_of(row["verdict"], row["hint"], lambda: explain(row) if first else None)
+        return {"side": None, **fields, "hint": why or row["note"]}
 
     return diff.culprits_of(rows, describe)
 

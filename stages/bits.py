@@ -47,12 +47,14 @@ def _through_float16(x: np.ndarray) -> np.ndarray:
         return x.astype(np.float16).astype(np.float32)
 
 
+TF32 = _narrow("TF32-like", 10, "even")
+FLOAT16 = Narrow("float16-like, with its range", 10, _through_float16)
 # Nearest even is what a cast does, truncation what a tensor core does to operands that were not cast before.
 NARROW = (
     _narrow("bfloat16-like", 7, "even"),
     _narrow("bfloat16-like, truncated", 7, "truncate"),
-    _narrow("TF32-like", 10, "even"),
+    TF32,
     _narrow("TF32-like, ties away", 10, "away"),
     _narrow("TF32-like, truncated", 10, "truncate"),
-    Narrow("float16-like, with its range", 10, _through_float16),
+    FLOAT16,
 )

@@ -231,16 +231,27 @@ def failing(rows: Sequence[_Row]) -> list[_Row]:
 
 
 def culprits_of(rows: Sequence[_Row], describe: Callable[[_Row, bool], dict[str, Any]]) -> list[dict[str, Any]]:
-    """`describe` of every row that failed, the gravest first; its second argument is true once a stage.
+    """`describe` of every row that failed, the gravest first; its second argument is true once a stage and verdict.
 
     So a hint, which may take long, is looked for where a stage fails first, not in each layer again.
     """
-    seen: set[str] = set()
+    seen: set[tuple[str, str]] = set()
     found = []
     for row in failing(rows):
-        found.append(describe(row, row["stage"] not in seen))
-        seen.add(row["stage"])
+        kind = (row["stage"], row["verdict"])
+        found.append(describe(row, kind not in seen))
+        seen.add(kind)
     return found
+
+
+# Lost bits are told by the verdict itself; what is missing or misshapen has no error that could be explained.
+_EXPLAINED = (Verdict.BUG, Verdict.SUSPECT, Verdict.NONFINITE)
+
+
+def hint_of(verdict: str, hint: str | None, explain: Callable[[], str | None]) -> str | None:
+    """All that is known of a failed row's reason: what its error explains, and what its judging said."""
+    why = explain() if verdict in _EXPLAINED else None
+    return "; ".join(filter(None, dict.fromkeys((why, hint)))) or None
 
 
 def find_culprits(
@@ -251,7 +262,8 @@ def find_culprits(
     def describe(row: Mapping[str, Any], first: bool) -> dict[str, Any]:
         wrong = [name for name in ("a", "b") if row.get(f"verdict_{name}") == row["verdict"]]
         ratios = [row[f"ratio_{name}"] for name in wrong]
-        hints = (row.get("note"), *(row.get(f"hint_{name}") or (first and explain(row, name)) for name in wrong[:1]))
+        side = wrong[0] if wrong else ""
+        why = hint_of(row["verdict"], row.get(f"hint_{side}"), lambda: explain(row, side) if side and first else None)
         return {
             "side": wrong[0] if len(wrong) == 1 else ("both" if wrong else None),
             "layer": row["layer"],
@@ -259,7 +271,7 @@ def find_culprits(
             "stage": row["stage"],
             "verdict": row["verdict"],
             "ratio": max(ratios) if ratios else None,
-            "hint": next((hint for hint in hints if hint), None),
+            "hint": row.get("note") or why,
         }
 
     return culprits_of(rows, describe)
@@ -281,7 +293,16 @@ def more_faults(culprits: Sequence[Mapping[str, Any]]) -> str:
     if len(places) > _NAMED:
         named.append("...")
     judged = all(culprit["verdict"] not in (Verdict.MISSING, Verdict.EXTRA) for culprit in others)
-    return f"; and {len(others)} more{', from their own inputs' if judged else ''}: {', '.join(named)}"
+    more = f"; and {len(others)} more{', from their own inputs' if judged else ''}: {', '.join(named)}"
+    return more + _not_finite(culprits)
+
+
+def _not_finite(culprits: Sequence[Mapping[str, Any]]) -> str:
+    """Why a later stage is not finite, which may say more of the first fault than that itself; "" when none is."""
+    told = [culprit for culprit in culprits if culprit["verdict"] == Verdict.NONFINITE and culprit["hint"]]
+    if not told or told[0] is culprits[0]:
+        return ""
+    return f"; {told[0]['stage']} of {place_of(told[0])}: {told[0]['hint']}"
 
 
 def _places(found: Sequence[Mapping[str, Any]]) -> str:

@@ -19,10 +19,11 @@ from stages.backend import Weights
 from stages.calibration import lambdas_of
 from stages.checkpoint import Checkpoint, open_checkpoint
 from stages.culprit_data import Piece
+from stages.elements import explain_rows
 from stages.errors import InputError, NotFoundError, UsageError, shown
 from stages.forward import ALIASES, DTYPES, RUN_PARAMS, declare, forward_path, parameter_name, producers, recorded_shape
 from stages.forward_dump import AprtSide, ForwardSide, Place, advice, forward_key
-from stages.forward_run import POSITIONS, oracles, parameters
+from stages.forward_run import POSITIONS, oracles, parameters, vocabulary_plan
 from stages.hints import Case, explain
 from stages.noise import LAMBDA, Lambdas
 from stages.promise import hold_to
@@ -362,8 +363,26 @@ def explain_place(place: Place, run: ForwardRun, observed: np.ndarray) -> str | 
     for columns, oracle in oracles_of(place, run, observed):
         shown = part(observed, columns)
         if not judge(oracle, shown)[0].passes:
-            return explain(Case(oracle, shown, functools.partial(_of_other_weights, place, run, oracle, columns)))
+            others = functools.partial(_others, place, run, oracle, columns)
+            case = Case(oracle, shown, others, columns.start or 0, _sizes(run.config))
+            return _wrong_rows(run, oracle, shown) or explain(case)
     return None
+
+
+def _sizes(config: QwenConfig | None) -> dict[str, int]:
+    """Sizes of a model that stand in the place of another one, by name."""
+    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    return {name: getattr(config, name) for name in names} if config else {}
+
+
+def _wrong_rows(run: ForwardRun, oracle: Oracle, observed: np.ndarray) -> str | None:
+    """What stands in the place of the embedding's rows, which are looked for in all of it."""
+    if oracle.stage.params != ("tokens", EMBEDDING) or run.config is None or observed.shape != oracle.value.shape:
+        return None
+    weights, tokens = _weights_of(run), np.asarray(run.tokens)[-len(observed) :]
+    plan = vocabulary_plan(run.config.vocab_size)
+    chunks = ((start, weights.read(EMBEDDING, start, stop).astype(observed.dtype)) for start, stop in plan)
+    return explain_rows(EMBEDDING, tokens, observed, oracle.rounded, chunks)
 
 
 # Parameters of one shape that a loader may mix up.
@@ -372,6 +391,57 @@ _ALIKE = (
     ("self_attn.q_norm.weight", "self_attn.k_norm.weight"),
     ("input_layernorm.weight", "post_attention_layernorm.weight"),
 )
+
+
+def _others(place: Place, run: ForwardRun, oracle: Oracle, columns: slice) -> Iterator[Wrong]:
+    """What the stage would give from what it does not read: other stages, and other weights of the model."""
+    yield from _of_other_stages(place, run, oracle.stage)
+    yield from _of_fused_rows(run, oracle)
+    yield from _of_other_weights(place, run, oracle, columns)
+
+
+# A stage -> what it may be instead: words, of which recorded stages, and their function.
+_INSTEAD: Mapping[str, tuple[tuple[str, tuple[str, ...], Callable[..., np.ndarray]], ...]] = {
+    "ffn_silu": (("silu of ffn_up, not of ffn_gate: on the wrong branch", ("ffn_up",), STAGES["ffn_silu"]),),
+    "ffn_swigl": (
+        ("ffn_silu times ffn_gate, not times ffn_up", ("ffn_silu", "ffn_gate"), STAGES["ffn_swigl"]),
+        (
+            "silu of ffn_up, times ffn_gate: on the wrong branch",
+            ("ffn_up", "ffn_gate"),
+            lambda up, gate: STAGES["ffn_silu"](up) * gate.astype(np.float64),
+        ),
+        (
+            "silu of the product of ffn_gate and ffn_up",
+            ("ffn_gate", "ffn_up"),
+            lambda gate, up: STAGES["ffn_silu"](gate.astype(np.float64) * up.astype(np.float64)),
+        ),
+    ),
+}
+
+
+def _of_other_stages(place: Place, run: ForwardRun, stage: Stage) -> Iterator[Wrong]:
+    for text, names, function in _INSTEAD.get(stage.name, ()):
+        found = [_find(run, (place[0], name)) for name in names]
+        if all(at is not None and _fits(run, at) for at in found):
+            yield text, function(*(run.side.read(at) for at in found if at is not None))
+
+
+def _of_fused_rows(run: ForwardRun, oracle: Oracle) -> Iterator[Wrong]:
+    """q, k and v of weights joined as rows, and read in the other order: block by block, or key head by key head."""
+    if oracle.stage.name not in ("qkv_matmul", "qkv_bias") or run.config is None:
+        return
+    d, kv_heads = run.config.head_dim, run.config.num_key_value_heads
+    if kv_heads == 1:
+        return
+    rows = np.arange(oracle.value.shape[-1])
+    group = len(rows) // (kv_heads * d)
+    blocks = rows.reshape(kv_heads, group, d)
+    by_head = np.concatenate([blocks[:, part].reshape(-1) for part in (slice(-2), slice(-2, -1), slice(-1, None))])
+    for text, order in (
+        ("joined as all of q, k, v and read key head by key head", by_head),
+        ("joined key head by key head and read as all of q, k, v", np.argsort(by_head)),
+    ):
+        yield f"the rows of q, k and v are in another order: {text}", oracle.value[:, order]
 
 
 def _of_other_weights(place: Place, run: ForwardRun, oracle: Oracle, columns: slice) -> Iterator[Wrong]:

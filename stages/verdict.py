@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from stages import noise, reference, reference_qwen, reference_router
-from stages.bits import NARROW, Narrow
+from stages.bits import FLOAT16, NARROW, TF32, Narrow
 from stages.noise import Noise
 from stages.rounding import round_once
 from stages.stage import Stage
@@ -243,15 +243,25 @@ def fewer_bits(oracle: Oracle, observed: np.ndarray) -> str | None:
     if oracle.stage.noise in _LONG_SUMS and _relative(oracle, observed) > _MOST_LOST:
         return None
     for narrow in NARROW:
-        stored = observed.dtype == np.float32 and narrow.holds(observed)
-        if stored and _within(oracle, observed, narrow):
-            return f"its result has {narrow.bits} mantissa bits, {narrow.name}"
-        for which, arguments in _narrowed(oracle, narrow):
-            rounded = oracle.of(arguments)
-            if judge(rounded, observed)[0].passes:
-                return f"its {which} have {narrow.bits} mantissa bits, {narrow.name}"
-            if stored and _within(rounded, observed, narrow):
-                return f"its {which} and its result have {narrow.bits} mantissa bits, {narrow.name}"
+        what = _lost(oracle, observed, narrow)
+        if what is not None:
+            # Values within float16's range do not tell it from TF32, which keeps as many bits.
+            alike = narrow is TF32 and _lost(oracle, observed, FLOAT16) == what
+            return f"its {what} {narrow.bits} mantissa bits, {narrow.name}{' or float16-like' if alike else ''}"
+    return None
+
+
+def _lost(oracle: Oracle, observed: np.ndarray, narrow: Narrow) -> str | None:
+    """What `narrow` must round to explain the output: the result, operands or both, with their verb; or None."""
+    stored = observed.dtype == np.float32 and narrow.holds(observed)
+    if stored and _within(oracle, observed, narrow):
+        return "result has"
+    for which, arguments in _narrowed(oracle, narrow):
+        rounded = oracle.of(arguments)
+        if judge(rounded, observed)[0].passes:
+            return f"{which} have"
+        if stored and _within(rounded, observed, narrow):
+            return f"{which} and its result have"
     return None
 
 

@@ -17,11 +17,12 @@ from stages.bits import NARROW, keep_bits
 from stages.forward import forward_path, stage_options
 from stages.forward_run import Forwarder, oracles, recorded_inputs
 from stages.hints import Case, explain
-from stages.noise import Noise
+from stages.noise import Noise, rounding_unit
 from stages.reference import ReferenceBackend
 from stages.reference_qwen import FORWARD_STAGES
 from stages.replay import REPLAY
 from stages.rounding import round_once
+from stages.tensorfile import stored_dtype
 from stages.verdict import Oracle, SideVerdict, Verdict, consult, judge
 
 COUNT = 12
@@ -116,9 +117,39 @@ def dealt_in_turn(oracle: Oracle, out: np.ndarray) -> np.ndarray:
     return (q.swapaxes(0, 1).astype(np.float64) @ keys.swapaxes(1, 2) * oracle.options["scaling"]).astype(np.float32)
 
 
-def unmasked(oracle: Oracle, out: np.ndarray) -> np.ndarray:
-    e = np.exp(oracle.arguments[0].astype(np.float64))
-    return (e / e.sum(axis=-1, keepdims=True)).astype(np.float32)
+def masked_by(mask: Callable[[int], np.ndarray]) -> Change:
+    """The softmax of the keys that a mask `[queries, keys]` shows."""
+
+    def change(oracle: Oracle, _: np.ndarray) -> np.ndarray:
+        s = oracle.arguments[0].astype(np.float64)
+        e = np.where(mask(s.shape[-1]), np.exp(s), 0)
+        return (e / np.maximum(e.sum(axis=-1, keepdims=True), 1e-30)).astype(np.float32)
+
+    return change
+
+
+def window(count: int) -> np.ndarray:
+    return np.tri(count, dtype=bool) & ~np.tri(count, k=-5, dtype=bool)
+
+
+def lacking(rank: int) -> Change:
+    """A product whose weight lacks a matrix of some rank."""
+
+    def change(oracle: Oracle, out: np.ndarray) -> np.ndarray:
+        rng, (x, weight) = np.random.default_rng(3), oracle.arguments
+        lost = rng.standard_normal((len(weight), rank)) @ rng.standard_normal((rank, weight.shape[1]))
+        return (out - 0.02 * x.astype(np.float64) @ lost.T).astype(np.float32)
+
+    return change
+
+
+def turned_further(oracle: Oracle, out: np.ndarray) -> np.ndarray:
+    """Every pair turned on by an angle of its own, that grows faster than the position."""
+    half = out.shape[-1] // 2
+    angle = 0.001 * np.arange(len(out))[:, None, None] ** 3 * np.linspace(0.5, 1, half)
+    one, other = out[..., :half].astype(np.float64), out[..., half:].astype(np.float64)
+    turned = one * np.cos(angle) - other * np.sin(angle), one * np.sin(angle) + other * np.cos(angle)
+    return np.concatenate(turned, axis=-1).astype(np.float32)
 
 
 def no_bias(x: np.ndarray, *params: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -132,7 +163,40 @@ FAULTS: dict[str, tuple[str, Change, str, str]] = {
     "1 + weight": ("final_norm", of("final_norm", lambda x, w: (x, 1 + w)), "missing_term", "1 + what is stored"),
     "no q norm": ("q_norm", lambda o, _: o.arguments[0][:, : 8 * 24].reshape(-1, 8, 24), "missing_term", "missing"),
     "no rope": ("q_post_rope", lambda o, _: o.arguments[0], "missing_term", "not turned"),
-    "no mask": ("attn_softmax", unmasked, "missing_term", "the causal mask is missing"),
+    "no mask": ("attn_softmax", masked_by(lambda n: np.ones((n, n), bool)), "masked_otherwise", "mask is missing"),
+    "strict mask": (
+        "attn_softmax",
+        masked_by(lambda n: np.tri(n, k=-1, dtype=bool)),
+        "masked_otherwise",
+        "own position",
+    ),
+    "mask off by one": (
+        "attn_softmax",
+        masked_by(lambda n: np.tri(n, k=1, dtype=bool)),
+        "masked_otherwise",
+        "too many",
+    ),
+    "window": ("attn_softmax", masked_by(window), "masked_otherwise", "shows the last 5 keys alone"),
+    "padding hidden": (
+        "attn_softmax",
+        masked_by(lambda n: np.tri(n, dtype=bool) & (np.arange(n) >= 3)),
+        "masked_otherwise",
+        "the first 3 keys are hidden from all queries",
+    ),
+    "one key unseen": (
+        "attn_softmax",
+        masked_by(lambda n: np.tri(n, dtype=bool) & ~((np.arange(n) == 4) & (np.arange(n)[:, None] == 7))),
+        "masked_otherwise",
+        "another mask: query 7 does not see key 4 in head 0",
+    ),
+    "temperature": (
+        "attn_softmax",
+        of("attn_softmax", lambda s: (s.astype(np.float64) / 1.3,)),
+        "temperature",
+        "as if the scores were divided by 1.3 before the softmax",
+    ),
+    "low rank": ("ffn_gate", lacking(3), "low_rank", "as if mlp.gate_proj.weight lacked a matrix of low rank (3)"),
+    "turned further": ("q_post_rope", turned_further, "turned_otherwise", "from token 1 on; every pair keeps its"),
     "no residual": ("post_attn_residual", lambda o, _: o.arguments[1], "missing_term", "the residual is missing"),
     "residual only": ("post_ffn_residual", lambda o, _: o.arguments[0], "missing_term", "only the residual"),
     "relu": ("ffn_silu", lambda o, _: np.maximum(o.arguments[0], 0), "missing_term", "relu"),
@@ -167,11 +231,10 @@ FAULTS: dict[str, tuple[str, Change, str, str]] = {
     "two tokens swapped": ("ffn_out", lambda o, out: out[np.r_[1, 0, 2:COUNT]], "permuted", "tokens are in another"),
     "one element": ("ffn_up", element, "one_wrong", "one element alone is wrong, at [2, 1]"),
     "one column": ("ffn_gate", column, "one_wrong", "only column 7 of 160 is wrong"),
-    "one weight": ("ffn_up", of("ffn_up", one_weight), "one_wrong", "mlp.up_proj.weight[7, 11] were 2, not"),
+    "one weight": ("ffn_up", of("ffn_up", one_weight), "some_elements", "mlp.up_proj.weight[7, 11] is about 2, not"),
     "late tokens": ("attention", late, "past_a_count", "right up to token 7, wrong from 8 on"),
     "a factor per token": ("ffn_norm", per_token, "row_factor", "tokens are off by a factor each, 0.97 to 1.02"),
     "grows": ("rope_sin", growing, "grows_with_position", "in step with the position"),
-    "after token 0": ("attention", after_the_first, "after_token_0", "right at token 0 and wrong after it"),
     "some heads": ("q_norm", some_head, "some_heads", "only heads 2, 3 of 8 are wrong"),
 }
 MODEL = {"no qkv bias": "qwen2"}
@@ -222,6 +285,148 @@ def test_noise_that_nothing_explains_has_no_hint_but_a_place(stage: str) -> None
     oracle = oracle_of(stage)
     out = (right(oracle) + np.random.default_rng(0).standard_normal(oracle.value.shape)).astype(np.float32)
     assert explain(Case(oracle, out)) is None
+
+
+# A word of a hint -> the stages that have what it names.
+STEPS = {
+    "RoPE": {"rope_angle", "rope_cos", "rope_sin", "q_post_rope", "k_post_rope"},
+    "rope_": {"rope_cos", "rope_sin", "q_post_rope", "k_post_rope"},
+    "mask": {"attn_softmax"},
+    "hidden from": {"attn_softmax"},
+    "window": {"attn_softmax"},
+    "cache": {"attn_scores", "attention"},
+    "norm": {"attn_norm", "ffn_norm", "final_norm", "q_norm", "k_norm"},
+    "root mean square": {"attn_norm", "ffn_norm", "final_norm", "q_norm", "k_norm"},
+    "scale ": {"attn_scores"},
+    "head_dim": {"attn_scores"},
+}
+ERRORS: dict[str, Change] = {
+    "after the first": after_the_first,
+    "late": late,
+    "growing": growing,
+    "per token": per_token,
+    "one element": element,
+    "doubled": lambda o, out: out * 2,
+    "some heads": some_head,
+    "everywhere": lambda o, out: out + np.random.default_rng(0).standard_normal(out.shape),
+    "few bits": lambda o, out: keep_bits(out, 5),
+}
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("model", ["qwen3-gqa4", "qwen2"])
+def test_no_hint_names_a_step_that_the_stage_does_not_have(error: str, model: str) -> None:
+    for name, stage in forward_path(MODELS[model].config("float32")).items():
+        if name == "embedding" or stage.identity or len(stage.shape.split()) < 2:
+            continue
+        oracle = oracle_of(name, model)
+        out = np.ascontiguousarray(ERRORS[error](oracle, right(oracle)), np.float32)
+        text = explain(Case(oracle, out)) or ""
+        named = {word for word in STEPS if word in text.replace(name, "").replace("norm.weight", "")}
+        assert all(name in STEPS[word] for word in named), (name, text)
+
+
+def test_token_0_being_right_names_nothing_by_itself() -> None:
+    """A softmax of one key is 1 whatever is wrong with it, and RoPE turns nothing at position 0."""
+    for stage in ("attn_softmax", "q_post_rope", "attention", "attn_scores"):
+        oracle = oracle_of(stage)
+        out = right(oracle)
+        axis = 0 if stage in ("q_post_rope", "attention") else 1
+        noise = np.random.default_rng(0).uniform(0.9, 1.1, out.shape).astype(np.float32)
+        later = np.arange(out.shape[axis]).reshape([-1 if i == axis else 1 for i in range(out.ndim)]) > 0
+        assert explain(Case(oracle, np.where(later, out * noise, out))) is None
+
+
+# Factors.
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("factor", [1 + 2e-5, 1.0009765625, 1.0078125, 1.25, 0.7071067811865476, 3.0])
+def test_a_factor_is_told_with_the_digits_that_show_it_or_not_at_all(factor: float, dtype: str) -> None:
+    stage = dataclasses.replace(oracle_of("ffn_gate").stage, dtype=dtype)
+    oracle = oracle_of("ffn_gate")
+    stored = stored_dtype(dtype)
+    oracle = consult(stage, tuple(a.astype(stored) for a in oracle.arguments), oracle.options)
+    text = explain(Case(oracle, round_once(oracle.value * factor, stored)))
+    if text is None or "times" not in text:  # below what the dtype shows: elements at most, none of which it explains
+        assert abs(factor - 1) < 8 * rounding_unit(stored)
+        assert text is None or "is beyond its bound" in text
+        return
+    told = float(text.split()[3])
+    assert text == f"every value is {told:.9g} times what it should be"
+    assert told != 1
+    assert abs(told - factor) <= 0.1 * abs(factor - 1)
+
+
+@pytest.mark.parametrize("error", [1e-6, 4e-6, 1e-5])
+def test_a_factor_that_rounding_may_be_taken_for_is_not_told(error: float) -> None:
+    oracle = oracle_of("ffn_gate")
+    out = (oracle.value * (1 + error)).astype(np.float32)
+    rows = (oracle.value * (1 + error * np.random.default_rng(0).standard_normal((COUNT, 1)))).astype(np.float32)
+    assert [explain(Case(oracle, x)) for x in (out, rows)] == [None, None]
+
+
+def test_only_factors_that_are_not_1_are_counted() -> None:
+    oracle = oracle_of("ffn_norm")
+    out = right(oracle)
+    out[3] *= np.float32(1.25)
+    out[5] *= np.float32(0.5)
+    assert explain(Case(oracle, out)) == (
+        f"2 of {COUNT} tokens are off by a factor each, 0.5 to 1.25: its root mean square"
+    )
+
+
+def test_functions_that_explain_an_error_alike_are_all_told() -> None:
+    """In bfloat16 nothing tells gelu by tanh from gelu by erf."""
+    oracle = oracle_of("ffn_silu")
+    stage = dataclasses.replace(oracle.stage, dtype="bfloat16")
+    gate = oracle.arguments[0].astype(ml_dtypes.bfloat16)
+    x = gate.astype(np.float64)
+    gelu = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    both = explain(Case(consult(stage, (gate,), {}), round_once(gelu, np.dtype(ml_dtypes.bfloat16))))
+    assert both == "gelu (by tanh) instead of silu, or gelu (by erf) instead of silu"
+    one = explain(Case(oracle, silu_like(oracle.arguments[0])))
+    assert one == "gelu (by tanh) instead of silu"
+
+
+def silu_like(gate: np.ndarray) -> np.ndarray:
+    x = gate.astype(np.float64)
+    return (0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "words"),
+    [
+        (1.0, "the scale 1/sqrt(head_dim) is missing"),
+        (1 / 24, "is there twice"),
+        (24**0.5, "are multiplied by sqrt(head_dim), not divided"),
+        (64**-0.5, "the scale is 1/sqrt(hidden_size), 64, not 1/sqrt(head_dim)"),
+        (0.25, "every value is 1.2247"),
+    ],
+)
+def test_a_scale_is_named_by_what_it_is(scaling: float, words: str) -> None:
+    oracle = oracle_of("attn_scores")
+    out = FORWARD_STAGES["attn_scores"](*oracle.arguments, scaling=scaling).astype(np.float32)
+    assert words in (explain(Case(oracle, out, sizes={"hidden_size": 64})) or "")
+
+
+# Values that are not finite.
+
+
+def test_where_a_float16_overflows_is_told() -> None:
+    oracle = oracle_of("ffn_gate")
+    x, weight = oracle.arguments
+    x = x.copy()
+    x[4, 9] = 1e5
+    oracle = oracle.of((x, weight))
+    with np.errstate(all="ignore"):
+        cast = oracle.of((x.astype(np.float16).astype(np.float32), weight)).value.astype(np.float32)
+        narrow = oracle.value.astype(np.float32)
+        narrow[np.abs(narrow) > 65504] = np.inf
+    assert (explain(Case(oracle, cast)) or "").startswith("not finite where an operand is beyond 65504")
+    elsewhere = right(oracle)
+    elsewhere[0, 0] = np.inf
+    assert explain(Case(oracle, elsewhere)) is None
 
 
 def test_nothing_is_explained_of_values_that_are_not_finite_or_of_another_shape() -> None:
