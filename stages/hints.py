@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 
@@ -171,7 +171,8 @@ def masked_otherwise(case: Case) -> str | None:
     if unknown.all() or (shown == causal)[~unknown].all():
         return None
     scores = np.where(shown, case.oracle.arguments[0].astype(np.float64), -np.inf)
-    p = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    with np.errstate(invalid="ignore"):  # of a query without keys
+        p = np.exp(scores - scores.max(axis=-1, keepdims=True))
     known = dataclasses.replace(case, observed=np.where(unknown[..., None], case.oracle.rounded, case.observed))
     value = np.where(unknown[..., None], case.value, p / p.sum(axis=-1, keepdims=True))
     return _mask_said(shown, causal, ~small, unknown) if known.explained_by(value) else None
@@ -287,7 +288,7 @@ def constant_factor(case: Case) -> str | None:
     """All values are the right ones times one number, which is surely not 1."""
     if not case.got.any():
         return "all values are 0"
-    least, most = (float(edge[0]) for edge in _factors(*(x.reshape(1, -1) for x in (case.value, case.got, case.bound))))
+    least, most = (float(edge[0]) for edge in _factors(case, lambda x: x.reshape(1, -1)))
     if not (least <= most and clear_of_one(least, most) and case.shortened_by(case.value * (least + most) / 2)):
         return None
     scaling = case.oracle.options.get("scaling")
@@ -316,7 +317,7 @@ def row_factor(case: Case) -> str | None:
         n = case.value.shape[axis]
         if n < 2 or case.value.size < 4 * n:  # a factor per element or two explains anything
             continue
-        least, most = _factors(*(case.along(axis, x) for x in (case.value, case.got, case.bound)))
+        least, most = _factors(case, partial(case.along, axis))
         off = (most < 1 - CLEAR) | (least > 1 + CLEAR)
         if not ((least <= most).all() and off.sum() > 1):
             continue
@@ -339,12 +340,18 @@ def _is_of_norm(case: Case, axis: int) -> bool:
     return case.oracle.stage.noise is Noise.RMS_NORM and axis != case.value.ndim - 1
 
 
-def _factors(value: np.ndarray, got: np.ndarray, bound: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Per row the factors that bring every element of `value` to `got` within its bound: least and most."""
+def _factors(case: Case, rows: Callable[[np.ndarray], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Per row the factors that bring every element of the right values to the observed: least and most."""
+    value, got, bound = (rows(x) for x in (case.value, case.got, case.bound))
     squares = np.sum(value * value, axis=1, keepdims=True)
     fitted = np.where(squares > 0, np.sum(value * got, axis=1, keepdims=True) / np.where(squares > 0, squares, 1), 1.0)
-    room = bound * np.abs(fitted)  # a function times f rounds f times as much
-    return interval((got - room).T, (got + room).T, value.T)
+    # A function times f rounds f times as much.
+    room = bound * np.abs(fitted)
+    least, most = interval((got - room).T, (got + room).T, value.T)
+    # What was stored and then multiplied is rounded once more.
+    room += noise.exact_bound(got, case.observed.dtype)
+    again = interval((got - room).T, (got + room).T, value.T)
+    return np.where(least <= most, least, again[0]), np.where(least <= most, most, again[1])
 
 
 def temperature(case: Case) -> str | None:

@@ -203,8 +203,8 @@ def measure(oracle: Oracle, observed: np.ndarray) -> Judged:
     if np.array_equal(expected, observed):  # as numbers: +0 and -0 are one value
         finite = bool(np.isfinite(observed).all())
         return Judged(Verdict.EXACT, count=count) if finite else Judged(Verdict.NONFINITE, np.inf)
-    if not np.isfinite(observed).all():
-        return Judged(Verdict.NONFINITE, np.inf)
+    if not np.isfinite(observed).all() or not np.isfinite(oracle.value).all():
+        return Judged(Verdict.NONFINITE, np.inf)  # also a number where its inputs give none: nothing is near to a NaN
     got = canonical(observed)
     if np.array_equal(canonical(expected), got):
         return Judged(Verdict.EXACT, count=count)

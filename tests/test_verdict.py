@@ -385,3 +385,17 @@ def test_float16_overflow_is_not_finite_even_where_it_is_right() -> None:
         assert judge(oracle, out)[0] is Verdict.NONFINITE
         clamped = np.full_like(out, np.finfo(HALF).max)
         assert judge(oracle, clamped)[0] is Verdict.BUG
+
+
+def test_a_number_where_the_inputs_give_none_is_never_right() -> None:
+    """A NaN in the oracle compares with nothing, and must not hide what stands beside it."""
+    declared = next(s for s in declare(qk_norm=True, qkv_bias=False, o_bias=False) if s.name == "ffn_silu")
+    stage = dataclasses.replace(declared, dtype="float32")
+    gate = np.ones((3, 8), np.float32)
+    gate[1, 2] = np.nan
+    oracle = consult(stage, (gate,), {})
+    finite = np.nan_to_num(oracle.rounded)
+    wrong = finite.copy()
+    wrong[2] *= 3
+    for observed in (finite, wrong, oracle.rounded):
+        assert judge(oracle, observed) == (Verdict.NONFINITE, np.inf)
