@@ -450,7 +450,7 @@ def _sentence(
     """The verdict as a sentence."""
     if culprits:
         culprit = culprits[0]
-        ratio = times(culprit["ratio"]) or "nothing to measure"
+        ratio = times(culprit["ratio"], culprit["verdict"]) or "nothing to measure"
         hint = f": {culprit['hint']}" if culprit["hint"] else ""
         where = f"{culprit['stage']} of {diff.place_of(culprit)}"
         found = f"{culprit['verdict'].capitalize()} at {where}, {ratio}{hint}{diff.more_faults(culprits)}."

@@ -370,7 +370,7 @@ def sentence(
         who = {"a": f"a ({a['source']})", "b": f"b ({b['source']})", "both": "both sides"}.get(culprit["side"] or "")
         how = "with fewer bits than declared" if culprit["verdict"] == Verdict.PRECISION else "wrong"
         blame = f"{who} computed it {how}" if who else "the sides differ"
-        ratio = f", {by}" if (by := times(culprit["ratio"])) else ""
+        ratio = f", {by}" if (by := times(culprit["ratio"], culprit["verdict"])) else ""
         hint = f" ({culprit['hint']})" if culprit["hint"] else ""
         return f"{culprit['verdict'].capitalize()} at {where}: {blame}{ratio}{hint}{more_faults(culprits)}."
     failed = [name for name, passed in gates.items() if not passed]

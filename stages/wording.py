@@ -21,11 +21,13 @@ def ratio(value: float | None) -> str:
     return "> 1e6" if value is not None and value > ANOTHER_FUNCTION else number(value)
 
 
-def times(value: float | None) -> str | None:
-    """error / bound in a sentence; None where nothing was measured."""
+def times(value: float | None, verdict: str = "bug") -> str | None:
+    """error / bound in a sentence, or what it means beyond all counting; None where nothing was measured."""
     if not value or not math.isfinite(value):
         return None
-    return f"{value:.3g} times the bound" if value <= ANOTHER_FUNCTION else "not the same function"
+    if value <= ANOTHER_FUNCTION:
+        return f"{value:.3g} times the bound"
+    return "not the same function" if verdict == "bug" else "over a million times the bound"
 
 
 def apart(a: float | None, b: float | None) -> tuple[str, str]:

@@ -52,6 +52,7 @@ def test_digits_are_no_more_than_needed() -> None:
 def test_a_ratio_that_says_nothing_more_is_no_number(ratio: float | None, words: str | None) -> None:
     assert wording.times(ratio) == words
     assert wording.ratio(1.06e37) == "> 1e6"
+    assert wording.times(1e7, "precision") == "over a million times the bound"
 
 
 def test_a_cosine_near_one_is_not_one() -> None:
