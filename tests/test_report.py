@@ -158,13 +158,7 @@ def test_the_page_says_everything_in_order(diverged: dict[str, Any]) -> None:
     where = [next(i for i, head in enumerate(page.heads) if part in head) for part in order]
     assert where == sorted(where)
     count = len(diverged["rows"])
-    for words in (
-        f"{count} of {count} stages compared",
-        diverged["command"],
-        f"{count} rows",
-        "◆ culprit",
-        "1 of 45 rows need a look",
-    ):
+    for words in (f"{count} of {count} stages compared", diverged["command"], f"{count} rows", "◆ culprit"):
         assert words in page.text
     failing = sum(row["verdict"] not in ("exact", "rounding") for row in diverged["rows"])
     assert f"{failing} of {count} rows need a look" in page.text
