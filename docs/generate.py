@@ -155,8 +155,11 @@ judged; 3: a file or key that is not understood.
 ## The file
 
 One safetensors file, or a folder of them (`*.safetensors`; any split, no key twice). The keys are those of the table;
-`<n>` is the layer, from 0. Write what you have: a stage whose inputs are not recorded is reported as `unjudged`, naming
-the input, and the outcome is then `incomplete`. A key that is not in the table is refused by name.
+`<n>` is the layer, from 0. Write what you have. A stage that nothing recorded gives, the input of an operation that
+you recorded, is taken as `given`. Where a stage between two recorded ones is missing, the later one is judged *through*
+it: computed in float64, with what right programs may differ by in it; the row says which stages were hidden, and how
+small an error is not seen. What lies too far from all that was recorded is `unjudged`, and the outcome `incomplete`.
+A key that is not in the table is refused by name.
 
 - **One sequence, token axis first**, in the order of the tokens; no batch axis (one of size 1 is dropped).
   `attn_scores` and `attn_softmax` are `heads queries keys`. Of `attn_scores` what belongs to keys after their query is

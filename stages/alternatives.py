@@ -157,6 +157,19 @@ MISSING: Mapping[str, Alternatives] = MappingProxyType(
 )
 
 
+# What the tables call a step that is not done at all.
+LEFT_OUT = ("the norm is missing", "the activation is missing", "not turned by RoPE at all")
+
+
+def wrong_values(stage: Stage, arguments: Arguments, options: Mapping[str, Any]) -> Iterator[Wrong]:
+    """What every wrong function that is known gives in the place of a stage."""
+    for table in (MISSING, REARRANGED):
+        if stage.name in table:
+            yield from table[stage.name](*arguments, **options)
+    yield from without_a_parameter(stage, arguments, options)
+    yield from with_parameters_rearranged(stage, arguments, options)
+
+
 def without_a_parameter(stage: Stage, arguments: Arguments, options: Mapping[str, Any]) -> Iterator[Wrong]:
     """The stage without one bias, without all of them, or without a norm's weight."""
     inputs, params = len(stage.inputs), stage.params

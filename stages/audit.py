@@ -26,13 +26,16 @@ from stages.forward_judge import (
     ForwardRun,
     about,
     explain_place,
+    given_places,
     open_run,
     oracles_of,
     order_of,
     part,
     pieces_of,
     reread,
+    span_of,
     stage_of,
+    through_words,
     why_unjudged,
 )
 from stages.metrics import Difference, Residual
@@ -118,6 +121,10 @@ def _audit_forward(run: ForwardRun, model: str | None, top: int, rerun: bool, pr
     for number, place in enumerate(places):
         progress(f"auditing {forward_key(place)}", number / len(places))
         rows.append(_forward_row(place, run, top))
+    given = given_places(run)
+    for row in rows:
+        if (row["layer"], row["stage"]) in given:
+            row |= {"verdict": Verdict.GIVEN.value, "note": f"taken as given, {row['note']}"}
     if rerun:
         settle(rows, recorded_of(run, model))
 
@@ -170,7 +177,9 @@ def _forward_row(place: Place, run: ForwardRun, top: int) -> Row:
         return {**row, **judged.fields(), **fields}
     if other is not None:
         judged = _forward_judged(place, run, other.array, top)
-    return {**row, **judged.fields(), **({"note": run.notes[place]} if place in run.notes else {})}
+    how = "; ".join(filter(None, (run.read_as.get(place), through_words(place, run))))
+    through = [forward_key(at) for at in span_of(place, run).hidden]
+    return {**row, **judged.fields(), "through": through, **({"note": how} if how else {})}
 
 
 def _forward_judged(place: Place, run: ForwardRun, observed: np.ndarray, top: int) -> _Judged:
@@ -411,9 +420,11 @@ def document(
     explain: Callable[[Mapping[str, Any]], str | None] = lambda _row: None,
 ) -> dict[str, Any]:
     """The whole `svf.audit/1` document of finished rows."""
-    unjudged = sum(row["verdict"] == Verdict.UNJUDGED for row in rows)
-    missing = sum(row["verdict"] == Verdict.MISSING for row in rows)
-    coverage = {"judged": len(rows) - unjudged - missing, "unjudged": unjudged, "expected": len(rows)}
+    unjudged, missing, given = (
+        sum(row["verdict"] == verdict for row in rows) for verdict in (Verdict.UNJUDGED, Verdict.MISSING, Verdict.GIVEN)
+    )
+    expected = len(rows) - given
+    coverage = {"judged": expected - unjudged - missing, "unjudged": unjudged, "expected": expected, "given": given}
     culprits = _culprits(rows, explain)
     miss = next((z for z in zero_offset if z["fits"] is False), None)
     outcome = "faulty" if culprits or miss else "incomplete" if unjudged or not coverage["judged"] else "sound"
@@ -470,4 +481,12 @@ def _sentence(
             f"{coverage['unjudged']} could not be judged, first {first['key']} ({first['note']})."
         )
     exact = sum(row["verdict"] == Verdict.EXACT for row in rows)
-    return f"{len(rows)} stages are right from their own inputs: {exact} exact, {len(rows) - exact} within rounding."
+    inexact = coverage["judged"] - exact
+    right = f"{coverage['judged']} stages are right from their own inputs: {exact} exact, {inexact} within rounding"
+    through = [row for row in rows if row.get("through")]
+    if through:
+        right += f"; {len(through)} of them through stages that were not recorded"
+    given = [row for row in rows if row["verdict"] == Verdict.GIVEN]
+    if given:
+        right += f"; {len(given)} input{'s' * (len(given) > 1)} taken as given: {diff.listed(given)}"
+    return f"{right}."

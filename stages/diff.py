@@ -286,14 +286,8 @@ def more_faults(culprits: Sequence[Mapping[str, Any]]) -> str:
     others = culprits[1:]
     if not others:
         return ""
-    places: dict[str, list[Mapping[str, Any]]] = {}
-    for culprit in others:
-        places.setdefault(culprit["stage"], []).append(culprit)
-    named = [f"{stage} of {_places(found)}" for stage, found in list(places.items())[:_NAMED]]
-    if len(places) > _NAMED:
-        named.append("...")
     judged = all(culprit["verdict"] not in (Verdict.MISSING, Verdict.EXTRA) for culprit in others)
-    more = f"; and {len(others)} more{', from their own inputs' if judged else ''}: {', '.join(named)}"
+    more = f"; and {len(others)} more{', from their own inputs' if judged else ''}: {listed(others, _NAMED)}"
     return more + _not_finite(culprits)
 
 
@@ -303,6 +297,15 @@ def _not_finite(culprits: Sequence[Mapping[str, Any]]) -> str:
     if not told or told[0] is culprits[0]:
         return ""
     return f"; {told[0]['stage']} of {place_of(told[0])}: {told[0]['hint']}"
+
+
+def listed(rows: Sequence[Mapping[str, Any]], limit: int | None = None) -> str:
+    """Rows, or culprits, in words: stage by stage, `limit` of them at most, with the layers of each."""
+    places: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        places.setdefault(row["stage"], []).append(row)
+    named = [f"{stage} of {_places(found)}" for stage, found in list(places.items())[:limit]]
+    return ", ".join([*named, *(["..."] if limit is not None and len(places) > limit else [])])
 
 
 def _places(found: Sequence[Mapping[str, Any]]) -> str:

@@ -183,7 +183,7 @@ def open_foreign(
     side.facts = {"dtype": dtype, "dtype taken": why, "tokens": str(len(tokens))}
     declared = forward_path(config, dtype)
     side.interpret(declared, config, len(tokens), positions)
-    return ForwardRun(side, config, declared, list(tokens), positions, weights, notes=side.notes, orders=side.orders)
+    return ForwardRun(side, config, declared, list(tokens), positions, weights, read_as=side.notes, orders=side.orders)
 
 
 def open_side(path: Path, stack: ExitStack) -> ForeignSide:

@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
 
 from stages.adapted import ADAPTED_FILE, AdaptedWeights
-from stages.alternatives import Wrong
+from stages.alternatives import LEFT_OUT, Wrong, wrong_values
 from stages.aprt import is_aprt_tree
 from stages.backend import Weights
 from stages.calibration import lambdas_of
@@ -21,13 +22,24 @@ from stages.checkpoint import Checkpoint, open_checkpoint
 from stages.culprit_data import Piece
 from stages.elements import explain_rows
 from stages.errors import InputError, NotFoundError, UsageError, shown
-from stages.forward import ALIASES, DTYPES, RUN_PARAMS, declare, forward_path, parameter_name, producers, recorded_shape
+from stages.forward import (
+    ALIASES,
+    DTYPES,
+    RUN_PARAMS,
+    declare,
+    forward_path,
+    parameter_name,
+    producers,
+    recorded_shape,
+    stage_options,
+)
 from stages.forward_dump import AprtSide, ForwardSide, Place, advice, forward_key
 from stages.forward_run import POSITIONS, oracles, parameters, vocabulary_plan
 from stages.hints import Case, explain
 from stages.noise import LAMBDA, Lambdas
 from stages.promise import hold_to
 from stages.qwen import EMBEDDING, LM_HEAD, QwenConfig, parse_config
+from stages.span import Value, floor, oracle_through, value_through
 from stages.stage import Path as StagePath
 from stages.stage import Scope, Stage
 from stages.tensorfile import TensorFile, stored_dtype
@@ -71,10 +83,12 @@ class ForwardRun:
     checkpoint: Checkpoint | None = None  # what `weights` come from, adapted or not
     misshapen: set[Place] = field(default_factory=set)  # nothing can be said of a stage that reads one of these
     lambdas: Lambdas = field(default_factory=lambda: LAMBDA)
-    notes: dict[Place, str] = field(default_factory=dict)  # how a stage was read, where not simply as it was recorded
+    read_as: dict[Place, str] = field(default_factory=dict)  # how a stage was read, where not simply as it was recorded
     orders: dict[Place, Turn] = field(default_factory=dict)  # another order of axes, where the shape does not tell
     turned: dict[Place, Turn] = field(default_factory=dict)  # what is done to a recorded array to get its values
     readings: dict[Place, int] = field(default_factory=dict)  # which of `_readings` a stage was computed by
+
+    floors: dict[Place, float] = field(default_factory=dict)  # of stages judged through others: what they can see
 
     def read(self, place: Place) -> np.ndarray:
         """A recorded stage's values."""
@@ -188,19 +202,96 @@ def why_unjudged(place: Place, run: ForwardRun) -> str | None:
     """What a stage's judging lacks, in words; None when it can be judged."""
     if run.path is None or run.config is None:
         return "the model is not known; give --model and --tokens"
-    stage = stage_of(run.path, place)
-    if run.weights is None and any(param not in RUN_PARAMS for param in stage.params):
-        return f"the weights {', '.join(stage.params)} are not to be had; give --model"
-    if run.positions == "last" and _mixes_positions(run.path, stage):
+    span = span_of(place, run)
+    stages = [stage_of(run.path, at) for at in (span.acting, *span.hidden)]
+    params = [param for stage in stages for param in stage.params if param not in RUN_PARAMS]
+    if run.weights is None and params:
+        return f"the weights {', '.join(params)} are not to be had; give --model"
+    if run.positions == "last" and any(_mixes_positions(run.path, stage) for stage in stages):
         return "the dump holds the last position alone, and this stage needs them all"
-    found = {source: _find(run, source) for source in sources_of(place, run).values()}
-    missing = [forward_key(source) for source, at in found.items() if at is None]
-    if missing:
-        return f"not recorded: {', '.join(missing)}"
-    misshapen = [
-        forward_key(at) for at in found.values() if at is not None and (at in run.misshapen or not _fits(run, at))
-    ]
-    return f"recorded in another shape: {', '.join(misshapen)}" if misshapen else None
+    missing = f"not recorded: {', '.join(map(forward_key, span.missing))}"
+    if span.from_start or len(span.hidden) > _MOST_HIDDEN:
+        return missing
+    misshapen = [forward_key(at) for at in span.recorded if at in run.misshapen or not _fits(run, at)]
+    if misshapen:
+        return f"recorded in another shape: {', '.join(misshapen)}"
+    if span.hidden and _floor(place, run) > _LEAST_SEEN:
+        return f"{missing}; too far to tell: right programs may differ by {_floor(place, run):.2g} of it"
+    return None
+
+
+# Stages that a judgement goes through at most: attention from q and k before their norms has six, a feed-forward five.
+_MOST_HIDDEN = 8
+# A wrong step moves a stage by about its own size. Where right programs may differ by half of that, it says nothing.
+_LEAST_SEEN = 0.5
+
+
+@dataclass(frozen=True)
+class Span:
+    """From what a recorded stage is judged: recorded stages, through hidden ones, which were not recorded.
+
+    `acting` is the stage that it is judged as: of a copy whose original was not recorded, the original. `missing` are
+    the inputs of that which are hidden; `from_start` says that a way up ends at the model's input, not at a recorded
+    stage.
+    """
+
+    acting: Place
+    recorded: tuple[Place, ...]
+    hidden: tuple[Place, ...]
+    missing: tuple[Place, ...]
+    from_start: bool
+
+
+def span_of(place: Place, run: ForwardRun) -> Span:
+    """From what, and through what, a recorded stage is to be judged."""
+    assert run.path is not None
+    acting = place
+    while stage_of(run.path, acting).identity and _find(run, _only(sources_of(acting, run))) is None:
+        acting = _only(sources_of(acting, run))
+    sources = sources_of(acting, run)
+    hidden: dict[Place, None] = {}
+    recorded: dict[Place, None] = {}
+    waiting, from_start = list(sources.values()), False
+    while waiting:
+        source = waiting.pop()
+        found = _find(run, source)
+        if found is not None:
+            recorded[found] = None
+        elif source not in hidden:
+            hidden[source] = None
+            from_start |= source[1] == "embedding"
+            waiting += sources_of(source, run).values()
+    missing = tuple(source for source in sources.values() if source in hidden)
+    return Span(acting, tuple(recorded), tuple(hidden), missing, from_start)
+
+
+def _only(sources: Mapping[str, Place]) -> Place:
+    (source,) = sources.values()
+    return source
+
+
+def _floor(place: Place, run: ForwardRun) -> float:
+    if place not in run.floors:
+        run.floors[place] = floor(oracle for _, oracle in oracles_of(place, run, run.read(place)))
+    return run.floors[place]
+
+
+def through_words(place: Place, run: ForwardRun) -> str | None:
+    """What a stage is judged through, in words, and what it can see; None where its inputs were recorded."""
+    span = span_of(place, run)
+    if not span.hidden:
+        return None
+    named = ", ".join(sorted({stage for _, stage in span.hidden}))
+    return f"judged through {named}, not recorded; errors below {run.floors[place]:.2g} of it are not seen"
+
+
+def given_places(run: ForwardRun) -> set[Place]:
+    """The recorded stages that are inputs: nothing recorded gives them, and others are judged from them."""
+    if run.path is None or run.config is None:
+        return set()
+    judged = [place for place in run.side.places if why_unjudged(place, run) is None]
+    read = {source for place in judged for source in span_of(place, run).recorded}
+    return {place for place in read if place not in judged and span_of(place, run).from_start}
 
 
 def _fits(run: ForwardRun, place: Place) -> bool:
@@ -215,8 +306,12 @@ def oracles_of(place: Place, run: ForwardRun, observed: np.ndarray) -> Iterator[
     """The oracle of a recorded stage from its own recorded inputs, by columns; `ValueError` if these do not fit."""
     assert run.path is not None
     assert run.config is not None
-    stage = _as_stored(run, stage_of(run.path, place), observed)
-    _, inputs = list(_readings(place, run, stage, inputs_of(place, run)))[run.readings.get(place, 0)]
+    span = span_of(place, run)
+    stage = _as_stored(run, stage_of(run.path, span.acting), observed)
+    if span.hidden:
+        yield from _oracles_through(span.acting, run, stage, observed)
+        return
+    _, inputs = list(_readings(span.acting, run, stage, inputs_of(span.acting, run)))[run.readings.get(place, 0)]
     if stage.by_vocab and observed.ndim == 2:  # logits may be recorded of the last tokens alone
         inputs = {name: array[-len(observed) :] if name in stage.inputs else array for name, array in inputs.items()}
     with np.errstate(all="ignore"):  # a NaN among the inputs is their own row's verdict
@@ -280,18 +375,24 @@ def reread(place: Place, run: ForwardRun, observed: np.ndarray) -> Reread | None
     if why_unjudged(place, run) is not None:
         return None
     assert run.path is not None
+    span = span_of(place, run)
     for text, fault, turn in [(None, False, None), *_turns(place, run, observed)]:
         array = observed if turn is None else turn(observed)
-        stage = _as_stored(run, stage_of(run.path, place), array)
-        ways = [way for way, _ in _readings(place, run, stage, inputs_of(place, run))]
+        stage = _as_stored(run, stage_of(run.path, span.acting), array)
+        # Where inputs were computed, all ways to read them are within the bound.
+        ways = (
+            [None]
+            if span.hidden
+            else [way for way, _ in _readings(span.acting, run, stage, inputs_of(span.acting, run))]
+        )
         for number, way in enumerate(ways):
             run.readings[place] = number
             if (turn is not None or number) and _right(place, run, array):
-                said = "; ".join(filter(None, (run.notes.get(place), text, way)))
+                said = "; ".join(filter(None, (run.read_as.get(place), text, way)))
                 if turn is not None:
                     run.turned[place] = turn
                 if not fault:
-                    run.notes[place] = said
+                    run.read_as[place] = said
                 return Reread(array, said, fault)
     run.readings[place] = 0
     return None
@@ -318,6 +419,45 @@ def _as_bytes_of(dtype: np.dtype, row: int, array: np.ndarray) -> np.ndarray:
     """`array` as what its bytes are in `dtype`: rows of `row` elements (1: the whole) hold as many of these first."""
     rows = np.ascontiguousarray(array).reshape(1 if row == 1 else -1, array.size if row == 1 else row)
     return np.ascontiguousarray(rows.view(dtype)[:, : rows.shape[1]]).reshape(array.shape)
+
+
+def _oracles_through(
+    place: Place, run: ForwardRun, stage: Stage, observed: np.ndarray
+) -> Iterator[tuple[slice, Oracle]]:
+    """As `oracles_of`, where some inputs have to be computed."""
+    assert run.path is not None
+    assert run.config is not None
+    values = [_value(run, source) for source in sources_of(place, run).values()]
+    if stage.by_vocab and observed.ndim == 2:
+        values = [value.last(len(observed)) for value in values]
+    options, dtype = stage_options(run.config, stage), stored_dtype(run.path["embedding"].dtype)
+    weights, given = _weights_of(run), _given(run)
+    plan = vocabulary_plan(run.config.vocab_size) if stage.by_vocab else [(0, None)]
+    with np.errstate(all="ignore"):
+        for start, stop in plan:
+            if stop is None:
+                params, columns = parameters(stage, given, weights, place[0], dtype), slice(None)
+            else:
+                params, columns = [weights.read(LM_HEAD, start, stop).astype(dtype)], slice(start, stop)
+            yield columns, oracle_through(stage, values, params, options, run.lambdas, dtype)
+
+
+def _value(run: ForwardRun, source: Place, instead: Mapping[Place, np.ndarray] = MappingProxyType({})) -> Value:
+    """A stage as recorded, or computed from what is; `instead` gives values of hidden stages, of wrong programs."""
+    assert run.path is not None
+    assert run.config is not None
+    if source in instead:
+        return Value(instead[source])
+    found = _find(run, source)
+    if found is not None:
+        return Value(run.read(found))
+    stage, dtype = run.path[source[1]], stored_dtype(run.path["embedding"].dtype)
+    inputs = [_value(run, at, instead) for at in sources_of(source, run).values()]
+    if stage.identity:
+        return inputs[0]
+    params = parameters(stage, _given(run), _weights_of(run), source[0], dtype)
+    options = stage_options(run.config, stage)
+    return value_through(oracle_through(stage, inputs, params, options, run.lambdas, dtype), inputs)
 
 
 def pieces_of(place: Place, run: ForwardRun, observed: np.ndarray) -> Iterator[Piece]:
@@ -365,7 +505,8 @@ def explain_place(place: Place, run: ForwardRun, observed: np.ndarray) -> str | 
         if not judge(oracle, shown)[0].passes:
             others = functools.partial(_others, place, run, oracle, columns)
             case = Case(oracle, shown, others, columns.start or 0, _sizes(run.config))
-            return _wrong_rows(run, oracle, shown) or explain(case)
+            named = _wrong_rows(run, oracle, shown) or _first_fitting(case, _of_hidden(place, run, oracle))
+            return named or explain(case)
     return None
 
 
@@ -383,6 +524,41 @@ def _wrong_rows(run: ForwardRun, oracle: Oracle, observed: np.ndarray) -> str | 
     plan = vocabulary_plan(run.config.vocab_size)
     chunks = ((start, weights.read(EMBEDDING, start, stop).astype(observed.dtype)) for start, stop in plan)
     return explain_rows(EMBEDDING, tokens, observed, oracle.rounded, chunks)
+
+
+def _of_hidden(place: Place, run: ForwardRun, oracle: Oracle) -> Iterator[Wrong]:
+    """What the stage would give if a stage on the way, which was not recorded, were left out or another function."""
+    assert run.path is not None
+    assert run.config is not None
+    span, stage = span_of(place, run), oracle.stage
+    sources, params = sources_of(span.acting, run), oracle.arguments[len(stage.inputs) :]
+
+    def result(instead: Mapping[Place, np.ndarray]) -> np.ndarray:
+        arrays = [_value(run, source, instead).array for source in sources.values()]
+        if stage.by_vocab:
+            arrays = [array[-len(oracle.value) :] for array in arrays]
+        return STAGES[stage.name](*(array.astype(np.float64) for array in arrays), *params, **oracle.options)
+
+    for at in span.hidden:
+        hidden, options = run.path[at[1]], stage_options(run.config, run.path[at[1]])
+        if hidden.identity or not hidden.inputs:
+            continue
+        inputs = [_value(run, source).array.astype(np.float64) for source in sources_of(at, run).values()]
+        own = parameters(hidden, _given(run), _weights_of(run), at[0], stored_dtype(run.path["embedding"].dtype))
+        if inputs[0].shape == _value(run, at).array.shape:
+            yield f"as if {forward_key(at)} were left out", result({at: inputs[0]})
+        if at in span.missing and len(inputs) == 1 and not own and not params and inputs[0].shape == oracle.value.shape:
+            swapped = STAGES[hidden.name](result({at: inputs[0]}), **options)
+            yield f"as if {forward_key(at)} came after {stage.name}, not before it", swapped
+        for text, value in wrong_values(hidden, (*inputs, *own), options):
+            left_out = f"as if {forward_key(at)} were left out"
+            said = left_out if text in LEFT_OUT else f"in {forward_key(at)}, which was not recorded: {text}"
+            yield said, result({at: value})
+
+
+def _first_fitting(case: Case, table: Iterable[Wrong]) -> str | None:
+    with np.errstate(all="ignore"):
+        return next((text for text, value in table if case.explained_by(np.asarray(value, np.float64))), None)
 
 
 # Parameters of one shape that a loader may mix up.
@@ -474,10 +650,12 @@ def stage_of(path: StagePath, place: Place) -> Stage:
 
 
 def _find(run: ForwardRun, source: Place) -> Place | None:
-    """Where a stage is recorded: under its own name, or an alias."""
+    """Where a stage is recorded: under its own name, or an alias; a copy's values also under the original's."""
     assert run.path is not None
     names = (source[1], *(alias for alias, name in run.path.aliases.items() if name == source[1]))
-    return next(((source[0], name) for name in names if (source[0], name) in run.side.places), None)
+    found = next(((source[0], name) for name in names if (source[0], name) in run.side.places), None)
+    copied = found is None and run.path[source[1]].identity
+    return _find(run, (source[0], run.path[source[1]].inputs[0])) if copied else found
 
 
 def sources_of(place: Place, run: ForwardRun) -> dict[str, Place]:
@@ -494,9 +672,14 @@ def inputs_of(place: Place, run: ForwardRun) -> dict[str, np.ndarray]:
         found = _find(run, source)
         assert found is not None
         inputs[name] = run.read(found)
+    return inputs | _given(run)
+
+
+def _given(run: ForwardRun) -> dict[str, np.ndarray]:
+    """The run's tokens and their positions."""
     chosen = slice(-1, None) if run.positions == "last" else slice(None)
     tokens, positions = np.asarray(run.tokens, np.int32), np.arange(len(run.tokens), dtype=np.int32)
-    return inputs | {"tokens": tokens[chosen], "positions": positions[chosen]}
+    return {"tokens": tokens[chosen], "positions": positions[chosen]}
 
 
 def _weights_of(run: ForwardRun) -> Weights:

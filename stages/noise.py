@@ -193,7 +193,7 @@ def prescribed(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return x if dtype == np.float32 else round_once(x, dtype).astype(np.float64)
 
 
-def _after_prescribed(x: np.ndarray, error: np.ndarray, dtype: np.dtype) -> np.ndarray:
+def after_prescribed(x: np.ndarray, error: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """How far `prescribed(y)` may lie from `prescribed(x)` for |y - x| <= error: 0, or one flip to a neighbour."""
     if dtype == np.float32:
         return error
@@ -206,14 +206,14 @@ def scores_bound(
 ) -> np.ndarray:
     """`(q @ k) * scale`, the product rounded to `dtype` in between; q `[.., rows, K]`, k `[.., K, cols]`, float32."""
     product = q.astype(np.float64) @ k.astype(np.float64)
-    error = _after_prescribed(product, lam * product_bound(q, k, product), dtype)
+    error = after_prescribed(product, lam * product_bound(q, k, product), dtype)
     return error * scale + lam * U32 * np.abs(result)
 
 
 def scores_rigorous(q: np.ndarray, k: np.ndarray, scale: float, dtype: np.dtype, result: np.ndarray) -> np.ndarray:
     """As `scores_bound`, from the product's rigorous bound; u for the scale's own rounding, u for the last one."""
     product = q.astype(np.float64) @ k.astype(np.float64)
-    error = _after_prescribed(product, product_rigorous(q, k, product), dtype)
+    error = after_prescribed(product, product_rigorous(q, k, product), dtype)
     return (error * scale + 2 * U32 * np.abs(result)) * (1 + 4 * U32)
 
 
@@ -242,7 +242,7 @@ def norm_bound(lam: float, normed: np.ndarray, weight: np.ndarray, dtype: np.dty
     it dominate: 4.1 to 4.5 u was the most seen, whatever K (docs/findings/forward.md).
     """
     error = lam * U32 * (np.sqrt(normed.shape[-1]) / 8 + 6) * np.abs(normed)
-    return _after_prescribed(normed, error, dtype) * np.abs(weight)
+    return after_prescribed(normed, error, dtype) * np.abs(weight)
 
 
 def norm_rigorous(normed: np.ndarray, weight: np.ndarray, dtype: np.dtype, result: np.ndarray) -> np.ndarray:
@@ -252,7 +252,7 @@ def norm_rigorous(normed: np.ndarray, weight: np.ndarray, dtype: np.dtype, resul
     """
     g = _gamma(normed.shape[-1] + 3)
     error = (g * (1 + g) ** 2 / 2 + 10 * U32) * np.abs(normed)
-    return _after_prescribed(normed, error, dtype) * np.abs(weight) + U32 * np.abs(result)
+    return after_prescribed(normed, error, dtype) * np.abs(weight) + U32 * np.abs(result)
 
 
 def softmax_bound(lam: float, scores: np.ndarray, result: np.ndarray) -> np.ndarray:

@@ -21,8 +21,11 @@ RULES = {
 
 
 def hold_to(verdict: SideVerdict, precision: str | None, oracle: Oracle, observed: np.ndarray) -> None:
-    """Make `verdict` a bug where `observed` breaks what a side's `precision` promises; native promises nothing."""
-    if precision not in RULES or observed.shape != oracle.value.shape:
+    """Make `verdict` a bug where `observed` breaks what a side's `precision` promises; native promises nothing.
+
+    It promises bits of recorded inputs: of those that had to be computed nothing follows.
+    """
+    if precision not in RULES or observed.shape != oracle.value.shape or oracle.unsure is not None:
         return
     verdict.rule = RULES[precision]
     broken = breaches(precision, oracle, observed)

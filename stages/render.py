@@ -41,7 +41,7 @@ def diff_document(document: Mapping[str, Any], *, top: bool = False) -> None:
     elif rows:
         out.print(_stage_table(rows, out.width))
     if rows:
-        problems = [row for row in rows if row["verdict"] not in ("exact", "rounding")]
+        problems = [row for row in rows if row["verdict"] not in ("exact", "rounding", "given")]
         if problems:
             _print_rows(problems, out)
         if top:
@@ -72,12 +72,14 @@ def audit_document(document: Mapping[str, Any]) -> None:
         out.print(_audit_table(rows, out.width))
         if any(_stored_narrow(row) for row in rows):
             out.print(_HALF_A_STEP, soft_wrap=True)
-    problems = [row for row in rows if row["verdict"] not in ("exact", "rounding")]
+    problems = [row for row in rows if row["verdict"] not in ("exact", "rounding", "given")]
     if problems:
         _print_audit_rows(problems, out)
     coverage = document["coverage"]
     style = {"sound": "bold green", "faulty": "bold red"}.get(document["outcome"], "bold yellow")
-    out.print(f"Judged {coverage['judged']} of {coverage['expected']} stages.")
+    given = coverage.get("given", 0)
+    more = f"; {given} input{'s' * (given > 1)} taken as given" if given else ""
+    out.print(f"Judged {coverage['judged']} of {coverage['expected']} stages{more}.")
     out.print(f"[{style}]{document['outcome'].upper()}[/]  {escape(document['verdict'])}", soft_wrap=True)
 
 
@@ -287,7 +289,7 @@ def _cell(row: Mapping[str, Any] | None, first: str | None) -> str:
     if row is None:
         return ""
     mark = "*" if row["key"] == first else ""
-    if row["verdict"] not in ("exact", "rounding", "unjudged"):
+    if row["verdict"] not in ("exact", "rounding", "given", "unjudged"):
         return f"[bold red]{row['verdict'][:3]}{mark}[/]"
     if row.get("byte_match"):
         return "[dim]=[/]"

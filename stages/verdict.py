@@ -34,6 +34,7 @@ class Verdict(StrEnum):
 
     EXACT = "exact"
     ROUNDING = "rounding"
+    GIVEN = "given"  # an input, which nothing recorded gives: not judged, and nothing to judge
     UNJUDGED = "unjudged"
     SUSPECT = "suspect"
     PRECISION = "precision"
@@ -49,7 +50,7 @@ class Verdict(StrEnum):
 
     @property
     def fails(self) -> bool:
-        return not self.passes and self is not Verdict.UNJUDGED
+        return not self.passes and self not in (Verdict.UNJUDGED, Verdict.GIVEN)
 
 
 def worst(*verdicts: Verdict) -> Verdict:
@@ -65,11 +66,16 @@ def judged_part(stage: Stage, array: np.ndarray) -> np.ndarray:
     return np.where(reference_qwen.up_to_query(array), array, np.zeros((), array.dtype))
 
 
+# What a stage's arguments may be off by themselves adds this to its calibrated and to its rigorous bound.
+Unsure = Callable[[tuple[np.ndarray, ...]], tuple[np.ndarray, np.ndarray]]
+
+
 @dataclass(frozen=True)
 class Oracle:
     """What a stage should give from certain inputs: the unrounded float64 value and its noise.
 
     `bound` is the calibrated bound, `rigorous()` the one that no summation order exceeds; both computed on demand.
+    `unsure` is of arguments that were computed, not recorded.
     """
 
     stage: Stage
@@ -79,10 +85,12 @@ class Oracle:
     arguments: tuple[np.ndarray, ...]
     options: Mapping[str, Any]
     lambdas: noise.Lambdas
+    unsure: Unsure | None = None
 
     def of(self, arguments: tuple[np.ndarray, ...], options: Mapping[str, Any] | None = None) -> Oracle:
         """The oracle of the same stage for other arguments or options."""
-        return consult(self.stage, arguments, self.options if options is None else options, self.lambdas)
+        options = self.options if options is None else options
+        return consult(self.stage, arguments, options, self.lambdas, self.unsure)
 
     @cached_property
     def bound(self) -> np.ndarray:
@@ -100,9 +108,15 @@ def consult(
     arguments: tuple[np.ndarray, ...],
     options: Mapping[str, Any],
     lambdas: noise.Lambdas = noise.LAMBDA,
+    unsure: Unsure | None = None,
 ) -> Oracle:
     """The oracle of `stage` for its `arguments` (inputs, then params, in declared order)."""
     dtype = stored_dtype(stage.dtype)
+
+    def widened(bound: np.ndarray, which: int) -> np.ndarray:
+        # What is added is rounded to the stored dtype with the rest.
+        return bound if unsure is None else bound + (1 + noise.rounding_unit(dtype)) * unsure(arguments)[which]
+
     if stage.identity:
         value = arguments[0].astype(np.float64)
     else:
@@ -113,11 +127,12 @@ def consult(
     return Oracle(
         stage,
         value,
-        lambda: noise.calibrated(stage.noise, operands, value, dtype, lambdas),
-        lambda: noise.rigorous(stage.noise, operands, value, dtype),
+        lambda: widened(noise.calibrated(stage.noise, operands, value, dtype, lambdas), 0),
+        lambda: widened(noise.rigorous(stage.noise, operands, value, dtype), 1),
         arguments,
         options,
         lambdas,
+        unsure,
     )
 
 
@@ -184,7 +199,9 @@ class SideVerdict:
             self.elementwise, self.reason = verdict, bits
         self.ratio = max(self.ratio, judged.ratio)
         self.squares, self.count = self.squares + judged.squares, self.count + judged.count
-        self.rms_limit = noise.rms_limit(oracle.stage.noise, observed.dtype, oracle.lambdas)
+        # Of what was carried from stages before, which may err alike, no RMS was measured.
+        sure = oracle.unsure is None
+        self.rms_limit = noise.rms_limit(oracle.stage.noise, observed.dtype, oracle.lambdas) if sure else np.inf
         return verdict
 
 
@@ -214,7 +231,7 @@ def measure(oracle: Oracle, observed: np.ndarray) -> Judged:
 
 def _by_element(oracle: Oracle, got: np.ndarray, ratio: float) -> Verdict:
     """The verdict on a finite output that is not correctly rounded, by its largest error / bound."""
-    if oracle.stage.noise is Noise.EXACT:
+    if oracle.stage.noise is Noise.EXACT and oracle.unsure is None:
         return Verdict.BUG
     if ratio <= 1:
         return Verdict.ROUNDING

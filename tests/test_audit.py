@@ -138,8 +138,9 @@ def test_a_missing_stage_and_what_needed_it(changed: Path) -> None:
     rewrite(changed, "model.safetensors", lambda t: t.pop("rope_cos"))
     done = svf("audit", changed, "--json")
     assert culprit(done) == (1, "missing", None, "rope_cos")  # the manifest promised it
-    assert rows(done)["layers.0.q_post_rope"]["verdict"] == "unjudged"
-    assert rows(done)["layers.0.q_post_rope"]["note"] == "not recorded: rope_cos"
+    turned = rows(done)["layers.0.q_post_rope"]
+    assert (turned["verdict"], turned["through"]) == ("rounding", ["rope_cos"])
+    assert turned["note"].startswith("judged through rope_cos, not recorded")
 
 
 def test_without_weights_nothing_is_sound(changed: Path, models: Path) -> None:
@@ -269,9 +270,10 @@ def check_fault(done: Result, fault: str) -> None:
 
 def test_what_a_dump_lacks_is_said_and_counted(models: Path, programs: Path) -> None:
     done = audited(models, programs, "no cos")
-    assert (done.code, done.json["outcome"]) == (5, "incomplete")
-    assert done.json["coverage"] == {"judged": 40, "unjudged": 4, "expected": 44}
-    assert rows(done)["layers.1.k_post_rope"]["note"] == "not recorded: rope_cos"
+    assert (done.code, done.json["outcome"]) == (0, "sound")
+    assert done.json["coverage"] == {"judged": 44, "unjudged": 0, "expected": 44, "given": 0}
+    assert "4 of them through stages that were not recorded" in done.json["verdict"]
+    assert rows(done)["layers.1.k_post_rope"]["note"].startswith("judged through rope_cos, not recorded")
 
 
 def test_a_key_that_is_no_stage_is_refused_by_name(models: Path, programs: Path, tmp_path: Path) -> None:
@@ -334,7 +336,7 @@ def test_a_replay_a_bundle_and_a_stage_file_are_sound(made: Path, tmp_path: Path
     ):
         done = svf("audit", path, "--json")
         assert (done.code, done.json["outcome"]) == (0, "sound"), (path, done.json["verdict"])
-        assert done.json["coverage"] == {"judged": count, "unjudged": 0, "expected": count}
+        assert done.json["coverage"] == {"judged": count, "unjudged": 0, "expected": count, "given": 0}
         assert [row["stage"] for row in done.json["rows"]][:10] == list(REPLAY)
 
 

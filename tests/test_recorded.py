@@ -265,8 +265,7 @@ def test_float32_attention_inside_a_narrow_run(made: Path, tmp_path: Path, dtype
             v = np.repeat(t[f"layers.{n}.qkv_bias"][:, -64:].reshape(-1, 2, 32).swapaxes(0, 1), 2, axis=0)
             out = p.astype(narrow).astype(np.float32) @ v.astype(np.float32)
             t[f"layers.{n}.attention"] = out.swapaxes(0, 1).reshape(len(TOKENS), -1).astype(narrow)
-            for name in ("attn_out", "post_attn_residual"):  # made from the attention before
-                del t[f"layers.{n}.{name}"]
+        only("q_post_rope k_post_rope qkv_bias attn_scores attn_softmax attention")(t)  # the rest is of the run before
 
     done = recorded(made, tmp_path / "right.safetensors", wide, f"qwen3-{dtype}")
     judged = {key: row["verdict"] for key, row in rows(done).items() if ".att" in key and "norm" not in key}
@@ -420,3 +419,151 @@ def test_a_tree_of_the_last_position_is_no_fault(made: Path, tmp_path: Path, dty
     assert done.json["coverage"] == same.json["coverage"]
     assert svf("import", tmp_path / "tree", tmp_path / "back", *given).code == 0
     assert svf("audit", tmp_path / "back", "--json").json["coverage"] == same.json["coverage"]
+
+
+# Inputs are not outputs, and steps that were not recorded.
+
+# What people hand over of one operation: stages -> those of them, by layer 0 and 1 alike, that are taken as given.
+OPERATIONS = {
+    "q_norm k_norm rope_cos rope_sin q_post_rope k_post_rope": "q_norm k_norm",
+    "q_post_rope k_post_rope qkv_bias attention": "qkv_bias",
+    "ffn_norm ffn_gate ffn_up ffn_swigl ffn_out": "ffn_norm",
+    "ffn_gate ffn_silu": "ffn_gate",
+    "attn_norm qkv_bias": "attn_norm",
+    "q_post_rope k_post_rope attn_scores attn_softmax": "q_post_rope k_post_rope",
+    "ffn_silu ffn_up ffn_swigl": "ffn_silu ffn_up",
+    "attention attn_out": "attention",
+    "final_norm lm_head": "final_norm",
+}
+
+
+def only(stages: str) -> Callable[[Tensors], None]:
+    def change(t: Tensors) -> None:
+        for key in [key for key in t if key.rpartition(".")[2] not in stages.split()]:
+            del t[key]
+
+    return change
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("stages", OPERATIONS)
+def test_one_operation_is_sound_and_its_inputs_are_given(made: Path, tmp_path: Path, dtype: str, stages: str) -> None:
+    name = f"qwen3-{dtype}"
+    done = recorded(made, tmp_path / "x.safetensors", only(stages), name)
+    assert sound(done)
+    given = {row["stage"] for row in done.json["rows"] if row["verdict"] == "given"}
+    assert given == set(OPERATIONS[stages].split())
+    coverage, found = done.json["coverage"], [row["verdict"] for row in done.json["rows"]]
+    assert (coverage["given"], coverage["judged"]) == (found.count("given"), coverage["expected"])
+    assert coverage["expected"] + coverage["given"] == len(found)
+    assert f"{coverage['given']} input" in done.json["verdict"]
+    assert all(stage in done.json["verdict"].partition("taken as given: ")[2] for stage in given)
+    last = stages.split()[-1]
+
+    def wrong(t: Tensors) -> None:
+        only(stages)(t)
+        key = next(key for key in t if key.rpartition(".")[2] == last)
+        t[key] = np.ascontiguousarray(t[key][..., ::-1])
+
+    verdict, _, stage = blamed(recorded(made, tmp_path / "x.safetensors", wrong, name))
+    assert (verdict, stage) == ("bug", last)
+
+
+def test_nothing_judged_is_never_sound(made: Path, tmp_path: Path) -> None:
+    for stages in ("ffn_norm", "final_norm", "ffn_norm attn_norm"):
+        done = recorded(made, tmp_path / "x.safetensors", only(stages))
+        assert (done.code, done.json["outcome"], done.json["coverage"]["given"]) == (5, "incomplete", 0)
+
+
+def test_what_recorded_stages_give_is_no_input(made: Path, tmp_path: Path) -> None:
+    """Layer outputs alone: a whole layer lies between, too far to tell; that is unjudged, not given."""
+    done = recorded(made, tmp_path / "x.safetensors", only("embedding post_ffn_residual final_norm lm_head"))
+    assert (done.code, done.json["outcome"]) == (5, "incomplete")
+    unjudged = {row["key"] for row in done.json["rows"] if row["verdict"] == "unjudged"}
+    assert unjudged == {"layers.0.post_ffn_residual", "layers.1.post_ffn_residual"}
+    assert done.json["coverage"]["given"] == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["qwen3", "qwen2"])
+def test_any_one_stage_may_be_missing(made: Path, tmp_path: Path, name: str, dtype: str) -> None:
+    for stage in {key.rpartition(".")[2] for key in dumped(made / f"{name}-{dtype}-dump")}:
+
+        def without(t: Tensors, stage: str = stage) -> None:
+            for key in [key for key in t if key.rpartition(".")[2] == stage]:
+                del t[key]
+
+        done = recorded(made, tmp_path / "x.safetensors", without, f"{name}-{dtype}")
+        assert sound(done), stage
+        given = {row["key"] for row in done.json["rows"] if row["verdict"] == "given"}
+        # The tokens' embedding is where the model begins: without it, what reads it is an input.
+        assert given == ({"layers.0.attn_norm", "layers.0.post_attn_residual"} if stage == "embedding" else set())
+
+
+def test_a_copy_is_judged_as_its_original(made: Path, tmp_path: Path) -> None:
+    """Qwen3 has no biases: `qkv_bias` is the product, also where that was recorded under one name alone."""
+
+    def without(t: Tensors) -> None:
+        for n in range(2):
+            del t[f"layers.{n}.qkv_matmul"]
+
+    done = recorded(made, tmp_path / "x.safetensors", without)
+    assert sound(done)
+    assert rows(done)["layers.0.qkv_bias"]["through"] == []
+
+    def wrong(t: Tensors) -> None:
+        without(t)
+        t["layers.1.qkv_bias"] = t["layers.1.qkv_bias"] * np.float32(1.001)
+
+    assert blamed(recorded(made, tmp_path / "x.safetensors", wrong)) == ("bug", 1, "qkv_bias")
+
+
+# Steps that a program lacks, so that nothing of them was recorded: what is done to a right dump, who is blamed, why.
+
+
+def no_final_norm(made: Path, dtype: str, t: Tensors) -> None:
+    head = model_tensors(made, dtype)["model.embed_tokens.weight"].astype(np.float32)
+    stored = t["lm_head"].dtype
+    t["lm_head"] = (t["layers.1.post_ffn_residual"].astype(np.float32) @ head.T).astype(stored)
+    del t["final_norm"]
+
+
+def silu_of_the_product(made: Path, dtype: str, t: Tensors) -> None:
+    for n in range(2):
+        gate, up = (t[f"layers.{n}.{name}"].astype(np.float32) for name in ("ffn_gate", "ffn_up"))
+        both = gate * up
+        t[f"layers.{n}.ffn_swigl"] = (both / (1 + np.exp(-both))).astype(t[f"layers.{n}.ffn_swigl"].dtype)
+        down = model_tensors(made, dtype)[f"model.layers.{n}.mlp.down_proj.weight"].astype(np.float32)
+        out = t[f"layers.{n}.ffn_swigl"].astype(np.float32) @ down.T
+        t[f"layers.{n}.ffn_out"] = out.astype(t[f"layers.{n}.ffn_swigl"].dtype)
+        del t[f"layers.{n}.ffn_silu"], t[f"layers.{n}.post_ffn_residual"]
+
+
+def no_q_norm(made: Path, dtype: str, t: Tensors) -> None:
+    """The queries of layer 1 turned as they are, without their norm."""
+    q = t["layers.1.qkv_bias"][:, :128].reshape(len(TOKENS), 4, 32).astype(np.float32)
+    rotated = np.concatenate((-q[..., 16:], q[..., :16]), axis=-1)
+    cos, sin = (t[name].astype(np.float32)[:, None] for name in ("rope_cos", "rope_sin"))
+    t["layers.1.q_post_rope"] = (q * cos + rotated * sin).astype(t["rope_cos"].dtype)
+    for name in ("q_norm", "attn_scores"):
+        del t[f"layers.1.{name}"]
+
+
+LACKING = {
+    "the final norm": (no_final_norm, (None, "lm_head"), "as if final_norm were left out"),
+    "silu before the product": (
+        silu_of_the_product,
+        (0, "ffn_swigl"),
+        "as if layers.0.ffn_silu came after ffn_swigl, not before it",
+    ),
+    "a norm of the queries": (no_q_norm, (1, "q_post_rope"), "as if layers.1.q_norm were left out"),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lacking", LACKING)
+def test_a_step_that_the_program_lacks_is_named(made: Path, tmp_path: Path, dtype: str, lacking: str) -> None:
+    change, (layer, stage), hint = LACKING[lacking]
+    done = recorded(made, tmp_path / "x.safetensors", lambda t: change(made, dtype, t), f"qwen3-{dtype}")
+    assert blamed(done) == ("bug", layer, stage)
+    assert done.json["culprit"]["hint"] == hint

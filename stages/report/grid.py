@@ -20,6 +20,7 @@ MARKS = {
     Verdict.MISSING: "none",
     Verdict.EXTRA: "extra",
     Verdict.UNJUDGED: "?",
+    Verdict.GIVEN: "given",
     Verdict.EXACT: "=",
 }
 # Largest error / bound of each shade: blue up to the bound, orange beyond it, and nothing in between.
@@ -45,7 +46,7 @@ class Cell:
         """The CSS class that colours the cell."""
         if self.measured and self.ratio is not None:
             return next(shade for shade, most in SHADES.items() if self.ratio <= most)
-        return "calm" if self.verdict in (Verdict.EXACT, Verdict.UNJUDGED) else "odd"
+        return "calm" if self.verdict in (Verdict.EXACT, Verdict.GIVEN, Verdict.UNJUDGED) else "odd"
 
     @property
     def mark(self) -> str:

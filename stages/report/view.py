@@ -197,7 +197,7 @@ _WORST = 3
 def _failed(rows: Sequence[Row], document: Document, *, audit: bool) -> Table | None:
     """The rows that need a look, the gravest first, each with what is known of the reason."""
     at = {id(row): n for n, row in enumerate(rows)}
-    grave = sorted((r for r in rows if r["verdict"] not in ("exact", "rounding")), key=lambda r: -_grave(r))
+    grave = sorted((r for r in rows if r["verdict"] not in ("exact", "rounding", "given")), key=lambda r: -_grave(r))
     if not grave:
         return None
     ends = ("",) if audit else ("_a", "_b")
@@ -394,7 +394,7 @@ def _all_rows(rows: Sequence[Row], culprit: Row | None, *, audit: bool) -> Table
         for row in rows
     ]
     words = frozenset({"where", "stage", "verdict", "a", "b", "at", "bytes", "note"})
-    marked = frozenset(i for i, row in enumerate(rows) if row["verdict"] not in ("exact", "rounding"))
+    marked = frozenset(i for i, row in enumerate(rows) if row["verdict"] not in ("exact", "rounding", "given"))
     return Table("All rows, in execution order", columns, cells, words, marked, range(len(rows)), long=True)
 
 
