@@ -138,13 +138,14 @@ def _report(error: Exception) -> int:
         traceback.print_exc()
     if hasattr(error, "format_message"):  # a usage error of typer's own
         return _usage(error)
-    from stages.errors import SvfError
+    from stages.errors import SvfError, exhausted
 
     if isinstance(error, SvfError):
-        return _fail(str(error), error.exit_code)
-    # numpy's, torch's and XLA's ways of saying it
-    if isinstance(error, MemoryError) or any(t in str(error) for t in ("can't allocate memory", "RESOURCE_EXHAUSTED")):
-        return _fail("out of memory; try a smaller --chunk-rows", 7)
+        # A file that could not be opened is not to blame when there were no handles left.
+        out = exhausted(error.__context__) if error.exit_code != 7 else None
+        return _fail(str(error), error.exit_code) if out is None else _fail(out, 7)
+    if (out := exhausted(error)) is not None:
+        return _fail(out, 7)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
         return _fail(f"{error.filename or 'a file'}: cannot be written: {error.strerror}", 6)
     hint = "" if STATE.debug else "; 'svf --debug COMMAND' shows where, please report it"

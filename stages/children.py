@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -78,6 +79,11 @@ def document_of(name: str, child: ChildResult) -> Any:
         raise ResourceError(
             f"the {name} side was killed{where}, which is what a machine out of memory does; try fewer tokens, "
             "--stages or --chunk-rows"
+        )
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if child.error is None and limit != resource.RLIM_INFINITY:  # OpenBLAS and XLA end their process, with any code
+        raise ResourceError(
+            f"the {name} side ended{where} without a word: {limit:,} bytes of address space are allowed"
         )
     if child.returncode < 0:
         raise SvfError(f"the {name} side crashed with {signal.Signals(-child.returncode).name}{where}")

@@ -3,6 +3,7 @@
 Every message is one line: what was expected, what came, where, and what to try.
 """
 
+import errno
 from typing import Any
 
 SCHEMA = "svf.error/1"
@@ -68,6 +69,21 @@ def error_document(message: str, exit_code: int, command: str) -> dict[str, Any]
     """The `svf.error/1` document: what `--json` prints where a command ends without its own."""
     kind = KINDS.get(exit_code, KINDS[SvfError.exit_code])
     return {"schema": SCHEMA, "exit_code": exit_code, "error": kind, "message": message, "command": command}
+
+
+def exhausted(error: BaseException | None) -> str | None:
+    """What ran out, where `error`, or what it was raised for, says so in words of the system, numpy, torch or XLA."""
+    while error is not None:
+        text = f"{type(error).__name__} {error}"
+        if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE) or "Too many open files" in text:
+            return "no file handles left; allow more with 'ulimit -n', or end other programs"
+        if getattr(error, "errno", None) == errno.ENOMEM or any(words in text for words in _NO_MEMORY):
+            return "out of memory; try fewer tokens or a smaller --chunk-rows, or allow more (ulimit -v, --max-memory)"
+        error = error.__cause__ or error.__context__
+    return None
+
+
+_NO_MEMORY = ("MemoryError", "allocate memory", "RESOURCE_EXHAUSTED", "bad_alloc", "failed to map segment")
 
 
 def shown(text: object, limit: int = 120) -> str:

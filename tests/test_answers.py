@@ -17,7 +17,7 @@ from helpers import ROOT, fresh, svf
 import cli
 from stages import errors, settings
 from stages.children import ChildResult, SideError, document_of, run_sides
-from stages.errors import SvfError
+from stages.errors import NotFoundError, SvfError
 from stages.progress import Progress
 
 GROUP: Any = typer.main.get_command(cli.app)
@@ -193,12 +193,17 @@ def hostile(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_installed_program_finds_its_own_modules(made: Path, hostile: Path, tmp_path: Path) -> None:
-    """As pip writes it, in a folder of the user's that is first on the path; the sides' processes too."""
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    """The console script, as pip writes it."""
     entry = (ROOT / "pyproject.toml").read_text().partition('[project.scripts]\nsvf = "')[2].partition('"')[0]
     module, _, attribute = entry.partition(":")
-    script = tmp_path / "svf"
-    script.write_text(f"import sys\nfrom {module} import {attribute}\nsys.exit({attribute}())\n")
+    (tmp_path / "svf").write_text(f"import sys\nfrom {module} import {attribute}\nsys.exit({attribute}())\n")
+    return tmp_path / "svf"
+
+
+def test_the_installed_program_finds_its_own_modules(made: Path, hostile: Path, script: Path) -> None:
+    """In a folder of the user's that is first on the path; the sides' processes too."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(hostile), str(ROOT)))}
     command = [sys.executable, script, "-q", "replay", made / "components", "--select", "k_proj", "--json"]
     done = subprocess.run(command, cwd=hostile, env=env, capture_output=True, text=True, check=False)
@@ -206,3 +211,48 @@ def test_the_installed_program_finds_its_own_modules(made: Path, hostile: Path, 
     assert json.loads(done.stdout)["outcome"] == "agree"
     seen = fresh("import cli", PYTHONPATH=env["PYTHONPATH"])
     assert seen.returncode == 99  # so this path is hostile indeed
+
+
+# Little of everything.
+
+
+def limited(script: Path, limit: str, *words: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The installed program under a limit as a shell sets it."""
+    command = ["sh", "-c", f'ulimit {limit}; exec "$@"', "sh", sys.executable, script, *map(str, words)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("limit", ["-n 6", "-v 40000", "-v 60000", "-v 120000"])
+def test_without_handles_or_memory_it_says_so(script: Path, made: Path, limit: str) -> None:
+    """At 120 MB OpenBLAS ends the process, with exit code 1 and a line of its own."""
+    done = limited(script, limit, "inspect", made / "components", "--json")
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("OpenBLAS")]
+    assert done.returncode == 7, done.stderr
+    assert len(lines) == 1
+    assert lines[0].startswith("svf: no file handles left" if "-n" in limit else "svf: out of memory"), lines
+    assert json.loads(done.stdout)["error"] == "resource"
+
+
+def test_a_limit_that_suffices_changes_nothing(script: Path, made: Path) -> None:
+    free, bound = (limited(script, limit, "inspect", made / "components") for limit in ("-n 64", "-v 2000000"))
+    assert (bound.returncode, bound.stdout, bound.stderr) == (0, free.stdout, "")
+    assert limited(script, "-v 2000000", "inspect", "nowhere").returncode == 4
+
+
+def test_memory_that_ran_out_inside_an_error_of_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_handles(_source: str) -> None:
+        try:
+            raise OSError(24, "Too many open files")
+        except OSError:
+            raise NotFoundError("x: cannot be read") from None
+
+    monkeypatch.setattr("stages.inspect.inspect", no_handles)
+    assert (svf("inspect", "x").code, "handles" in svf("inspect", "x").error) == (7, True)
+
+
+@pytest.mark.parametrize("level", ["1", "2"])
+def test_optimised_python_changes_nothing(script: Path, made: Path, level: str) -> None:
+    words = ["diff", "--help"] if level == "1" else ["forward", "--backend", "torch", "--tokens", "1,2", "--json"]
+    plain, optimised = (limited(script, "-n 64", *words, **env) for env in ({}, {"PYTHONOPTIMIZE": level}))
+    assert (optimised.returncode, optimised.stdout) == (0, plain.stdout)
