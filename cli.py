@@ -263,7 +263,17 @@ def _log() -> None:
     """Send the log to stderr, children's too; JAX, which reads its variable at import, names what it compiles."""
     import logging
 
-    logging.basicConfig(format="svf: %(message)s", stream=sys.stderr, force=True)
+    from stages.errors import shown
+
+    class Shown(logging.Formatter):
+        def format(self, record: logging.LogRecord) -> str:
+            text = super().format(record)
+            lines = [text] if record.name == "svf" else text.split("\n")  # what JAX logs may have several
+            return "\n".join(shown(line, limit=4000) for line in lines)
+
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Shown("svf: %(message)s"))
+    logging.basicConfig(handlers=[handler], force=True)
     logging.getLogger("svf").setLevel(logging.INFO)
     os.environ.update(SVF_VERBOSE="1", JAX_LOG_COMPILES="1")
 
@@ -284,6 +294,13 @@ def emit(document: Any) -> None:
     print(to_json(document))
 
 
+def answer(document: Any, json: bool, show: Callable[[Any], None]) -> None:
+    """Print a document as JSON, or as text with no character in it that a terminal would obey."""
+    from stages.errors import all_shown
+
+    emit(document) if json else show(all_shown(document))
+
+
 def _before(force: bool, html: Path | None = None, file: Path | None = None) -> None:
     """Refuse, before anything is computed, a page or a file that cannot be written."""
     if html is not None:
@@ -298,6 +315,7 @@ def _before(force: bool, html: Path | None = None, file: Path | None = None) -> 
 
 def _after(document: Any, json: bool, html: Path | None, show: Callable[[Any], None]) -> None:
     """The document with the command that made it: its report where one is asked for, then as JSON or as text."""
+    from stages.errors import shown
     from stages.jsonio import made_now
 
     document["command"] = shlex.join(["svf", *STATE.words])
@@ -306,9 +324,9 @@ def _after(document: Any, json: bool, html: Path | None, show: Callable[[Any], N
         from stages.report.page import write_page
 
         write_page(document, html)
-    emit(document) if json else show(document)
+    answer(document, json, show)
     if html is not None and not json:
-        print(f"Report: {html}")
+        print(f"Report: {shown(html, limit=4000)}")
 
 
 @app.command(
@@ -351,7 +369,7 @@ def synth(
         )
     if vector is not None and router is not None:
         write_vector(vector, router)
-    emit(document) if json else render.synth_document(document)
+    answer(document, json, render.synth_document)
 
 
 @app.command(
@@ -405,7 +423,7 @@ def decompose(
         model, vector, manifest, parse_layers(layers), out, report, all_selected_tensors, svd_weights, resume
     )
     document = _decompose(options, svd.value)
-    emit(document) if json else render.decompose_document(document)
+    answer(document, json, render.decompose_document)
 
 
 def _decompose(options: Any, svd: str) -> Any:
@@ -782,7 +800,7 @@ def stats(
 
     with Progress(STATE.progress) as progress:
         document = stats_of(dump, progress)
-    emit(document) if json else render.stats_document(document)
+    answer(document, json, render.stats_document)
 
 
 @app.command(
@@ -806,7 +824,7 @@ def layouts(
 
     with Progress(STATE.progress) as progress:
         document = job.diagnose(components, model, progress)
-    emit(document) if json else render.layouts_document(document)
+    answer(document, json, render.layouts_document)
     raise typer.Exit(job.EXIT_CODES[document["outcome"]])
 
 
@@ -839,7 +857,7 @@ def calibrate(
             document = job.calibrate_both(BOTH, device, progress)
         else:
             document = job.calibrate_one(load_backend(backend.value, device), progress)
-    emit(document) if json else render.calibrate_document(document)
+    answer(document, json, render.calibrate_document)
     raise typer.Exit(job.EXIT_CODES[document["outcome"]])
 
 
@@ -882,7 +900,7 @@ def apply(
     command = job.ApplyCommand(components, model, out, tied.value, dtype.value, layout.value, resume)
     with Progress(STATE.progress) as progress:
         document = job.apply(command, lambda: load_backend(backend.value, device, precision.value), progress)
-    emit(document) if json else render_files.apply_document(document)
+    answer(document, json, render_files.apply_document)
 
 
 @app.command(
@@ -944,7 +962,7 @@ def route(
         else:
             load = lambda: load_backend(backend.value, device, precision.value)  # noqa: E731
             document = route_one(command, load, progress)
-    emit(document) if json else render_route.route_document(document)
+    answer(document, json, render_route.route_document)
     raise typer.Exit(outcomes[document["outcome"]])
 
 
@@ -966,7 +984,7 @@ def export(
 
     with Progress(STATE.progress) as progress:
         document = export_aprt(source, out, progress)
-    emit(document) if json else render_files.export_document(document)
+    answer(document, json, render_files.export_document)
 
 
 @app.command(
@@ -990,7 +1008,7 @@ def import_(
 
     with Progress(STATE.progress) as progress:
         document = import_aprt(source, out, model, tokens, progress)
-    emit(document) if json else render_files.import_document(document)
+    answer(document, json, render_files.import_document)
 
 
 @app.command(
@@ -1012,7 +1030,7 @@ def report(
     from stages.report.page import report as write
 
     document = write(result, html, force=force)
-    emit(document) if json else render.report_document(document)
+    answer(document, json, render.report_document)
 
 
 @app.command(
@@ -1032,7 +1050,7 @@ def doctor(
     if probe is not None:  # the child that this command starts for each framework
         return emit(_probe(probe))
     document = job.examine(list(PROBES))
-    emit(document) if json else render.doctor_document(document)
+    answer(document, json, render.doctor_document)
     raise typer.Exit(job.EXIT_CODES[document["outcome"]])
 
 
@@ -1063,7 +1081,7 @@ def inspect(
     from stages import render_sources as render
 
     document = job.inspect(source)
-    emit(document) if json else render.inspect_document(document)
+    answer(document, json, render.inspect_document)
 
 
 @app.command(
@@ -1085,7 +1103,7 @@ def verify(
 
     with Progress(STATE.progress) as progress:
         document = job.verify(source, model, progress)
-    emit(document) if json else render.verify_document(document)
+    answer(document, json, render.verify_document)
     raise typer.Exit(job.EXIT_CODES[document["outcome"]])
 
 
@@ -1106,7 +1124,7 @@ def convert(
     from svf_torch.convert_file import convert as job
 
     document = job(file, out, entry)
-    emit(document) if json else render.convert_document(document)
+    answer(document, json, render.convert_document)
 
 
 @app.command(
@@ -1139,7 +1157,7 @@ def probe(
             return
         names = BOTH if backend is ON_BOTH else (backend.value,)
         document = probe_run.probe_all(probe_run.ProbeCommand(names, device, threads, fresh), progress)
-    emit(document) if json else render.probe_document(document)
+    answer(document, json, render.probe_document)
     raise typer.Exit(0 if document["complete"] else 5)
 
 
@@ -1166,7 +1184,7 @@ def infer(
         document = infer_recorded(
             side, components=components, model=model, rows=rows, columns=columns, progress=progress
         )
-    emit(document) if json else render.orders_document(document)
+    answer(document, json, render.orders_document)
     raise typer.Exit(0 if document["outcome"] == "complete" else 5)
 
 
@@ -1211,12 +1229,12 @@ def selftest(
 
     if list_faults:
         document = command.listed(fault)
-        emit(document) if json else view.fault_list(document["faults"])
+        answer(document, json, lambda d: view.fault_list(d["faults"]))
         return
     options = command.options(backend.value, fault, quick=quick, clean=clean, seed=seed)
     with Progress(STATE.progress) as progress:
         document = command.selftest(options, progress)
-    emit(document) if json else view.selftest_document(document)
+    answer(document, json, view.selftest_document)
     raise typer.Exit(exit_code(document))
 
 

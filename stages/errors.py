@@ -90,3 +90,16 @@ def shown(text: object, limit: int = 120) -> str:
     """`text` from a file, safe to print: control characters escaped, long text cut."""
     printable = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
     return printable if len(printable) <= limit else printable[: limit - 1] + "…"
+
+
+# A longer text is no name; a verdict sentence with a hint has some 300 characters.
+_LONGEST = 2_000
+
+
+def all_shown(value: Any) -> Any:
+    """`value` with every text in it, keys too, as `shown` has it: no name can reorder a line, end it or colour it."""
+    if isinstance(value, str):
+        return shown(value, _LONGEST)
+    if isinstance(value, dict):
+        return {all_shown(key): all_shown(item) for key, item in value.items()}
+    return type(value)(map(all_shown, value)) if type(value) in (list, tuple) else value

@@ -8,6 +8,8 @@ import time
 from types import TracebackType
 from typing import Any
 
+from stages.errors import shown
+
 _LOG = logging.getLogger("svf")
 # A log needs a sign of life, not a line per chunk.
 _LINE_EVERY_S = 5.0
@@ -43,6 +45,7 @@ class Progress:
 
     def __call__(self, label: str, fraction: float) -> None:
         """Say that the work called `label` is `fraction` (0 to 1) done."""
+        label = shown(label)
         if label != self._label:
             self._log_time()
         if self._bar is not None:
@@ -67,6 +70,7 @@ class Progress:
         """A line for the person, on stderr."""
         if not self.enabled:
             return
+        text = shown(text, limit=4000)
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False)
         else:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+import numpy as np
 import pytest
 import typer.main
 from helpers import ROOT, fresh, svf
@@ -19,6 +20,7 @@ from stages import errors, settings
 from stages.children import ChildResult, SideError, document_of, run_sides
 from stages.errors import NotFoundError, SvfError
 from stages.progress import Progress
+from stages.tensorfile import write_tensors
 
 GROUP: Any = typer.main.get_command(cli.app)
 
@@ -256,3 +258,56 @@ def test_optimised_python_changes_nothing(script: Path, made: Path, level: str) 
     words = ["diff", "--help"] if level == "1" else ["forward", "--backend", "torch", "--tokens", "1,2", "--json"]
     plain, optimised = (limited(script, "-n 64", *words, **env) for env in ({}, {"PYTHONOPTIMIZE": level}))
     assert (optimised.returncode, optimised.stdout) == (0, plain.stdout)
+
+
+# What a terminal would obey.
+
+HOSTILE = "a\x1b[31mb\x9bc\u202ed\u2028e\nf\rg\u200fh"
+
+
+def only_printable(text: str) -> bool:
+    return all(line.isprintable() for line in text.split("\n"))
+
+
+def test_no_name_commands_the_terminal(tmp_path: Path) -> None:
+    """Names of tensors, files and folders, in a listing, a log, a document and an error."""
+    folder = tmp_path / HOSTILE
+    folder.mkdir()
+    file = folder / "x.safetensors"
+    write_tensors(file, {HOSTILE: np.zeros(1, np.float32), "plain": np.zeros(1, np.float32)})
+    for words in (("inspect", file), ("verify", file), ("inspect", folder)):
+        done = svf(*words)
+        assert only_printable(done.out), done.out
+        assert only_printable(done.err), done.err
+        assert "f\\rg" in done.out + done.err
+        # A newline in a name begins no line.
+        assert not [line for line in (done.out + done.err).splitlines() if line.startswith("f")]
+        assert svf(*words, "--json").out.isascii()
+    assert svf("inspect", file, "--json").json["tensors"]
+    log = subprocess.run(
+        [sys.executable, ROOT / "svf_torch" / "start.py", "-v", "verify", file],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stderr
+    assert only_printable(log)
+    assert all(line.startswith("svf: ") for line in log.splitlines())
+    assert "reading" in log
+
+
+def test_what_is_written_while_it_works_is_printable(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress(True)
+    progress._last = -1e9
+    progress(HOSTILE, 0.5)
+    progress.say(HOSTILE)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert all(line.isprintable() for line in lines)
+
+
+def test_every_text_of_a_document_is_made_printable_once() -> None:
+    value = {HOSTILE: [HOSTILE, (HOSTILE, 1.5, None)], "n": float("inf")}
+    clean = errors.all_shown(value)
+    assert errors.all_shown(clean) == clean
+    assert only_printable("".join(clean))
+    assert (clean["n"], clean[errors.shown(HOSTILE)][1][1:]) == (float("inf"), (1.5, None))

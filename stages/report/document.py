@@ -6,14 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from stages.errors import InputError, shown
+from stages.errors import InputError, all_shown, shown
 from stages.jsonio import read_object, to_json
 from stages.trinity_report import REFERENCE_SCHEMA, REPLAY_SCHEMA
 
 DIFF, AUDIT, FORWARD = SCHEMAS = ("svf.diff/1", "svf.audit/1", "svf.forward/1")
 PARITY_REPORTS = (REFERENCE_SCHEMA, REPLAY_SCHEMA)
-# A longer text is no name; a verdict sentence with a hint has some 300 characters.
-_LONGEST = 2_000
 
 
 def read_document(path: Path) -> dict[str, Any]:
@@ -34,14 +32,6 @@ def read_document(path: Path) -> dict[str, Any]:
 def printable(document: Any) -> Any:
     """A document as it comes back from JSON, every text in it printable: control characters and bidi overrides escaped.
 
-    So a report of a run is, byte for byte, the report of its saved document, and no name can reorder or end a line.
+    So a report of a run is, byte for byte, the report of its saved document.
     """
-    return _printable(json.loads(to_json(document)))
-
-
-def _printable(value: Any) -> Any:
-    if isinstance(value, str):
-        return shown(value, _LONGEST)
-    if isinstance(value, dict):
-        return {shown(key, _LONGEST): _printable(item) for key, item in value.items()}
-    return [_printable(item) for item in value] if isinstance(value, list) else value
+    return all_shown(json.loads(to_json(document)))
