@@ -86,6 +86,9 @@ def audit(
 def is_replay(path: Path) -> bool:
     """Whether a path holds a component replay rather than a forward; `NotFoundError` where nothing is."""
     if path.is_dir():
+        inside = [found.parent.name for found in sorted(path.glob(f"*/{dump.MANIFEST_FILE}"))]
+        if inside and not (path / dump.MANIFEST_FILE).is_file():
+            raise UsageError(f"{path}: holds {len(inside)} dumps, {', '.join(map(shown, inside))}; name one of them")
         ours = (path / dump.MANIFEST_FILE).is_file() and not is_forward_dump(path)
         return ours or (path / bundles.MANIFEST_FILE).is_file()
     if not path.is_file():

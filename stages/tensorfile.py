@@ -160,6 +160,18 @@ class TensorFile:
         return out
 
 
+# What other files begin with -> what they are, and what to do with one. No header of safetensors is so long.
+_OTHERS = {
+    b"version ": "a Git LFS pointer, run 'git lfs pull'",
+    b"PK\x03\x04": "a zip archive, as .npz and .pt files are; write the tensors as safetensors (svf convert: a .pt)",
+    b"\x93NUMPY": "a .npy array; write the tensors as safetensors",
+    b"\x80\x02": "a pickle; write the tensors as safetensors (svf convert)",
+    b"GGUF": "a GGUF file; write the tensors as safetensors",
+    b"{": "JSON, not safetensors",
+    b"[": "JSON, not safetensors",
+}
+
+
 def _read_header(fd: int, where: str) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     size = os.fstat(fd).st_size
     start = os.pread(fd, 8, 0)
@@ -167,10 +179,12 @@ def _read_header(fd: int, where: str) -> tuple[dict[str, TensorInfo], dict[str, 
         raise InputError(f"{where}: {size} bytes is too short for a safetensors file")
     length = int.from_bytes(start, "little")
     if length > min(MAX_HEADER_BYTES, size - 8):
-        hint = (
-            "; this is a Git LFS pointer, run 'git lfs pull'" if start.startswith(b"version ") else "; is it truncated?"
+        other = next((what for magic, what in _OTHERS.items() if start.startswith(magic)), None)
+        if other is not None:
+            raise InputError(f"{where}: this is {other}")
+        raise InputError(
+            f"{where}: safetensors header of {length} bytes announced in a file of {size}; is it truncated?"
         )
-        raise InputError(f"{where}: safetensors header of {length} bytes announced in a file of {size}{hint}")
     raw = os.pread(fd, length, 8)
     header = parse_json(raw, f"{where}: safetensors header")
     if not isinstance(header, dict):

@@ -567,3 +567,30 @@ def test_a_step_that_the_program_lacks_is_named(made: Path, tmp_path: Path, dtyp
     done = recorded(made, tmp_path / "x.safetensors", lambda t: change(made, dtype, t), f"qwen3-{dtype}")
     assert blamed(done) == ("bug", layer, stage)
     assert done.json["culprit"]["hint"] == hint
+
+
+# What is no dump.
+
+
+def test_files_of_other_kinds_are_told_by_their_kind(made: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", lm_head=np.zeros(3))
+    np.save(tmp_path / "x.npy", np.zeros(3))
+    (tmp_path / "x.json").write_text('{"lm_head": [1, 2, 3]}')
+    (tmp_path / "short.safetensors").write_bytes((10**6).to_bytes(8, "little") + b"{}")
+    for name, told in {
+        "x.npz": "this is a zip archive, as .npz",
+        "x.npy": "this is a .npy array",
+        "x.json": "this is JSON",
+        "short.safetensors": "truncated",
+    }.items():
+        done = svf("audit", tmp_path / name, "--model", made / "qwen3-float32", "--tokens", IDS)
+        assert done.code == 3
+        assert told in done.error
+
+
+def test_a_folder_of_dumps_names_them(made: Path, tmp_path: Path) -> None:
+    for name in ("torch", "jax"):
+        shutil.copytree(made / "qwen3-float32-dump", tmp_path / "traces" / name)
+    done = svf("audit", tmp_path / "traces")
+    assert done.code == 2
+    assert "holds 2 dumps, jax, torch; name one of them" in done.error
