@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import re
+import shlex
 from collections.abc import Callable
 from html.parser import HTMLParser
 from importlib.resources import files
@@ -42,6 +43,7 @@ from stages.errors import InputError
 from stages.jsonio import to_json
 from stages.report import document as documents
 from stages.report import page as pages
+from stages.report.closer import closer
 from stages.report.figures import histogram, residual_map, scatter
 from stages.report.grid import Cell, grid
 from stages.report.page import embedded_json, render_page
@@ -240,6 +242,38 @@ def test_a_click_has_what_it_shows(diverged: dict[str, Any]) -> None:
     assert found["worst"][0][0] == "[2, 7]"
     assert found["command"].startswith("svf --no-progress diff ")
     assert "--stages ffn_silu --layers 1" in found["command"]
+
+
+def test_the_command_that_looks_closer_is_one(
+    diverged: dict[str, Any], dumps: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    row = next(row for row in diverged["rows"] if row["key"] == "layers.1.ffn_silu")
+    done = svf(*shlex.split(closer(diverged, row) or "")[2:])
+    assert done.code == 1, done.err
+    assert "The culprit: ffn_silu of layer 1" in Page((tmp_path / "closer.html").read_text()).heads
+    audited = svf("audit", dumps[1], "--json").json
+    done = svf(*shlex.split(closer(audited, row) or "")[2:])
+    assert done.json["culprit"] == audited["culprit"]
+    assert max(len(row["top"]) for row in done.json["rows"]) == 20
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("svf diff a b --html x.html --force --json", "svf diff a b LOOK"),
+        ("svf diff 'a b' c --html=x --top 3", "svf diff 'a b' c LOOK"),
+        ("svf -q forward M --out T --backend both", "svf diff T/torch T/jax LOOK"),
+        ("svf replay C", "svf replay C --out dumps && svf diff dumps/torch dumps/jax LOOK"),
+        ("svf diff a b; evil $(evil)", "svf diff a 'b;' evil '$(evil)' LOOK"),
+        ("evil diff a b", None), ("svf demo", None), ("svf diff 'a", None), (None, None), (3, None),
+    ],
+)  # fmt: skip
+def test_a_closer_look_starts_from_the_command(command: Any, expected: str | None) -> None:
+    sides = {letter: {"facts": {"backend": name}} for letter, name in (("a", "torch"), ("b", "jax"))}
+    row = {"stage": "s", "layer": 3, "tensor": None}
+    look = "--stages s --layers 3 --top 20 --html closer.html"
+    assert closer({"command": command, **sides}, row) == (expected and expected.replace("LOOK", look))
 
 
 def test_the_finding_as_markdown_is_code_alone(diverged: dict[str, Any]) -> None:

@@ -11,22 +11,23 @@ _DROPPED = {"--html": True, "--json": False, "--force": False, "--top": True, "-
 
 
 def closer(document: Mapping[str, Any], row: Mapping[str, Any]) -> str | None:
-    """`svf diff` or `svf audit` of the same things on one stage, with its figures; None for an unknown command."""
+    """`svf diff` of the same things on one stage, with its figures, or `svf audit`; None for an unknown command."""
     words = _words(document.get("command"))
+    if words[:1] != ["svf"]:  # a saved document may say anything, and a person will paste this
+        return None
     name = next((word for word in words[1:] if not word.startswith("-")), None)
-    look = ["--stages", str(row["stage"]), *_place(row), "--top", "20", "--html", "closer.html"]
-    if name in ("diff", "audit"):
+    layer = [] if row["layer"] is None else ["--layers", str(row["layer"])]
+    look = ["--stages", str(row["stage"]), *layer, "--top", "20", "--html", "closer.html"]
+    if name == "diff":
         return shlex.join([*words, *look])
+    if name == "audit":  # which judges all stages or none
+        return shlex.join([*words, "--top", "20", "--json"])
     if name in ("forward", "replay") and "a" in document:
         out = _value(words, "--out")
         first = [] if out else [shlex.join([*words, "--out", "dumps"])]
         sides = [f"{out or 'dumps'}/{document[letter]['facts'].get('backend', letter)}" for letter in "ab"]
         return " && ".join([*first, shlex.join(["svf", "diff", *sides, *look])])
     return None
-
-
-def _place(row: Mapping[str, Any]) -> list[str]:
-    return [] if row["tensor"] is not None or row["layer"] is None else ["--layers", str(row["layer"])]
 
 
 def _words(command: Any) -> list[str]:
