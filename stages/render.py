@@ -21,7 +21,7 @@ from stages.wording import number
 _MOST = 30
 # Bits that are rounded off when a result is stored: of these dtypes that is nearly all of a stage's bound.
 _NARROW = ("bfloat16", "float16")
-_STYLES = {"exact": "green", "rounding": "green", "unjudged": "yellow", "suspect": "yellow"}
+_STYLES = {"exact": "green", "rounding": "green", "given": "default", "unjudged": "yellow", "suspect": "yellow"}
 
 
 def console() -> Console:
