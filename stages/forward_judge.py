@@ -36,7 +36,7 @@ from stages.forward import (
 from stages.forward_dump import AprtSide, ForwardSide, Place, advice, forward_key
 from stages.forward_run import POSITIONS, oracles, parameters, vocabulary_plan
 from stages.hints import Case, explain
-from stages.noise import LAMBDA, Lambdas
+from stages.noise import LAMBDA, Lambdas, exact_bound
 from stages.promise import hold_to
 from stages.qwen import EMBEDDING, LM_HEAD, QwenConfig, parse_config
 from stages.span import Value, floor, oracle_through, value_through
@@ -312,6 +312,9 @@ def oracles_of(place: Place, run: ForwardRun, observed: np.ndarray) -> Iterator[
         yield from _oracles_through(span.acting, run, stage, observed)
         return
     _, inputs = list(_readings(span.acting, run, stage, inputs_of(span.acting, run)))[run.readings.get(place, 0)]
+    if inputs is None:
+        yield from _oracles_through(span.acting, run, stage, observed)
+        return
     if stage.by_vocab and observed.ndim == 2:  # logits may be recorded of the last tokens alone
         inputs = {name: array[-len(observed) :] if name in stage.inputs else array for name, array in inputs.items()}
     with np.errstate(all="ignore"):  # a NaN among the inputs is their own row's verdict
@@ -330,12 +333,12 @@ def _as_stored(run: ForwardRun, stage: Stage, observed: np.ndarray) -> Stage:
 
 def _readings(
     place: Place, run: ForwardRun, stage: Stage, inputs: Mapping[str, np.ndarray]
-) -> Iterator[tuple[str | None, dict[str, np.ndarray]]]:
+) -> Iterator[tuple[str | None, dict[str, np.ndarray] | None]]:
     """The inputs as a right program may have read them, likeliest first, and what it then did, in words.
 
     One way where all have the run's dtype. Else they are brought to the widest among them and the result, as
     frameworks promote; or wider ones are cast to the run's dtype first; or, of a result wider than the run, the
-    roundings inside are still to the run's dtype.
+    roundings inside are still to the run's dtype. None: it had more bits than were stored.
     """
     assert run.path is not None
     dtype, own = stored_dtype(run.path["embedding"].dtype), stored_dtype(stage.dtype)
@@ -352,6 +355,9 @@ def _readings(
         yield f"right with {', '.join(wider)} cast to {dtype.name} first", promoted({**inputs, **narrowed})
     if flow and not wider and own.itemsize > dtype.itemsize:
         yield f"right with its roundings inside to {dtype.name}", dict(inputs)
+    lossy = [name for name in flow if inputs[name].dtype.itemsize < dtype.itemsize]
+    if lossy:
+        yield f"right from {', '.join(lossy)} before it was stored in fewer bits", None
 
 
 def _widest(dtypes: Sequence[np.dtype]) -> np.dtype:
@@ -449,9 +455,12 @@ def _value(run: ForwardRun, source: Place, instead: Mapping[Place, np.ndarray] =
     if source in instead:
         return Value(instead[source])
     found = _find(run, source)
-    if found is not None:
-        return Value(run.read(found))
     stage, dtype = run.path[source[1]], stored_dtype(run.path["embedding"].dtype)
+    if found is not None:
+        array = run.read(found)
+        lossy = DTYPES[source[1]] == "model" and array.dtype.itemsize < dtype.itemsize
+        lost = exact_bound(array.astype(np.float64), array.dtype) if lossy else 0.0
+        return Value(array, lost, lost)
     inputs = [_value(run, at, instead) for at in sources_of(source, run).values()]
     if stage.identity:
         return inputs[0]

@@ -289,6 +289,30 @@ def test_one_narrow_stage_does_not_make_a_narrow_run(made: Path, tmp_path: Path)
     assert ("precision", 1, "ffn_gate") in {(c["verdict"], c["layer"], c["stage"]) for c in done.json["culprits"]}
 
 
+@pytest.mark.parametrize("stored", NARROW)
+@pytest.mark.parametrize("stage", ["attn_norm", "attn_scores", "attention", "ffn_gate", "ffn_up", "post_attn_residual"])
+def test_a_stage_stored_in_fewer_bits_than_were_used_is_no_fault(
+    made: Path, tmp_path: Path, stage: str, stored: str
+) -> None:
+    """The program went on with float32; what reads the stage is judged with what storing it lost."""
+
+    def narrow(t: Tensors) -> None:
+        t[f"layers.1.{stage}"] = t[f"layers.1.{stage}"].astype(STORED[stored])
+
+    done = recorded(made, tmp_path / "x.safetensors", narrow)
+    assert sound(done)
+    notes = [row["note"] for row in done.json["rows"] if row["note"]]
+    assert any(f"{stage} before it was stored in fewer bits" in note for note in notes)
+    reader = next(row["stage"] for row in done.json["rows"] if row["note"])
+
+    def wrong(t: Tensors) -> None:
+        narrow(t)
+        t[f"layers.1.{reader}"] = t[f"layers.1.{reader}"] * np.float32(1.25)
+
+    culprits = recorded(made, tmp_path / "x.safetensors", wrong).json["culprits"]
+    assert ("bug", 1, reader) in {(c["verdict"], c["layer"], c["stage"]) for c in culprits}
+
+
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("way", ["row by row", "whole"])
 def test_bytes_read_as_another_type_are_named(made: Path, tmp_path: Path, dtype: str, way: str) -> None:
