@@ -8,7 +8,6 @@ import resource
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from stages.errors import ResourceError, SvfError, shown
 from stages.jsonio import parse_json
 from stages.output import Run
 from stages.progress import Progress
+from stages.scratch import scratch_folder
 from stages.settings import ISOLATED
 from stages.watch import FILE_VARIABLE, PARENT_VARIABLE, last_place
 
@@ -48,16 +48,18 @@ def run_svf(
     Its stderr passes through, its stdout is the document. It ends with this process, however that ends.
     """
     command = [sys.executable, "-P", str(_START), *arguments]  # -P: nor is anything beside that file imported by name
-    with tempfile.NamedTemporaryFile(prefix="svf-watch-") as watch:
-        watched = {FILE_VARIABLE: watch.name, PARENT_VARIABLE: str(os.getpid())}
+    with scratch_folder("watch") as folder:
+        watch = str(folder / "place")
+        Path(watch).touch()
+        watched = {FILE_VARIABLE: watch, PARENT_VARIABLE: str(os.getpid())}
         env = {**os.environ, ISOLATED: "1", **watched, **(environment or {})}
         started = time.monotonic()
         try:
             done = subprocess.run(command, env=env, stdout=subprocess.PIPE, check=False, timeout=timeout)
         except subprocess.TimeoutExpired:
-            return ChildResult(-signal.SIGKILL, None, last_place(watch.name), timeout)
+            return ChildResult(-signal.SIGKILL, None, last_place(watch), timeout)
         _LOG.info("svf %s: exit code %d after %.1f s", arguments[0], done.returncode, time.monotonic() - started)
-        place = last_place(watch.name)
+        place = last_place(watch)
     text = done.stdout.strip()
     document = parse_json(text, f"output of svf {arguments[0]}") if text else None
     if isinstance(document, dict) and document.get("schema") == errors.SCHEMA:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -31,6 +30,7 @@ from stages.output import ensure_space, new_folder
 from stages.qwen import parameter_shapes
 from stages.replay import REPLAY
 from stages.replay_run import Replayer, ReplayTask, default_chunk_rows
+from stages.scratch import scratch_folder
 from stages.selection import RouterVector, SelectedTensor, Selection, load_manifest, load_router_vector, select_by_rule
 from stages.tensorfile import TensorFile, TensorWriter, sha256, stored_dtype, write_tensors
 
@@ -215,8 +215,8 @@ def decompose_stored(
         selection = select(options, checkpoint)
     chosen = [t.source_name for t in selection.tensors]
     names = chosen if options.all_selected else [selection.sample.source_name]
-    with tempfile.TemporaryDirectory(prefix="svf-weights-") as scratch:
-        converted = Path(scratch) / "weights.safetensors"
+    with scratch_folder("weights") as work:
+        converted = work / "weights.safetensors"
         load(options.svd_weights, names, converted)
         with TensorFile(converted) as file:
             return decompose(options, stored_weights(file), backend, progress)

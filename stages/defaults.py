@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from stages.children import document_of, run_svf
 from stages.errors import OutputError
 from stages.jsonio import write_all, write_atomic
 from stages.qwen import parameter_shapes, parse_config
+from stages.scratch import scratch_folder
 from stages.selection import select_by_rule
 from stages.synth import config_json, synthesize
 
@@ -67,18 +67,19 @@ def default_source() -> tuple[Path, bool]:
         return target, False
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=".default-", dir=target.parent))
+        with scratch_folder("default", target.parent) as work:
+            make_default(work / "default")
+            _put(work / "default", target)
     except OSError as error:
         raise OutputError(f"{target.parent}: cannot be written: {error.strerror}; set SVF_CACHE") from None
-    try:
-        make_default(scratch / "default")
-        if target.exists() and not (target / "components" / MANIFEST_FILE).is_file():
-            shutil.rmtree(target)
-        try:
-            os.rename(scratch / "default", target)
-        except OSError:
-            if not (target / "components" / MANIFEST_FILE).is_file():
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return target, True
+
+
+def _put(made: Path, target: Path) -> None:
+    if target.exists() and not (target / "components" / MANIFEST_FILE).is_file():
+        shutil.rmtree(target)
+    try:
+        os.rename(made, target)
+    except OSError:
+        if not (target / "components" / MANIFEST_FILE).is_file():
+            raise

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from stages.backend import Backend, check_device
@@ -18,6 +16,7 @@ from stages.forward_job import ForwardCommand, check_forward, forward_one, sound
 from stages.order.source import NATIVE
 from stages.output import check_folder, claimed
 from stages.progress import Progress
+from stages.scratch import scratch_folder
 
 
 def forward_both(command: ForwardCommand, names: Sequence[str], progress: Progress) -> dict[str, Any]:
@@ -35,7 +34,7 @@ def forward_both(command: ForwardCommand, names: Sequence[str], progress: Progre
             run = stack.enter_context(claimed(command.out, command_line(arguments), resume=command.resume))
             out = run.folder
         else:
-            out = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="svf-forward-")))
+            out = stack.enter_context(scratch_folder("forward"))
         runs = run_sides(arguments, out, run, command.timeout, progress)
         document = diff_forward(
             out / names[0], out / names[1], top=command.top, runs=(runs[0], runs[1]), progress=progress
@@ -64,11 +63,11 @@ def forward_alone(
     command = with_model(command, progress)
     with open_checkpoint(str(command.model)) as checkpoint:
         tokens = token_ids(command, checkpoint).tolist()
-    with tempfile.TemporaryDirectory(prefix="svf-order-") as scratch:
+    with scratch_folder("order") as work:
         native = replace(command, order=None, layers="all", stages="all", positions="all", repeat=1, generate=0)
         asked = {name: _arguments(replace(native, production=False), name, tokens)}
-        run_sides(asked, Path(scratch), None, command.timeout, progress)
-        return forward_one(replace(command, order_at=Path(scratch) / name), backend, progress)
+        run_sides(asked, work, None, command.timeout, progress)
+        return forward_one(replace(command, order_at=work / name), backend, progress)
 
 
 def _arguments(command: ForwardCommand, name: str, tokens: list[int]) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -36,6 +35,7 @@ from stages.precision import NATIVE, precision_fields
 from stages.production import compare_production, greedy, with_stored_head
 from stages.progress import Progress
 from stages.qwen import LM_HEAD, QwenConfig, parameter_shapes
+from stages.scratch import scratch_folder
 from stages.tensorfile import stored_dtype
 from stages.tokens import DEFAULT_TOKENS, check_tokens, encode, parse_tokens, read_tokens
 
@@ -170,7 +170,7 @@ class _Job:
 
     def run(self, backend: Backend, reading: Callable[[Weights], Weights]) -> dict[str, Any]:
         command = self.command
-        scratch = Path(self.stack.enter_context(tempfile.TemporaryDirectory(prefix="svf-forward-")))
+        scratch = self.stack.enter_context(scratch_folder("forward"))
         weights = reading(self._weights(backend, scratch))
         forwarder = Forwarder(backend, self.config, weights, dtype=command.dtype, fuse_layers=command.jit == "layer")
         logits, digest = self._trace(forwarder, backend, scratch)

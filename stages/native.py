@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -15,6 +14,7 @@ from stages.jsonio import write_json
 from stages.layouts import LAYOUTS
 from stages.output import ensure_space, prepare_folder
 from stages.replay_run import ReplayTask
+from stages.scratch import scratch_folder
 from stages.tensorfile import TensorWriter, sha256, write_tensors
 from stages.watch import at
 
@@ -36,7 +36,7 @@ def native_bundle(
     """
     with ExitStack() as stack:
         if folder is None:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="svf-native-")))
+            folder = stack.enter_context(scratch_folder("native"))
         _write(prepare_folder(folder), backend, given, sample_name, progress)
         yield stack.enter_context(Bundle(folder))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -23,6 +22,7 @@ from stages.order.source import NATIVE, orders_for
 from stages.output import claimed
 from stages.progress import Progress
 from stages.replay_job import ReplayJob, ReplayOptions
+from stages.scratch import scratch_folder
 from stages.trinity_report import reference_hashes, replay_report
 from stages.verdict import Verdict
 
@@ -183,7 +183,7 @@ def replay_both(command: ReplayCommand, names: Sequence[str], progress: Progress
             run = stack.enter_context(claimed(out, command_line(arguments), resume=command.resume))
         # A dump of hashes alone cannot be compared stage by stage: full ones are, and their hashes kept.
         full = run if command.dump == "full" else None
-        work = full.folder if full is not None else _scratch(stack)
+        work = full.folder if full is not None else stack.enter_context(scratch_folder("replay"))
         gates = _gates(command)
         one, other = run_sides(arguments, work, full, command.timeout, progress)
         runs = (one, other)
@@ -210,10 +210,6 @@ def replay_both(command: ReplayCommand, names: Sequence[str], progress: Progress
     document["native_components"] = command.native_components
     document["out"] = str(out) if out is not None else None
     return document
-
-
-def _scratch(stack: ExitStack) -> Path:
-    return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="svf-replay-")))
 
 
 def _arguments(command: ReplayCommand, name: str) -> list[str]:

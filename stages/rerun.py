@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -30,6 +29,7 @@ from stages.jsonio import read_object
 from stages.metrics import same_bits
 from stages.replay import REPLAY
 from stages.replay_run import Replayer, chunk_plan, default_chunk_rows
+from stages.scratch import scratch_folder
 from stages.sides import open_side
 from stages.verdict import Oracle, SideVerdict, Verdict, consult, judged_part, worst
 
@@ -165,8 +165,8 @@ def _child(keys: Sequence[str], dump: Recorded) -> ChildResult:
         "source": None if dump.source is None else str(dump.source),
         "keys": list(keys),
     }
-    with tempfile.TemporaryDirectory(prefix="svf-rerun-") as scratch:
-        file = Path(scratch) / "request.json"
+    with scratch_folder("rerun") as work:
+        file = work / "request.json"
         file.write_text(json.dumps(request))
         return run_svf(["--no-progress", "rerun", str(file)], _environment(dump.facts))
 

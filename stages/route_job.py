@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from stages.progress import Progress
 from stages.qwen import QwenConfig, parameter_shapes
 from stages.router import HIDDEN_POSITION, ROUTER
 from stages.router_head import RouterHead, load_head
+from stages.scratch import scratch_folder
 from stages.selection import parse_layers, select_by_rule
 from stages.tensorfile import TensorFile, stored_dtype, write_tensors
 from stages.verdict import Oracle, SideVerdict, consult
@@ -133,7 +133,7 @@ def _weights(
 ) -> Weights:
     if command.adapted is None:
         return checkpoint
-    scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="svf-route-")))
+    scratch = stack.enter_context(scratch_folder("route"))
     return adapt(command.adapted, command.layout, checkpoint, backend, scratch, stack, progress).weights
 
 
@@ -199,7 +199,7 @@ def route_both(command: RouteCommand, names: Sequence[str], progress: Progress) 
         raise UsageError("--out is one side's: use --backend torch or --backend jax")
     with ExitStack() as stack:
         given = _given(command, stack)
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="svf-route-")))
+        folder = stack.enter_context(scratch_folder("route"))
         files = [folder / f"{name}.safetensors" for name in names]
         runs = [_child(command, given, name, file, progress) for name, file in zip(names, files, strict=True)]
         sides = [_Side(name, run, *_recorded(file)) for name, run, file in zip(names, runs, files, strict=True)]

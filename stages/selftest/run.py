@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +25,7 @@ from stages.output import RUN_FILE
 from stages.progress import Progress
 from stages.qwen import parameter_shapes
 from stages.reference import ReferenceBackend
+from stages.scratch import scratch_folder
 from stages.selection import select_by_rule
 from stages.selftest.clean import Sample, samples
 from stages.selftest.document import document
@@ -65,8 +65,7 @@ def selftest(options: SelftestOptions, progress: Progress, judge: Judge = compar
     """The `svf.selftest/1` document: every planted fault, and whether clean runs were left alone."""
     started = time.monotonic()
     trials = plan(options.faults, options.backends, quick=options.quick, seed=options.seed, scale=options.scale)
-    with tempfile.TemporaryDirectory(prefix="svf-selftest-") as scratch:
-        work = Path(scratch)
+    with scratch_folder("selftest") as work:
         faults = _planted(trials, work, judge, progress) if trials else []
         clean = [*_clean(samples(options.clean, options.seed), work, judge, progress)]
     return document(options, faults, clean, time.monotonic() - started)
