@@ -48,6 +48,8 @@ Tied = StrEnum("Tied", ["untie", "last"])
 Jit = StrEnum("Jit", ["stage", "layer", "none"])
 ComponentsFrom = StrEnum("ComponentsFrom", ["given", "native"])
 SvdMethod = StrEnum("SvdMethod", ["float64", "torch"])
+ModelDtype = StrEnum("ModelDtype", ["auto", "float32", "bfloat16"])
+VectorDtype = StrEnum("VectorDtype", ["float32", "float64"])
 
 
 class App(typer.Typer):
@@ -301,6 +303,12 @@ def answer(document: Any, json: bool, show: Callable[[Any], None]) -> None:
     emit(document) if json else show(all_shown(document))
 
 
+def _say(text: str) -> None:
+    """A line for the person, on stderr; none with --quiet."""
+    if STATE.progress:
+        print(f"svf: {text}", file=sys.stderr)
+
+
 def _before(force: bool, html: Path | None = None, file: Path | None = None) -> None:
     """Refuse, before anything is computed, a page or a file that cannot be written."""
     if html is not None:
@@ -382,9 +390,16 @@ def synth(
 )
 def decompose(
     model: Annotated[str, typer.Argument(help="Checkpoint folder, or hub id org/name[@revision].")],
-    vector: Annotated[Path, typer.Option(help="Router vector: .npy, or safetensors.")],
-    out: Annotated[Path, typer.Option(help="New folder for the component bundle.")],
-    manifest: Annotated[Path | None, typer.Option(help="Reference manifest that names the tensors.")] = None,
+    vector: Annotated[Path, typer.Option("--vector", "--router-vector", help="Router vector: .npy, or safetensors.")],
+    out: Annotated[
+        Path | None, typer.Option(help="New folder for the component bundle; FILE.json is taken as --report.")
+    ] = None,
+    write_components_dir: Annotated[
+        Path | None, typer.Option(help="The same folder, by the original tool's name for it.")
+    ] = None,
+    manifest: Annotated[
+        Path | None, typer.Option("--manifest", "--reference", help="Reference manifest that names the tensors.")
+    ] = None,
     layers: Layers = None,
     report: Annotated[Path | None, typer.Option(help="Write the reference side's report here.")] = None,
     svd: Annotated[
@@ -401,13 +416,30 @@ def decompose(
         bool,
         typer.Option("--decompose-all-selected-if-missing", help="Allow decomposing them without --svd-weights."),
     ] = False,
+    model_torch_dtype: Annotated[
+        ModelDtype,
+        typer.Option(help="What the model is loaded in before its weights are widened; auto: as its config says."),
+    ] = ModelDtype.float32,
+    vector_dtype: Annotated[
+        VectorDtype, typer.Option(help="Offsets are rounded to float32 either way: float64 changes no bit.")
+    ] = VectorDtype.float32,
+    readback_components_dir: Annotated[
+        Path | None,
+        typer.Option(help="Bundle that the report's read-back variants and baseline are of; default the written one."),
+    ] = None,
+    no_write_stage_tensors: Annotated[
+        bool, typer.Option("--no-write-stage-tensors", help="Write U, S, V and offsets alone, no recorded stages.")
+    ] = False,
+    strict_reference_hash: Annotated[
+        bool, typer.Option("--strict-reference-hash", help="Exit code 1 unless a variant reaches the stored hash.")
+    ] = False,
     resume: BeginAgain = False,
     force: Force = False,
     json: Json = False,
 ) -> None:
     """Decompose a model's selected weights and record every stage: the reference side of a parity run."""
-    from stages import render
-    from stages.decompose import DecomposeOptions
+    from stages import original_flags, render
+    from stages.decompose import DecomposeOptions, exit_code
     from stages.errors import UsageError
     from stages.selection import parse_layers
 
@@ -418,12 +450,28 @@ def decompose(
             "--all-selected-tensors decomposes embedding and LM head too: give --svd-weights FILE.pt, or allow it with "
             "--decompose-all-selected-if-missing"
         )
+    out, report = original_flags.report_place(out, report, _say)
+    if vector_dtype is VectorDtype.float64:
+        _say(original_flags.SAME_BITS)
     _before(force, file=report)
     options = DecomposeOptions(
-        model, vector, manifest, parse_layers(layers), out, report, all_selected_tensors, svd_weights, resume
+        model=model,
+        vector=vector,
+        manifest=manifest,
+        layers=parse_layers(layers),
+        out=original_flags.folder_place(out, write_components_dir),
+        report=report,
+        all_selected=all_selected_tensors,
+        svd_weights=svd_weights,
+        resume=resume,
+        model_dtype=model_torch_dtype.value,
+        readback=readback_components_dir,
+        write_stages=not no_write_stage_tensors,
+        strict_reference=strict_reference_hash,
     )
     document = _decompose(options, svd.value)
     answer(document, json, render.decompose_document)
+    raise typer.Exit(exit_code(document))
 
 
 def _decompose(options: Any, svd: str) -> Any:
@@ -469,7 +517,20 @@ def replay(
         typer.Option("--reference-report", "--python-report", help="Report of the reference side, for the gates."),
     ] = None,
     source_from_stage: Annotated[
-        bool, typer.Option("--source-from-stage", help="Take the source from the recorded source_f32.")
+        bool,
+        typer.Option(
+            "--source-from-stage", "--source-from-python-stage", help="Take the source from the recorded source_f32."
+        ),
+    ] = False,
+    components_dir: Annotated[Path | None, typer.Option(help="COMPONENTS, by the original tool's name for it.")] = None,
+    semantic_only: Annotated[
+        bool, typer.Option("--semantic-only", help="The given U, S, V and no decomposition of its own: the default.")
+    ] = False,
+    device_semantic_only: Annotated[
+        bool, typer.Option("--device-semantic-only", help="XLA alone: --backend jax, unless one backend is named.")
+    ] = False,
+    preferred_layout_only: Annotated[
+        bool, typer.Option("--preferred-layout-only", help="The declared layout and no other: the default.")
     ] = False,
     all_selected_tensors: Annotated[
         bool, typer.Option("--all-selected-tensors", help="Demand every selected tensor's recorded stages.")
@@ -480,7 +541,7 @@ def replay(
     ] = None,
     chunk_rows: Annotated[int | None, typer.Option(help="Rows at a time; default from a memory budget.")] = None,
     dump: Annotated[DumpMode | None, typer.Option(help="full with --out, otherwise none.")] = None,
-    out: Annotated[Path | None, typer.Option(help="New folder for the dump.")] = None,
+    out: Annotated[Path | None, typer.Option(help="New folder for the dump; FILE.json is taken as --report.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write the replaying side's report here.")] = None,
     stage_dir: Annotated[
         Path | None,
@@ -510,8 +571,10 @@ def replay(
     from stages.budget import parse_size
     from stages.diff import Gates
     from stages.errors import UsageError
+    from stages.original_flags import ReplayFlags, as_original, report_place
     from stages.replay_command import ReplayCommand
 
+    out, report = report_place(out, report, _say)
     _before(force, html, report)
     command = ReplayCommand(
         components=components,
@@ -541,7 +604,8 @@ def replay(
     )
     if order != "native" and precision is not Precision.native:
         raise UsageError(f"--order {order} is about native products; --precision {precision.value} has no order")
-    _finish_diff(_replay(command), json, html)
+    flags = ReplayFlags(components_dir, semantic_only, device_semantic_only, preferred_layout_only)
+    _finish_diff(_replay(as_original(command, flags, _say)), json, html)
 
 
 def _replay(command: Any) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,10 +20,11 @@ import numpy as np
 from stages import bundle as bundles
 from stages import svd
 from stages.backend import Backend
-from stages.bundle import component_keys, offsets_key, sample_stage_key, tensor_stage_key
+from stages.bundle import Components, component_keys, offsets_key, sample_stage_key, tensor_stage_key
 from stages.checkpoint import Checkpoint, open_checkpoint
 from stages.decompose_report import BASELINE_LABEL, BundleReport, Hashes, is_turned, variant
-from stages.errors import InputError
+from stages.diff import STRICT_REFERENCE
+from stages.errors import InputError, UsageError
 from stages.jsonio import write_json
 from stages.layouts import LAYOUTS
 from stages.output import ensure_space, new_folder
@@ -83,6 +84,10 @@ class DecomposeOptions:
     all_selected: bool
     svd_weights: Path | None = None
     resume: bool = False
+    model_dtype: str = "float32"  # what the model is loaded in, before its weights are float32: auto is its config's
+    readback: Path | None = None  # the bundle that variants are read back from; the written one
+    write_stages: bool = True
+    strict_reference: bool = False  # whether a variant must reach the stored hash
 
 
 def float64_svd(_name: str, rows: Callable[[int, int], np.ndarray], shape: tuple[int, int]) -> Factors:
@@ -168,27 +173,42 @@ def decompose(
     `backend` computes the recorded stages and variants: PyTorch, as the reference side.
     """
     with ExitStack() as stack:
-        checkpoint = stack.enter_context(open_checkpoint(options.model))
-        checkpoint.check()
-        selection = select(options, checkpoint)
-        vector = load_router_vector(options.vector, selection, checkpoint.config.hidden_size)
+        opened = stack.enter_context(open_checkpoint(options.model))
+        opened.check()
+        checkpoint = LoadedWeights(opened, options.model_dtype)
+        selection = select(options, opened)
+        if options.strict_reference and selection.sample.expected_bf16_sha256 is None:
+            raise UsageError("--strict-reference-hash needs a stored hash: a --manifest that has one")
+        vector = load_router_vector(options.vector, selection, opened.config.hidden_size)
         sample = next(t for t in selection.tensors if t.source_name == selection.sample.source_name)
         tensors = selection.tensors if options.all_selected else (sample,)
+        other = _other_readback(options, sample, stack)
         folder = stack.enter_context(new_folder(options.out, resume=options.resume))
         ensure_space(folder, _output_bytes(tensors))
         writer = _BundleWriter(folder, checkpoint, vector, backend, method)
         writer.components(tensors, progress)
         with _Readback(folder, tensors, checkpoint) as readback:
-            hashes = writer.stages(tensors, readback, options.all_selected, progress)
-            variants = writer.variants(sample, selection, readback, progress)
-            writer.sample_stages(sample, selection, readback)
+            hashes = writer.stages(tensors, readback, options.all_selected and options.write_stages, progress)
+            variants = writer.variants(sample, selection, readback, progress, other)
+            if options.write_stages:
+                writer.sample_stages(sample, selection, readback)
             report = BundleReport(
-                options, method, folder, vector, selection, tensors, hashes, variants, writer.in_memory
+                options,
+                method,
+                folder,
+                vector,
+                selection,
+                tensors,
+                hashes,
+                variants,
+                writer.in_memory,
+                checkpoint.dtype,
             )
             document = report.document(readback.source(sample))
             write_json(folder / bundles.MANIFEST_FILE, report.manifest())
         if options.report is not None:
             write_json(options.report, document)
+        reproducible = document["reference"]["expected_hash_reproducible"]
         return {
             "schema": "svf.decompose/1",
             "out": str(folder),
@@ -196,6 +216,7 @@ def decompose(
             "component_source": method.component_source,
             "tensors": [t.source_name for t in tensors],
             "reference": document["reference"],
+            "gates": {STRICT_REFERENCE: reproducible} if options.strict_reference else {},
             "variants": [{k: v[k] for k in ("label", "observed_bf16_sha256", *_ZERO)} for v in variants],
         }
 
@@ -222,6 +243,23 @@ def decompose_stored(
             return decompose(options, stored_weights(file), backend, progress)
 
 
+def exit_code(document: Mapping[str, Any]) -> int:
+    """1 when the gate that was asked for failed."""
+    return 0 if all(document["gates"].values()) else 1
+
+
+def _other_readback(options: DecomposeOptions, sample: SelectedTensor, stack: ExitStack) -> Components | None:
+    """The sample's components in another bundle that variants are to be read back from; None: the written one."""
+    if options.readback is None or options.readback.resolve() == options.out.resolve():
+        return None
+    bundle = stack.enter_context(bundles.Bundle(options.readback))
+    entry = next((e for e in bundle.entries if e.source_name == sample.source_name), None)
+    if entry is None or entry.shape != sample.shape:
+        has = "lacks it" if entry is None else f"has {list(entry.shape)}"
+        raise InputError(f"{options.readback}: the sample is '{sample.source_name}' {list(sample.shape)}; this {has}")
+    return bundle.load(entry)
+
+
 _ZERO = ("zero_offset_max_abs_error_vs_source",)
 
 
@@ -230,10 +268,26 @@ def _output_bytes(tensors: Sequence[SelectedTensor]) -> int:
     return sum(t.shape[0] * t.shape[1] * per_stage + 4 * min(t.shape) * sum(t.shape) for t in tensors)
 
 
+class LoadedWeights:
+    """A checkpoint's weights as a model of another dtype holds them; `auto` is the dtype that its config names."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: str):
+        self._checkpoint, self.source = checkpoint, checkpoint.source
+        self.dtype = checkpoint.config.dtype if dtype == "auto" else dtype
+
+    def resolve(self, name: str) -> str:
+        return self._checkpoint.resolve(name)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows `[start:stop]`, rounded to the dtype."""
+        with np.errstate(over="ignore"):  # what the dtype cannot hold is refused by name
+            return self._checkpoint.read(name, start, stop).astype(stored_dtype(self.dtype), copy=False)
+
+
 class _Source:
     """Float32 rows of a weight; NaN and infinity refused by name and place."""
 
-    def __init__(self, checkpoint: Checkpoint, tensor: SelectedTensor):
+    def __init__(self, checkpoint: LoadedWeights, tensor: SelectedTensor):
         self._checkpoint, self._name = checkpoint, checkpoint.resolve(tensor.source_name)
         self.shape = tensor.shape
 
@@ -248,7 +302,7 @@ class _Source:
 class _Readback:
     """The components as written: what the recorded stages are computed from."""
 
-    def __init__(self, folder: Path, tensors: Sequence[SelectedTensor], checkpoint: Checkpoint):
+    def __init__(self, folder: Path, tensors: Sequence[SelectedTensor], checkpoint: LoadedWeights):
         self._components = TensorFile(folder / bundles.COMPONENTS_FILE)
         self._offsets = TensorFile(folder / bundles.OFFSETS_FILE)
         self._checkpoint = checkpoint
@@ -283,7 +337,7 @@ class _Readback:
 class _BundleWriter:
     """Writes the files of one bundle, in the order in which each can be trusted."""
 
-    def __init__(self, folder: Path, checkpoint: Checkpoint, vector: RouterVector, backend: Backend, method: Method):
+    def __init__(self, folder: Path, checkpoint: LoadedWeights, vector: RouterVector, backend: Backend, method: Method):
         self.folder, self.checkpoint, self.vector, self.method = folder, checkpoint, vector, method
         self.replayer = Replayer(backend)
         self.in_memory: dict[str, np.ndarray] = {}
@@ -378,22 +432,31 @@ class _BundleWriter:
         return {n: np.concatenate(a, axis=task.row_axis(REPLAY[n])) if len(a) > 1 else a[0] for n, a in parts.items()}
 
     def variants(
-        self, sample: SelectedTensor, selection: Selection, readback: _Readback, progress: Progress
+        self,
+        sample: SelectedTensor,
+        selection: Selection,
+        readback: _Readback,
+        progress: Progress,
+        other: Components | None,
     ) -> list[dict[str, Any]]:
-        """The sample replayed from memory and from the files, with V contracted as `torch_v` and as `vh`."""
+        """The sample replayed from memory and from the files, with V contracted as `torch_v` and as `vh`.
+
+        `other` are components of another bundle, read back in the place of the written ones.
+        """
         progress(f"variants of {sample.source_name}", 0.0)
         turned = is_turned(sample, selection)
         read = readback.task(sample, transpose=turned)
         memory = _with(read, **self._held(sample, self.method.decompose))
         self.in_memory = {"u": memory.u(0, sample.shape[0]), "s": memory.s, "v": memory.v, "offsets": read.offsets}
-        other = _with(read, **self._held(sample, self.method.vh)) if self.method.vh else memory
+        from_vh = _with(read, **self._held(sample, self.method.vh)) if self.method.vh else memory
+        back = read if other is None else _with(read, u=other.u, s=other.s, v=other.v, offsets=other.offsets)
         tasks = [
             (self.method.label, self.method.component_source, memory),
             # V^H of the right kind: the contraction must not matter when the layout is told right.
-            (self.method.vh_label, self.method.vh_source, _with(other, v=other.v.T, layout="vh")),
-            (BASELINE_LABEL, "safetensors_readback", read),
+            (self.method.vh_label, self.method.vh_source, _with(from_vh, v=from_vh.v.T, layout="vh")),
+            (BASELINE_LABEL, "safetensors_readback", back),
             # torch_v components read as vh: the mistake that the original was written to find.
-            ("python_safetensors_readback_vh_final_bf16", "safetensors_readback", _with(read, layout="vh")),
+            ("python_safetensors_readback_vh_final_bf16", "safetensors_readback", _with(back, layout="vh")),
         ]
         expected = selection.sample.expected_bf16_sha256
         result = []

@@ -47,6 +47,7 @@ class BundleReport:
     hashes: Hashes
     variants: Sequence[Mapping[str, Any]]
     in_memory: Mapping[str, np.ndarray]
+    model_dtype: str = "float32"  # what the model was loaded in
 
     def manifest(self) -> dict[str, Any]:
         """The debug manifest, which commits the bundle."""
@@ -87,7 +88,7 @@ class BundleReport:
                     "safe_key": t.safe_key,
                     "scale_tensor": offsets_key(t.source_name),
                     "singular_values": t.singular_values,
-                    "source_dtype": "float32",
+                    "source_dtype": self.model_dtype,
                     "source_name": t.source_name,
                     "source_sha256_as_f32": self.hashes.source[t.source_name],
                     "source_shape": list(t.shape),
@@ -107,12 +108,12 @@ class BundleReport:
         brief = ["elixir_name", "index", "offset_end", "offset_start", "safe_key", "source_name"]
         brief += ["stage_final_orientation", "stage_final_shape", "stage_tensors"]
         memory, prefixes = self.in_memory, {"offsets": 16, "s": 16, "u": 4, "v": 4}
-        written = _written(self.folder, sample)
+        written = _written(self.options.readback or self.folder, sample)
         return {
             "schema": REFERENCE_SCHEMA,
             "inputs": self._inputs(),
             "reference": _reference(self.options, self.selection, sample, self.variants),
-            "source_tensor": summary(source, 16),
+            "source_tensor": summary(source.astype(stored_dtype(self.model_dtype)), 16),
             "source_tensor_f32_svd_input": summary(source, 16),
             "scale_offsets": summary(memory["offsets"], 16),
             "component_bundle_before_write": {part: summary(memory[part], n) for part, n in prefixes.items()},
@@ -126,19 +127,21 @@ class BundleReport:
     def _inputs(self) -> dict[str, Any]:
         place = self.options.report.parent if self.options.report is not None else Path.cwd()
         relative = os.path.relpath(self.folder, place)
-        everything = f"{relative}/{bundles.ALL_STAGES_FILE}" if self.options.all_selected else None
+        readback = self.options.readback or self.folder
+        stages = {name: readback / name for name in (bundles.SAMPLE_STAGES_FILE, bundles.ALL_STAGES_FILE)}
+        found = {name: os.path.relpath(path, place) if path.is_file() else None for name, path in stages.items()}
         return {
-            "all_selected_stage_tensor_file": everything,
+            "all_selected_stage_tensor_file": found[bundles.ALL_STAGES_FILE] if self.options.all_selected else None,
             "all_selected_tensors_written": self.options.all_selected,
             "component_source_written": self.method.component_source,
             "model_name": self.options.model,
-            "model_torch_dtype_arg": "float32",
-            "readback_components_dir": relative,
+            "model_torch_dtype_arg": self.options.model_dtype,
+            "readback_components_dir": os.path.relpath(readback, place),
             "router_vector": str(self.options.vector),
             "router_vector_dtype_after_load": "float32",
             "router_vector_sha256": self.vector.sha256,
-            "source_tensor_dtype": "float32",
-            "stage_tensor_file": f"{relative}/{bundles.SAMPLE_STAGES_FILE}",
+            "source_tensor_dtype": self.model_dtype,
+            "stage_tensor_file": found[bundles.SAMPLE_STAGES_FILE],
             "svd_weights": str(self.options.svd_weights) if self.options.svd_weights else None,
             "write_components_dir": relative,
         }

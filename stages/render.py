@@ -600,6 +600,8 @@ def decompose_document(document: Mapping[str, Any]) -> None:
         out.print(f"  {variant['label']}: {variant['observed_bf16_sha256'][:16]}  zero-offset error {error}")
     out.print(f"Current baseline: {reference['current_python_baseline_bf16_sha256']}")
     out.print(f"Historical hash reproducible: {reference['expected_hash_reproducible']} ({reference['diagnosis']})")
+    for passed in document["gates"].values():
+        out.print(f"--strict-reference-hash: {'[green]passed[/]' if passed else '[red]failed[/]'}")
     if document["report"]:
         out.print(f"Report: {document['report']}")
 
