@@ -278,10 +278,11 @@ def test_usage(model: Path, vector: Path, manifest: Path, tmp_path: Path) -> Non
         (["--layers", "9"], "layer 9"),
         (["--layers", "x"], "--layers"),
         (["--layers", "2", "--all-selected-tensors"], "--decompose-all-selected-if-missing"),
-        (["--layers", "2", "--report", tmp_path / "none" / "r.json"], "--report"),
     ):
         done = svf(*base, *more)
         refused(done, 2, tmp_path, word)
+    done = svf(*base, "--layers", "2", "--report", tmp_path / "none" / "r.json")
+    refused(done, 6, tmp_path, "its folder does not exist")
 
 
 def test_what_is_not_there_is_exit_code_4(model: Path, vector: Path, tmp_path: Path) -> None:
