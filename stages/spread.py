@@ -10,6 +10,8 @@ import numpy as np
 
 # Axes that are one position or one row of a weight; all others together are a column.
 _ROWS = ("tokens", "queries", "rows")
+# Elements at a time, as in metrics.py.
+_BLOCK = 1 << 13
 
 
 @dataclass
@@ -34,14 +36,16 @@ class Spread:
         planes = [_plane(x, at) for x in (observed, value, np.broadcast_to(bound, value.shape))]
         first = (start, 0) if axis == at else (0, start)
         errors, columns = np.zeros(len(planes[0])), np.zeros(planes[0].shape[1])
-        for row, (got, want, limit) in enumerate(zip(*planes, strict=True)):  # a row's float64 copies stay in the cache
+        step = max(1, _BLOCK // max(len(columns), 1))
+        for row in range(0, len(errors), step):
+            got, want, limit = (plane[row : row + step] for plane in planes)
             error = got.astype(np.float64) - want
-            self.errors += float(error @ error)
-            self.bounds += float(limit @ limit)
+            self.errors += float(np.square(error).sum())
+            self.bounds += float(np.square(limit).sum())
             error /= np.maximum(limit, np.finfo(np.float64).tiny)
             error *= error
-            errors[row] = error.sum()
-            columns += error
+            errors[row : row + step] = error.sum(axis=1)
+            columns += error.sum(axis=0)
         self.by_row, self.by_column = _added(self.by_row, errors, first[0]), _added(self.by_column, columns, first[1])
         self.count += observed.size
         shape = observed.shape if at is None else (*observed.shape[:at], *observed.shape[at + 1 :])

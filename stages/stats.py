@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-# Values at a time: their float64 copies stay in the cache.
-_BLOCK = 1 << 14
+# Values at a time, as in metrics.py.
+_BLOCK = 1 << 13
 
 
 @dataclass
