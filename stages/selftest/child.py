@@ -15,6 +15,7 @@ from stages.progress import Progress
 from stages.replay_job import ReplayJob, ReplayOptions
 from stages.selftest.faults import FAULTS
 from stages.selftest.planted import CompiledStages, Plant, PlantedBackend, PlantedWeights
+from stages.selftest.recordings import RECORDINGS
 
 SILENT = Progress(False)
 
@@ -30,7 +31,8 @@ def _run(run: Mapping[str, Any], stages: CompiledStages) -> int | None:
     plant = None
     if run["fault"] is not None:
         plant = Plant(FAULTS[run["fault"]], run["at"], run["call"], run["size"], run["seed"])
-    backend = PlantedBackend(stages, plant)
+    ways = RECORDINGS[run["recording"]].ways if run.get("recording") else {}
+    backend = PlantedBackend(stages, plant, ways)
     if run["tokens"] is None:
         _replay(run, backend)
         return backend.changed

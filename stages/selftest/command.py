@@ -9,7 +9,9 @@ from stages.errors import UsageError, shown
 from stages.selftest.document import listing
 from stages.selftest.fault import Fault
 from stages.selftest.faults import FAULTS
+from stages.selftest.recordings import RECORDINGS
 from stages.selftest.run import SIDES, SelftestOptions, selftest
+from stages.selftest.uses import USES
 
 __all__ = ["listed", "options", "selftest"]
 
@@ -22,7 +24,9 @@ def options(backend: str, names: Sequence[str] | None, *, quick: bool, clean: in
         raise UsageError(f"--backend {backend}: faults are planted in {' or '.join(SIDES)}, or both")
     chosen = tuple(SIDES) if backend == "both" else (backend,)
     count = (_CLEAN_QUICK if quick else _CLEAN) if clean is None else clean
-    return SelftestOptions(_faults(names), chosen, quick, count, seed)
+    recordings = tuple(RECORDINGS) if names is None else ()
+    uses = tuple(USES) if names is None else ()
+    return SelftestOptions(_faults(names), chosen, quick, recordings, uses, count, seed)
 
 
 def listed(names: Sequence[str] | None) -> dict[str, Any]:

@@ -15,14 +15,27 @@ LEAST_NAMED = 0.99
 
 
 def document(
-    options: SelftestOptions, faults: Sequence[Mapping[str, Any]], clean: Sequence[Mapping[str, Any]], seconds: float
+    options: SelftestOptions,
+    faults: Sequence[Mapping[str, Any]],
+    clean: Sequence[Mapping[str, Any]],
+    seconds: float,
+    recorded: Sequence[Mapping[str, Any]] = (),
+    used: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """The whole document; `passed` when enough faults are named and no clean run raised an alarm."""
+    """The whole document; `passed` when enough faults are named and no clean run or right recording raised an alarm."""
     alarms = [row for row in clean if row["outcome"] != "agree"]
+    sound = sum(row["outcome"] == "sound" for row in recorded)
+    twins = sum(row["twin"]["named"] for row in recorded)
+    agreeing = sum(row["outcome"] == "agree" for row in used)
+    other = sum(row["twin"]["outcome"] in ("diverged", "refused") for row in used)
     named = sum(row["named"] for row in faults)
     return {
         "schema": "svf.selftest/1",
-        "passed": not alarms and named >= LEAST_NAMED * len(faults) and bool(faults or clean),
+        "passed": not alarms
+        and named >= LEAST_NAMED * len(faults)
+        and sound == twins == len(recorded)
+        and agreeing == other == len(used)
+        and bool(faults or clean or recorded or used),
         "backends": list(options.backends),
         "quick": options.quick,
         "seed": options.seed,
@@ -32,9 +45,17 @@ def document(
         "named": named,
         "clean_runs": len(clean),
         "false_alarms": len(alarms),
+        "recordings": len(recorded),
+        "recordings_sound": sound,
+        "recordings_twins_named": twins,
+        "uses": len(used),
+        "uses_agreeing": agreeing,
+        "uses_twins_told": other,
         "kinds": [_kind(options, name, rows) for name, rows in _grouped(faults).items()],
         "faults": list(faults),
         "clean": list(clean),
+        "recorded": list(recorded),
+        "used": list(used),
         "seconds": round(seconds, 1),
     }
 

@@ -44,10 +44,15 @@ class CompiledStages:
 
 
 class PlantedBackend:
-    """The backend that `stages` computes on, with `plant` in it, if any. One run each: it counts the calls."""
+    """The backend that `stages` computes on, with `plant` in it, if any. One run each: it counts the calls.
 
-    def __init__(self, stages: CompiledStages, plant: Plant | None = None):
-        self.inside, self._stages, self._plant = stages.inside, stages, plant
+    `ways` are other right ways to compute a stage, taken in every call of it.
+    """
+
+    def __init__(
+        self, stages: CompiledStages, plant: Plant | None = None, ways: Mapping[str, Callable[[Call], np.ndarray]] = {}
+    ):
+        self.inside, self._stages, self._plant, self._ways = stages.inside, stages, plant, ways
         self.name = self.inside.name
         self._calls: dict[str, int] = {}
         self.changed: int | None = None  # elements that the fault changed; None: its call did not come
@@ -79,24 +84,33 @@ class PlantedBackend:
         number = self._calls.get(name, 0)
         self._calls[name] = number + 1
         right = self._stages(name, arguments, options)
+        if name in self._ways:
+            return self.put(self._changed(self._ways[name], self._call(name, arguments, options), right))
         plant = self._plant
         if plant is None or plant.fault.plant is None or (name, number) != (plant.at, plant.call):
             return right
-        return self.put(self._faulty(name, right, arguments, options, plant))
+        call = self._call(name, arguments, options, plant.size, plant.rng())
+        wrong = self._changed(plant.fault.plant, call, right)
+        self.changed = _different(self.get(right), wrong)
+        return self.put(wrong)
 
-    def _faulty(
-        self, name: str, right: Any, arguments: tuple[Any, ...], options: Mapping[str, Any], plant: Plant
-    ) -> Any:
+    def _call(
+        self,
+        name: str,
+        arguments: tuple[Any, ...],
+        options: Mapping[str, Any],
+        size: float = 0.0,
+        rng: np.random.Generator | None = None,
+    ) -> Call:
         def compute(*given: np.ndarray, **changed: Any) -> np.ndarray:
             return self.get(self._stages(name, tuple(self.put(a) for a in given), changed))
 
-        assert plant.fault.plant is not None
-        call = Call(compute, tuple(map(self.get, arguments)), options, plant.size, plant.rng())
-        expected = self.get(right)
+        return Call(compute, tuple(map(self.get, arguments)), options, size, rng or np.random.default_rng(0))
+
+    def _changed(self, way: Callable[[Call], np.ndarray], call: Call, right: Any) -> np.ndarray:
+        """What `way` gives, in the dtype of the right result."""
         with np.errstate(all="ignore"):  # a fault may overflow; that is its point
-            wrong = np.asarray(plant.fault.plant(call)).astype(expected.dtype, order="C")
-        self.changed = _different(expected, wrong)
-        return wrong
+            return np.asarray(way(call)).astype(self.get(right).dtype, order="C")
 
 
 @dataclass

@@ -27,9 +27,11 @@ from stages.qwen import parameter_shapes
 from stages.reference import ReferenceBackend
 from stages.scratch import scratch_folder
 from stages.selection import select_by_rule
+from stages.selftest import uses
 from stages.selftest.clean import Sample, samples
 from stages.selftest.document import document
 from stages.selftest.fault import BUNDLE, Fault
+from stages.selftest.recorded import plan_recordings, rows_of, runs_of
 from stages.selftest.specimens import SPECIMENS, Specimen
 from stages.selftest.trials import DECOMPOSED, TENSORS, Trial, plan
 
@@ -50,6 +52,8 @@ class SelftestOptions:
     faults: tuple[Fault, ...]
     backends: tuple[str, ...] = SIDES
     quick: bool = False
+    recordings: tuple[str, ...] = ()
+    uses: tuple[str, ...] = ()
     clean: int = 40
     seed: int = 0
     scale: float = 1.0
@@ -67,8 +71,10 @@ def selftest(options: SelftestOptions, progress: Progress, judge: Judge = compar
     trials = plan(options.faults, options.backends, quick=options.quick, seed=options.seed, scale=options.scale)
     with scratch_folder("selftest") as work:
         faults = _planted(trials, work, judge, progress) if trials else []
+        recorded = _recorded(options, work, progress) if options.recordings else []
+        used = _used(options, work, progress) if options.uses else []
         clean = [*_clean(samples(options.clean, options.seed), work, judge, progress)]
-    return document(options, faults, clean, time.monotonic() - started)
+    return document(options, faults, clean, time.monotonic() - started, recorded, used)
 
 
 # -- planted faults -----------------------------------------------------------------------------------------------
@@ -145,6 +151,31 @@ def verdict_on(trial: Trial, judge: Judge, a: Path, b: Path) -> dict[str, Any]:
         "ratio": culprit["ratio"],
         "hint": culprit["hint"],
     }
+
+
+# -- recordings ---------------------------------------------------------------------------------------------------
+
+
+def _recorded(options: SelftestOptions, work: Path, progress: Progress) -> list[dict[str, Any]]:
+    made = plan_recordings(options.recordings, options.backends, quick=options.quick, seed=options.seed)
+    jobs = {side: runs_of(made, work, side) for side in options.backends}
+    with children(jobs, work, "recorded", progress, _ONE_THREAD) as futures:
+        return [*rows_of(made, work, progress, lambda folder, side: _await(folder, futures[side]))]
+
+
+# -- commands -----------------------------------------------------------------------------------------------------
+
+
+def _used(options: SelftestOptions, work: Path, progress: Progress) -> list[dict[str, Any]]:
+    scenes = []
+    for name in uses.MADE_OF:
+        folder = work / f"scene-{name}"
+        write_specimen(SPECIMENS[name], folder, bundle=True)
+        out = folder / "out"
+        out.mkdir()
+        parts = (folder / part for part in ("model", "components", "vector.npy"))
+        scenes.append(uses.Scene(SPECIMENS[name], *parts, out, Progress(False)))
+    return [*uses.rows_of(options.uses, scenes, quick=options.quick, seed=options.seed, progress=progress)]
 
 
 # -- clean runs ---------------------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ class Specimen:
     block: float = 1.0  # of what a block adds to the residual stream, over its usual size
     sharpness: float = 1.0  # of the norms of queries and keys: large ones make softmax pick one key
     manner: str = "plain"  # how weights are distributed, see MANNERS
+    rope: tuple[tuple[str, Any], ...] = ()  # rope_parameters beside the theta; none: rope_type default
 
     def raw(self) -> dict[str, Any]:
         """The `config.json` of this model."""
@@ -52,7 +53,7 @@ class Specimen:
             "num_hidden_layers": self.layers,
             "num_key_value_heads": self.kv_heads,
             "rms_norm_eps": 1e-6,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, **dict(self.rope)},
             "sliding_window": None,
             "tie_word_embeddings": self.tied,
             "use_sliding_window": False,
@@ -136,10 +137,12 @@ SPECIMENS: Mapping[str, Specimen] = {
     "qwen2-untied": dataclasses.replace(_SMALL, family="qwen2", head_dim=16, tied=False, seed=1),
     "qwen3-bf16": dataclasses.replace(_SMALL, dtype="bfloat16", seed=2),
     "qwen2-bf16": dataclasses.replace(_SMALL, family="qwen2", head_dim=16, dtype="bfloat16", tied=False, seed=3),
+    "qwen3-f16": dataclasses.replace(_SMALL, dtype="float16", seed=9),
     "quiet": dataclasses.replace(_SMALL, embedding=0.02, block=0.01, seed=4),
     "plain": dataclasses.replace(_SMALL, embedding=0.775, block=0.1, seed=5),
     "loud": dataclasses.replace(_SMALL, embedding=2.1, block=0.1, seed=6),
     "sharp": dataclasses.replace(_SMALL, sharpness=10.0, seed=7),
     # Its decomposed layer is 1; the bundle has nine tensors: tall, wide and square ones.
     "bundle": dataclasses.replace(_SMALL, seed=8),
+    "bundle-bf16": dataclasses.replace(_SMALL, dtype="bfloat16", seed=8),
 }

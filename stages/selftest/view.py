@@ -24,11 +24,23 @@ def selftest_document(document: Mapping[str, Any]) -> None:
     for row in document["clean"]:
         if row["outcome"] != "agree":
             out.print(f"[red]false alarm[/]  {escape(_alarm(row))}", soft_wrap=True)
+    for row in document["recorded"]:
+        if row["outcome"] != "sound":
+            out.print(f"[red]false alarm[/]  {escape(_recording(row, row))}", soft_wrap=True)
+        if not row["twin"]["named"]:
+            out.print(f"[red]missed[/]  {escape(_recording(row, row['twin']))}", soft_wrap=True)
+    for row in document["used"]:
+        if row["outcome"] != "agree":
+            out.print(f"[red]false alarm[/]  {escape(_use(row, row))}", soft_wrap=True)
+        if row["twin"]["outcome"] not in ("diverged", "refused"):
+            out.print(f"[red]missed[/]  {escape(_use(row, row['twin']))}", soft_wrap=True)
     style, word = ("bold green", "PASSED") if document["passed"] else ("bold red", "FAILED")
     out.print(
         f"[{style}]{word}[/]  {document['named']} of {document['planted']} planted faults of {len(document['kinds'])} "
         f"kinds named, {document['found']} found; {document['false_alarms']} false alarms in {document['clean_runs']} "
-        f"clean comparisons; {document['seconds']:.0f} s.",
+        f"clean comparisons; {document['recordings_sound']} of {document['recordings']} recordings sound, "
+        f"{document['recordings_twins_named']} of their twins named; {document['uses_agreeing']} of {document['uses']} "
+        f"uses agree, {document['uses_twins_told']} of their twins told; {document['seconds']:.0f} s.",
         soft_wrap=True,
     )
 
@@ -63,6 +75,14 @@ def _missed(row: Mapping[str, Any]) -> str:
 def _alarm(row: Mapping[str, Any]) -> str:
     what = f"{row['path']} of {row['family']}, {row['dtype']}, {row['manner']} weights, seed {row['seed']}"
     return f"{what}, {row['tokens']} tokens: {row['verdict']}"
+
+
+def _recording(row: Mapping[str, Any], said: Mapping[str, Any]) -> str:
+    return f"recording '{row['recording']}', {row['family']}, {row['dtype']}, {row['backend']}: {said['verdict']}"
+
+
+def _use(row: Mapping[str, Any], said: Mapping[str, Any]) -> str:
+    return f"{row['use']}, {row['dtype']}: {said['outcome']}: {said['verdict']}"
 
 
 def _table(*columns: str) -> Table:

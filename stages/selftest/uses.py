@@ -1,0 +1,281 @@
+"""Clean uses of every command that compares two sides: right, they must agree; the twin of each must not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stages.apply import ApplyCommand, apply
+from stages.bundle import COMPONENTS_FILE, component_keys
+from stages.bundle import MANIFEST_FILE as BUNDLE_MANIFEST
+from stages.diff import Gates
+from stages.diff_job import diff_any
+from stages.dump import MANIFEST_FILE
+from stages.errors import SvfError
+from stages.export import export_aprt
+from stages.forward_command import forward_both
+from stages.forward_job import ForwardCommand
+from stages.jsonio import read_object, write_json
+from stages.layouts import LAYOUTS
+from stages.progress import Progress
+from stages.reference import ReferenceBackend
+from stages.replay_command import ReplayCommand, replay_both
+from stages.route_job import RouteCommand, route_both
+from stages.selftest.recordings import SPOILED_BY
+from stages.selftest.specimens import Specimen
+from stages.tensorfile import TensorFile, sha256, write_tensors
+
+Document = Mapping[str, Any]
+SIDES = ("torch", "jax")
+MADE_OF = ("bundle", "bundle-bf16")
+# Of a quick selftest one use in so many, others for another seed: each takes two processes, twice.
+_QUICK = 4
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a use works on: a checkpoint, its bundle, the router's vector, and a folder to write in."""
+
+    specimen: Specimen
+    model: Path
+    components: Path
+    vector: Path
+    work: Path
+    progress: Progress
+
+    @property
+    def tokens(self) -> str:
+        return ",".join(map(str, self.specimen.token_ids()))
+
+    def forward(self, out: str, **changes: Any) -> Document:
+        """`svf forward MODEL --backend both --out OUT` with `changes`."""
+        fields = {"model": str(self.model), "tokens": self.tokens, "out": self.work / out, "production": True}
+        return forward_both(forward_command(**{**fields, **changes}), SIDES, self.progress)
+
+    def diff(self, a: Path, b: Path, model: Path | None = None) -> Document:
+        """`svf diff A B`."""
+        given = None if model is None else str(model)
+        return diff_any(a, b, components=None, model=given, top=0, gates=Gates(), rerun=False, progress=_silent)
+
+    def bundle(self, layout: str, *, lying: bool = False) -> Path:
+        """The bundle with V in `layout`; a lying one says so of V as it was."""
+        folder = self.work / f"{'lying' if lying else 'laid'}-{layout}"
+        if not folder.exists():
+            shutil.copytree(self.components, folder)
+            _lay(folder, layout, lying=lying)
+        return folder
+
+
+def forward_command(**given: Any) -> ForwardCommand:
+    """A forward of every stage with the defaults of `svf forward`, and no production model."""
+    plain: dict[str, Any] = dict.fromkeys(("model", "tokens", "tokens_file", "prompt", "adapted", "out"))
+    plain |= {"backend": "both", "layers": "all", "stages": "all", "positions": "all", "dtype": "model"}
+    plain |= {"layout": "declared", "repeat": 1, "format": "safetensors", "device": "cpu", "jit": "stage"}
+    return ForwardCommand(**{**plain, "production": False, "generate": 0, "top": 0, **given})
+
+
+def _silent(_label: str, _done: float) -> None:
+    """No progress of a part."""
+
+
+def _lay(folder: Path, layout: str, *, lying: bool) -> None:
+    """Store V of every tensor as `layout` has it; or, lying, only say so, where the shape cannot tell."""
+    manifest = read_object(folder / BUNDLE_MANIFEST)
+    with TensorFile(folder / COMPONENTS_FILE) as file:
+        arrays = {key: file.read(key) for key in file.tensors}
+    for entry in manifest["selected_tensors"]:
+        key = component_keys(entry["source_name"])["v"]
+        square = arrays[key].shape[0] == arrays[key].shape[1]
+        if lying and not square:
+            continue
+        if not lying and not LAYOUTS[layout].transposed:
+            arrays[key] = np.ascontiguousarray(arrays[key].T)
+            entry["v_shape"] = list(arrays[key].shape)
+        entry["component_v_layout"] = layout
+    write_tensors(folder / COMPONENTS_FILE, arrays)
+    write_json(folder / BUNDLE_MANIFEST, manifest)
+
+
+def spoiled(dump: Path, stage: str) -> Path:
+    """The dump with one recorded stage off in its last layer or tensor, its manifest's hash following."""
+    manifest = json.loads((dump / MANIFEST_FILE).read_text())
+    key = next(k for k in reversed(manifest["tensors"]) if k.rpartition(".")[2] == stage)
+    entry = manifest["tensors"][key]
+    path = dump / entry["file"]
+    with TensorFile(path) as file:
+        arrays = {name: file.read(name) for name in file.tensors}
+    arrays[key] = (arrays[key].astype(np.float32) * np.float32(SPOILED_BY)).astype(arrays[key].dtype)
+    write_tensors(path, arrays)
+    entry["sha256"] = sha256(arrays[key])
+    write_json(dump / MANIFEST_FILE, manifest)
+    return dump
+
+
+@dataclass(frozen=True)
+class Use:
+    """One use: `right` must agree, and `twin`, which follows it, must not."""
+
+    name: str
+    doc: str
+    right: Callable[[Scene], Document]
+    twin: Callable[[Scene], Document]
+
+
+def _forward_use(name: str, doc: str, stage: str = "attention", **changes: Any) -> Use:
+    out = name.replace(" ", "-")
+
+    def twin(scene: Scene) -> Document:
+        return scene.diff(scene.work / out / "torch", spoiled(scene.work / out / "jax", stage))
+
+    return Use(name, doc, lambda scene: scene.forward(out, **changes), twin)
+
+
+def _adapted_use(layout: str) -> Use:
+    return Use(
+        f"forward, adapted, {layout}",
+        f"svf forward --backend both --adapted, the bundle's V in {layout}",
+        lambda scene: scene.forward(f"adapted-{layout}", adapted=scene.bundle(layout)),
+        lambda scene: scene.forward(f"lying-{layout}", adapted=scene.bundle(_other(layout), lying=True)),
+    )
+
+
+def _other(layout: str) -> str:
+    """A layout that V of a bundle as it is made, torch_v, does not have."""
+    return "vh" if layout == "torch_v" else layout
+
+
+def _replay(scene: Scene, components: Path) -> Document:
+    return replay_both(
+        ReplayCommand(
+            components=components,
+            backend="both",
+            layout="declared",
+            model=str(scene.model),
+            reference_report=None,
+            source_from_stage=False,
+            all_selected=False,
+            select=(),
+            chunk_rows=None,
+            dump="none",
+            out=None,
+            report=None,
+            device="cpu",
+            top=0,
+        ),
+        SIDES,
+        scene.progress,
+    )
+
+
+def _replay_use(layout: str) -> Use:
+    return Use(
+        f"replay, {layout}",
+        f"svf replay --backend both, the bundle's V in {layout}",
+        lambda scene: _replay(scene, scene.bundle(layout)),
+        lambda scene: _replay(scene, scene.bundle(_other(layout), lying=True)),
+    )
+
+
+def _route(scene: Scene, components: Path) -> Document:
+    command = RouteCommand(
+        model=str(scene.model),
+        head=scene.vector,
+        adapted=components,
+        layers=None,
+        layout="declared",
+        tokens=scene.tokens,
+        tokens_file=None,
+        prompt=None,
+        backend="both",
+        dtype="model",
+        device="cpu",
+        precision="native",
+        out=None,
+    )
+    return route_both(command, SIDES, scene.progress)
+
+
+def _applied(scene: Scene, components: Path) -> Document:
+    """`svf apply`, then the forward of what it wrote."""
+    out = scene.work / f"{components.name}-applied"
+    apply(
+        ApplyCommand(components, str(scene.model), out, "untie", "model", "declared"), ReferenceBackend, scene.progress
+    )
+    return scene.forward(f"{components.name}-of-applied", model=str(out))
+
+
+def _trees(scene: Scene) -> Document:
+    """`svf export` of both dumps, the trees compared."""
+    scene.forward("for-trees")
+    trees = []
+    for side in SIDES:
+        tree = scene.work / f"tree-{side}"
+        export_aprt(scene.work / "for-trees" / side, tree, scene.progress)
+        trees.append(tree)
+    return scene.diff(trees[0], trees[1], scene.model)
+
+
+def _spoiled_trees(scene: Scene) -> Document:
+    file = scene.work / "tree-jax" / "layer-1" / "ffn_up.bin"
+    data = np.frombuffer(file.read_bytes(), "<f4").copy()
+    data[3:] *= np.float32(SPOILED_BY)  # past the header of twelve bytes
+    file.write_bytes(data.tobytes())
+    return scene.diff(scene.work / "tree-torch", scene.work / "tree-jax", scene.model)
+
+
+USES: Mapping[str, Use] = {
+    use.name: use
+    for use in (
+        _forward_use("forward", "svf forward --backend both, production too"),
+        _forward_use("forward, one token", "one token alone", tokens="7"),
+        _forward_use("forward, last position", "--positions last", "ffn_up", positions="last", production=False),
+        *(_adapted_use(layout) for layout in LAYOUTS),
+        *(_replay_use(layout) for layout in LAYOUTS),
+        Use(
+            "route, adapted",
+            "svf route --backend both --adapted",
+            lambda scene: _route(scene, scene.components),
+            lambda scene: _route(scene, scene.bundle("vh", lying=True)),
+        ),
+        Use(
+            "apply, then forward",
+            "svf apply, and svf forward --backend both of what it wrote",
+            lambda scene: _applied(scene, scene.components),
+            lambda scene: _applied(scene, scene.bundle("vh", lying=True)),
+        ),
+        Use("trees", "svf diff of two APRT trees, --model and --tokens given", _trees, _spoiled_trees),
+    )
+}
+
+
+def rows_of(
+    names: Sequence[str], scenes: Sequence[Scene], *, quick: bool, seed: int, progress: Progress
+) -> Iterator[dict[str, Any]]:
+    """One row a use and scene: what was said of the right use and of its twin; with `quick` few uses, a scene each."""
+    pairs = [(name, scene) for name in names for scene in scenes]
+    for number, (name, scene) in enumerate(pairs[seed % _QUICK :: _QUICK * 2 - 1] if quick else pairs):
+        progress(f"using {name}", number / len(pairs))
+        use = USES[name]
+        right, twin = (_said(part, scene) for part in (use.right, use.twin))
+        yield {
+            "use": name,
+            "doc": use.doc,
+            "dtype": scene.specimen.dtype,
+            "outcome": right["outcome"],
+            "verdict": right["verdict"],
+            "twin": {"outcome": twin["outcome"], "verdict": twin["verdict"]},
+        }
+
+
+def _said(use: Callable[[Scene], Document], scene: Scene) -> dict[str, str]:
+    try:
+        document = use(scene)
+    except SvfError as error:
+        return {"outcome": "refused", "verdict": str(error)}
+    return {"outcome": document["outcome"], "verdict": document["verdict"]}
