@@ -53,13 +53,16 @@ class Specimen:
             "num_hidden_layers": self.layers,
             "num_key_value_heads": self.kv_heads,
             "rms_norm_eps": 1e-6,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, **dict(self.rope)},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, **self._rope()},
             "sliding_window": None,
             "tie_word_embeddings": self.tied,
             "use_sliding_window": False,
             "vocab_size": self.vocab,
             **family_only,
         }
+
+    def _rope(self) -> dict[str, Any]:
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in self.rope}
 
     def config(self) -> QwenConfig:
         return parse_config(self.raw(), "specimen")
