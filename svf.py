@@ -74,12 +74,12 @@ class Result:
     @property
     def culprit(self) -> Mapping[str, Any] | None:
         """The first stage that is wrong by itself: side, layer, tensor, stage, verdict, ratio, hint; or None."""
-        return self.document["culprit"]  # type: ignore[no-any-return]
+        return self.document["culprit"]
 
     @property
     def rows(self) -> Sequence[Mapping[str, Any]]:
         """One row a stage, in execution order."""
-        return self.document["rows"]  # type: ignore[no-any-return]
+        return self.document["rows"]
 
     def __bool__(self) -> bool:
         """Whether everything asked for was compared, and nothing but rounding was found."""
@@ -215,6 +215,7 @@ def _judged(oracle: Oracle, observed: np.ndarray) -> Judgement:
     from stages.verdict import SideVerdict
 
     name, side = oracle.stage.name, SideVerdict()
+    hint: str | None
     if observed.shape != oracle.value.shape:
         hint = f"expected {list(oracle.value.shape)} ({oracle.stage.shape}), got {list(observed.shape)}"
         return Judgement(name, "shape", float("inf"), None, None, None, hint)

@@ -123,7 +123,7 @@ def _no_future(value: float) -> Writer:
 
     def write(arrays: Arrays, _specimen: Specimen) -> Arrays:
         def masked(scores: np.ndarray) -> np.ndarray:
-            later = ~np.tri(*scores.shape[-2:], dtype=bool)
+            later = np.logical_not(np.tri(*scores.shape[-2:], dtype=np.bool_))
             return np.where(later, np.asarray(value, scores.dtype), scores)
 
         return {k: masked(a) if k.endswith("attn_scores") else a for k, a in arrays.items()}

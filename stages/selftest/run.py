@@ -173,8 +173,8 @@ def _used(options: SelftestOptions, work: Path, progress: Progress) -> list[dict
         write_specimen(SPECIMENS[name], folder, bundle=True)
         out = folder / "out"
         out.mkdir()
-        parts = (folder / part for part in ("model", "components", "vector.npy"))
-        scenes.append(uses.Scene(SPECIMENS[name], *parts, out, Progress(False)))
+        model, components, vector = (folder / part for part in ("model", "components", "vector.npy"))
+        scenes.append(uses.Scene(SPECIMENS[name], model, components, vector, out, Progress(False)))
     return [*uses.rows_of(options.uses, scenes, quick=options.quick, seed=options.seed, progress=progress)]
 
 

@@ -33,7 +33,9 @@ def _tally(
     documents: Sequence[Mapping[str, Any]], rows: str, name: str, twin: Callable[[Any], bool], right: str
 ) -> list[dict[str, Any]]:
     """Of each recording or use, as the last document that has it tells: its runs, right ones, twins found."""
-    latest = next((document[rows] for document in reversed(documents) if document.get(rows)), [])
+    latest: Sequence[Mapping[str, Any]] = next(
+        (document[rows] for document in reversed(documents) if document.get(rows)), []
+    )
     found: dict[str, dict[str, Any]] = {}
     for row in latest:
         tally = found.setdefault(row[name], {"name": row[name], "doc": row["doc"], "runs": 0, "right": 0, "twins": 0})
@@ -69,7 +71,7 @@ def page(recorded: Mapping[str, Any]) -> str:
         rows = [
             _row(r["name"], r["doc"], *(f"{r[n]} of {r['runs']}" for n in ("right", "twins"))) for r in recorded[part]
         ]
-        lines += ["", f"## {heading}", "", words, "", *_table("what", "how", right, "twins found"), *rows]
+        lines += ["", f"## {heading}", "", words, "", *_table("what", "how", right, "twins found"), *tallies]
     return "\n".join(lines) + "\n"
 
 
