@@ -64,14 +64,14 @@ def page(recorded: Mapping[str, Any]) -> str:
             *_table("fault", "what it is", *_MEASURED),
             *(_row(k["kind"], k["doc"], *_cells(k)) for k in kinds),
         ]
-    for heading, words, part, right in (
+    for title, words, part, right in (
         ("Right recordings", _RECORDINGS, "recordings", "sound"),
         ("Commands that compare two sides", _USES, "uses", "agree"),
     ):
-        rows = [
+        tallies = [
             _row(r["name"], r["doc"], *(f"{r[n]} of {r['runs']}" for n in ("right", "twins"))) for r in recorded[part]
         ]
-        lines += ["", f"## {heading}", "", words, "", *_table("what", "how", right, "twins found"), *tallies]
+        lines += ["", f"## {title}", "", words, "", *_table("what", "how", right, "twins found"), *tallies]
     return "\n".join(lines) + "\n"
 
 
