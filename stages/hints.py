@@ -16,6 +16,7 @@ import numpy as np
 
 from stages import noise
 from stages.alternatives import (
+    MASKS,
     MISSING,
     REARRANGED,
     Wrong,
@@ -103,8 +104,11 @@ class Case:
         """`x` as a matrix whose rows are the slices of `axis`."""
         return np.moveaxis(x, axis, 0).reshape(x.shape[axis], -1)
 
-    def explained_by(self, value: np.ndarray) -> bool:
-        """Whether every element is `value` within rounding, and much nearer to it than to the right value."""
+    def explained_by(self, value: np.ndarray, more: np.ndarray | float = 0.0) -> bool:
+        """Whether every element is `value` within rounding, and much nearer to it than to the right value.
+
+        `more` is what that function may err beside the bound.
+        """
         if value.shape != self.got.shape or not np.isfinite(value).all():
             return False
         value = judged_part(self.oracle.stage, value)
@@ -113,9 +117,9 @@ class Case:
         # The bound is that of the right value; where this one is larger, so is its rounding: 64 u covers a softmax's.
         unit = 2 * noise.rounding_unit(self.observed.dtype) + 64 * noise.U32
         error = np.abs(self.got - value)
-        if not (error <= 2 * scale * self.bound + unit * np.abs(value)).all():
+        if not (error <= 2 * scale * self.bound + unit * np.abs(value) + more).all():
             return False
-        now, before = error / self.bound, self.error / self.bound
+        now, before = error / (self.bound + more), self.error / self.bound
         if now.max() * _NEARER <= before.max():
             return True
         # A fault little above the rounding to bfloat16 leaves that rounding, and less of it on the whole.
@@ -146,7 +150,8 @@ def explain(case: Case) -> str | None:
 
 def some_elements(case: Case) -> str | None:
     """A few elements of the stage's weight are other ones."""
-    found = explain_elements(case.oracle, case.observed, case.start)
+    start = case.start if case.oracle.stage.by_vocab else 0  # of V all columns are there, whatever the rows of U
+    found = explain_elements(case.oracle, case.observed, start)
     return None if found is None else str(found)
 
 
@@ -156,7 +161,7 @@ def missing_term(case: Case) -> str | None:
     if stage.identity:
         return None
     table = MISSING[stage.name](*arguments, **options) if stage.name in MISSING else iter(())
-    return _first_fitting(case, _chained(table, without_a_parameter(stage, arguments, options)))
+    return first_fitting(case, _chained(table, without_a_parameter(stage, arguments, options)))
 
 
 def masked_otherwise(case: Case) -> str | None:
@@ -185,9 +190,7 @@ def _mask_said(shown: np.ndarray, causal: np.ndarray, seen: np.ndarray, unknown:
     known = ~unknown[..., None] & (seen | ~causal) & np.ones_like(shown)
     window, first = int(np.where(known & shown, at, 0).max()) + 1, int(np.argmax((known & shown).any(axis=(0, 1))))
     masks = {
-        "the causal mask is missing": np.ones_like(causal),
-        "the mask hides a query's own position": at > 0,
-        "the mask shows one position too many": at >= -1,
+        **{text: shows(at) for text, shows in MASKS.items()},
         f"the mask shows the last {window} keys alone: a window": (at >= 0) & (at < window),
         f"the first {first} keys are hidden from all queries": (at >= 0) & (np.arange(keys) >= first),
     }
@@ -205,7 +208,7 @@ def rearranged(case: Case) -> str | None:
     if stage.identity:
         return None
     table = REARRANGED[stage.name](*arguments, **options) if stage.name in REARRANGED else iter(())
-    return _first_fitting(case, _chained(table, with_parameters_rearranged(stage, arguments, options), case.others()))
+    return first_fitting(case, _chained(table, with_parameters_rearranged(stage, arguments, options), case.others()))
 
 
 def _chained(*tables: Iterable[Wrong]) -> Iterator[Wrong]:
@@ -213,13 +216,14 @@ def _chained(*tables: Iterable[Wrong]) -> Iterator[Wrong]:
         yield from table
 
 
-def _first_fitting(case: Case, table: Iterable[Wrong]) -> str | None:
+def first_fitting(case: Case, table: Iterable[Wrong]) -> str | None:
     """What explains the error best; with it what explains it as well, since nothing tells them apart."""
     left = {}
-    for text, value in table:
-        wide = np.asarray(value, np.float64)
-        if case.explained_by(wide):
-            left[text] = float(np.linalg.norm((case.got - wide) / case.bound))
+    with np.errstate(all="ignore"):
+        for text, value, *error in table:
+            wide = np.asarray(value, np.float64)
+            if case.explained_by(wide, *error):
+                left[text] = float(np.linalg.norm((case.got - wide) / case.bound))
     least = min(left.values(), default=0.0)
     return ", or ".join(text for text, norm in left.items() if norm <= _AS_GOOD * least) or None
 
@@ -440,7 +444,7 @@ def grows_with_position(case: Case) -> str | None:
     slope, _ = np.polyfit(np.log(at[1:]), np.log(rms[1:]), 1)
     if not 0.7 < slope < 1.3 or np.corrcoef(at, rms)[0, 1] < 0.9:
         return None
-    return "the error grows in step with the position, from none at token 0: an angle of RoPE (theta, scaling)"
+    return "the error grows in step with the position, from none at token 0, as of RoPE's angles times a number"
 
 
 def _has_angles(case: Case) -> bool:
