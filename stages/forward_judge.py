@@ -536,7 +536,11 @@ def judge_place(place: Place, run: ForwardRun, observed: np.ndarray) -> SideVerd
 
 def rope_cause(place: Place, run: ForwardRun, observed: np.ndarray, verdict: SideVerdict) -> str | None:
     """What of RoPE's positions, frequencies or config explains a failed stage; None where nothing does."""
-    if place[1] not in rope.STAGES or not verdict.verdict.fails:
+    return _rope_cause(place, run, observed) if verdict.verdict.fails else None
+
+
+def _rope_cause(place: Place, run: ForwardRun, observed: np.ndarray) -> str | None:
+    if place[1] not in rope.STAGES:
         return None
     with np.errstate(all="ignore"):
         return run.rope.cause(place, observed)
@@ -562,6 +566,9 @@ def explain_place(place: Place, run: ForwardRun, observed: np.ndarray) -> str | 
     for columns, oracle in oracles_of(place, run, observed):
         shown = part(observed, columns)
         if not judge(oracle, shown)[0].passes:
+            cause = _rope_cause(place, run, observed)
+            if cause is not None:
+                return cause
             others = functools.partial(_others, place, run, oracle, columns)
             case = Case(oracle, shown, others, columns.start or 0, _sizes(run.config))
             named = _wrong_rows(run, oracle, shown) or _first_fitting(case, _of_hidden(place, run, oracle))
