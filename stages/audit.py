@@ -33,6 +33,7 @@ from stages.forward_judge import (
     part,
     pieces_of,
     reread,
+    rope_cause,
     span_of,
     stage_of,
     through_words,
@@ -136,7 +137,7 @@ def _audit_forward(run: ForwardRun, model: str | None, top: int, rerun: bool, pr
         return explain_place(place, run, run.read(place)) if row["ratio"] is not None else None
 
     facts = {**run.side.facts, **({"model": model} if model else {})}
-    result = document(rows, run.side.label, facts, kind="forward", explain=explain)
+    result = document(rows, run.side.label, facts, kind="forward", explain=explain, notes=run.notes)
     return {**result, "about": about(run, model), "culprit_data": _forward_data(result, run)}
 
 
@@ -180,6 +181,7 @@ def _forward_row(place: Place, run: ForwardRun, top: int) -> Row:
         return {**row, **judged.fields(), **fields}
     if other is not None:
         judged = _forward_judged(place, run, other.array, top)
+    judged.verdict.reason = rope_cause(place, run, observed, judged.verdict) or judged.verdict.reason
     how = "; ".join(filter(None, (run.read_as.get(place), through_words(place, run))))
     through = [forward_key(at) for at in span_of(place, run).hidden]
     return {**row, **judged.fields(), "through": through, **({"note": how} if how else {})}
@@ -421,8 +423,9 @@ def document(
     kind: str,
     zero_offset: Sequence[Mapping[str, Any]] = (),
     explain: Callable[[Mapping[str, Any]], str | None] = lambda _row: None,
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """The whole `svf.audit/1` document of finished rows."""
+    """The whole `svf.audit/1` document of finished rows; `notes` say how the run was judged."""
     unjudged, missing, given = (
         sum(row["verdict"] == verdict for row in rows) for verdict in (Verdict.UNJUDGED, Verdict.MISSING, Verdict.GIVEN)
     )
@@ -434,7 +437,8 @@ def document(
     return {
         "schema": "svf.audit/1",
         "outcome": outcome,
-        "verdict": _sentence(rows, culprits, miss, coverage),
+        "verdict": " ".join((_sentence(rows, culprits, miss, coverage), *(f"{n[0].upper()}{n[1:]}." for n in notes))),
+        "notes": list(notes),
         "culprit": culprits[0] if culprits else None,
         "culprits": culprits,
         "rows": list(rows),

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from stages import rope
 from stages.adapted import ADAPTED_FILE, AdaptedWeights
 from stages.alternatives import LEFT_OUT, Wrong, wrong_values
 from stages.aprt import is_aprt_tree
@@ -39,6 +40,7 @@ from stages.hints import Case, explain, first_fitting
 from stages.noise import LAMBDA, Lambdas, exact_bound
 from stages.promise import hold_to
 from stages.qwen import EMBEDDING, LM_HEAD, QwenConfig, parse_config
+from stages.rope_run import RopeRun
 from stages.span import Value, floor, oracle_through, value_through
 from stages.stage import Path as StagePath
 from stages.stage import Scope, Stage
@@ -94,6 +96,40 @@ class ForwardRun:
         """A recorded stage's values."""
         array = self.side.read(place)
         return self.turned[place](array) if place in self.turned else array
+
+    @functools.cached_property
+    def rope(self) -> RopeRun:
+        """RoPE as this run has it: its positions, and the tables that were not recorded."""
+        assert self.path is not None
+        assert self.config is not None
+        # One run wrote a dump of ours; what was imported into one may be of two programs.
+        of_one = isinstance(self.side, ForwardSide) and "imported from" not in self.side.facts
+        numbers = np.arange(len(self.tokens), dtype=np.int32)[_chosen(self)]
+        return RopeRun(
+            self.config,
+            self.path,
+            self.lambdas,
+            numbers,
+            frozenset(self.side.places),
+            lambda place: _recorded(self, place),
+            lambda stage, observed: _as_stored(self, stage, observed),
+            of_one,
+        )
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of the verdict should know of how the run was judged."""
+        return [] if self.path is None or self.config is None else self.rope.notes
+
+
+def _chosen(run: ForwardRun) -> slice:
+    return slice(-1, None) if run.positions == "last" else slice(None)
+
+
+def _recorded(run: ForwardRun, place: Place) -> np.ndarray | None:
+    """A recorded stage of the declared shape; None where there is none."""
+    there = place in run.side.places and place not in run.misshapen and _fits(run, place)
+    return run.read(place) if there else None
 
 
 def open_run(folder: Path, model: str | None, stack: ExitStack) -> ForwardRun:
@@ -308,17 +344,31 @@ def oracles_of(place: Place, run: ForwardRun, observed: np.ndarray) -> Iterator[
     assert run.config is not None
     span = span_of(place, run)
     stage = _as_stored(run, stage_of(run.path, span.acting), observed)
-    if span.hidden:
-        yield from _oracles_through(span.acting, run, stage, observed)
-        return
-    _, inputs = list(_readings(span.acting, run, stage, inputs_of(span.acting, run)))[run.readings.get(place, 0)]
+    of_rope = stage.name in rope.STAGES and all(name in rope.TABLES for _, name in span.hidden)
+    with np.errstate(all="ignore"):  # a NaN among the inputs is their own row's verdict
+        if of_rope:
+            recorded = None if span.hidden else next(_oracles_of_recorded(place, run, stage, observed))[1]
+            yield slice(None), run.rope.oracle(place, stage, observed, recorded)
+        elif span.hidden:
+            yield from _oracles_through(span.acting, run, stage, observed)
+        else:
+            yield from _oracles_of_recorded(place, run, stage, observed)
+
+
+def _oracles_of_recorded(
+    place: Place, run: ForwardRun, stage: Stage, observed: np.ndarray
+) -> Iterator[tuple[slice, Oracle]]:
+    """As `oracles_of`, where all inputs were recorded."""
+    assert run.path is not None
+    assert run.config is not None
+    acting = span_of(place, run).acting
+    _, inputs = list(_readings(acting, run, stage, inputs_of(acting, run)))[run.readings.get(place, 0)]
     if inputs is None:
-        yield from _oracles_through(span.acting, run, stage, observed)
+        yield from _oracles_through(acting, run, stage, observed)
         return
     if stage.by_vocab and observed.ndim == 2:  # logits may be recorded of the last tokens alone
         inputs = {name: array[-len(observed) :] if name in stage.inputs else array for name, array in inputs.items()}
-    with np.errstate(all="ignore"):  # a NaN among the inputs is their own row's verdict
-        yield from oracles(run.path, run.config, stage, inputs, _weights_of(run), place[0], run.lambdas)
+    yield from oracles(run.path, run.config, stage, inputs, _weights_of(run), place[0], run.lambdas)
 
 
 def _as_stored(run: ForwardRun, stage: Stage, observed: np.ndarray) -> Stage:
@@ -486,10 +536,23 @@ def judge_place(place: Place, run: ForwardRun, observed: np.ndarray) -> SideVerd
     except (ValueError, IndexError):  # numpy's, for operands whose shapes do not go together
         return SideVerdict(Verdict.SHAPE, np.inf)
     if other is None:
+        verdict.reason = rope_cause(place, run, observed, verdict) or verdict.reason
         return verdict
     if other.fault:
         return SideVerdict(Verdict.BUG, verdict.ratio, other.text)
     return _judged(place, run, other.array)
+
+
+def rope_cause(place: Place, run: ForwardRun, observed: np.ndarray, verdict: SideVerdict) -> str | None:
+    """What of RoPE's positions, frequencies or config explains a failed stage; None where nothing does."""
+    return _rope_cause(place, run, observed) if verdict.verdict.fails else None
+
+
+def _rope_cause(place: Place, run: ForwardRun, observed: np.ndarray) -> str | None:
+    if place[1] not in rope.STAGES:
+        return None
+    with np.errstate(all="ignore"):
+        return run.rope.cause(place, observed)
 
 
 def _judged(place: Place, run: ForwardRun, observed: np.ndarray) -> SideVerdict:
@@ -512,6 +575,9 @@ def explain_place(place: Place, run: ForwardRun, observed: np.ndarray) -> str | 
     for columns, oracle in oracles_of(place, run, observed):
         shown = part(observed, columns)
         if not judge(oracle, shown)[0].passes:
+            cause = _rope_cause(place, run, observed)
+            if cause is not None:
+                return cause
             others = functools.partial(_others, place, run, oracle, columns)
             case = Case(oracle, shown, others, columns.start or 0, _sizes(run.config))
             named = _wrong_rows(run, oracle, shown) or first_fitting(case, _of_hidden(place, run, oracle))
@@ -681,9 +747,7 @@ def inputs_of(place: Place, run: ForwardRun) -> dict[str, np.ndarray]:
 
 def _given(run: ForwardRun) -> dict[str, np.ndarray]:
     """The run's tokens and their positions."""
-    chosen = slice(-1, None) if run.positions == "last" else slice(None)
-    tokens, positions = np.asarray(run.tokens, np.int32), np.arange(len(run.tokens), dtype=np.int32)
-    return {"tokens": tokens[chosen], "positions": positions[chosen]}
+    return {"tokens": np.asarray(run.tokens, np.int32)[_chosen(run)], "positions": run.rope.positions}
 
 
 def _weights_of(run: ForwardRun) -> Weights:

@@ -69,7 +69,11 @@ def run(folder, tokens, dtype, out, fault):
         calls["rope"] += 1
         if fault == "sin has the other sign" and n == 1:
             sin = -sin
+        before = k
         q, k = ROTATE(q, k, cos, sin, *args, **kwargs)
+        if fault == "keys 2 positions on from token 4 on":
+            later = [torch.cat((x[:, :4], x[:, 6:], x[:, -2:]), dim=1) for x in (cos, sin)]
+            k = ROTATE(before, before, *later)[1]
         keep(f"layers.{n}.q_post_rope", q[0].transpose(0, 1))
         keep(f"layers.{n}.k_post_rope", k[0].transpose(0, 1))
         return q, k
@@ -103,15 +107,36 @@ def run(folder, tokens, dtype, out, fault):
         if fault == "bfloat16 inside":
             gate = body.layers[1].mlp.gate_proj
             gate.forward = lambda x: (x.bfloat16() @ gate.weight.bfloat16().T).float()
-        keep("inv_freq", body.rotary_emb.inv_freq)
-        angle = torch.arange(len(tokens), dtype=torch.float32)[:, None] * body.rotary_emb.inv_freq
-        keep("rope_angle", torch.cat((angle, angle), dim=-1))
+        frequencies = body.rotary_emb.inv_freq
+        if fault == "bfloat16 frequencies":
+            frequencies.copy_(frequencies.bfloat16())
+        if fault == "frequencies made in bfloat16":
+            exponents = torch.arange(0, 2 * len(frequencies), 2).bfloat16() / (2 * len(frequencies))
+            frequencies.copy_(1 / model.config.rope_parameters["rope_theta"] ** exponents)
+        padding = 5 if fault.startswith("padded") else 0
+        first = int(fault.split()[-1]) if fault.startswith("positions from") else 0
+        positions = first + torch.arange(padding + len(tokens))
+        if fault == "all at 0 from token 6 on":
+            positions[6:] = 0
+        if fault == "3 too many from token 6 on":
+            positions[6:] += 3
+        options = {}
+        if fault == "padded":
+            options["attention_mask"] = (torch.arange(len(positions)) >= padding)[None]
         if fault == "decode":
             cache = DynamicCache(config=model.config)
             for part in (tokens[:4], *([token] for token in tokens[4:])):
                 model(torch.tensor([part]), past_key_values=cache, use_cache=True)
         else:
-            model(torch.tensor([tokens]), use_cache=False)
+            model(torch.tensor([[0] * padding + tokens]), position_ids=positions[None], use_cache=False, **options)
+        frequencies = body.rotary_emb.inv_freq
+        keep("inv_freq", frequencies)  # dynamic and longrope go by the sequence's length
+        angle = positions.float()[:, None] * frequencies
+        keep("rope_angle", torch.cat((angle, angle), dim=-1))
+        for key, value in stages.items():
+            if padding and key != "inv_freq":
+                pairs = key.rpartition(".")[2] in ("attn_scores", "attn_softmax")
+                stages[key] = value[:, padding:, padding:] if pairs else value[padding:]
 
     for n in range(len(body.layers)):
         joined = torch.cat([stages.pop(f"layers.{n}.{name}") for name in "qkv"], dim=-1)

@@ -26,7 +26,7 @@ from stages.selftest.trials import Trial, path_of, plan
 
 PACKAGE = ROOT / "stages" / "selftest"
 # One stage fault of each path, one of a weight, one of a size.
-FEW = ("positions + 1", "gate and up swapped", "offsets off by one", "theta x (1 + size)", "product in TF32")
+FEW = ("positions from the end", "gate and up swapped", "offsets off by one", "theta x (1 + size)", "product in TF32")
 BACKENDS = ("torch", "jax")
 
 

@@ -48,7 +48,6 @@ def _tables() -> Iterator[Fault]:
         "exponents 2i / 2d",
         lambda call: call.of(head_dim=2 * call.options["head_dim"])[: call.options["head_dim"] // 2],
     )
-    yield Fault("positions + 1", ("rope_angle",), "counted from one", of_operands(lambda f, p: (f, p + 1)))
     yield Fault(
         "positions from the end", ("rope_angle",), "as if padded on the left", of_operands(lambda f, p: (f, p[::-1]))
     )
