@@ -32,6 +32,7 @@ from stages.forward_judge import (
     order_of,
     part,
     pieces_of,
+    promised,
     reread,
     span_of,
     stage_of,
@@ -119,7 +120,7 @@ def _open_forward(path: Path, model: str | None, tokens: str | None, stack: Exit
 
 
 def _audit_forward(run: ForwardRun, model: str | None, top: int, rerun: bool, progress: Progress) -> dict[str, Any]:
-    places = order_of(run.path, {*run.side.places, *_promised(run)})
+    places = order_of(run.path, {*run.side.places, *promised(run)})
     rows: list[Row] = []
     for number, place in enumerate(places):
         progress(f"auditing {forward_key(place)}", number / len(places))
@@ -150,16 +151,6 @@ def _forward_data(result: Mapping[str, Any], run: ForwardRun) -> dict[str, Any] 
     observed, axes = run.read(place), stage_of(run.path, place).shape
     pieces = pieces_of(place, run, observed)
     return culprit_data(*chosen, pieces, shape=observed.shape, axes=axes, labels=(ORACLE, "recorded"))
-
-
-def _promised(run: ForwardRun) -> set[Place]:
-    """What a dump's manifest says was recorded: a stage that is not there is missing."""
-    if not hasattr(run.side, "dump") or run.path is None:
-        return set()
-    manifest, path = run.side.dump.manifest, run.path
-    stages = [stage_of(path, (None, name)) for name in manifest.get("stages", [])]
-    layers: list[int] = manifest.get("layers", [])
-    return {(n, s.name) for s in stages for n in (layers if s.scope.value == "layer" else [None])}
 
 
 def _forward_row(place: Place, run: ForwardRun, top: int) -> Row:
