@@ -26,6 +26,8 @@ from stages.compare import row_verdict, side_fields
 from stages.contraction import look
 from stages.culprit_data import Piece
 from stages.errors import InputError, NotFoundError
+from stages.forward_dump import ForwardSide
+from stages.forward_judge import ForwardRun
 from stages.layouts import LAYOUTS
 from stages.metrics import Difference, PairHash
 from stages.noise import Noise
@@ -69,6 +71,16 @@ class Adaptation:
             return self.file.read(name, start, stop)
         assert self.checkpoint is not None
         return self.checkpoint.read(name, start, stop)
+
+
+def adaptation(letter: str, run: ForwardRun) -> Adaptation:
+    """What a side's weights were adapted with, as its manifest says; nothing where it has none."""
+    manifest = run.side.dump.manifest if isinstance(run.side, ForwardSide) else None
+    layouts, made_of = ((manifest or {}).get(name) or {} for name in ("adapted", "components"))
+    precision = run.side.facts.get("precision")
+    return Adaptation(
+        letter, run.adapted, run.checkpoint, layouts, made_of, precision, run.lambdas, tells=manifest is not None
+    )
 
 
 @dataclass(frozen=True)
@@ -168,6 +180,22 @@ class AdaptedPair:
         self.top = top
         self.names = tuple(dict.fromkeys([*a.layouts, *b.layouts]))
         self.bundle, self.lost = _open(a, b, components, stack) if self.names else (None, None)
+
+    @classmethod
+    def alone(cls, side: Adaptation, stack: ExitStack) -> Iterator[dict[str, Any]]:
+        """Rows of `svf.audit/1` on one side's adapted weights; none where the bundle is not to be had."""
+        pair = cls(side, side, None, stack, 0)
+        for row in pair.rows() if pair.bundle is not None else ():
+            hint = row["hint_a"]
+            yield {
+                **{name: row[name] for name in ("key", "layer", "tensor", "stage", "required")},
+                "verdict": row["verdict_a"] or row["verdict"],
+                "ratio": row["ratio_a"],
+                "rms_ratio": row["rms_ratio_a"],
+                "hint": hint and hint.removeprefix("both sides "),
+                "note": row.get("note"),
+                "sha256": row.get("sha256_a"),
+            }
 
     @property
     def comparable(self) -> bool:

@@ -12,6 +12,7 @@ import numpy as np
 
 from stages import bundle as bundles
 from stages import diff, dump, stats
+from stages.adapted_judge import AdaptedPair, adaptation
 from stages.aprt import is_aprt, is_aprt_tree
 from stages.backend import Weights
 from stages.bundle import stages_in
@@ -131,10 +132,13 @@ def _audit_forward(run: ForwardRun, model: str | None, top: int, rerun: bool, pr
             row |= {"verdict": Verdict.GIVEN.value, "note": f"taken as given, {row['note']}"}
     if rerun:
         settle(rows, recorded_of(run, model))
+    with ExitStack() as stack:
+        rows = [*AdaptedPair.alone(adaptation("", run), stack), *rows]
 
     def explain(row: Mapping[str, Any]) -> str | None:
         place = (row["layer"], row["stage"])
-        return explain_place(place, run, run.read(place)) if row["ratio"] is not None else None
+        known = row["ratio"] is not None and row["tensor"] is None
+        return explain_place(place, run, run.read(place)) if known else None
 
     facts = {**run.side.facts, **({"model": model} if model else {})}
     result = document(rows, run.side.label, facts, kind="forward", explain=explain)

@@ -11,11 +11,11 @@ import numpy as np
 
 from stages import diff, stats
 from stages.adapted_judge import STAGE as ADAPTED
-from stages.adapted_judge import Adaptation, AdaptedPair
+from stages.adapted_judge import AdaptedPair, adaptation
 from stages.compare import holds_nan, row_verdict, same_bytes, side_fields
 from stages.culprit_data import ORACLE, Piece, against_oracle, chosen_row, culprit_data
 from stages.forward import ALIASES
-from stages.forward_dump import ForwardSide, Place, forward_key
+from stages.forward_dump import Place, forward_key
 from stages.forward_judge import (
     ForwardRun,
     about,
@@ -70,7 +70,7 @@ def diff_forward(
             "a": [forward_key(p) for p in places if _lacks(a, p)],
             "b": [forward_key(p) for p in places if _lacks(b, p)],
         }
-        adapted = AdaptedPair(_adaptation("a", a), _adaptation("b", b), components, stack, top)
+        adapted = AdaptedPair(adaptation("a", a), adaptation("b", b), components, stack, top)
         rows: list[dict[str, Any]] = []
         logits: dict[str, Any] | None = None
         compared = [place for place in places if forward_key(place) not in (*lacks["a"], *lacks["b"])]
@@ -132,16 +132,6 @@ def _at(run: ForwardRun, place: Place) -> Place | None:
 def _lacks(run: ForwardRun, place: Place) -> bool:
     """Whether a side was not to record a stage; one that its manifest promises is missing, which is worse."""
     return _at(run, place) is None and place not in promised(run)
-
-
-def _adaptation(letter: str, run: ForwardRun) -> Adaptation:
-    """What a side's weights were adapted with, as its manifest says; nothing where it has none."""
-    manifest = run.side.dump.manifest if isinstance(run.side, ForwardSide) else None
-    layouts, made_of = ((manifest or {}).get(name) or {} for name in ("adapted", "components"))
-    precision = run.side.facts.get("precision")
-    return Adaptation(
-        letter, run.adapted, run.checkpoint, layouts, made_of, precision, run.lambdas, tells=manifest is not None
-    )
 
 
 _UNSEEN = "only scores of keys after their query differ; the causal mask throws them away, they are not compared"

@@ -137,6 +137,17 @@ def test_a_wrong_layout_is_named_with_its_side(of: Path, letter: str, jax_backen
     assert {row["verdict"] for row in document["rows"] if row["stage"] != STAGE} <= {"exact", "rounding"}
 
 
+@pytest.mark.parametrize("of", ["float32", "bfloat16"], indirect=True)
+def test_an_audit_judges_the_adapted_weights_too(of: Path, jax_backend: Backend, tmp_path: Path) -> None:
+    right = svf("audit", of / "jax", "--json")
+    assert (right.code, right.json["outcome"]) == (0, "sound"), right.json["verdict"]
+    assert sum(row["stage"] == STAGE for row in right.json["rows"]) == 9
+    trace(of / "model", jax_backend, adapted=of / "c", layout="vh", out=tmp_path / "vh")
+    wrong = svf("audit", tmp_path / "vh", "--json")
+    assert (wrong.code, wrong.json["culprit"]["stage"]) == (1, STAGE)
+    assert wrong.json["culprit"]["hint"] == "used layout vh; the bundle declares torch_v"
+
+
 def rewrite(dump: Path, change: Callable[[dict[str, np.ndarray]], object]) -> Path:
     """Change the adapted weights that a dump keeps, its sums too."""
     with_tensors(dump / ADAPTED_FILE, change)
