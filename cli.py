@@ -804,6 +804,7 @@ def _finish_diff(document: Any, json: bool, html: Path | None = None, *, top: bo
     epilog=examples(
         "svf audit dumps/torch",
         "svf audit recorded.safetensors --model MODEL --tokens 1,2,3",
+        "svf audit recorded.safetensors --model MODEL --prompt Hello --adapted components --stages ffn_gate,ffn_out",
         "svf audit bundle --json",
     )
 )
@@ -813,7 +814,15 @@ def audit(
     ],
     model: Annotated[str | None, typer.Option(help="Weights; another program's dump does not name them.")] = None,
     tokens: Annotated[str | None, typer.Option(help="Token ids of another program's dump, such as 1,2,3.")] = None,
+    tokens_file: Annotated[Path | None, typer.Option(help="File of token ids, as text or a JSON list.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Text, through the checkpoint's own tokenizer.")] = None,
+    adapted: Annotated[
+        Path | None, typer.Option(help="Components whose adapted weights another program ran on.")
+    ] = None,
+    layout: Annotated[LayoutName, typer.Option(help="How V of --adapted is contracted.")] = LayoutName.declared,
     components: Annotated[Path | None, typer.Option(help="Bundle with U, S and V, to judge products.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Judge only these layers: 0,3-5.")] = None,
+    stages: Annotated[str | None, typer.Option(help="Judge only these stages: ffn_gate,ffn_swigl.")] = None,
     top: Annotated[int, typer.Option(min=0, help="Largest errors kept per stage.")] = 5,
     rerun: Rerun = True,
     html: Html = None,
@@ -823,12 +832,27 @@ def audit(
     """Judge one dump by itself: every stage against float64, from the inputs that the dump recorded."""
     from stages import audit as job
     from stages import render
+    from stages.errors import UsageError
     from stages.progress import Progress
 
+    if layout is LayoutName.all:
+        raise UsageError("--layout all is for svf replay; a forward runs on one layout")
     _before(force, html)
     with Progress(STATE.progress) as progress:
         document = job.audit(
-            dump, model=model, tokens=tokens, components=components, top=top, rerun=rerun, progress=progress
+            dump,
+            model=model,
+            tokens=tokens,
+            tokens_file=tokens_file,
+            prompt=prompt,
+            components=components,
+            adapted=adapted,
+            layout=layout.value,
+            layers=layers,
+            stages=stages,
+            top=top,
+            rerun=rerun,
+            progress=progress,
         )
     _after(document, json, html, render.audit_document)
     raise typer.Exit(job.EXIT_CODES[document["outcome"]])

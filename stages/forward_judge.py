@@ -91,6 +91,8 @@ class ForwardRun:
     turned: dict[Place, Turn] = field(default_factory=dict)  # what is done to a recorded array to get its values
     readings: dict[Place, int] = field(default_factory=dict)  # which of `_readings` a stage was computed by
 
+    # What adapted weights may be off that another program adapted itself, by the calibrated and the rigorous bounds.
+    doubts: tuple[Weights, ...] = ()
     floors: dict[Place, float] = field(default_factory=dict)  # of stages judged through others: what they can see
 
     def read(self, place: Place) -> np.ndarray:
@@ -332,7 +334,7 @@ def oracles_of(place: Place, run: ForwardRun, observed: np.ndarray) -> Iterator[
         yield from _oracles_through(span.acting, run, stage, observed)
         return
     _, inputs = list(_readings(span.acting, run, stage, inputs_of(span.acting, run)))[run.readings.get(place, 0)]
-    if inputs is None:
+    if inputs is None or (run.doubts and stage.params):
         yield from _oracles_through(span.acting, run, stage, observed)
         return
     if stage.by_vocab and observed.ndim == 2:  # logits may be recorded of the last tokens alone
@@ -461,11 +463,15 @@ def _oracles_through(
     plan = vocabulary_plan(run.config.vocab_size) if stage.by_vocab else [(0, None)]
     with np.errstate(all="ignore"):
         for start, stop in plan:
-            if stop is None:
-                params, columns = parameters(stage, given, weights, place[0], dtype), slice(None)
-            else:
-                params, columns = [weights.read(LM_HEAD, start, stop).astype(dtype)], slice(start, stop)
-            yield columns, oracle_through(stage, values, params, options, run.lambdas, dtype)
+            columns = slice(None) if stop is None else slice(start, stop)
+
+            def read(source: Weights, dtype: np.dtype, start: int = start, stop: int | None = stop) -> list[np.ndarray]:
+                if stop is not None:
+                    return [source.read(LM_HEAD, start, stop).astype(dtype)]
+                return parameters(stage, given, source, place[0], dtype)
+
+            doubts = tuple(read(doubt, np.dtype(np.float64)) for doubt in run.doubts) if run.doubts else None
+            yield columns, oracle_through(stage, values, read(weights, dtype), options, run.lambdas, dtype, doubts)
 
 
 def _value(run: ForwardRun, source: Place, instead: Mapping[Place, np.ndarray] = MappingProxyType({})) -> Value:
@@ -484,9 +490,10 @@ def _value(run: ForwardRun, source: Place, instead: Mapping[Place, np.ndarray] =
     inputs = [_value(run, at, instead) for at in sources_of(source, run).values()]
     if stage.identity:
         return inputs[0]
+    options, wide = stage_options(run.config, stage), np.dtype(np.float64)
     params = parameters(stage, _given(run), _weights_of(run), source[0], dtype)
-    options = stage_options(run.config, stage)
-    return value_through(oracle_through(stage, inputs, params, options, run.lambdas, dtype), inputs)
+    doubts = tuple(parameters(stage, _given(run), doubt, source[0], wide) for doubt in run.doubts) or None
+    return value_through(oracle_through(stage, inputs, params, options, run.lambdas, dtype, doubts), inputs)
 
 
 def pieces_of(place: Place, run: ForwardRun, observed: np.ndarray) -> Iterator[Piece]:
