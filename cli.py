@@ -309,6 +309,20 @@ def _say(text: str) -> None:
         print(f"svf: {text}", file=sys.stderr)
 
 
+def _typed(option: str) -> bool:
+    """Whether the option stands on the command line, rather than in a file of settings that other commands read too."""
+    return any(word == option or word.startswith(f"{option}=") for word in STATE.words)
+
+
+def _refuse_idle(why: dict[str, bool]) -> None:
+    """Refuse the first option that would do nothing here."""
+    from stages.errors import UsageError
+
+    for text, idle in why.items():
+        if idle:
+            raise UsageError(text)
+
+
 def _before(force: bool, html: Path | None = None, file: Path | None = None) -> None:
     """Refuse, before anything is computed, a page or a file that cannot be written."""
     if html is not None:
@@ -445,6 +459,10 @@ def decompose(
 
     if (manifest is None) == (layers is None):
         raise UsageError("give either --manifest FILE or --layers N")
+    if svd is not SvdMethod.float64 and svd_weights is not None:
+        raise UsageError(
+            f"--svd {svd.value} is how to decompose, and --svd-weights is decomposed; leave one of them out"
+        )
     if all_selected_tensors and svd_weights is None and not decompose_all_selected_if_missing:
         raise UsageError(
             "--all-selected-tensors decomposes embedding and LM head too: give --svd-weights FILE.pt, or allow it with "
@@ -539,7 +557,7 @@ def replay(
         list[str] | None,
         typer.Option("--select", "--selected-source-filter", help="Only tensors whose name contains this."),
     ] = None,
-    chunk_rows: Annotated[int | None, typer.Option(help="Rows at a time; default from a memory budget.")] = None,
+    chunk_rows: Annotated[int | None, typer.Option(min=1, help="Rows at a time; default from a memory budget.")] = None,
     dump: Annotated[DumpMode | None, typer.Option(help="full with --out, otherwise none.")] = None,
     out: Annotated[Path | None, typer.Option(help="New folder for the dump; FILE.json is taken as --report.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write the replaying side's report here.")] = None,
@@ -602,6 +620,13 @@ def replay(
         order=order,
         stage_dir=stage_dir,
     )
+    _refuse_idle(
+        {
+            "--resume needs --out DIR: it finishes what was cut short there": resume and out is None,
+            "--dump none writes nothing to --out; leave one of them out": dump is DumpMode.none and out is not None,
+            "--timeout is about the two processes of --backend both": _typed("--timeout") and backend is not ON_BOTH,
+        }
+    )
     if order != "native" and precision is not Precision.native:
         raise UsageError(f"--order {order} is about native products; --precision {precision.value} has no order")
     flags = ReplayFlags(components_dir, semantic_only, device_semantic_only, preferred_layout_only)
@@ -658,13 +683,14 @@ def forward(
     jit: Annotated[Jit, typer.Option(help="What XLA compiles at a time; other than stage shows what fusion does.")] = (
         Jit.stage
     ),
-    top: Annotated[int, typer.Option(min=0, help="Largest differences kept per stage.")] = 5,
+    top: Annotated[int | None, typer.Option(min=0, help="Largest differences kept per stage; default 5.")] = None,
     timeout: Timeout = None,
     resume: Resume = False,
     max_memory: MaxMemory = None,
     html: Html = None,
     force: Force = False,
     json: Json = False,
+    with_inputs: Annotated[bool, typer.Option("--with-inputs", hidden=True)] = False,
 ) -> None:
     """Run a Qwen checkpoint layer by layer, every intermediate named, and compare with the production model."""
     from stages.budget import parse_size
@@ -673,6 +699,17 @@ def forward(
 
     if layout is LayoutName.all:
         raise UsageError("--layout all is for svf replay; a forward runs on one layout")
+    _refuse_idle(
+        {
+            f"--layout {layout.value} is about --adapted COMPONENTS": layout is not LayoutName.declared and not adapted,
+            "--resume needs --out DIR: it finishes what was cut short there": resume and out is None,
+            "--format aprt needs --out DIR": format is Format.aprt and out is None,
+            "--format aprt writes a tree whole or not at all, there is nothing to resume": format is Format.aprt
+            and resume,
+            "--timeout is about the two processes of --backend both": _typed("--timeout") and backend is not ON_BOTH,
+            "--top is about the differences that --backend both compares": top is not None and backend is not ON_BOTH,
+        }
+    )
     if jit is not Jit.stage and backend not in ("jax", "both"):
         raise UsageError(f"--jit {jit.value} is about JAX; use --backend jax")
     if precision is not Precision.native and jit is Jit.layer:
@@ -703,7 +740,8 @@ def forward(
         jit=jit.value,
         production=production,
         generate=generate,
-        top=top,
+        with_inputs=with_inputs,
+        top=5 if top is None else top,
         timeout=timeout,
         resume=resume,
         max_memory=None if max_memory is None else parse_size(max_memory),
@@ -736,6 +774,8 @@ def _forward(command: Any, json: bool, html: Path | None) -> None:
         "svf diff dumps/torch dumps/jax",
         "svf diff a/stages.safetensors b/stages.safetensors --components bundle",
         "svf diff reference.json replay.json --strict-stage-tolerances",
+        "svf diff dumps",
+        "svf diff traces/torch recorded.safetensors --stages ffn_gate,ffn_out",
         "svf diff dumps/torch dumps/jax --explain-order",
         "svf diff dumps/torch dumps/jax --std-ratio 0.5:2",
     )
@@ -743,11 +783,18 @@ def _forward(command: Any, json: bool, html: Path | None) -> None:
 def diff(
     a: Annotated[
         Path,
-        typer.Argument(help="Reference side: dump, bundle, stage file, APRT, checkpoint or report."),
+        typer.Argument(help="Reference side: dump, bundle, stage file, APRT, another program's, checkpoint or report."),
     ],
-    b: Annotated[Path, typer.Argument(help="The other one.")],
-    components: Annotated[Path | None, typer.Option(help="Bundle with U, S and V, to judge products.")] = None,
-    model: Annotated[str | None, typer.Option(help="Weights, to judge forward dumps; default as recorded.")] = None,
+    b: Annotated[Path | None, typer.Argument(help="The other one; without it, the two dumps inside the first.")] = None,
+    components: Annotated[
+        Path | None, typer.Option(help="Bundle with U, S and V, to judge products or adapted weights.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Weights, to judge forwards; default as recorded.")] = None,
+    tokens: Annotated[str | None, typer.Option(help="Token ids of another program's forward, such as 1,2,3.")] = None,
+    tokens_file: Annotated[Path | None, typer.Option(help="File of token ids, as text or a JSON list.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Text, through the checkpoint's own tokenizer.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Compare only these layers: 0,3-5.")] = None,
+    stages: Annotated[str | None, typer.Option(help="Compare only these stages: ffn_gate,ffn_swigl.")] = None,
     precision: Annotated[
         Precision | None, typer.Option(help="Demand dumps of this precision; exact: any difference is a bug.")
     ] = None,
@@ -769,30 +816,36 @@ def diff(
 ) -> None:
     """Compare two recorded runs, bundles, checkpoints or reports, stage by stage; loads no framework."""
     from stages.diff import Gates, parse_std_ratio
-    from stages.diff_job import diff_any, kind_of
-    from stages.errors import UsageError
+    from stages.diff_job import DiffCommand, check_options, diff_any, with_sides
+    from stages.forward_pair import Named
     from stages.order.explain import explain_recorded
     from stages.progress import Progress
 
-    if html is not None and kind_of(a) == kind_of(b) == "checkpoint":
-        raise UsageError("--html reports on stages, and checkpoints have none; leave it out")
-    _before(force, html)
     within = None if std_ratio is None else parse_std_ratio(std_ratio)
-    gates = Gates(strict_stage_tolerances, strict_current_python, strict_reference, std_ratio=within)
-    with Progress(STATE.progress) as progress:
-        document = diff_any(
-            a,
-            b,
+    command = with_sides(
+        DiffCommand(
+            a=a,
+            b=b,
             components=components,
-            model=model,
+            named=Named(model, tokens, tokens_file, prompt),
+            layers=layers,
+            stages=stages,
             precision=precision.value if precision else None,
-            top=5 if top is None else top,
-            gates=gates,
+            top=top,
+            gates=Gates(strict_stage_tolerances, strict_current_python, strict_reference, std_ratio=within),
+            explain_order=explain_order,
             rerun=rerun,
-            progress=progress,
+            html=html is not None,
         )
+    )
+    check_options(command)
+    _before(force, html)
+    with Progress(STATE.progress) as progress:
+        document = diff_any(command, progress)
         if explain_order:
-            document = explain_recorded(document, a, b, components=components, model=model, progress=progress)
+            document = explain_recorded(
+                document, command.a, command.b or command.a, components=components, model=model, progress=progress
+            )
     _finish_diff(document, json, html, top=top is not None)
 
 
@@ -815,6 +868,7 @@ def _finish_diff(document: Any, json: bool, html: Path | None = None, *, top: bo
     epilog=examples(
         "svf audit dumps/torch",
         "svf audit recorded.safetensors --model MODEL --tokens 1,2,3",
+        "svf audit recorded.safetensors --model MODEL --prompt Hello --adapted components --stages ffn_gate,ffn_out",
         "svf audit bundle --json",
     )
 )
@@ -824,7 +878,15 @@ def audit(
     ],
     model: Annotated[str | None, typer.Option(help="Weights; another program's dump does not name them.")] = None,
     tokens: Annotated[str | None, typer.Option(help="Token ids of another program's dump, such as 1,2,3.")] = None,
+    tokens_file: Annotated[Path | None, typer.Option(help="File of token ids, as text or a JSON list.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Text, through the checkpoint's own tokenizer.")] = None,
+    adapted: Annotated[
+        Path | None, typer.Option(help="Components whose adapted weights another program ran on.")
+    ] = None,
+    layout: Annotated[LayoutName, typer.Option(help="How V of --adapted is contracted.")] = LayoutName.declared,
     components: Annotated[Path | None, typer.Option(help="Bundle with U, S and V, to judge products.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Judge only these layers: 0,3-5.")] = None,
+    stages: Annotated[str | None, typer.Option(help="Judge only these stages: ffn_gate,ffn_swigl.")] = None,
     top: Annotated[int, typer.Option(min=0, help="Largest errors kept per stage.")] = 5,
     rerun: Rerun = True,
     html: Html = None,
@@ -834,12 +896,27 @@ def audit(
     """Judge one dump by itself: every stage against float64, from the inputs that the dump recorded."""
     from stages import audit as job
     from stages import render
+    from stages.errors import UsageError
     from stages.progress import Progress
 
+    if layout is LayoutName.all:
+        raise UsageError("--layout all is for svf replay; a forward runs on one layout")
     _before(force, html)
     with Progress(STATE.progress) as progress:
         document = job.audit(
-            dump, model=model, tokens=tokens, components=components, top=top, rerun=rerun, progress=progress
+            dump,
+            model=model,
+            tokens=tokens,
+            tokens_file=tokens_file,
+            prompt=prompt,
+            components=components,
+            adapted=adapted,
+            layout=layout.value,
+            layers=layers,
+            stages=stages,
+            top=top,
+            rerun=rerun,
+            progress=progress,
         )
     _after(document, json, html, render.audit_document)
     raise typer.Exit(job.EXIT_CODES[document["outcome"]])
@@ -1246,7 +1323,7 @@ def infer(
 
     with Progress(STATE.progress) as progress:
         document = infer_recorded(
-            side, components=components, model=model, rows=rows, columns=columns, progress=progress
+            side, components=components, model=model, rows=rows, columns=columns, check=True, progress=progress
         )
     answer(document, json, render.orders_document)
     raise typer.Exit(0 if document["outcome"] == "complete" else 5)

@@ -144,16 +144,20 @@ def assert_rounding_only(
         raise AssertionError("\n".join(wrong))
 
 
-def diff(a: str | Path, b: str | Path, *, model: str | None = None, top: int = 5) -> Result:
+def diff(
+    a: str | Path,
+    b: str | Path,
+    *,
+    model: str | Path | None = None,
+    tokens: Sequence[int] | None = None,
+    top: int | None = None,
+) -> Result:
     """`svf diff A B`: two dumps, bundles, trees, checkpoints or reports; errors as the command's."""
-    from stages.diff import Gates
-    from stages.diff_job import diff_any
+    from stages.diff_job import DiffCommand, diff_any
+    from stages.forward_pair import Named
 
-    return Result(
-        diff_any(
-            Path(a), Path(b), components=None, model=model, top=top, gates=Gates(), progress=lambda _label, _done: None
-        )
-    )
+    named = Named(None if model is None else str(model), _text(tokens))
+    return Result(diff_any(DiffCommand(Path(a), Path(b), named=named, top=top), _silent))
 
 
 def audit(
@@ -162,8 +166,15 @@ def audit(
     """`svf audit PATH`: one recorded run against float64, each stage from its own recorded inputs."""
     from stages.audit import audit as judged
 
-    text = None if tokens is None else ",".join(map(str, tokens))
-    return Result(judged(Path(path), model=None if model is None else str(model), tokens=text, top=top))
+    return Result(judged(Path(path), model=None if model is None else str(model), tokens=_text(tokens), top=top))
+
+
+def _text(tokens: Sequence[int] | None) -> str | None:
+    return None if tokens is None else ",".join(map(str, tokens))
+
+
+def _silent(_label: str, _done: float) -> None:
+    """No progress is shown."""
 
 
 # -- one stage ----------------------------------------------------------------------------------------------------

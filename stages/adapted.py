@@ -1,21 +1,30 @@
-"""Weights adapted by the component replay, in the place of a checkpoint's own: what the forward runs on."""
+"""Weights adapted by the component replay, in the place of a checkpoint's own: what the forward runs on.
+
+Before a bundle is applied it must give the model's own weights back, with zero offsets and contracted as it declares:
+another model's components, or a label that lies, would make a wrong model of right looks.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from stages.backend import Backend
-from stages.bundle import Bundle
+from stages.bundle import Bundle, BundleEntry
 from stages.checkpoint import Checkpoint
+from stages.contraction import Told, look, zero_offset
 from stages.errors import InputError
+from stages.layouts import LAYOUTS
+from stages.metrics import Residual
+from stages.noise import U32, rounding_unit
 from stages.progress import Progress as Reporter
 from stages.replay_run import Replayer, ReplayTask
-from stages.tensorfile import TensorFile, TensorInfo, TensorWriter
+from stages.tensorfile import TensorFile, TensorInfo, TensorWriter, sha256
 
 Progress = Callable[[str, float], None]
 ADAPTED_FILE = "adapted.safetensors"
@@ -42,11 +51,13 @@ class AdaptedWeights:
 @dataclass(frozen=True)
 class Adapted:
     """A bundle applied to a checkpoint: the weights, and of each adapted tensor, in the bundle's order, its layout
-    and sha256."""
+    and sha256; `components` is what a manifest says of the bundle."""
 
     weights: AdaptedWeights
     layouts: dict[str, str]
     sha256: dict[str, str]
+    components: dict[str, Any]
+    notes: list[str]
 
 
 def adapt(
@@ -59,46 +70,110 @@ def adapt(
     progress: Reporter,
     dtype: np.dtype | None = None,
 ) -> Adapted:
-    """`write_adapted` into `folder`, opened until `stack` ends; says which tensors do not fit `layout`."""
+    """`write_adapted` into `folder`, opened until `stack` ends; says what a layout asked for means for the tensors.
+
+    `InputError` when the bundle is another model's, or its label is wrong and no `layout` was named.
+    """
     path = folder / ADAPTED_FILE
-    layouts, digests = write_adapted(components, layout, checkpoint, backend, path, progress, dtype)
-    kept = [name for name, taken in layouts.items() if layout not in ("declared", taken)]
-    if kept:
-        progress.say(f"V of {', '.join(kept)} does not fit layout {layout} by shape: contracted as declared")
+    bundle = stack.enter_context(Bundle(components))
+    chosen = [_choose(bundle, i, layout, checkpoint) for i in range(len(bundle.entries))]
+    notes = list(_notes(chosen, layout))
+    for note in notes:
+        progress.say(note)
+    digests = write_adapted(chosen, checkpoint, backend, path, progress, dtype)
     file = TensorFile(path)
     stack.callback(file.close)
-    return Adapted(AdaptedWeights(checkpoint, file), layouts, digests)
+    layouts = {one.task.source_name: one.task.layout for one in chosen}
+    made_of = {"source": str(components.resolve()), "sha256": {e.source_name: sums(bundle, e) for e in bundle.entries}}
+    return Adapted(AdaptedWeights(checkpoint, file), layouts, digests, made_of, notes)
+
+
+def sums(bundle: Bundle, entry: BundleEntry) -> dict[str, str]:
+    """sha256 of a tensor's U, S, V and offsets: what an adapted weight was made from."""
+    c = bundle.load(entry)
+    return {**c.sha256(), "offsets": sha256(c.offsets)}
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """One tensor to adapt, and what its weights tell of the bundle's label."""
+
+    task: ReplayTask
+    told: Told
+    unit: float  # unit roundoff of the model's dtype
+
+
+def _notes(chosen: Sequence[Chosen], layout: str) -> Iterator[str]:
+    """What is to be said of a layout that was asked for: tensors it does not fit, and labels or weights it belies."""
+    if layout == "declared":
+        return
+    kept = [one.task.source_name for one in chosen if one.task.layout != layout]
+    if kept:
+        right = " or ".join(dict.fromkeys(one.told.right for one in chosen if one.task.layout != layout))
+        yield f"V of {', '.join(kept)} does not fit layout {layout} by shape: contracted as {right}"
+    taken = [one for one in chosen if one.task.layout == layout]
+    wrong = [one for one in taken if not LAYOUTS[layout].like(one.told.right)]
+    lies = [one for one in taken if one.told.fitting and LAYOUTS[layout].like(one.told.right)]
+    if wrong:
+        yield f"layout {layout} does not give {_named(wrong)} back, {wrong[0].told.right} does"
+    if lies:
+        yield f"the bundle's label {lies[0].told.declared} is wrong for {_named(lies)}: {layout} gives the weights back"
+
+
+def _named(chosen: Sequence[Chosen]) -> str:
+    more = f" and {len(chosen) - 1} more" if len(chosen) > 1 else ""
+    return f"{chosen[0].task.source_name}{more}"
 
 
 def write_adapted(
-    components: Path,
-    layout: str,
+    chosen: Sequence[Chosen],
     checkpoint: Checkpoint,
     backend: Backend,
     path: Path,
     progress: Progress,
     dtype: np.dtype | None = None,
-) -> tuple[dict[str, str], dict[str, str]]:
-    """Replay every tensor of a bundle and store it at `path`, source-oriented, in `dtype` or the checkpoint's own.
+) -> dict[str, str]:
+    """Replay the tensors of a bundle and store them at `path`, source-oriented, in `dtype` or the checkpoint's own.
 
-    Returns tensor -> layout it was contracted under, and tensor -> sha256. A V whose shape does not fit `layout`
-    is contracted as the bundle declares, since the wrong layout cannot be computed there; the caller says so.
+    Returns tensor -> sha256. `InputError`, and no file, when zero offsets do not give a tensor back.
     """
-    with ExitStack() as stack:
-        bundle = Bundle(components)
-        stack.callback(bundle.close)
-        tasks = [_task(bundle, i, layout, checkpoint) for i in range(len(bundle.entries))]
-        specs = {task.source_name: (dtype or checkpoint.info(task.source_name).dtype, task.shape) for task in tasks}
-        replayer = Replayer(backend)
-        writer = stack.enter_context(TensorWriter(path, specs, hashes=True))
-        for task in tasks:
-            stored = specs[task.source_name][0]
+    tasks = {one.task.source_name: one.task for one in chosen}
+    specs = {name: (dtype or checkpoint.info(name).dtype, task.shape) for name, task in tasks.items()}
+    replayer = Replayer(backend)
+    with TensorWriter(path, specs, hashes=True) as writer:
+        for one in chosen:
+            task, fit = one.task, _Fit(one)
+            stored, again = specs[task.source_name][0], zero_offset(task, one.told.right)
             stage = final_stage(stored)
             for chunk in replayer.run(task):
                 writer.write(task.source_name, chunk.values[stage].astype(stored, copy=False), chunk.start)
+                fit.add(chunk.values["source_f32"], again(chunk.start, chunk.stop))
                 progress(f"adapting {task.source_name}", chunk.stop / task.shape[0])
-        digests = writer.commit()
-        return {task.source_name: task.layout for task in tasks}, digests
+            fit.check()
+        return writer.commit()
+
+
+class _Fit:
+    """Whether zero offsets give a tensor back: as it is, or as a cast to the model's fewer bits left it."""
+
+    def __init__(self, chosen: Chosen):
+        self.chosen, self.residual = chosen, Residual()
+        self.largest = self.beyond = 0.0  # of the source, and of |source - U S V^T| beyond half a step of its dtype
+
+    def add(self, source: np.ndarray, again: np.ndarray) -> None:
+        self.residual.add(source, again)
+        off = np.abs(source - again) - self.chosen.unit * np.abs(again)
+        self.largest = max(self.largest, float(np.abs(source).max(initial=0.0)))
+        self.beyond = float(np.maximum(self.beyond, off.max(initial=0.0)))  # which keeps a NaN
+
+    def check(self) -> None:
+        bound, relative = self.residual.bound(self.chosen.task.s.size), self.residual.relative
+        cast = self.chosen.unit > U32 and self.beyond <= bound * self.largest
+        if not (relative <= bound or cast):
+            raise InputError(
+                f"U, S, V do not give the model's {self.chosen.task.source_name} back: relative residual "
+                f"{relative:.3g}, bound {bound:.2g}; are these components of another model?"
+            )
 
 
 def final_stage(dtype: np.dtype) -> str:
@@ -106,13 +181,14 @@ def final_stage(dtype: np.dtype) -> str:
     return "final_bf16" if dtype.name == "bfloat16" else "final_f32"
 
 
-def _task(bundle: Bundle, index: int, layout: str, checkpoint: Checkpoint) -> ReplayTask:
+def _choose(bundle: Bundle, index: int, layout: str, checkpoint: Checkpoint) -> Chosen:
+    """The operands of one tensor under `layout`, or the right one where V's shape forbids that."""
     entry = bundle.entries[index]
     name = checkpoint.resolve(entry.source_name)
-    shape = checkpoint.info(name).shape
-    if shape != entry.shape:
+    info = checkpoint.info(name)
+    if info.shape != entry.shape:
         raise InputError(
-            f"{bundle.folder}: '{entry.source_name}' is {list(entry.shape)}, the model has {list(shape)}; "
+            f"{bundle.folder}: '{entry.source_name}' is {list(entry.shape)}, the model has {list(info.shape)}; "
             "are these components of another model?"
         )
     c = bundle.load(entry)
@@ -123,9 +199,12 @@ def _task(bundle: Bundle, index: int, layout: str, checkpoint: Checkpoint) -> Re
     def task(chosen: str) -> ReplayTask:
         return ReplayTask(entry.source_name, entry.shape, c.u, c.s, c.v, c.offsets, source, chosen)
 
+    told = look(task(entry.layout), entry.layout)
+    if layout == "declared" and told.fitting:
+        raise InputError(f"{bundle.folder}: {told.lie(entry.source_name)}")
     asked = task(entry.layout if layout == "declared" else layout)
     try:
         asked.check_layout()
     except InputError:
-        return task(entry.layout)
-    return asked
+        asked = task(told.right)
+    return Chosen(asked, told, rounding_unit(info.dtype))

@@ -24,11 +24,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from stages.compare import row_verdict, side_fields
+from stages.compare import holds_nan, row_verdict, side_fields
 from stages.errors import IncompleteError, InputError, NotFoundError, OutputError, shown
 from stages.jsonio import fsync_folder, write_all, write_atomic
 from stages.metrics import Difference, PairHash
 from stages.output import prepare_folder
+from stages.verdict import Verdict
 
 MAGIC = b"APRT"
 WHOLE_MODEL = 0xFFFFFFFF
@@ -255,6 +256,12 @@ def is_aprt_tree(folder: str | os.PathLike[str]) -> bool:
     return any(is_aprt(e.path) for place in places for e in _entries(place) if _is_stage_file(e.name))
 
 
+def tree_of(file: AprtFile) -> Path:
+    """The folder of the tree that a stage file lies in."""
+    folder = Path(os.path.abspath(file.path)).parent
+    return folder.parent if _LAYER_FOLDER.fullmatch(folder.name) else folder
+
+
 def tree_path(layer: int | None, stage: str) -> tuple[int | None, Path]:
     """The layer that a stage's header says, and its path inside a tree.
 
@@ -354,8 +361,9 @@ def _sync_file(path: Path) -> None:
 def compare_files(a: AprtFile, b: AprtFile, *, top: int = 5) -> dict[str, Any]:
     """How `b` differs from `a`, as one row of `svf.diff/1`; flat, as its `note` says, so indices have one axis.
 
-    Values that differ are `unjudged`: no operands, no bound. `InputError` for another count or layer,
-    `IncompleteError` when there is no element to compare.
+    Values alone have no bound. They are `unjudged` while they share digits, and the note says how many bits; a `bug`
+    where no rounding gives them: in another order, or as far from a as zero would be. `InputError` for another count
+    or layer, `IncompleteError` when there is no element to compare.
     """
     pair = f"not comparable: {a.path} and {b.path}"
     if a.layer != b.layer:
@@ -372,19 +380,41 @@ def compare_files(a: AprtFile, b: AprtFile, *, top: int = 5) -> dict[str, Any]:
         difference.merge(block)
     digest_a, digest_b = hashes.digests()
     layer, stage = a.place[0], shown(a.stage)
-    names = "" if a.stage == b.stage else f"; the files are called {stage} and {shown(b.stage)}"
+    verdict, said = _told(difference, a, b)
+    names = None if a.stage == b.stage else f"the files are called {stage} and {shown(b.stage)}"
+    notes = ("compared flat: APRT stores no shape or dtype", names, said)
     return {
         "key": stage if layer is None else f"layers.{layer}.{stage}",
         "layer": layer,
         "tensor": None,
         "stage": stage,
         "required": True,
-        "verdict": row_verdict(difference, None, None, given=False).value,
+        "verdict": verdict.value,
         **side_fields(None, None),
         "tolerance_passed": False,
         "sha256_a": digest_a,
         "sha256_b": digest_b,
         "flat": True,
-        "note": f"compared flat: APRT stores no shape or dtype{names}",
+        "note": "; ".join(note for note in notes if note),
         **difference.result(),
     }
+
+
+def _told(d: Difference, a: AprtFile, b: AprtFile) -> tuple[Verdict, str | None]:
+    """The verdict on two files' values, and what can be said of them."""
+    verdict = row_verdict(d, None, None, given=False)
+    if verdict is not Verdict.UNJUDGED:
+        return verdict, holds_nan(d, verdict)
+    relative = d.result()["rel_l2"]
+    if np.array_equal(np.sort(a.read()), np.sort(b.read())):
+        return Verdict.BUG, "the same values in another order: are two axes swapped?"
+    if relative >= 1:
+        return (
+            Verdict.BUG,
+            f"b is as far from a as zero would be (relative difference {relative:.3g})",
+        )
+    bits = -np.log2(relative)
+    return verdict, (
+        f"they share about {bits:.1f} bits (relative difference {relative:.2g}); --model and --tokens judge each from "
+        "the files beside it"
+    )

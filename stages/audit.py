@@ -12,8 +12,9 @@ import numpy as np
 
 from stages import bundle as bundles
 from stages import diff, dump, stats
+from stages.adapted_judge import AdaptedPair, adaptation
+from stages.adapted_right import right_weights
 from stages.aprt import is_aprt, is_aprt_tree
-from stages.backend import Weights
 from stages.bundle import stages_in
 from stages.calibration import lambdas_of
 from stages.checkpoint import Checkpoint, open_checkpoint
@@ -32,6 +33,7 @@ from stages.forward_judge import (
     order_of,
     part,
     pieces_of,
+    promised,
     reread,
     rope_cause,
     span_of,
@@ -39,8 +41,11 @@ from stages.forward_judge import (
     through_words,
     why_unjudged,
 )
+from stages.forward_pair import NEEDS, Named
 from stages.metrics import Difference, Residual
-from stages.noise import Lambdas, Noise
+from stages.noise import LAMBDA, Lambdas, Noise
+from stages.production import with_stored_head
+from stages.progress import Progress as Reporter
 from stages.replay import REPLAY
 from stages.replay_run import Chunk, chunk_plan, default_chunk_rows
 from stages.rerun import Recorded, recorded_of, settle
@@ -49,8 +54,9 @@ from stages.sides import SideTensor, open_side
 from stages.spread import Spread
 from stages.stage import Stage
 from stages.tensorfile import TensorFile
-from stages.tokens import check_tokens, parse_tokens
+from stages.tokens import token_ids
 from stages.verdict import Oracle, SideVerdict, Verdict, consult, judged_part
+from stages.wanted import Wanted
 from stages.wording import how_far, times
 
 Progress = Callable[[str, float], None]
@@ -64,24 +70,34 @@ def audit(
     *,
     model: str | None = None,
     tokens: str | None = None,
+    tokens_file: Path | None = None,
+    prompt: str | None = None,
     components: Path | None = None,
+    adapted: Path | None = None,
+    layout: str = "declared",
+    layers: str | None = None,
+    stages: str | None = None,
     top: int = 5,
     rerun: bool = True,
-    progress: Progress = lambda _label, _done: None,
+    progress: Reporter | None = None,
 ) -> dict[str, Any]:
     """The `svf.audit/1` document of a dump, a component bundle, a stage file, or another program's forward.
 
-    `model` and `tokens` are needed for another program's, which does not name them. `InputError` for a key that is
-    no stage. With `rerun`, suspect stages of our own dumps are run again on their backend.
+    `model` and the tokens are needed for another program's, which does not name them, and `adapted` and `layout` where
+    it ran on adapted weights. `layers` and `stages` ask for less. `InputError` for a key that is no stage. With
+    `rerun`, suspect stages of our own dumps are run again on their backend.
     """
+    named, wanted = Named(model, tokens, tokens_file, prompt), Wanted.of(layers, stages)
+    progress = progress or Reporter(False)
     with ExitStack() as stack:
         if is_replay(path):
-            if tokens is not None:
-                raise UsageError(f"--tokens is about forwards; {path} is a component replay")
-            return _audit_replay(path, model, components, top, rerun, stack, progress)
+            if named.ids or adapted is not None:
+                raise UsageError(f"--tokens and --adapted are about forwards; {path} is a component replay")
+            return _audit_replay(path, named.model, components, wanted, top, rerun, stack, progress)
         if components is not None:
             raise UsageError(f"--components is about component replays; {path} is a forward")
-        return _audit_forward(_open_forward(path, model, tokens, stack), model, top, rerun, progress)
+        run = _open_forward(path, named, adapted, layout, stack, progress)
+        return _audit_forward(run, named.model, wanted, top, rerun, progress)
 
 
 def is_replay(path: Path) -> bool:
@@ -103,24 +119,44 @@ def is_replay(path: Path) -> bool:
 # -- a forward ----------------------------------------------------------------------------------------------------
 
 
-def _open_forward(path: Path, model: str | None, tokens: str | None, stack: ExitStack) -> ForwardRun:
-    ids = None if tokens is None else parse_tokens(tokens)
+def _open_forward(
+    path: Path, named: Named, adapted: Path | None, layout: str, stack: ExitStack, progress: Reporter
+) -> ForwardRun:
+    if layout != "declared" and adapted is None:
+        raise UsageError(f"--layout {layout} is about --adapted COMPONENTS")
     if path.is_dir() and not is_aprt_tree(path) and is_forward_dump(path):
-        run = open_run(path, model, stack)
-        if ids is not None and ids.tolist() != run.tokens:
+        if adapted is not None:
+            raise UsageError(f"--adapted is about another program's dump; {path} keeps the weights that it ran on")
+        run = open_run(path, named.model, stack)
+        if named.ids and run.checkpoint is None:
+            raise UsageError(f"{path}: names its tokens; leave --tokens, --tokens-file and --prompt out")
+        if named.ids and run.checkpoint is not None and token_ids(named, run.checkpoint).tolist() != run.tokens:
             raise InputError(f"{path}: ran {len(run.tokens)} tokens, other ones than --tokens; leave the option out")
         return run
-    if model is None or ids is None:
-        raise UsageError(f"{path}: is no dump of svf, so it names neither model nor tokens; give --model and --tokens")
-    checkpoint = stack.enter_context(open_checkpoint(model))
+    if named.model is None or not named.ids:
+        raise UsageError(f"{path}: {NEEDS}")
+    checkpoint = stack.enter_context(open_checkpoint(named.model))
     checkpoint.check()
-    checked = check_tokens(ids, checkpoint.config.vocab_size).tolist()
-    weights: Weights = checkpoint
-    return open_foreign(path, checkpoint.config, weights, checked, stack)
+    tokens = token_ids(named, checkpoint).tolist()
+    if adapted is None:
+        return open_foreign(path, checkpoint.config, checkpoint, tokens, stack)
+    weights, found = right_weights(adapted, layout, checkpoint, LAMBDA, stack, progress)
+    run = open_foreign(path, with_stored_head(checkpoint.config, weights), weights, tokens, stack)
+    run.doubts = (weights.doubt(rigorous=False), weights.doubt(rigorous=True))
+    layouts = ", ".join(dict.fromkeys(found.layouts.values()))
+    run.side.facts["adapted"] = "; ".join(
+        (f"{len(found.layouts)} weights by {adapted}, layout {layouts}", *found.notes)
+    )
+    return run
 
 
-def _audit_forward(run: ForwardRun, model: str | None, top: int, rerun: bool, progress: Progress) -> dict[str, Any]:
-    places = order_of(run.path, {*run.side.places, *_promised(run)})
+def _audit_forward(
+    run: ForwardRun, model: str | None, wanted: Wanted, top: int, rerun: bool, progress: Progress
+) -> dict[str, Any]:
+    places = order_of(run.path, {*run.side.places, *promised(run)})
+    if run.path is not None:
+        wanted.check(run.path, run.path.aliases, (layer for layer, _ in places if layer is not None))
+        places = [place for place in places if wanted.has(*place, run.path.aliases)]
     rows: list[Row] = []
     for number, place in enumerate(places):
         progress(f"auditing {forward_key(place)}", number / len(places))
@@ -131,10 +167,14 @@ def _audit_forward(run: ForwardRun, model: str | None, top: int, rerun: bool, pr
             row |= {"verdict": Verdict.GIVEN.value, "note": f"taken as given, {row['note']}"}
     if rerun:
         settle(rows, recorded_of(run, model))
+    with ExitStack() as stack:
+        of_weights = AdaptedPair.alone(adaptation("", run), stack) if wanted == Wanted() else ()
+        rows = [*of_weights, *rows]
 
     def explain(row: Mapping[str, Any]) -> str | None:
         place = (row["layer"], row["stage"])
-        return explain_place(place, run, run.read(place)) if row["ratio"] is not None else None
+        known = row["ratio"] is not None and row["tensor"] is None
+        return explain_place(place, run, run.read(place)) if known else None
 
     facts = {**run.side.facts, **({"model": model} if model else {})}
     result = document(rows, run.side.label, facts, kind="forward", explain=explain, notes=run.notes)
@@ -151,16 +191,6 @@ def _forward_data(result: Mapping[str, Any], run: ForwardRun) -> dict[str, Any] 
     observed, axes = run.read(place), stage_of(run.path, place).shape
     pieces = pieces_of(place, run, observed)
     return culprit_data(*chosen, pieces, shape=observed.shape, axes=axes, labels=(ORACLE, "recorded"))
-
-
-def _promised(run: ForwardRun) -> set[Place]:
-    """What a dump's manifest says was recorded: a stage that is not there is missing."""
-    if not hasattr(run.side, "dump") or run.path is None:
-        return set()
-    manifest, path = run.side.dump.manifest, run.path
-    stages = [stage_of(path, (None, name)) for name in manifest.get("stages", [])]
-    layers: list[int] = manifest.get("layers", [])
-    return {(n, s.name) for s in stages for n in (layers if s.scope.value == "layer" else [None])}
 
 
 def _forward_row(place: Place, run: ForwardRun, top: int) -> Row:
@@ -202,6 +232,7 @@ def _audit_replay(
     path: Path,
     model: str | None,
     components: Path | None,
+    wanted: Wanted,
     top: int,
     rerun: bool,
     stack: ExitStack,
@@ -218,6 +249,8 @@ def _audit_replay(
     for number, tensor in enumerate(audits):
         tensor.run(lambda label, done, at=number: progress(label, (at + done) / len(audits)))  # type: ignore[misc]
     rows = [row for tensor in audits for row in tensor.rows()]
+    wanted.check(REPLAY, {}, {row["layer"] for row in rows if row["layer"] is not None})
+    rows = [row for row in rows if wanted.has_tensor(row["layer"], row["stage"])]
     if rerun:
         settle(rows, Recorded(path, side.backend, side.facts, source=components))
     zero_offset = [t.zero_offset() for t in audits]

@@ -14,7 +14,7 @@ from stages.jsonio import read_object
 from stages.layouts import LAYOUTS, layout_named
 from stages.replay import REPLAY
 from stages.selection import safe_key
-from stages.tensorfile import TensorFile, TensorInfo
+from stages.tensorfile import TensorFile, TensorInfo, sha256
 
 COMPONENTS_FILE = "trinity_svf_components.safetensors"
 OFFSETS_FILE = "trinity_svf_scale_offsets.safetensors"
@@ -99,6 +99,12 @@ class Components:
             table = ", ".join(f"{e.source_name}: {min(e.shape)}" for e in bundle.entries)
             raise InputError(
                 f"{where}: '{name}' has {self.offsets.size} offsets and {rank} singular values; expected {table}"
+            )
+        told = self.entry.identity.get("offsets_f32")
+        if told is not None and sha256(self.offsets) != told:
+            raise InputError(
+                f"{bundle.offsets.path}: the offsets of '{name}' are not what the manifest's sha256 says; they were "
+                "changed after the bundle was made"
             )
         if self.s.min(initial=0) < 0:
             raise InputError(f"{where}: '{name}' has a negative singular value at index {int(self.s.argmin())}")

@@ -70,6 +70,9 @@ class _Stored:
     def whole(self) -> np.ndarray:
         return self.checkpoint.read(self.info.name)
 
+    def sha256(self) -> str:
+        return self.checkpoint.weights_sha256([self.info.name])[self.info.name]
+
 
 def diff_checkpoints(
     a: Checkpoint, b: Checkpoint, *, top: int = 5, progress: Progress = lambda _label, _done: None
@@ -185,7 +188,7 @@ def _compare(a: _Stored, b: _Stored, top: int) -> tuple[Status, dict[str, Any]]:
     matrix = len(shape_a) == len(shape_b) == 2
     straight, turned = shape_a == shape_b, matrix and shape_a == shape_b[::-1]
     if not straight and not turned:
-        return Status.SHAPE, {"note": f"a is {list(shape_a)}, b is {list(shape_b)}"}
+        return Status.SHAPE, {"note": f"a is {list(shape_a)}, b is {list(shape_b)}{_relabelled(a, b)}"}
     if wide is None:
         return Status.DIFFERENT, {"note": "no dtype holds the values of both exactly, so they were not compared"}
     if straight and _equal(_straight(a, b), wide):
@@ -194,7 +197,17 @@ def _compare(a: _Stored, b: _Stored, top: int) -> tuple[Status, dict[str, Any]]:
         how = "shapes swapped" if not straight else "square: the shapes hide it"
         other = "" if a.info.dtype == b.info.dtype else ", in another dtype"
         return Status.TRANSPOSED, {"note": f"b holds a's transpose, value for value{other} ({how})"}
+    if not straight and (label := _relabelled(a, b)):
+        return Status.SHAPE, {"note": f"a is {list(shape_a)}, b is {list(shape_b)}{label}"}
     return Status.DIFFERENT, _metrics(a, b, wide, top, straight=straight, turned=turned)
+
+
+def _relabelled(a: _Stored, b: _Stored) -> str:
+    """The rest of a note on two tensors of different shape that hold the same bytes in the same order; "" otherwise."""
+    alike = a.info.dtype == b.info.dtype and a.info.nbytes == b.info.nbytes
+    if not alike or a.sha256() != b.sha256():
+        return ""
+    return ": the same bytes in the same order, only the label of the shape differs; nothing was transposed"
 
 
 def _metrics(a: _Stored, b: _Stored, wide: np.dtype, top: int, *, straight: bool, turned: bool) -> dict[str, Any]:

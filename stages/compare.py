@@ -11,7 +11,7 @@ import numpy as np
 from stages.basis import BasisComparison
 from stages.hints import Case, explain
 from stages.layouts import LAYOUTS
-from stages.metrics import Difference, PairHash, Residual
+from stages.metrics import Difference, PairHash, Residual, same_bits
 from stages.noise import LAMBDA, Lambdas, Noise
 from stages.promise import hold_to
 from stages.replay import REPLAY
@@ -78,19 +78,31 @@ class TensorComparison:
         self.verdicts, self.top = verdicts, top
         self.stages: dict[str, StageComparison] = {}
         self.missing: dict[str, Verdict] = {}
+        self.lacks: dict[str, list[str]] = {"a": [], "b": []}  # stages of the other side, which nothing promised
+        self.alone = False  # whether a has nothing, and b is judged by itself
         self.chunks: list[ChunkCheck] = []
         self.residual_a, self.residual_b = Residual(), Residual()
+        self.other, self.other_turned = Residual(), False  # of the contraction of V that a side which misses has not
         self.rank = 1
         self.basis: BasisComparison | None = None
 
-    def expect(self, stages_a: set[str], stages_b: set[str]) -> None:
-        """Note the stages that one side lacks: missing in b, or extra in b."""
-        for name in REPLAY:
-            if name in stages_a - stages_b:
-                self.missing[name] = Verdict.MISSING
-            elif name in stages_b - stages_a:
-                self.missing[name] = Verdict.EXTRA
-            elif name not in stages_a and REPLAY[name].required:
+    def expect(
+        self, stages_a: set[str], stages_b: set[str], promises: tuple[bool, bool] = (True, True), *, alone: bool = False
+    ) -> None:
+        """Note the stages that one side lacks: missing in b or extra in b, where the side promises to have all.
+
+        `alone`: a has no stage at all, so that b is judged by itself.
+        """
+        self.alone = alone
+        for name in REPLAY if not alone else ():
+            one, other = name in stages_a, name in stages_b
+            if one != other:
+                letter = "b" if one else "a"
+                if promises["ab".index(letter)]:
+                    self.missing[name] = Verdict.MISSING if one else Verdict.EXTRA
+                else:
+                    self.lacks[letter].append(name)
+            elif not one and any(promises) and REPLAY[name].required:
                 self.missing[name] = Verdict.MISSING
 
     def add(self, a: Chunk, b: Chunk) -> None:
@@ -109,12 +121,27 @@ class TensorComparison:
                 if difference is not None:
                     differences[stage.name] = difference
                 self._judge(row, a, b)
+            elif self.alone and stage.name in b.values:
+                self._judge(self.stages.setdefault(stage.name, StageComparison(stage, Difference(self.top))), a, b)
+        self.rank = {**a.shared, **b.shared}.get("scaled_s", np.empty(1)).size
         for residual, chunk in ((self.residual_a, a), (self.residual_b, b)):
             source, zero = chunk.values.get("source_f32"), chunk.values.get("zero_source_f32")
             if source is not None and zero is not None and source.shape == zero.shape:
                 residual.add(source, zero)
-        self.rank = {**a.shared, **b.shared}.get("scaled_s", np.empty(1)).size
+                if not residual.relative <= residual.bound(self.rank):
+                    self._add_other(source, zero, chunk.params)
         return differences
+
+    def _add_other(self, source: np.ndarray, zero: np.ndarray, params: Mapping[str, np.ndarray]) -> None:
+        """Add (U * S) V^T with V contracted as `zero` was not, where its shape allows both."""
+        if any(name not in params for name in ("u", "s", "v")):
+            return
+        us, v = params["u"] * params["s"], params["v"]
+        if v.shape[0] != v.shape[1] or us.shape[1] != len(v) or source.shape[1] != len(v):
+            return
+        again = {turned: us @ (v.T if turned else v) for turned in (True, False)}
+        self.other_turned = max(again, key=lambda turned: float(np.linalg.norm(again[turned] - zero)))
+        self.other.add(source, again[self.other_turned])
 
     def _compare(self, row: StageComparison, a: Chunk, b: Chunk) -> Difference | None:
         x, y = a.values[row.stage.name], b.values[row.stage.name]
@@ -172,8 +199,16 @@ class TensorComparison:
             if stage.name in self.missing:
                 result.append(empty_row(self.source_name, self.key, stage, self.missing[stage.name]))
             elif stage.name in self.stages:
-                result.append(self._compared_row(self.stages[stage.name]))
+                row = self.stages[stage.name]
+                result.append(self._row_alone(row) if self.alone else self._compared_row(row))
         return result
+
+    def _row_alone(self, row: StageComparison) -> dict[str, Any]:
+        if row.shape_note is not None:
+            return {**empty_row(self.source_name, self.key, row.stage, Verdict.SHAPE), "note": row.shape_note}
+        verdict = Verdict.UNJUDGED if row.side_b is None else row.side_b.verdict
+        empty = empty_row(self.source_name, self.key, row.stage, verdict)
+        return {**empty, **side_fields(None, row.side_b), "byte_match": None}
 
     def _compared_row(self, row: StageComparison) -> dict[str, Any]:
         if row.shape_note is not None:
@@ -181,9 +216,11 @@ class TensorComparison:
         d, tolerance = row.difference, row.stage.tolerance
         given = row.stage.noise is Noise.EXACT and not row.stage.inputs
         digest_a, digest_b = row.hashes.digests()
+        verdict = row_verdict(d, row.side_a, row.side_b, given=given)
         return {
-            **empty_row(self.source_name, self.key, row.stage, row_verdict(d, row.side_a, row.side_b, given=given)),
+            **empty_row(self.source_name, self.key, row.stage, verdict),
             **side_fields(row.side_a, row.side_b),
+            **({"note": note} if (note := holds_nan(d, verdict)) else {}),
             "tolerance_passed": d.finite and d.max_abs <= tolerance.max_abs and d.mean_abs <= tolerance.mean_abs,
             "sha256_a": digest_a,
             "sha256_b": digest_b,
@@ -203,7 +240,14 @@ class TensorComparison:
             "bound": bound,
             "fits_a": self.residual_a.relative <= bound if self.residual_a.known else None,
             "fits_b": self.residual_b.relative <= bound if self.residual_b.known else None,
+            "right": self._right(bound),
         }
+
+    def _right(self, bound: float) -> list[str]:
+        """Layouts that give the source back where a side's does not; none where that is not known."""
+        if not (self.other.known and self.other.relative <= bound):
+            return []
+        return [name for name, row in LAYOUTS.items() if row.transposed == self.other_turned]
 
 
 def judge_chunk(
@@ -230,13 +274,27 @@ def judge_chunk(
 def row_verdict(d: Difference, a: SideVerdict | None, b: SideVerdict | None, *, given: bool) -> Verdict:
     """A row's verdict from its sides' (None: not judged); `given` says that the stage copies what a side was given."""
     sides = [side.verdict for side in (a, b) if side is not None]
-    if not d.finite:
+    if not d.finite and not d.byte_match:
         return Verdict.NONFINITE
     if given and not d.byte_match:
         return Verdict.BUG  # the two sides were given different things
     if len(sides) < 2 and not d.byte_match:
         return worst(Verdict.UNJUDGED, *sides)
     return worst(Verdict.EXACT, *sides)
+
+
+def holds_nan(d: Difference, verdict: Verdict) -> str | None:
+    """A note on equal bytes that are not all finite; None where there is nothing to say, or it is a fault."""
+    return (
+        f"{d.nonfinite_a:,} values are NaN or infinite, the same on both sides"
+        if not d.finite and verdict.passes
+        else None
+    )
+
+
+def same_bytes(x: np.ndarray, y: np.ndarray) -> bool:
+    """Whether two arrays of different shape hold the same elements in the same order."""
+    return x.dtype == y.dtype and x.shape != y.shape and x.size == y.size and same_bits(x.reshape(-1), y.reshape(-1))
 
 
 def side_fields(a: SideVerdict | None, b: SideVerdict | None) -> dict[str, Any]:
@@ -276,5 +334,7 @@ def _same(a: tuple[np.ndarray, ...] | None, b: tuple[np.ndarray, ...]) -> bool:
 
 
 def _turned(x: np.ndarray, y: np.ndarray, row: StageComparison) -> str:
+    if same_bytes(x, y):
+        return f'the same bytes in the same order, only the label of the shape differs; expected "{row.stage.shape}"'
     turned = x.shape == y.shape[::-1] and x.shape != y.shape
     return f'is one side transposed? expected "{row.stage.shape}"' if turned else f'expected "{row.stage.shape}"'

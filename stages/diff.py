@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, nan
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from stages.basis import of_basis, unexplained
@@ -14,7 +15,9 @@ from stages.metrics import walk
 from stages.precision import NATIVE
 from stages.promise import RULES
 from stages.replay import REPLAY
+from stages.selection import layer_of
 from stages.verdict import Verdict
+from stages.wanted import Wanted
 from stages.wording import how_far, times
 
 STRICT_STAGE_TOLERANCES = "strict_stage_tolerances"
@@ -114,21 +117,36 @@ def document(
     gates: Gates | None = None,
     expected_tensors: int,
     more_rows: Sequence[dict[str, Any]] = (),
+    lacks: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    wanted: Wanted | None = None,
     settle: Callable[[Sequence[dict[str, Any]]], None] = lambda _rows: None,
     extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The whole `svf.diff/1` document of a finished comparison of replays; `settle` may change suspect rows."""
+    wanted = wanted or Wanted()
     comparisons = list(comparisons)
     rows = [*(row for comparison in comparisons for row in comparison.rows()), *more_rows]
+    rows = [row for row in rows if wanted.has_tensor(row["layer"], row["stage"])]
     settle(rows)
+    own = {
+        letter: [
+            f"tensor.{c.key}.{stage}"
+            for c in comparisons
+            for stage in c.lacks[letter]
+            if wanted.has_tensor(layer_of(c.source_name), stage)
+        ]
+        for letter in "ab"
+    }
+    of_any = Wanted(None, wanted.stages)
     return finish(
         rows,
         a,
         b,
         gates=gates,
-        expected=expected_tensors * sum(stage.required for stage in REPLAY.values()),
-        zero_offset=[c.zero_offset() for c in comparisons if c.stages],
+        expected=expected_tensors * sum(s.required and of_any.has_tensor(None, s.name) for s in REPLAY.values()),
+        zero_offset=[c.zero_offset() for c in comparisons if c.stages and of_any.has_tensor(None, "zero_source_f32")],
         basis=[c.basis.row(c.source_name) for c in comparisons if c.basis],
+        lacks={letter: [*lacks.get(letter, ()), *own[letter]] for letter in "ab"},
         extra=extra,
     )
 
@@ -142,20 +160,23 @@ def finish(
     expected: int,
     zero_offset: Sequence[Mapping[str, Any]] = (),
     basis: Sequence[Mapping[str, Any]] = (),
+    lacks: Mapping[str, Sequence[str]] = MappingProxyType({}),
     explain: Explain = lambda _row, _side: None,
+    words: str | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """A `svf.diff/1` document from its rows; `expected` is how many of them a complete comparison has at least.
 
-    `explain` gives a hint at why a row's side, a or b, failed, where the row itself has none.
+    `lacks` are, by side, the keys that the other one alone holds and nothing promised, so that they have no row.
+    `explain` gives a hint at why a row's side, a or b, failed, where the row itself has none; `words` are said too.
     """
     walk(rows)
     gate_results = gates.results(rows) if gates else {}
     spread = {STD_RATIO: std_ratios(rows, gates.std_ratio)} if gates and gates.std_ratio else {}
     compared = sum(row["verdict"] not in (Verdict.MISSING, Verdict.EXTRA) for row in rows)
-    coverage = {"compared": compared, "expected": max(expected, len(rows))}
+    coverage = {"compared": compared, "expected": max(expected, len(rows) + sum(map(len, lacks.values())))}
     culprits = find_culprits(rows, explain)
-    verdict = sentence(rows, zero_offset, culprits, gate_results, a, b, coverage)
+    verdict = sentence(rows, zero_offset, culprits, gate_results, a, b, coverage, lacks)
     step = gates.next_step if gates and not culprits else None
     return {
         "schema": "svf.diff/1",
@@ -168,6 +189,7 @@ def finish(
                     how_far(rows, culprits[0] if culprits else None, (extra or {}).get("logits")),
                     f"Gate --std-ratio: {std_ratio_words(spread)}." if gate_results.get(STD_RATIO) is False else None,
                     about_precision(a, b),
+                    words,
                     of_basis(basis),
                     of_gates(basis, gate_results, step),
                 ],
@@ -179,6 +201,7 @@ def finish(
         "zero_offset": list(zero_offset),
         "basis": list(basis),
         "coverage": coverage,
+        "lacks": {letter: list(lacks.get(letter, ())) for letter in "ab"},
         "gates": gate_results,
         **spread,
         "a": dict(a),
@@ -353,20 +376,24 @@ def sentence(
     a: Mapping[str, Any],
     b: Mapping[str, Any],
     coverage: Mapping[str, int],
+    lacks: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> str:
     """The verdict as a sentence."""
     if not rows:
-        return "Nothing was compared."
+        return f"Nothing was compared. {_lacking(lacks)}".strip()
     culprit = culprits[0] if culprits else None
     miss = misfit(zero_offset)
     # A wrong contraction misses by about the weights' own size; less is a faulty stage, and the culprit says which.
     if miss is not None and (culprit is None or max(miss["relative_a"], miss["relative_b"]) > 0.1):
         letter = "a" if miss["fits_a"] is False else "b"
-        who = {"a": a, "b": b}[letter]["source"] if miss["fits_a"] != miss["fits_b"] else "both sides"
+        alone = miss["fits_a"] != miss["fits_b"]
+        missing = f"{(a if letter == 'a' else b)['source']} misses" if alone else "both sides miss"
+        right = " or ".join(miss["right"])
+        cause = "V is contracted the wrong way, or U, S, V are not this tensor's"
+        cause = f"{right} is the right layout of V" if right else cause
         return (
-            f"Zero offsets do not give {miss['tensor']} back: {who} misses it by {miss[f'max_abs_{letter}']:.3g} "
-            f"(relative {miss[f'relative_{letter}']:.2g}, bound {miss['bound']:.2g}); V is contracted the wrong way, "
-            "or U, S, V are not this tensor's."
+            f"Zero offsets do not give {miss['tensor']} back: {missing} it by {miss[f'max_abs_{letter}']:.3g} "
+            f"(relative {miss[f'relative_{letter}']:.2g}, bound {miss['bound']:.2g}); {cause}."
         )
     if culprit is not None:
         where = f"{culprit['stage']} of {place_of(culprit)}"
@@ -381,12 +408,41 @@ def sentence(
         return f"No bug found, but the gate {', '.join(failed)} failed."
     unjudged = sum(row["verdict"] == Verdict.UNJUDGED for row in rows)
     if unjudged and not gates.get(STRICT_STAGE_TOLERANCES):
-        return f"{unjudged} of {len(rows)} rows differ and cannot be judged: their operands are not recorded."
+        why = next((row[f"unjudged_{x}"] for row in rows for x in "ab" if row.get(f"unjudged_{x}")), None)
+        flat = next((row["note"] for row in rows if row.get("flat")), None)
+        why = why or flat or "their operands are not recorded"
+        said = f"{unjudged} of {len(rows)} rows differ and cannot be judged: {why}."
+        return f"{said} {_lacking(lacks)}".strip()
+    if any(lacks.values()):
+        return f"{_alike(rows, unjudged)} That is what both sides have: {_lacking(lacks)}"
     if coverage["compared"] < coverage["expected"]:
         return f"Only {coverage['compared']} of {coverage['expected']} stages were compared."
+    return _alike(rows, unjudged)
+
+
+def _alike(rows: Sequence[Mapping[str, Any]], unjudged: int) -> str:
+    """The sentence about rows none of which failed."""
+    if all(row["byte_match"] is None for row in rows):
+        return f"Nothing is recorded to compare with; all {len(rows)} stages are right from their own inputs."
     different = sum(not row["byte_match"] for row in rows)
+    nan = sum(bool(row.get("nonfinite_a")) for row in rows)
+    more = f"; {nan} hold NaN or infinity, in the same places on both sides" if nan else ""
     if not different:
-        return f"Bit-identical in all {len(rows)} stages."
+        return f"Bit-identical in all {len(rows)} stages{more}."
     if unjudged:
-        return f"Within the declared tolerances: {different} of {len(rows)} stages differ in some bits."
-    return f"Rounding only: {different} of {len(rows)} stages differ in some bits, none beyond its bound."
+        return f"Within the declared tolerances: {different} of {len(rows)} stages differ in some bits{more}."
+    return f"Rounding only: {different} of {len(rows)} stages differ in some bits, none beyond its bound{more}."
+
+
+# Keys that a sentence about missing ones names; the JSON has them all.
+_LISTED = 6
+
+
+def _lacking(lacks: Mapping[str, Sequence[str]]) -> str:
+    """What each side lacks that the other one has, and what to do about it; "" when nothing is."""
+    parts = []
+    for letter, keys in lacks.items():
+        if keys:
+            more = f" and {len(keys) - _LISTED} more" if len(keys) > _LISTED else ""
+            parts.append(f"{letter} lacks {', '.join(map(str, keys[:_LISTED]))}{more}")
+    return f"{'; '.join(parts)}. --stages and --layers ask for less." if parts else ""

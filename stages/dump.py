@@ -27,6 +27,11 @@ MODES = ("full", "hash", "none")
 COMPONENTS_FOLDER = "components"
 
 
+def changed(file: Path, key: str) -> InputError:
+    """The refusal of a tensor whose bytes are not those that its dump committed."""
+    return InputError(f"{file}: '{shown(key)}' is not what the manifest's sha256 says; it was changed after the run")
+
+
 def dump_file(source_name: str) -> str:
     """File of a tensor's stages: one per layer, one for whole-model tensors."""
     layer = layer_of(source_name)

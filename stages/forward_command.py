@@ -7,16 +7,19 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
+from stages.adapted_judge import STAGE
 from stages.backend import Backend, check_device
 from stages.checkpoint import open_checkpoint
 from stages.children import command_line, run_sides
 from stages.errors import UsageError
 from stages.forward_diff import diff_forward
-from stages.forward_job import ForwardCommand, check_forward, forward_one, sound, token_ids, with_model
+from stages.forward_job import ForwardCommand, check_forward, forward_one, sound, with_model
 from stages.order.source import NATIVE
 from stages.output import check_folder, claimed
 from stages.progress import Progress
 from stages.scratch import scratch_folder
+from stages.tokens import token_ids
+from stages.wanted import Wanted
 
 
 def forward_both(command: ForwardCommand, names: Sequence[str], progress: Progress) -> dict[str, Any]:
@@ -27,7 +30,7 @@ def forward_both(command: ForwardCommand, names: Sequence[str], progress: Progre
     command = with_model(command, progress)
     with open_checkpoint(str(command.model)) as checkpoint:
         tokens = check_forward(command, checkpoint)
-    arguments = {name: _arguments(command, name, tokens) for name in names}
+    arguments = {name: [*_arguments(command, name, tokens), "--with-inputs"] for name in names}
     with ExitStack() as stack:
         run = None
         if command.out is not None:
@@ -36,8 +39,15 @@ def forward_both(command: ForwardCommand, names: Sequence[str], progress: Progre
         else:
             out = stack.enter_context(scratch_folder("forward"))
         runs = run_sides(arguments, out, run, command.timeout, progress)
+        stages = f"{command.stages},{STAGE}" if command.adapted is not None else command.stages
+        wanted = Wanted.of(command.layers, None if command.stages.strip() == "all" else stages, whole=True)
         document = diff_forward(
-            out / names[0], out / names[1], top=command.top, runs=(runs[0], runs[1]), progress=progress
+            out / names[0],
+            out / names[1],
+            wanted=wanted,
+            top=command.top,
+            runs=(runs[0], runs[1]),
+            progress=progress,
         )
     document["a"]["source"], document["b"]["source"] = (f"{name} forward" for name in names)
     document["precision"] = command.precision

@@ -12,7 +12,7 @@ import numpy as np
 
 from stages.aprt import AprtTree
 from stages.checkpoint import Checkpoint
-from stages.dump import MANIFEST_FILE, SCHEMA, Dump
+from stages.dump import MANIFEST_FILE, SCHEMA, Dump, changed
 from stages.errors import InputError, shown
 from stages.forward_run import StageResult
 from stages.jsonio import write_json
@@ -154,6 +154,7 @@ class ForwardSide:
             raise InputError(f"{folder}: is a dump of {shown(manifest.get('kind'))}, expected forward")
         self.facts = self.dump.facts
         self.places: dict[Place, str] = {}
+        self._checked: set[str] = set()
         for key in self.dump.tensors:
             place = parse_key(key)
             if place is None:
@@ -163,9 +164,15 @@ class ForwardSide:
             self.places[place] = key
 
     def read(self, place: Place) -> np.ndarray:
-        """A recorded stage."""
+        """A recorded stage; `InputError` when it is not what the manifest's sha256 says."""
         key = self.places[place]
-        return self.dump.file(self.dump.tensors[key]["file"]).read(key)
+        file = self.dump.file(self.dump.tensors[key]["file"])
+        array = file.read(key)
+        if key not in self._checked:
+            if sha256(array) != self.sha256(place):
+                raise changed(file.path, key)
+            self._checked.add(key)
+        return array
 
     def shape(self, place: Place) -> list[int]:
         return list(self.dump.tensors[self.places[place]]["shape"])

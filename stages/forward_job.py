@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -22,8 +22,8 @@ from stages.calibration import facts_of
 from stages.checkpoint import Checkpoint, open_checkpoint
 from stages.defaults import default_source
 from stages.errors import UsageError
-from stages.forward import forward_path
-from stages.forward_dump import ForwardDump, ForwardSide, run_fields
+from stages.forward import forward_path, producers
+from stages.forward_dump import ForwardDump, ForwardSide, Place, forward_key, run_fields
 from stages.forward_run import Forwarder, StageResult, resolve_layers, resolve_stages
 from stages.jsonio import copy_atomic
 from stages.memory import available_bytes
@@ -36,8 +36,10 @@ from stages.production import compare_production, greedy, with_stored_head
 from stages.progress import Progress
 from stages.qwen import LM_HEAD, QwenConfig, parameter_shapes
 from stages.scratch import scratch_folder
+from stages.stage import Path as StagePath
+from stages.stage import Scope
 from stages.tensorfile import stored_dtype
-from stages.tokens import DEFAULT_TOKENS, check_tokens, encode, parse_tokens, read_tokens
+from stages.tokens import token_ids
 
 FORMATS = ("safetensors", "aprt")
 # A loaded production model takes its weights and, while it runs, activations and a copy of the largest weight.
@@ -74,6 +76,7 @@ class ForwardCommand:
     max_memory: int | None = None
     order: str | None = None
     close_up: bool = False  # whether statistics of every stage are wanted, for a report
+    with_inputs: bool = False  # record what the asked stages read too, so that each can be judged
     order_at: Path | None = None  # where the orders are taken from, when `order` is a backend's name
 
 
@@ -84,35 +87,6 @@ def with_model(command: ForwardCommand, progress: Progress) -> ForwardCommand:
     folder, fresh = default_source()
     progress.say(f"no model given: using the built-in tiny one {'made now ' if fresh else ''}in {folder / 'model'}")
     return replace(command, model=str(folder / "model"))
-
-
-class TokenOptions(Protocol):
-    """The options of a command that say which tokens it runs on."""
-
-    @property
-    def tokens(self) -> str | None: ...
-
-    @property
-    def tokens_file(self) -> Path | None: ...
-
-    @property
-    def prompt(self) -> str | None: ...
-
-
-def token_ids(command: TokenOptions, checkpoint: Checkpoint) -> np.ndarray:
-    """The run's token ids, from whichever option gave them; a default list when none did."""
-    given = [x for x in (command.tokens, command.tokens_file, command.prompt) if x is not None]
-    if len(given) > 1:
-        raise UsageError("give one of --tokens, --tokens-file, --prompt")
-    if command.tokens is not None:
-        ids = parse_tokens(command.tokens)
-    elif command.tokens_file is not None:
-        ids = read_tokens(command.tokens_file)
-    elif command.prompt is not None:
-        ids = encode(command.prompt, checkpoint.path)
-    else:
-        ids = np.array(DEFAULT_TOKENS)
-    return check_tokens(ids, checkpoint.config.vocab_size)
 
 
 def forward_one(
@@ -167,12 +141,14 @@ class _Job:
         self.adapted: dict[str, str] | None = None  # tensor -> layout
         self.adapted_sha256: dict[str, str] | None = None
         self.statistics: list[dict[str, Any]] | None = [] if command.close_up else None
+        self.components: dict[str, Any] | None = None  # the bundle, as the manifest names it
 
     def run(self, backend: Backend, reading: Callable[[Weights], Weights]) -> dict[str, Any]:
         command = self.command
         scratch = self.stack.enter_context(scratch_folder("forward"))
         weights = reading(self._weights(backend, scratch))
         forwarder = Forwarder(backend, self.config, weights, dtype=command.dtype, fuse_layers=command.jit == "layer")
+        self.inputs = self._inputs(forwarder.path) if command.with_inputs else frozenset()
         logits, digest = self._trace(forwarder, backend, scratch)
         repeated = self._repeat(forwarder, scratch) if command.repeat > 1 else None
         generated = self._generate(forwarder) if command.generate else None
@@ -201,13 +177,24 @@ class _Job:
             "out": str(command.out) if command.out else None,
         }
 
+    def _inputs(self, path: StagePath) -> frozenset[Place]:
+        """What the asked stages of the asked layers read and are not themselves."""
+        places = [
+            (layer, path[name])
+            for name in self.stages
+            for layer in (self.layers if path[name].scope is Scope.LAYER else (None,))
+        ]
+        layers = self.config.num_hidden_layers
+        found = {source for layer, stage in places for source in producers(path, stage, layer, layers).values()}
+        return frozenset(found - {(layer, stage.name) for layer, stage in places})
+
     def _weights(self, backend: Backend, scratch: Path) -> Weights:
         """The checkpoint, or the checkpoint with the bundle's adapted tensors in place of its own."""
         command = self.command
         if command.adapted is None:
             return self.checkpoint
         found = adapt(command.adapted, command.layout, self.checkpoint, backend, scratch, self.stack, self.progress)
-        self.adapted, self.adapted_sha256 = found.layouts, found.sha256
+        self.adapted, self.adapted_sha256, self.components = found.layouts, found.sha256, found.components
         self.config = with_stored_head(self.config, found.weights)
         return found.weights
 
@@ -223,6 +210,7 @@ class _Job:
                     kept.append(result.array)
                 if result.stage in self.stages:
                     self._measure(result)
+                if result.stage in self.stages or (result.layer, result.stage) in self.inputs:
                     yield result
 
         if command.out is not None and command.format == "aprt":
@@ -250,7 +238,11 @@ class _Job:
         wanted = dict.fromkeys((*self.stages, "lm_head"))
         total = self.config.num_hidden_layers
         for result in forwarder.run(
-            self.tokens.tolist(), layers=self.layers, stages=wanted, positions=self.command.positions
+            self.tokens.tolist(),
+            layers=self.layers,
+            stages=wanted,
+            also=self.inputs,
+            positions=self.command.positions,
         ):
             done = total if result.layer is None else result.layer
             self.progress(f"{forwarder.backend.name} forward, {result.stage}", done / total)
@@ -267,8 +259,10 @@ class _Job:
             "positions": command.positions,
             "layers": list(self.layers),
             "stages": list(self.stages),
+            "inputs": sorted(map(forward_key, self.inputs)),
             "adapted": self.adapted,
             "adapted_sha256": self.adapted_sha256,
+            "components": self.components,
             "layout": command.layout if command.adapted else None,
         }
 

@@ -21,6 +21,7 @@ from stages.backend import Weights
 from stages.calibration import lambdas_of
 from stages.checkpoint import Checkpoint, open_checkpoint
 from stages.culprit_data import Piece
+from stages.dump import changed
 from stages.elements import explain_rows
 from stages.errors import InputError, NotFoundError, UsageError, shown
 from stages.forward import (
@@ -41,6 +42,7 @@ from stages.noise import LAMBDA, Lambdas, exact_bound
 from stages.promise import hold_to
 from stages.qwen import EMBEDDING, LM_HEAD, QwenConfig, parse_config
 from stages.rope_run import RopeRun
+from stages.same_model import other_model
 from stages.span import Value, floor, oracle_through, value_through
 from stages.stage import Path as StagePath
 from stages.stage import Scope, Stage
@@ -83,6 +85,7 @@ class ForwardRun:
     positions: str
     weights: Weights | None  # None: not to be had
     checkpoint: Checkpoint | None = None  # what `weights` come from, adapted or not
+    adapted: TensorFile | None = None  # the adapted ones among them
     misshapen: set[Place] = field(default_factory=set)  # nothing can be said of a stage that reads one of these
     lambdas: Lambdas = field(default_factory=lambda: LAMBDA)
     read_as: dict[Place, str] = field(default_factory=dict)  # how a stage was read, where not simply as it was recorded
@@ -90,6 +93,8 @@ class ForwardRun:
     turned: dict[Place, Turn] = field(default_factory=dict)  # what is done to a recorded array to get its values
     readings: dict[Place, int] = field(default_factory=dict)  # which of `_readings` a stage was computed by
 
+    # What adapted weights may be off that another program adapted itself, by the calibrated and the rigorous bounds.
+    doubts: tuple[Weights, ...] = ()
     floors: dict[Place, float] = field(default_factory=dict)  # of stages judged through others: what they can see
 
     def read(self, place: Place) -> np.ndarray:
@@ -147,9 +152,10 @@ def open_run(folder: Path, model: str | None, stack: ExitStack) -> ForwardRun:
     _check_manifest(folder, manifest, config, path)
     tokens: list[int] = manifest["tokens"]
     checkpoint = _checkpoint(folder, recorded, model, stack)
-    weights = _weights(folder, checkpoint, stack)
+    adapted = _adapted(folder, manifest, stack)
+    weights = checkpoint if checkpoint is None or adapted is None else AdaptedWeights(checkpoint, adapted)
     positions, lambdas = str(manifest.get("positions", "all")), lambdas_of(side.facts, str(folder))
-    return ForwardRun(side, config, path, tokens, positions, weights, checkpoint, lambdas=lambdas)
+    return ForwardRun(side, config, path, tokens, positions, weights, checkpoint, adapted, lambdas=lambdas)
 
 
 def _checked_dtype(folder: Path, manifest: Mapping[str, Any]) -> str:
@@ -168,7 +174,7 @@ def _check_manifest(folder: Path, manifest: Mapping[str, Any], config: QwenConfi
         "layers": layers is None or _ints_below(layers, config.num_hidden_layers),
         "stages": stages is None or (isinstance(stages, list) and all(str(stage) in known for stage in stages)),
         "positions": manifest.get("positions", "all") in POSITIONS,
-        **{name: isinstance(manifest.get(name) or {}, dict) for name in ("adapted", "adapted_sha256")},
+        **{name: isinstance(manifest.get(name) or {}, dict) for name in ("adapted", "adapted_sha256", "components")},
     }.items():
         if not good:
             raise InputError(f"{folder}: the manifest's '{name}' is {shown(manifest.get(name))}, not a forward's")
@@ -188,19 +194,25 @@ def _checkpoint(folder: Path, recorded: Mapping[str, Any], model: str | None, st
             raise
         return None
     if checkpoint.fingerprint() != recorded.get("fingerprint"):
-        if model is not None:
-            raise InputError(f"{model}: is not the model that {folder} was made from (config or tensor headers differ)")
-        return None
+        if model is None:
+            return None
+        now = {"fingerprint": checkpoint.fingerprint(), "config": checkpoint.raw_config}
+        what = other_model(now, recorded) or "the tensor headers differ"
+        raise InputError(f"{model}: is not the model that {folder} was made from: {what}")
     return checkpoint
 
 
-def _weights(folder: Path, checkpoint: Checkpoint | None, stack: ExitStack) -> Weights | None:
-    """The model's weights, adapted ones as the dump keeps them."""
-    if checkpoint is None or not (folder / ADAPTED_FILE).is_file():
-        return checkpoint
+def _adapted(folder: Path, manifest: Mapping[str, Any], stack: ExitStack) -> TensorFile | None:
+    """The adapted weights that a dump keeps; `InputError` naming one that is not as its manifest says."""
+    digests = manifest.get("adapted_sha256") or {}
+    if not digests:
+        return None
     file = TensorFile(folder / ADAPTED_FILE)
     stack.callback(file.close)
-    return AdaptedWeights(checkpoint, file)
+    for name, digest in digests.items():
+        if file.sha256(name) != digest:
+            raise changed(file.path, name)
+    return file
 
 
 def about(run: ForwardRun, model: str | None = None) -> dict[str, Any]:
@@ -232,6 +244,16 @@ def order_of(path: StagePath | None, have: Iterable[Place]) -> list[Place]:
         key, names = forward_key(unknown[0]), ", ".join(stage.name for stage in stages)
         raise InputError(f"'{key}' is no stage of a Qwen model{advice(key) or f'; there are {names}'}")
     return [place for place in order if place in have]
+
+
+def promised(run: ForwardRun) -> set[Place]:
+    """What a dump's manifest says was recorded: a stage that is not there is missing. Nothing of another program's."""
+    if not isinstance(run.side, ForwardSide) or run.path is None:
+        return set()
+    manifest, path = run.side.dump.manifest, run.path
+    stages = [stage_of(path, (None, name)) for name in manifest.get("stages") or []]
+    layers: list[int] = manifest.get("layers") or []
+    return {(n, s.name) for s in stages for n in (layers if s.scope is Scope.LAYER else [None])}
 
 
 def why_unjudged(place: Place, run: ForwardRun) -> str | None:
@@ -363,7 +385,7 @@ def _oracles_of_recorded(
     assert run.config is not None
     acting = span_of(place, run).acting
     _, inputs = list(_readings(acting, run, stage, inputs_of(acting, run)))[run.readings.get(place, 0)]
-    if inputs is None:
+    if inputs is None or (run.doubts and stage.params):
         yield from _oracles_through(acting, run, stage, observed)
         return
     if stage.by_vocab and observed.ndim == 2:  # logits may be recorded of the last tokens alone
@@ -491,11 +513,15 @@ def _oracles_through(
     plan = vocabulary_plan(run.config.vocab_size) if stage.by_vocab else [(0, None)]
     with np.errstate(all="ignore"):
         for start, stop in plan:
-            if stop is None:
-                params, columns = parameters(stage, given, weights, place[0], dtype), slice(None)
-            else:
-                params, columns = [weights.read(LM_HEAD, start, stop).astype(dtype)], slice(start, stop)
-            yield columns, oracle_through(stage, values, params, options, run.lambdas, dtype)
+            columns = slice(None) if stop is None else slice(start, stop)
+
+            def read(source: Weights, dtype: np.dtype, start: int = start, stop: int | None = stop) -> list[np.ndarray]:
+                if stop is not None:
+                    return [source.read(LM_HEAD, start, stop).astype(dtype)]
+                return parameters(stage, given, source, place[0], dtype)
+
+            doubts = tuple(read(doubt, np.dtype(np.float64)) for doubt in run.doubts) if run.doubts else None
+            yield columns, oracle_through(stage, values, read(weights, dtype), options, run.lambdas, dtype, doubts)
 
 
 def _value(run: ForwardRun, source: Place, instead: Mapping[Place, np.ndarray] = MappingProxyType({})) -> Value:
@@ -514,9 +540,10 @@ def _value(run: ForwardRun, source: Place, instead: Mapping[Place, np.ndarray] =
     inputs = [_value(run, at, instead) for at in sources_of(source, run).values()]
     if stage.identity:
         return inputs[0]
+    options, wide = stage_options(run.config, stage), np.dtype(np.float64)
     params = parameters(stage, _given(run), _weights_of(run), source[0], dtype)
-    options = stage_options(run.config, stage)
-    return value_through(oracle_through(stage, inputs, params, options, run.lambdas, dtype), inputs)
+    doubts = tuple(parameters(stage, _given(run), doubt, source[0], wide) for doubt in run.doubts) or None
+    return value_through(oracle_through(stage, inputs, params, options, run.lambdas, dtype, doubts), inputs)
 
 
 def pieces_of(place: Place, run: ForwardRun, observed: np.ndarray) -> Iterator[Piece]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -141,12 +141,14 @@ class Forwarder:
         *,
         layers: Iterable[int] | None = None,
         stages: Iterable[str] | None = None,
+        also: Collection[tuple[int | None, str]] = (),
         positions: str = "all",
         lm_head_chunk: int | None = None,
     ) -> Iterator[StageResult]:
         """The forward of one sequence, propagated; yields what was asked for, in execution order.
 
-        `layers` and `stages`: all by default; stages of the whole model are not of any layer. `positions`: `last`
+        `layers` and `stages`: all by default; stages of the whole model are not of any layer. `also`: single places
+        beside them, by layer and stage, of stages that the others are computed from. `positions`: `last`
         captures the last token's row only, where a stage has one, and computes the LM head for that row alone.
         Computes no further than the last thing asked for.
         """
@@ -158,7 +160,7 @@ class Forwarder:
         model: dict[str, Any] = {}
         for stage in self._scoped(Scope.MODEL, before=True):
             model[stage.name] = self._call(stage, model, self._model_params(stage, tokens, shared))
-            if stage.name in captured:
+            if stage.name in captured or (None, stage.name) in also:
                 yield self._result(None, stage, model[stage.name], positions)
         after = [stage for stage in self._scoped(Scope.MODEL, before=False) if stage.name in self._needed]
         in_layer = captured & {stage.name for stage in self._scoped(Scope.LAYER)}
@@ -168,10 +170,9 @@ class Forwarder:
             self._where = f"layers.{layer}."
             values = self._layer(layer, output, model, params)
             output = values[self.path.carried["layer_input"][1]]
-            if layer in chosen:
-                for stage in self._scoped(Scope.LAYER):
-                    if stage.name in captured:
-                        yield self._result(layer, stage, values[stage.name], positions)
+            for stage in self._scoped(Scope.LAYER):
+                if (layer in chosen and stage.name in captured) or (layer, stage.name) in also:
+                    yield self._result(layer, stage, values[stage.name], positions)
         self._where = ""
         model[self.path.carried["layer_input"][1]] = output
         for stage in after:
@@ -181,7 +182,7 @@ class Forwarder:
                 yield StageResult(None, stage.name, self._by_vocab(stage, rows, lm_head_chunk))
             else:
                 model[stage.name] = self._call(stage, model, self._model_params(stage, tokens, shared))
-                if stage.name in captured:
+                if stage.name in captured or (None, stage.name) in also:
                     yield self._result(None, stage, model[stage.name], positions)
 
     def isolate(self, stage_name: str, inputs: Mapping[str, np.ndarray], layer: int | None = None) -> np.ndarray:

@@ -16,6 +16,10 @@ class Layout:
     transposed: bool  # whether the stored array is transposed before the product
     doc: str
 
+    def like(self, other: str) -> bool:
+        """Whether the layout called `other` contracts V the same way; `nx` and `vh` do."""
+        return self.transposed == LAYOUTS[other].transposed
+
     def expected_shape(self, columns: int, rank: int) -> tuple[int, int]:
         """Shape that V must have for a weight of `columns` columns and `rank` singular values."""
         return (columns, rank) if self.transposed else (rank, columns)

@@ -351,17 +351,18 @@ def calibrated(
     """The bound of `kind` at its lambda, and the rounding to a stored `dtype` narrower than float32."""
     if kind is Noise.EXACT:
         return exact_bound(result, dtype)
-    return _stored(BOUNDS[kind][0](lambdas[kind], *operands, result), result, dtype)
+    return stored_bound(BOUNDS[kind][0](lambdas[kind], *operands, result), result, dtype)
 
 
 def rigorous(kind: Noise, operands: tuple, result: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """The bound of `kind` that no order of summation exceeds, stored in `dtype`."""
     if kind is Noise.EXACT:
         return exact_bound(result, dtype)
-    return _stored(BOUNDS[kind][1](*operands, result), result, dtype)
+    return stored_bound(BOUNDS[kind][1](*operands, result), result, dtype)
 
 
-def _stored(bound: np.ndarray, result: np.ndarray, dtype: np.dtype) -> np.ndarray:
+def stored_bound(bound: np.ndarray, result: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """A bound of the float32 result, and of its rounding to a narrower `dtype`."""
     if dtype != np.float32:
         # Of the value before that rounding, which is itself off by the bound.
         bound = bound + exact_bound(np.abs(result) + bound, dtype)

@@ -264,6 +264,7 @@ def _forward_view(document: Mapping[str, Any], out: Console) -> None:
 
 def _grid(rows: Sequence[Mapping[str, Any]], out: Console) -> None:
     """Worst relative difference per stage and layer as a power of ten; `=` equal bytes, a verdict where one failed."""
+    rows = [row for row in rows if row["tensor"] is None]  # adapted weights are no stages
     layers = sorted({row["layer"] for row in rows if row["layer"] is not None})
     by_place = {(row["layer"], row["stage"]): row for row in rows}
     stages = list(dict.fromkeys(row["stage"] for row in rows if row["layer"] is not None))

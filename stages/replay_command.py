@@ -175,7 +175,6 @@ def replay_both(command: ReplayCommand, names: Sequence[str], progress: Progress
     with ExitStack() as stack:  # what a side would refuse before it computes is said once
         job = ReplayJob(_options(command), stack)
         _hold(check_memory, job, command)
-        declared = job.bundle.entries[0].layout
     with ExitStack() as stack:
         arguments = {name: _arguments(command, name) for name in names}
         run = None
@@ -187,7 +186,9 @@ def replay_both(command: ReplayCommand, names: Sequence[str], progress: Progress
         gates = _gates(command)
         one, other = run_sides(arguments, work, full, command.timeout, progress)
         runs = (one, other)
-        folders = [work / name / declared if command.layout == "all" else work / name for name in names]
+        # Of all layouts the sides are compared on the one that gives the weights back.
+        layout = runs[0]["main_layout"] if command.layout == "all" else "."
+        folders = [work / name / layout for name in names]
         document = runs[0]  # its shape rows say it all when no tensor's V fits the layout
         if all(folder.is_dir() for folder in folders):
             document = diff_recorded(

@@ -16,13 +16,14 @@ from stages.bundle import Bundle, BundleEntry, RecordedStages
 from stages.calibration import facts_of, lambdas_of
 from stages.checkpoint import Checkpoint, open_checkpoint
 from stages.compare import TensorComparison, empty_row
+from stages.contraction import look
 from stages.culprit_data import ORACLE, Piece, against_oracle, chosen_row, culprit_data, oracle_pieces
 from stages.dump import COMPONENTS_FOLDER, ReplayDump, dump_file
 from stages.errors import InputError, UsageError, shown
 from stages.final_hash import FINAL, FinalHash, Native, account
 from stages.layouts import LAYOUTS
 from stages.native import native_bundle
-from stages.noise import LAMBDA, residual_bound
+from stages.noise import LAMBDA
 from stages.order.match import note_order, order_rows
 from stages.output import new_folder
 from stages.precision import PreciseBackend, native, precision_fields, with_precision
@@ -113,6 +114,7 @@ class ReplayJob:
         self._given = {e.source_name: self.bundle.load(e) for e in self.entries}
         self._components = self._given  # what is replayed
         self.sample_turned = self._sample_turned(stack)
+        self.right = {e.source_name: e.layout for e in self.entries}  # the layout that the weights themselves tell
 
     def _open_recorded(self, stack: ExitStack) -> RecordedStages | None:
         everything = self.bundle.recorded(all_selected=True)
@@ -200,7 +202,10 @@ class ReplayJob:
         """Replay every selected tensor under every asked layout."""
         tasks = {layout: [self.task(e, layout) for e in self.entries] for layout in self.options.layouts}
         for entry, task in zip(self.entries, tasks[self.options.layouts[0]], strict=True):
-            check_declared_layout(entry, task)
+            told = look(task, entry.layout)
+            if told.fitting and self.options.layout == "declared":
+                raise InputError(told.lie(entry.source_name))
+            self.right[entry.source_name] = told.right
         replayer = Replayer(backend)
         runs = tuple(self._run_layout(replayer, layout, tasks[layout], progress) for layout in self.options.layouts)
         document = self._document(backend, runs)
@@ -224,7 +229,7 @@ class ReplayJob:
         recorded, axis = side.chunks(chunk_plan(task.shape[0], rows)), task.row_axis(stage)
         shape, wrong = task.stage_shape(stage), against_oracle(*chosen)
         if wrong is not None:
-            oracle = {"layout": entry.layout, "transpose": task.transpose}
+            oracle = {"layout": self.right[entry.source_name], "transpose": task.transpose}
             chunks = recorded if wrong == "a" else replayer.run(task, rows)
             pieces = oracle_pieces(chunks, stage, oracle, axis)
             return culprit_data(*chosen, pieces, shape=shape, axes=stage.shape, labels=(ORACLE, wrong))
@@ -313,8 +318,8 @@ class ReplayJob:
         rows = self.options.chunk_rows or default_chunk_rows(task.shape)
         run.chunk_rows[task.source_name] = rows
         plan = chunk_plan(task.shape[0], rows)
-        # The oracle computes what the bundle declares, so that a wrong --layout shows as wrong.
-        oracle = {"layout": entry.layout, "transpose": task.transpose}
+        # The oracle computes what gives the weights back, so that a wrong --layout shows as wrong.
+        oracle = {"layout": self.right[entry.source_name], "transpose": task.transpose}
         comparison = TensorComparison(
             entry.source_name,
             safe_key(entry.source_name),
@@ -324,7 +329,7 @@ class ReplayJob:
             lambdas=(LAMBDA, lambdas_of(facts_of(replayer.backend), replayer.backend.name)),
             precisions=(None, precision_fields(replayer.backend)["precision"]),
         )
-        comparison.expect(set(side.stages) if side else set(), set(REPLAY))
+        comparison.expect(set(side.stages) if side else set(), set(REPLAY), (False, True), alone=side is None)
         given, replayed = self._given[entry.source_name], self._components[entry.source_name]
         if self.options.verdicts and not given.same_as(replayed):
             comparison.diagnose_basis(given, replayed)
@@ -415,8 +420,8 @@ class ReplayJob:
     def _document(self, backend: Backend, runs: Sequence[LayoutRun]) -> dict[str, Any]:
         main = runs[0]
         if self.options.layout == "all":
-            declared = self.entries[0].layout
-            main = next(run for run in runs if run.layout == declared)
+            right = self.right[self.entries[0].source_name]
+            main = next(run for run in runs if run.layout == right)
         gates = self.options.gates
         gates = diff.Gates(
             **{**vars(gates), "replayed_hashes": tuple(r.sample_sha256 for r in runs if r.sample_sha256 is not None)}
@@ -431,6 +436,7 @@ class ReplayJob:
             extra={
                 "backend": backend.name,
                 "layouts": layout_rows(runs),
+                "main_layout": main.layout,
                 "components": str(self.options.components),
                 "native_components": self.options.native_components,
                 "final_sha256": main.final_sha256,
@@ -441,6 +447,13 @@ class ReplayJob:
             },
         )
         note_order(document["rows"], backend, {entry.source_name: min(entry.shape) for entry in self.entries})
+        lies = [entry for entry in self.entries if not LAYOUTS[entry.layout].like(self.right[entry.source_name])]
+        document["mislabelled"] = {entry.source_name: self.right[entry.source_name] for entry in lies}
+        if lies:
+            document["verdict"] += (
+                f" The bundle's label is wrong: {lies[0].source_name} says {lies[0].layout}, and "
+                f"{self.right[lies[0].source_name]} gives it back{f'; {len(lies)} tensors' if len(lies) > 1 else ''}."
+            )
         return document
 
 
@@ -483,36 +496,3 @@ def layout_rows(runs: Sequence[LayoutRun]) -> list[dict[str, Any]]:
             for name, note in run.unfit.items()
         )
     return rows
-
-
-def check_declared_layout(entry: BundleEntry, task: ReplayTask) -> None:
-    """`InputError` when another contraction of V gives the source back and the declared one does not.
-
-    Looks at the first rows alone; it is the only test of a square V, whose shape fits every layout.
-    """
-    rows, rank = min(256, task.shape[0]), task.s.size
-    source = task.source(0, rows).astype(np.float64)
-    us = (task.u(0, rows) * task.s).astype(np.float64)
-    residuals: dict[bool, float] = {}
-    for transposed in (True, False):
-        vt = task.v.T if transposed else task.v
-        if vt.shape == (rank, task.shape[1]):
-            residuals[transposed] = float(np.linalg.norm(source - us @ vt.astype(np.float64)))
-    declared = LAYOUTS[entry.layout].transposed
-    scale = residual_bound(rank) * float(np.linalg.norm(source))
-    if not np.isfinite(source).all():
-        raise InputError(f"{entry.source_name}: the source has NaN or infinity in its first {rows} rows")
-    if declared not in residuals:
-        task_layout = LAYOUTS[entry.layout]
-        raise InputError(
-            f"{entry.source_name}: declared layout {entry.layout} needs V "
-            f"{list(task_layout.expected_shape(task.shape[1], rank))}, the bundle has {list(task.v.shape)}"
-        )
-    other = residuals.get(not declared)
-    # A thousandth: the right contraction beats the wrong one by five orders, noise by less than one.
-    if other is not None and residuals[declared] > scale and other < 1e-3 * residuals[declared]:
-        fitting = ", ".join(name for name, row in LAYOUTS.items() if row.transposed != declared)
-        raise InputError(
-            f"{entry.source_name}: declared layout {entry.layout} leaves a residual of {residuals[declared]:.3g} in "
-            f"the first {rows} rows, {fitting} one of {other:.3g}; the label is wrong, correct component_v_layout"
-        )

@@ -16,7 +16,6 @@ from stages.bundle import Bundle
 from stages.checkpoint import Checkpoint, open_checkpoint
 from stages.children import document_of, run_svf
 from stages.errors import UsageError
-from stages.forward_job import token_ids
 from stages.forward_run import Forwarder
 from stages.metrics import Difference
 from stages.noise import U32, rounding_unit
@@ -28,6 +27,7 @@ from stages.router_head import RouterHead, load_head
 from stages.scratch import scratch_folder
 from stages.selection import parse_layers, select_by_rule
 from stages.tensorfile import TensorFile, stored_dtype, write_tensors
+from stages.tokens import token_ids
 from stages.verdict import Oracle, SideVerdict, consult
 
 SCHEMA = "svf.route/1"

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from stages import bundle as bundles
 from stages.bundle import Bundle, BundleEntry, Components
-from stages.dump import MANIFEST_FILE, Dump
+from stages.dump import MANIFEST_FILE, Dump, changed
 from stages.errors import InputError, NotFoundError, shown
 from stages.noise import Noise
 from stages.replay import REPLAY
@@ -33,14 +35,25 @@ class SideTensor:
     layout: str
     transpose: bool
     components: Components | None
+    back: bool = False  # whether final stages, recorded transposed, are read as the source has them
 
     @property
     def rows(self) -> int:
         """Rows of the weight, from any stage that has them."""
         for name, (file, key) in self.stages.items():
             if REPLAY[name].by_rows:
-                return file.info(key).shape[int(self.turned(name))]
+                return file.info(key).shape[self._axis(name)]
         return 1
+
+    def check(self) -> None:
+        """`InputError` naming a stage that is not what the manifest's sha256 says."""
+        for stage, (file, key) in self.stages.items():
+            if stage in self.hashes and file.sha256(key) != self.hashes[stage]:
+                raise changed(file.path, key)
+
+    def turned_back(self) -> SideTensor:
+        """The same tensor with its final stages as the source has them."""
+        return replace(self, transpose=False, back=True) if self.transpose else self
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -62,7 +75,21 @@ class SideTensor:
     def stage_shape(self, stage: str) -> tuple[int, ...]:
         """Shape of a recorded stage."""
         file, key = self.stages[stage]
-        return file.info(key).shape
+        shape = file.info(key).shape
+        return shape[::-1] if self._back(stage) else shape
+
+    def read(self, stage: str, start: int, stop: int) -> np.ndarray:
+        """Rows of the weight in a recorded stage."""
+        file, key = self.stages[stage]
+        array = file.read(key, start, stop, self._axis(stage))
+        return np.ascontiguousarray(array.T) if self._back(stage) else array
+
+    def _back(self, stage: str) -> bool:
+        return self.back and stage.startswith("final_")
+
+    def _axis(self, stage: str) -> int:
+        """Axis of the recorded array that the weight's rows lie on."""
+        return int(self.turned(stage) or self._back(stage))
 
     def turned(self, stage: str) -> bool:
         """Whether a stage is recorded transposed: rows of the weight on axis 1."""
@@ -70,6 +97,7 @@ class SideTensor:
 
     def chunks(self, plan: list[tuple[int, int]]) -> Iterator[Chunk]:
         """Recorded stages of each row range of `plan`, with the operands where they are known."""
+        self.check()
         c = self.components
         fixed = {"s": c.s, "v": c.v, "offsets": c.offsets} if c else {}
         shared = {n: f.read(k) for n, (f, k) in self.stages.items() if not REPLAY[n].by_rows}
@@ -77,9 +105,9 @@ class SideTensor:
         for i, (start, stop) in enumerate(plan):
             values = dict(shared) if i == 0 else {}
             for name, (file, key) in self.stages.items():
-                axis = int(self.turned(name))
+                axis = self._axis(name)
                 if REPLAY[name].by_rows and file.info(key).shape[axis : axis + 1] == (rows,):
-                    values[name] = file.read(key, start, stop, axis)
+                    values[name] = self.read(name, start, stop)
                 elif REPLAY[name].by_rows and i == 0:  # of another shape than its neighbours: shown whole, once
                     values[name] = file.read(key)
             params = {**fixed, "u": c.u(start, stop)} if c else fixed
@@ -95,6 +123,7 @@ class Side:
         self.backend: str | None = None  # what computed a dump of ours
         self.tensors: dict[str, SideTensor] = {}
         self.unknown: set[str] = set()  # keys that are no stage of the replay
+        self.promises = False  # whether a stage that is not there was promised: a dump of ours has them all
         self._stack = stack
 
     @property
@@ -139,7 +168,7 @@ def _from_dump(path: Path, components: Path | None, stack: ExitStack) -> Side:
     dump = Dump(path)
     stack.callback(dump.close)
     side = Side(str(path), stack)
-    side.facts, side.backend = dump.facts, dump.backend
+    side.facts, side.backend, side.promises = dump.facts, dump.backend, True
     bundle = _open_bundle(components or _recorded_path(dump), stack, required=components is not None)
     side.unknown = set(dump.tensors)
     for item in _selected(dump):

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from stages.noise import Lambdas, rounding_unit
+from stages.noise import Lambdas, Noise, rounding_unit
 from stages.reference_qwen import up_to_query
 from stages.stage import Stage
 from stages.verdict import Oracle, consult
@@ -49,10 +49,12 @@ def oracle_through(
     options: Options,
     lambdas: Lambdas,
     run: np.dtype,
+    doubts: Sequence[Sequence[np.ndarray]] | None = None,
 ) -> Oracle:
     """The oracle of a stage some of whose inputs are not sure, in a run of dtype `run`.
 
     Computed without the roundings that the model prescribes inside the stage; whether they were done is in the bounds.
+    `doubts` are what the params may be off, by the calibrated and by the rigorous bounds.
     """
     arguments = (*(value.array.astype(np.float64) for value in inputs), *params)
     unit = rounding_unit(run) if run.itemsize < 4 else 0.0
@@ -60,13 +62,14 @@ def oracle_through(
     def unsure(arguments: tuple[np.ndarray, ...]) -> tuple[np.ndarray, np.ndarray]:
         given = arguments[: len(inputs)]
 
-        def of(errors: Sequence[np.ndarray | float]) -> np.ndarray:
+        def of(errors: Sequence[np.ndarray | float], which: int) -> np.ndarray:
             wide = [np.broadcast_to(np.asarray(e), x.shape) for e, x in zip(errors, given, strict=True)]
-            return carried(stage, arguments, wide, options, unit)
+            moved = carried(stage, arguments, wide, options, unit) if inputs else np.zeros(())
+            return moved if doubts is None else moved + doubted(stage, arguments, wide, doubts[which])
 
-        return of([value.near for value in inputs]), of([value.far for value in inputs])
+        return of([value.near for value in inputs], 0), of([value.far for value in inputs], 1)
 
-    return consult(stage, arguments, options, lambdas, unsure if inputs else None)
+    return consult(stage, arguments, options, lambdas, unsure if inputs or doubts is not None else None)
 
 
 def value_through(oracle: Oracle, inputs: Iterable[Value]) -> Value:
@@ -96,6 +99,14 @@ def carried(stage: Stage, arguments: Sequence[np.ndarray], errors: Errors, optio
     with np.errstate(all="ignore"):  # an error too large for its stage is infinite
         moved = CARRIED[stage.name](arguments[:count], errors, arguments[count:], options, unit)
     return np.where(np.isnan(moved), np.inf, moved)
+
+
+def doubted(stage: Stage, arguments: Sequence[np.ndarray], errors: Errors, doubts: Sequence[np.ndarray]) -> np.ndarray:
+    """How far a product or a copy may move when its weights move by `doubts` while its inputs move by `errors`."""
+    if stage.noise is Noise.PRODUCT:
+        x = np.abs(arguments[0]) + errors[0]
+        return np.concatenate([x @ doubt.T for doubt in doubts if doubt.ndim == 2], axis=-1)
+    return doubts[-1][arguments[0]] if stage.name == "embedding" else np.zeros(())
 
 
 Carried = Callable[[Sequence[np.ndarray], Errors, Sequence[np.ndarray], Options, float], np.ndarray]

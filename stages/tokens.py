@@ -6,9 +6,11 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
+from stages.checkpoint import Checkpoint
 from stages.errors import InputError, NotFoundError, UsageError, shown
 from stages.jsonio import read_bytes
 
@@ -64,3 +66,32 @@ def check_tokens(tokens: Sequence[int] | np.ndarray, vocabulary: int) -> np.ndar
     if bad.size:
         raise UsageError(f"token {int(ids[bad[0]])} at position {int(bad[0])}: the vocabulary has {vocabulary} ids")
     return ids
+
+
+class TokenOptions(Protocol):
+    """The options of a command that say which tokens it runs on."""
+
+    @property
+    def tokens(self) -> str | None: ...
+
+    @property
+    def tokens_file(self) -> Path | None: ...
+
+    @property
+    def prompt(self) -> str | None: ...
+
+
+def token_ids(command: TokenOptions, checkpoint: Checkpoint) -> np.ndarray:
+    """The run's token ids, from whichever option gave them; a default list when none did."""
+    given = [x for x in (command.tokens, command.tokens_file, command.prompt) if x is not None]
+    if len(given) > 1:
+        raise UsageError("give one of --tokens, --tokens-file, --prompt")
+    if command.tokens is not None:
+        ids = parse_tokens(command.tokens)
+    elif command.tokens_file is not None:
+        ids = read_tokens(command.tokens_file)
+    elif command.prompt is not None:
+        ids = encode(command.prompt, checkpoint.path)
+    else:
+        ids = np.array(DEFAULT_TOKENS)
+    return check_tokens(ids, checkpoint.config.vocab_size)

@@ -87,9 +87,12 @@ class Oracle:
     options: Mapping[str, Any]
     lambdas: noise.Lambdas
     unsure: Unsure | None = None
+    again: Callable[[tuple[np.ndarray, ...]], Oracle] | None = None  # of other arguments, where no table has the stage
 
     def of(self, arguments: tuple[np.ndarray, ...], options: Mapping[str, Any] | None = None) -> Oracle:
         """The oracle of the same stage for other arguments or options."""
+        if self.again is not None:
+            return self.again(arguments)
         options = self.options if options is None else options
         return consult(self.stage, arguments, options, self.lambdas, self.unsure)
 

@@ -14,7 +14,7 @@ from stages.bundle import tensor_stage_key
 from stages.dump import Dump
 from stages.errors import shown
 from stages.forward import forward_path, stage_shape
-from stages.forward_dump import Place, forward_key
+from stages.forward_dump import Place, forward_key, parse_key
 from stages.progress import Progress
 from stages.qwen import parse_config
 from stages.replay import REPLAY
@@ -101,6 +101,10 @@ def _forward_stages(dump: Dump) -> Iterator[str]:
     config = parse_config(raw, f"{dump.folder}: the manifest's model.config")
     path = forward_path(config, dtype)
     expected = {place: path[place[1]] for place in _places(path, list(layers or ()), list(stages or ()))}
+    # What the asked stages read may be there too: it is recorded so that they can be judged.
+    named = manifest.get("inputs")
+    inputs = [place for key in (named if isinstance(named, list) else ()) if (place := parse_key(str(key)))]
+    expected |= {place: path[place[1]] for place in inputs if place[1] in path}
     yield from _key_faults(dump, {forward_key(place) for place in expected} | {"lm_head"} & set(dump.tensors))
     for place, stage in expected.items():
         entry = dump.tensors.get(forward_key(place))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from helpers import GATE, K_PROJ, Result, svf, tensors_of, with_json, with_tensors
 
-from stages.bundle import ALL_STAGES_FILE, tensor_stage_key
+from stages.bundle import ALL_STAGES_FILE, OFFSETS_FILE, offsets_key, tensor_stage_key
 from stages.dump import MANIFEST_FILE
 from stages.replay import REPLAY
 from stages.selection import safe_key
@@ -287,9 +287,11 @@ def test_the_sample_stage_file_faces_the_all_selected_one(made: Path) -> None:
 def test_bundles_of_different_offsets_are_not_comparable(made: Path, bundle: Path) -> None:
     """Whoever replayed other offsets computed something else: that is no divergence."""
     name = safe_key(GATE)
+    offsets = np.roll(tensors_of(bundle / OFFSETS_FILE)[offsets_key(GATE)], 1)
+    with_tensors(bundle / OFFSETS_FILE, lambda t: t.update({offsets_key(GATE): offsets}))
     with_json(
         bundle / "trinity_svf_debug_manifest.json",
-        lambda m: [e.update(offsets_sha256="0" * 64) for e in m["selected_tensors"] if e["safe_key"] == name],
+        lambda m: [e.update(offsets_sha256=sha256(offsets)) for e in m["selected_tensors"] if e["safe_key"] == name],
     )
     done = svf("diff", made / "components", bundle)
     assert done.code == 3
@@ -381,13 +383,16 @@ def test_nothing_compared_is_never_a_pass(dumps: Path, tmp_path: Path, changed: 
     assert (done.code, done.json["outcome"], done.json["coverage"]["compared"]) == (5, "incomplete", 0)
 
 
-def test_tensors_that_do_not_meet_are_missing_and_extra(dumps: Path, made: Path, tmp_path: Path) -> None:
+def test_tensors_that_do_not_meet_are_told_and_nothing_was_compared(dumps: Path, made: Path, tmp_path: Path) -> None:
     for name in ("up_proj", "q_proj"):
         command = ["replay", made / "components", "--backend", "reference", "--select", name]
         assert svf(*command, "--out", tmp_path / name).code == 0
     done = svf("diff", tmp_path / "up_proj", tmp_path / "q_proj", "--json")
-    assert (done.code, done.json["coverage"]["compared"]) == (1, 0)
-    assert {row["verdict"] for row in done.json["rows"]} == {"missing", "extra"}
+    assert (done.code, done.json["coverage"]["compared"], done.json["rows"]) == (5, 0, [])
+    assert [len(done.json["lacks"][letter]) for letter in "ab"] == [1, 1]
+    assert done.json["verdict"].startswith(
+        "Nothing was compared. a lacks tensor.model.layers.2.self_attn.q_proj.weight"
+    )
 
 
 def test_sides_that_are_not_there(dumps: Path, tmp_path: Path) -> None:
@@ -395,7 +400,7 @@ def test_sides_that_are_not_there(dumps: Path, tmp_path: Path) -> None:
     assert done.code == 4
     assert "no such file or folder" in done.error
     (tmp_path / "empty").mkdir()
-    assert svf("diff", tmp_path / "empty", dumps / "torch").code == 3
+    assert svf("diff", tmp_path / "empty", dumps / "torch").code == 4
 
 
 # Gates, by name.

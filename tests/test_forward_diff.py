@@ -334,7 +334,6 @@ def test_other_runs_are_refused(one: Path, source: Path, model: Path, torch_back
         "longer": (source, {"tokens": "3,141,59,26,53,58"}, ["different tokens", "5 and 6"]),
         "other": (source, {"tokens": "3,141,59,26,54"}, ["different tokens"]),
         "last": (source, {"positions": "last"}, ["positions all and last"]),
-        "narrow": (source, {"dtype": "bfloat16"}, ["float32 and bfloat16"]),
         "model": (model, {"dtype": "float32"}, ["different models"]),
     }
     for name, (folder, options, words) in others.items():
@@ -372,7 +371,8 @@ def test_kinds_that_are_not_of_a_kind_are_exit_2(one: Path, source: Path, made: 
     for a, path_a in kinds.items():
         for b, path_b in kinds.items():
             if a < b:
-                refused(svf("diff", path_a, path_b), 2, f"is a {a}", b)
+                article = {"aprt": "an APRT file", "forward": "a forward dump"}
+                refused(svf("diff", path_a, path_b), 2, f"is {article.get(a, f'a {a}')}", article.get(b, f"a {b}"))
 
 
 # -- weights that moved away -----------------------------------------------------------------------------------
@@ -542,10 +542,13 @@ def trees(place: Path, source: Path, model: Path, torch_backend: Backend) -> Pat
 
 
 def test_an_aprt_tree_and_a_dump_of_the_same_run_agree(trees: Path, one: Path) -> None:
+    """Beside a dump the tree's model and tokens are known, so that both are judged; two trees alone stay flat."""
     for tree, dump in (("tree", one), ("tree16", trees / "dump16")):
         for pair in ((trees / tree, dump), (dump, trees / tree), (trees / tree, trees / tree)):
             done = svf("diff", *pair, "--json")
-            assert (done.code, done.json["outcome"], done.json["flat"]) == (0, "agree", True), done.err
+            flat = dump not in pair
+            assert (done.code, done.json["outcome"], done.json["flat"]) == (0, "agree", flat), done.err
+            assert all((row["verdict_a"] is None) == flat for row in done.json["rows"])
             assert done.json["coverage"]["compared"] == len(dumped(dump))
             assert all(row["byte_match"] for row in done.json["rows"])
             assert rows_of(done.json)["lm_head"]["count"] == dumped(dump)["lm_head"].shape[1]
@@ -554,17 +557,17 @@ def test_an_aprt_tree_and_a_dump_of_the_same_run_agree(trees: Path, one: Path) -
 
 
 def test_an_aprt_tree_that_differs(trees: Path, one: Path, tmp_path: Path) -> None:
-    """Without operands nothing can be judged; in a dump beside it, the dump's own side can."""
+    """Without operands nothing can be judged; beside a dump, whose model and tokens are known, both sides can."""
     changed = Path(shutil.copytree(trees / "tree", tmp_path / "tree"))
     values = dumped(one)[L1 + "ffn_silu"]
     write_aprt(changed / "layer-1" / "ffn_silu.bin", 1, at((2, 5), 0.25, add=True)(values))
-    for other in (trees / "tree", one):
+    for other, code, verdict, index in ((trees / "tree", 5, "unjudged", [2 * 160 + 5]), (one, 1, "bug", [2, 5])):
         done = svf("diff", other, changed, "--json")
-        assert (done.code, done.json["outcome"]) == (5, "incomplete")
-        assert failures(done.json) == {L1 + "ffn_silu": "unjudged"}
+        assert done.code == code
         row = rows_of(done.json)[L1 + "ffn_silu"]
-        assert (row["max_abs_index"], row["max_abs"]) == ([2 * 160 + 5], pytest.approx(0.25))
-        assert (row["mismatched"], row["verdict_b"]) == (1, None)
+        assert (row["verdict"], row["max_abs_index"], row["max_abs"]) == (verdict, index, pytest.approx(0.25))
+        assert row["mismatched"] == 1
+    assert (row["verdict_b"], done.json["culprit"]["side"]) == ("bug", "b")
     assert row["verdict_a"] in ("exact", "rounding")
 
 
@@ -572,7 +575,8 @@ def test_an_aprt_tree_that_lacks_a_stage_or_is_shorter(trees: Path, one: Path, t
     cut = Path(shutil.copytree(trees / "tree", tmp_path / "cut"))
     (cut / "layer-0" / "ffn_up.bin").unlink()
     done = svf("diff", one, cut, "--json")
-    assert (done.code, failures(done.json)) == (1, {L0 + "ffn_up": "missing"})
+    assert (done.code, done.json["lacks"]) == (5, {"a": [], "b": [L0 + "ffn_up"]})
+    assert failures(done.json).keys() <= {L0 + "ffn_swigl"}  # which that file was an input of
     short = Path(shutil.copytree(trees / "tree", tmp_path / "short"))
     write_aprt(short / "layer-0" / "ffn_up.bin", 0, dumped(one)[L0 + "ffn_up"][:-1])
     done = svf("diff", one, short, "--json")

@@ -618,3 +618,65 @@ def test_a_folder_of_dumps_names_them(made: Path, tmp_path: Path) -> None:
     done = svf("audit", tmp_path / "traces")
     assert done.code == 2
     assert "holds 2 dumps, jax, torch; name one of them" in done.error
+
+
+# What is asked for.
+
+
+def test_less_may_be_asked_for(made: Path, tmp_path: Path) -> None:
+    """Layer outputs alone leave a layer unjudged; what can be judged is, when it is asked for."""
+    stages = "embedding post_ffn_residual final_norm lm_head"
+    recorded(made, tmp_path / "x.safetensors", only(stages))
+    given = ("--model", made / "qwen3-float32", "--tokens", IDS, "--json")
+    assert svf("audit", tmp_path / "x.safetensors", *given).code == 5
+    done = svf("audit", tmp_path / "x.safetensors", *given, "--stages", "embedding,final_norm,lm_head")
+    assert sound(done)
+    assert [row["key"] for row in done.json["rows"]] == ["embedding", "final_norm", "lm_head"]
+    wrong = changed(made, tmp_path / "wrong", two_faults)
+    assert blamed(svf("audit", wrong, "--json")) == ("bug", 0, "ffn_gate")
+    assert blamed(svf("audit", wrong, "--layers", "1", "--json")) == ("bug", 1, "q_post_rope")
+    done = svf("audit", wrong, "--layers", "1", "--stages", "attn_norm,layer_output", "--json")
+    assert sound(done)
+    assert done.json["coverage"] == {"judged": 2, "unjudged": 0, "expected": 2, "given": 0}
+    for option, value, told in (("--stages", "ffn_gat", "no stage 'ffn_gat'"), ("--layers", "7", "no layer 7")):
+        done = svf("audit", wrong, option, value)
+        assert done.code == 2
+        assert told in done.error
+
+
+def test_tokens_come_from_a_file_too(made: Path, tmp_path: Path) -> None:
+    recorded(made, tmp_path / "x.safetensors", lambda t: None)
+    (tmp_path / "ids.json").write_text(f"[{IDS}]")
+    command = ("audit", tmp_path / "x.safetensors", "--model", made / "qwen3-float32")
+    assert sound(svf(*command, "--tokens-file", tmp_path / "ids.json", "--json"))
+    assert svf(*command, "--tokens-file", tmp_path / "ids.json", "--tokens", IDS).code == 2
+    assert svf(*command, "--prompt", "x").code == 4  # this model has no tokenizer
+    dump = made / "qwen3-float32-dump"
+    assert sound(svf("audit", dump, "--tokens-file", tmp_path / "ids.json", "--json"))
+    assert svf("audit", dump, "--tokens", "1,2").code == 3
+    assert svf("audit", dump, "--layout", "vh").code == 2
+    assert svf("audit", dump, "--adapted", tmp_path).code == 2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_another_programs_adapted_run_is_judged(tmp_path: Path, dtype: str, backend: str) -> None:
+    """Its adapted weights are within rounding those of the components: what they may be off is in the bounds."""
+    model, bundle = write_model(tmp_path / "model", MODELS["qwen3"], dtype), tmp_path / "components"
+    offsets = 0.2 * np.random.default_rng(5).standard_normal(4096).astype(np.float32)
+    np.save(tmp_path / "router.npy", offsets)
+    asked = ("--all-selected-tensors", "--decompose-all-selected-if-missing")
+    done = svf("decompose", model, "--vector", tmp_path / "router.npy", "--layers", "0", *asked, "--out", bundle)
+    assert done.code == 0, done.err
+    command = ["forward", model, "--tokens", IDS, "--no-production", "--backend", backend, "--adapted", bundle]
+    assert svf(*command, "--out", tmp_path / "dump").code == 0
+    tensors = dumped(tmp_path / "dump")
+    write_tensors(tmp_path / "x.safetensors", tensors)
+    given = ("audit", tmp_path / "x.safetensors", "--model", model, "--tokens", IDS, "--json")
+    done = svf(*given, "--adapted", bundle)
+    assert sound(done)
+    assert done.json["facts"]["adapted"].startswith("9 weights by")
+    assert blamed(svf(*given))[0] == "bug"  # not the model's own weights
+    tensors["layers.0.ffn_gate"] = tensors["layers.0.ffn_gate"] * tensors["layers.0.ffn_gate"].dtype.type(1.02)
+    write_tensors(tmp_path / "x.safetensors", tensors)
+    assert blamed(svf(*given, "--adapted", bundle)) == ("bug", 0, "ffn_gate")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from stages.diff_job import kind_of
-from stages.errors import InputError
+from stages.errors import InputError, UsageError
 from stages.layouts import LAYOUTS
 from stages.noise import Noise
 from stages.order.family import family, family_of_sums
@@ -34,14 +34,21 @@ def infer_recorded(
     model: str | None = None,
     rows: int | None = None,
     columns: int | None = None,
+    check: bool = False,
     progress: Progress = lambda _label, _done: None,
 ) -> dict[str, Any]:
     """The `svf.orders/1` document of a replay (dump, bundle, stage file) or of a forward dump.
 
-    Of each tensor of a replay the first `rows`, of each product of a forward `columns`; all by default. `InputError`
-    when no sum can be looked at: its operands or its result were not recorded.
+    Of each tensor of a replay the first `rows`, of each product of a forward `columns`; all by default. With `check`,
+    `UsageError` for an option that says nothing to what `path` holds. `InputError` when no sum can be looked at: its
+    operands or its result were not recorded.
     """
-    if kind_of(path) == "forward":
+    forward = kind_of(path) == "forward"
+    idle = {"--components": components, "--rows": rows} if forward else {"--model": model, "--columns": columns}
+    given = next((option for option, value in idle.items() if value is not None), None)
+    if given is not None and check:
+        raise UsageError(f"{given} says nothing to {'a forward dump' if forward else 'a replay'}; leave it out")
+    if forward:
         return document(str(path), infer_forward(path, model=model, columns=columns, progress=progress))
     with open_side(path, components) as side:
         found = [one for tensor in side.tensors.values() for one in _products(tensor, rows, progress)]

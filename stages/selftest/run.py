@@ -16,8 +16,7 @@ import numpy as np
 from stages.children import ChildResult, document_of, run_svf
 from stages.decompose import FLOAT64, DecomposeOptions, decompose
 from stages.defaults import write_vector
-from stages.diff import Gates
-from stages.diff_job import diff_any
+from stages.diff_job import DiffCommand, diff_any
 from stages.dump import MANIFEST_FILE
 from stages.errors import InputError, SvfError
 from stages.jsonio import write_json
@@ -62,7 +61,7 @@ class SelftestOptions:
 def compare(a: Path, b: Path) -> Mapping[str, Any]:
     """The `svf.diff/1` document of two dumps: what `svf diff A B` prints."""
     # A suspect is named as one: settling it takes a process each, and says why, not where.
-    return diff_any(a, b, components=None, top=0, gates=Gates(), rerun=False, progress=lambda _label, _done: None)
+    return diff_any(DiffCommand(a, b, top=0, rerun=False), lambda _label, _done: None)
 
 
 def selftest(options: SelftestOptions, progress: Progress, judge: Judge = compare) -> dict[str, Any]:

@@ -14,13 +14,13 @@ import numpy as np
 from stages.apply import ApplyCommand, apply
 from stages.bundle import COMPONENTS_FILE, component_keys
 from stages.bundle import MANIFEST_FILE as BUNDLE_MANIFEST
-from stages.diff import Gates
-from stages.diff_job import diff_any
+from stages.diff_job import DiffCommand, diff_any
 from stages.dump import MANIFEST_FILE
 from stages.errors import SvfError
 from stages.export import export_aprt
 from stages.forward_command import forward_both
 from stages.forward_job import ForwardCommand
+from stages.forward_pair import Named
 from stages.jsonio import read_object, write_json
 from stages.layouts import LAYOUTS
 from stages.progress import Progress
@@ -58,10 +58,14 @@ class Scene:
         fields = {"model": str(self.model), "tokens": self.tokens, "out": self.work / out, "production": True}
         return forward_both(forward_command(**{**fields, **changes}), SIDES, self.progress)
 
-    def diff(self, a: Path, b: Path, model: Path | None = None) -> Document:
+    def diff(self, a: Path, b: Path, named: Named | None = None) -> Document:
         """`svf diff A B`."""
-        given = None if model is None else str(model)
-        return diff_any(a, b, components=None, model=given, top=0, gates=Gates(), rerun=False, progress=_silent)
+        return diff_any(DiffCommand(a, b, named=named or Named(), top=None, rerun=False), _silent)
+
+    @property
+    def named(self) -> Named:
+        """The model and the tokens, as options name them."""
+        return Named(str(self.model), self.tokens)
 
     def bundle(self, layout: str, *, lying: bool = False) -> Path:
         """The bundle with V in `layout`; a lying one says so of V as it was."""
@@ -218,7 +222,7 @@ def _trees(scene: Scene) -> Document:
         tree = scene.work / f"tree-{side}"
         export_aprt(scene.work / "for-trees" / side, tree, scene.progress)
         trees.append(tree)
-    return scene.diff(trees[0], trees[1], scene.model)
+    return scene.diff(trees[0], trees[1], scene.named)
 
 
 def _spoiled_trees(scene: Scene) -> Document:
@@ -226,7 +230,7 @@ def _spoiled_trees(scene: Scene) -> Document:
     data = np.frombuffer(file.read_bytes(), "<f4").copy()
     data[3:] *= np.float32(SPOILED_BY)  # past the header of twelve bytes
     file.write_bytes(data.tobytes())
-    return scene.diff(scene.work / "tree-torch", scene.work / "tree-jax", scene.model)
+    return scene.diff(scene.work / "tree-torch", scene.work / "tree-jax", scene.named)
 
 
 USES: Mapping[str, Use] = {
