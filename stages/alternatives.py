@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 
+from stages import noise
 from stages.bits import keep_bits
 from stages.layouts import LAYOUTS
 from stages.stage import Stage
 from stages.verdict import STAGES
 
-Wrong = tuple[str, np.ndarray]
+# What is wrong, the value that gives, and where that function cancels how far a right one may err beside the bound.
+Wrong = tuple[str, np.ndarray] | tuple[str, np.ndarray, np.ndarray]
 Arguments = tuple[np.ndarray, ...]
 Alternatives = Callable[..., Iterator[Wrong]]
 
@@ -82,8 +84,10 @@ def _silu_missing(gate: np.ndarray) -> Iterator[Wrong]:
     yield "the activation is missing", x
     yield "sigmoid without the product with its argument", sigmoid
     yield "relu instead of silu", np.maximum(x, 0)
-    yield "gelu (by tanh) instead of silu", 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
-    yield "gelu (by erf) instead of silu", 0.5 * x * (1 + _erf(x / np.sqrt(2)))
+    # (1 + tanh) and (1 + erf) cancel below 0, as in noise.silu_rigorous: 8 u |x|.
+    error = 8 * noise.U32 * np.abs(x)
+    yield "gelu (by tanh) instead of silu", 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))), error
+    yield "gelu (by erf) instead of silu", 0.5 * x * (1 + _erf(x / np.sqrt(2))), error
     yield "gelu (by sigmoid) instead of silu", x * quick
 
 

@@ -103,8 +103,11 @@ class Case:
         """`x` as a matrix whose rows are the slices of `axis`."""
         return np.moveaxis(x, axis, 0).reshape(x.shape[axis], -1)
 
-    def explained_by(self, value: np.ndarray) -> bool:
-        """Whether every element is `value` within rounding, and much nearer to it than to the right value."""
+    def explained_by(self, value: np.ndarray, more: np.ndarray | float = 0.0) -> bool:
+        """Whether every element is `value` within rounding, and much nearer to it than to the right value.
+
+        `more` is what that function may err beside the bound.
+        """
         if value.shape != self.got.shape or not np.isfinite(value).all():
             return False
         value = judged_part(self.oracle.stage, value)
@@ -113,9 +116,9 @@ class Case:
         # The bound is that of the right value; where this one is larger, so is its rounding: 64 u covers a softmax's.
         unit = 2 * noise.rounding_unit(self.observed.dtype) + 64 * noise.U32
         error = np.abs(self.got - value)
-        if not (error <= 2 * scale * self.bound + unit * np.abs(value)).all():
+        if not (error <= 2 * scale * self.bound + unit * np.abs(value) + more).all():
             return False
-        now, before = error / self.bound, self.error / self.bound
+        now, before = error / (self.bound + more), self.error / self.bound
         if now.max() * _NEARER <= before.max():
             return True
         # A fault little above the rounding to bfloat16 leaves that rounding, and less of it on the whole.
@@ -216,9 +219,9 @@ def _chained(*tables: Iterable[Wrong]) -> Iterator[Wrong]:
 def _first_fitting(case: Case, table: Iterable[Wrong]) -> str | None:
     """What explains the error best; with it what explains it as well, since nothing tells them apart."""
     left = {}
-    for text, value in table:
+    for text, value, *error in table:
         wide = np.asarray(value, np.float64)
-        if case.explained_by(wide):
+        if case.explained_by(wide, *error):
             left[text] = float(np.linalg.norm((case.got - wide) / case.bound))
     least = min(left.values(), default=0.0)
     return ", or ".join(text for text, norm in left.items() if norm <= _AS_GOOD * least) or None
@@ -440,7 +443,7 @@ def grows_with_position(case: Case) -> str | None:
     slope, _ = np.polyfit(np.log(at[1:]), np.log(rms[1:]), 1)
     if not 0.7 < slope < 1.3 or np.corrcoef(at, rms)[0, 1] < 0.9:
         return None
-    return "the error grows in step with the position, from none at token 0: an angle of RoPE (theta, scaling)"
+    return "the error grows in step with the position, from none at token 0, as of RoPE's angles times a number"
 
 
 def _has_angles(case: Case) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -392,6 +393,16 @@ def test_functions_that_explain_an_error_alike_are_all_told() -> None:
 def silu_like(gate: np.ndarray) -> np.ndarray:
     x = gate.astype(np.float64)
     return (0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))).astype(np.float32)
+
+
+@pytest.mark.parametrize("count", [1, 2, 12])
+@pytest.mark.parametrize("kind", ["tanh", "erf"])
+def test_gelu_is_told_of_few_values_and_where_it_cancels(kind: str, count: int) -> None:
+    gate = (8 * oracle_of("ffn_silu").arguments[0][:count]).astype(np.float32)
+    inner = np.float32(np.sqrt(2 / np.pi)) * (gate + np.float32(0.044715) * gate**3)
+    erf = np.vectorize(math.erf, otypes=[np.float32])
+    gelu = np.float32(0.5) * gate * (1 + (np.tanh(inner) if kind == "tanh" else erf(gate / np.float32(np.sqrt(2)))))
+    assert explain(Case(oracle_of("ffn_silu").of((gate,)), gelu)) == f"gelu (by {kind}) instead of silu"
 
 
 @pytest.mark.parametrize(

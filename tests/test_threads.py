@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from forward_models import MODELS, random_weights, tokens_of
-from plain_forward import MISTAKES, Mistake, Plain, weight
+from forward_models import MODELS, Model, random_weights, tokens_of
+from plain_forward import MISTAKES, Mistake, Plain, step, weight
 
 from stages.audit import audit
 from stages.tensorfile import write_tensors
@@ -19,10 +20,15 @@ TOKENS = tokens_of(24)
 
 
 def audited(
-    folder: Path, dtype: str, mistake: Mistake | None, model: str = "qwen3-untied", block: int = 0, **weights: Any
+    folder: Path,
+    dtype: str,
+    mistake: Mistake | None,
+    model: Model = MODELS["qwen3-untied"],
+    block: int = 0,
+    **weights: Any,
 ) -> dict[str, Any]:
-    """The audit of a plain forward with a mistake; `weights` change the model itself, by name with _ for a dot."""
-    raw, right = MODELS[model].raw(dtype), random_weights(MODELS[model].config(dtype))
+    """The audit of a plain forward with a mistake; `weights` change the model itself, by name."""
+    raw, right = model.raw(dtype), random_weights(model.config(dtype))
     for name, change in weights.items():
         change(right[name])
     (folder / "config.json").write_text(json.dumps(raw))
@@ -92,7 +98,7 @@ def test_a_rounding_inside_a_stage_has_no_false_cause(mistake: str, dtype: str, 
 @pytest.mark.parametrize("model", ["qwen3-untied", "qwen3-gqa4", "qwen2", "qwen2-gqa7"])
 @pytest.mark.parametrize("block", [0, 7])
 def test_right_twins_in_other_orders_of_summation_are_sound(model: str, block: int, dtype: str, tmp_path: Path) -> None:
-    document = audited(tmp_path, dtype, None, model, block)
+    document = audited(tmp_path, dtype, None, MODELS[model], block)
     assert (document["outcome"], document["culprits"]) == ("sound", [])
 
 
@@ -157,3 +163,17 @@ def test_operands_in_float16_are_told_from_tf32_by_what_overflows(tmp_path: Path
         in (document["verdict"])
     )
     assert "not to TF32 or bfloat16, which have float32's range" in document["verdict"]
+
+
+def test_a_suspect_keeps_its_hint(tmp_path: Path) -> None:
+    """Another program's suspect cannot be run again, which is said beside what its error explains."""
+
+    def wrong(plain: Plain, right: Any, x: np.ndarray, w: np.ndarray, bias: Any = None, name: str = "") -> np.ndarray:
+        y = right(x, w, bias, name=name)
+        return y * np.float32(1 + 4e-5) if name == "gate_proj" else y
+
+    # So long a sum that the rigorous bound is far above the calibrated one.
+    wide = dataclasses.replace(MODELS["qwen3-untied"], hidden=512, layers=1)
+    found = audited(tmp_path, "float32", step("linear", wrong), wide)["culprit"]
+    assert (found["verdict"], found["stage"], found["layer"]) == ("suspect", "ffn_gate", 0)
+    assert found["hint"].startswith("every value is 1.00004 times what it should be; not run again: ")
