@@ -364,7 +364,7 @@ class _Judged:
     def add(self, oracle: Oracle, observed: np.ndarray, start: int, axis: int) -> None:
         """Judge one chunk, which begins at `start` along `axis`."""
         explained = self.stage.scope.value == "tensor"
-        judge_chunk(self.verdict, oracle, observed, self.precision, explained=explained)
+        judge_chunk(self.verdict, oracle, observed, self.precision, start=start, explained=explained)
         expected = oracle.rounded
         if expected.shape != observed.shape or expected.dtype != observed.dtype:
             self.note = (

@@ -136,15 +136,16 @@ class TensorComparison:
         options = {name: self.options[name] for name in row.stage.options}
         arguments_a, arguments_b = a.arguments(row.stage), b.arguments(row.stage)
         oracle: Oracle | None = None
+        start = a.start if row.stage.by_rows else 0
         try:
             if arguments_a is not None:
                 oracle = consult(row.stage, arguments_a, options, self.lambdas[0])
-                row.side_a = judge_chunk(row.side_a, oracle, a.values[row.stage.name], self.precisions[0])
+                row.side_a = judge_chunk(row.side_a, oracle, a.values[row.stage.name], self.precisions[0], start=start)
             if arguments_b is not None:
                 alike = self.lambdas[0] == self.lambdas[1]
                 if oracle is None or not (alike and _same(arguments_a, arguments_b)):
                     oracle = consult(row.stage, arguments_b, options, self.lambdas[1])
-                row.side_b = judge_chunk(row.side_b, oracle, b.values[row.stage.name], self.precisions[1])
+                row.side_b = judge_chunk(row.side_b, oracle, b.values[row.stage.name], self.precisions[1], start=start)
         except ValueError as error:  # numpy's, for operands whose shapes do not go together
             row.shape_note = f"its recorded inputs do not fit each other: {error}"
 
@@ -211,16 +212,17 @@ def judge_chunk(
     observed: np.ndarray,
     precision: str | None = None,
     *,
+    start: int = 0,
     explained: bool = True,
 ) -> SideVerdict:
     """The verdict on a side's stage with one chunk more; the first one that fails without a reason is explained.
 
-    `precision` is what the side was computed in.
+    `precision` is what the side was computed in, `start` the chunk's first row.
     """
     verdict = verdict or SideVerdict()
     failed = verdict.add(oracle, observed) in (Verdict.BUG, Verdict.SUSPECT)
     if failed and explained and verdict.reason is None:
-        verdict.reason = explain(Case(oracle, observed))
+        verdict.reason = explain(Case(oracle, observed, start=start))
     hold_to(verdict, precision, oracle, observed)
     return verdict
 

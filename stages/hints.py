@@ -149,7 +149,8 @@ def explain(case: Case) -> str | None:
 
 def some_elements(case: Case) -> str | None:
     """A few elements of the stage's weight are other ones."""
-    found = explain_elements(case.oracle, case.observed, case.start)
+    start = case.start if case.oracle.stage.by_vocab else 0  # of V all columns are there, whatever the rows of U
+    found = explain_elements(case.oracle, case.observed, start)
     return None if found is None else str(found)
 
 

@@ -15,6 +15,7 @@ from forward_models import MODELS, MemoryWeights, random_weights, tokens_of
 
 from stages import hints
 from stages.bits import NARROW, keep_bits
+from stages.compare import judge_chunk
 from stages.forward import forward_path, stage_options
 from stages.forward_run import Forwarder, oracles, recorded_inputs
 from stages.hints import Case, explain
@@ -513,6 +514,18 @@ def test_a_fault_of_the_replay_is_hinted_at(fault: str) -> None:
     out = change(oracle)
     assert not judge(oracle, out)[0].passes
     assert words in (explain(Case(oracle, out)) or "")
+
+
+def test_places_in_a_chunk_of_rows_are_those_of_the_whole() -> None:
+    oracle = replayed("u_scaled", SCALED, A)
+    out = right(oracle)
+    out[3, 7] += 1
+    assert judge_chunk(None, oracle, out, start=128).reason == "one element alone is wrong, at [131, 7]: is it corrupt?"
+    wrong = V.copy()
+    wrong[4, 9] *= -1
+    oracle = replayed("matmul_pre_norm", A, V, layout="torch_v")
+    found = judge_chunk(None, oracle, replayed("matmul_pre_norm", A, wrong, layout="torch_v").rounded, start=128)
+    assert str(found.reason).startswith("the sign of V[4, 9] is flipped")
 
 
 # Lost bits.
