@@ -76,6 +76,27 @@ def _sum_missing(x: np.ndarray, y: np.ndarray) -> Iterator[Wrong]:
     yield "what the block added is subtracted", x - y
 
 
+# Wrong causal masks, of how far back a key is from its query: which keys they show.
+MASKS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = MappingProxyType(
+    {
+        "the causal mask is missing": lambda back: np.ones(back.shape, bool),
+        "the mask hides a query's own position": lambda back: back > 0,
+        "the mask shows one position too many": lambda back: back >= -1,
+    }
+)
+
+
+def _masked_otherwise(scores: np.ndarray) -> Iterator[Wrong]:
+    s = scores.astype(np.float64)
+    p = np.exp(s - s.max(axis=-1, keepdims=True))
+    queries, keys = s.shape[-2:]
+    back = np.arange(queries)[:, None] + keys - queries - np.arange(keys)
+    for text, shows in MASKS.items():
+        shown = shows(back)
+        hidden = np.where(shown | ~shown.any(axis=-1, keepdims=True), p, 0.0)
+        yield text, hidden / hidden.sum(axis=-1, keepdims=True)
+
+
 def _silu_missing(gate: np.ndarray) -> Iterator[Wrong]:
     x = gate.astype(np.float64)
     with np.errstate(over="ignore"):
@@ -165,9 +186,13 @@ MISSING: Mapping[str, Alternatives] = MappingProxyType(
 LEFT_OUT = ("the norm is missing", "the activation is missing", "not turned by RoPE at all")
 
 
+# Of stages whose own values say more, and are asked instead where they were recorded (hints.py).
+_UNSEEN: Mapping[str, Alternatives] = MappingProxyType({"attn_softmax": _masked_otherwise})
+
+
 def wrong_values(stage: Stage, arguments: Arguments, options: Mapping[str, Any]) -> Iterator[Wrong]:
-    """What every wrong function that is known gives in the place of a stage."""
-    for table in (MISSING, REARRANGED):
+    """What every wrong function that is known gives in the place of a stage that was not recorded."""
+    for table in (MISSING, REARRANGED, _UNSEEN):
         if stage.name in table:
             yield from table[stage.name](*arguments, **options)
     yield from without_a_parameter(stage, arguments, options)

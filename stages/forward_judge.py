@@ -35,7 +35,7 @@ from stages.forward import (
 )
 from stages.forward_dump import AprtSide, ForwardSide, Place, advice, forward_key
 from stages.forward_run import POSITIONS, oracles, parameters, vocabulary_plan
-from stages.hints import Case, explain
+from stages.hints import Case, explain, first_fitting
 from stages.noise import LAMBDA, Lambdas, exact_bound
 from stages.promise import hold_to
 from stages.qwen import EMBEDDING, LM_HEAD, QwenConfig, parse_config
@@ -514,7 +514,7 @@ def explain_place(place: Place, run: ForwardRun, observed: np.ndarray) -> str | 
         if not judge(oracle, shown)[0].passes:
             others = functools.partial(_others, place, run, oracle, columns)
             case = Case(oracle, shown, others, columns.start or 0, _sizes(run.config))
-            named = _wrong_rows(run, oracle, shown) or _first_fitting(case, _of_hidden(place, run, oracle))
+            named = _wrong_rows(run, oracle, shown) or first_fitting(case, _of_hidden(place, run, oracle))
             return named or explain(case)
     return None
 
@@ -559,15 +559,10 @@ def _of_hidden(place: Place, run: ForwardRun, oracle: Oracle) -> Iterator[Wrong]
         if at in span.missing and len(inputs) == 1 and not own and not params and inputs[0].shape == oracle.value.shape:
             swapped = STAGES[hidden.name](result({at: inputs[0]}), **options)
             yield f"as if {forward_key(at)} came after {stage.name}, not before it", swapped
-        for text, value in wrong_values(hidden, (*inputs, *own), options):
+        for text, value, *_ in wrong_values(hidden, (*inputs, *own), options):
             left_out = f"as if {forward_key(at)} were left out"
             said = left_out if text in LEFT_OUT else f"in {forward_key(at)}, which was not recorded: {text}"
             yield said, result({at: value})
-
-
-def _first_fitting(case: Case, table: Iterable[Wrong]) -> str | None:
-    with np.errstate(all="ignore"):
-        return next((text for text, value in table if case.explained_by(np.asarray(value, np.float64))), None)
 
 
 # Parameters of one shape that a loader may mix up.

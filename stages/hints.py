@@ -16,6 +16,7 @@ import numpy as np
 
 from stages import noise
 from stages.alternatives import (
+    MASKS,
     MISSING,
     REARRANGED,
     Wrong,
@@ -160,7 +161,7 @@ def missing_term(case: Case) -> str | None:
     if stage.identity:
         return None
     table = MISSING[stage.name](*arguments, **options) if stage.name in MISSING else iter(())
-    return _first_fitting(case, _chained(table, without_a_parameter(stage, arguments, options)))
+    return first_fitting(case, _chained(table, without_a_parameter(stage, arguments, options)))
 
 
 def masked_otherwise(case: Case) -> str | None:
@@ -189,9 +190,7 @@ def _mask_said(shown: np.ndarray, causal: np.ndarray, seen: np.ndarray, unknown:
     known = ~unknown[..., None] & (seen | ~causal) & np.ones_like(shown)
     window, first = int(np.where(known & shown, at, 0).max()) + 1, int(np.argmax((known & shown).any(axis=(0, 1))))
     masks = {
-        "the causal mask is missing": np.ones_like(causal),
-        "the mask hides a query's own position": at > 0,
-        "the mask shows one position too many": at >= -1,
+        **{text: shows(at) for text, shows in MASKS.items()},
         f"the mask shows the last {window} keys alone: a window": (at >= 0) & (at < window),
         f"the first {first} keys are hidden from all queries": (at >= 0) & (np.arange(keys) >= first),
     }
@@ -209,7 +208,7 @@ def rearranged(case: Case) -> str | None:
     if stage.identity:
         return None
     table = REARRANGED[stage.name](*arguments, **options) if stage.name in REARRANGED else iter(())
-    return _first_fitting(case, _chained(table, with_parameters_rearranged(stage, arguments, options), case.others()))
+    return first_fitting(case, _chained(table, with_parameters_rearranged(stage, arguments, options), case.others()))
 
 
 def _chained(*tables: Iterable[Wrong]) -> Iterator[Wrong]:
@@ -217,13 +216,14 @@ def _chained(*tables: Iterable[Wrong]) -> Iterator[Wrong]:
         yield from table
 
 
-def _first_fitting(case: Case, table: Iterable[Wrong]) -> str | None:
+def first_fitting(case: Case, table: Iterable[Wrong]) -> str | None:
     """What explains the error best; with it what explains it as well, since nothing tells them apart."""
     left = {}
-    for text, value, *error in table:
-        wide = np.asarray(value, np.float64)
-        if case.explained_by(wide, *error):
-            left[text] = float(np.linalg.norm((case.got - wide) / case.bound))
+    with np.errstate(all="ignore"):
+        for text, value, *error in table:
+            wide = np.asarray(value, np.float64)
+            if case.explained_by(wide, *error):
+                left[text] = float(np.linalg.norm((case.got - wide) / case.bound))
     least = min(left.values(), default=0.0)
     return ", or ".join(text for text, norm in left.items() if norm <= _AS_GOOD * least) or None
 
