@@ -36,6 +36,7 @@ OneBackend = StrEnum("OneBackend", [*BACKENDS])  # type: ignore[misc]
 ON_TORCH = OneBackend("torch")
 CalibrateName = StrEnum("CalibrateName", [*BOTH, "both"])  # type: ignore[misc]
 CALIBRATE_BOTH = CalibrateName("both")
+OneLayout = StrEnum("OneLayout", ["declared", "torch_v", "nx", "vh"])
 LayoutName = StrEnum("LayoutName", ["declared", "torch_v", "nx", "vh", "all"])
 DumpMode = StrEnum("DumpMode", ["full", "hash", "none"])
 Preset = StrEnum("Preset", {"tiny": "tiny", "qwen3_06b": "qwen3-0.6b", "qwen25_05b": "qwen2.5-0.5b"})
@@ -663,7 +664,7 @@ def forward(
     positions: Annotated[Positions, typer.Option(help="Positions to record.")] = Positions.all,
     dtype: Annotated[RunDtype, typer.Option(help="What activations and weights are computed in.")] = RunDtype.model,
     adapted: Annotated[Path | None, typer.Option(help="Component bundle whose weights replace the model's.")] = None,
-    layout: Annotated[LayoutName, typer.Option(help="How V of --adapted is contracted.")] = LayoutName.declared,
+    layout: Annotated[OneLayout, typer.Option(help="How V of --adapted is contracted.")] = OneLayout.declared,
     repeat: Annotated[int, typer.Option(min=1, help="Runs; all must be byte-identical.")] = 1,
     generate: Annotated[int, typer.Option(min=0, help="Greedy tokens to compare with production's.")] = 0,
     production: Annotated[
@@ -697,8 +698,6 @@ def forward(
     from stages.errors import UsageError
     from stages.forward_job import ForwardCommand
 
-    if layout is LayoutName.all:
-        raise UsageError("--layout all is for svf replay; a forward runs on one layout")
     _refuse_idle(
         {
             f"--layout {layout.value} is about --adapted COMPONENTS": layout is not LayoutName.declared and not adapted,
@@ -1023,7 +1022,7 @@ def apply(
     dtype: Annotated[
         RunDtype, typer.Option(help="Dtype of the written weights; float32 keeps what final_bf16 rounds.")
     ] = RunDtype.model,
-    layout: Annotated[LayoutName, typer.Option(help="How V is contracted.")] = LayoutName.declared,
+    layout: Annotated[OneLayout, typer.Option(help="How V is contracted.")] = OneLayout.declared,
     backend: Annotated[OneBackend, typer.Option(help="What computes the adapted weights.")] = ON_TORCH,
     precision: InPrecision = Precision.native,
     device: Annotated[str, typer.Option(help="cpu, or a GPU: cuda, gpu, gpu:1.")] = "cpu",
@@ -1033,11 +1032,8 @@ def apply(
     """Write the adapted checkpoint in Hugging Face layout, for `transformers` as it is."""
     from stages import apply as job
     from stages import render_files
-    from stages.errors import UsageError
     from stages.progress import Progress
 
-    if layout is LayoutName.all:
-        raise UsageError("--layout all is for svf replay; a checkpoint is written on one layout")
     command = job.ApplyCommand(components, model, out, tied.value, dtype.value, layout.value, resume)
     with Progress(STATE.progress) as progress:
         document = job.apply(command, lambda: load_backend(backend.value, device, precision.value), progress)
@@ -1058,7 +1054,7 @@ def route(
     layers: Annotated[
         str | None, typer.Option(help="Adapted layers of a router vector, such as 26; by default as --adapted says.")
     ] = None,
-    layout: Annotated[LayoutName, typer.Option(help="How V of --adapted is contracted.")] = LayoutName.declared,
+    layout: Annotated[OneLayout, typer.Option(help="How V of --adapted is contracted.")] = OneLayout.declared,
     tokens: Annotated[str | None, typer.Option(help="Token ids, such as 1,2,3.")] = None,
     tokens_file: Annotated[Path | None, typer.Option(help="File of token ids, as text or a JSON list.")] = None,
     prompt: Annotated[
@@ -1075,12 +1071,9 @@ def route(
     """Route with the TRINITY head: logits of agents and roles from the second-to-last token's hidden state."""
     from stages import render_route
     from stages.diff import EXIT_CODES as outcomes
-    from stages.errors import UsageError
     from stages.progress import Progress
     from stages.route_job import RouteCommand, route_both, route_one
 
-    if layout is LayoutName.all:
-        raise UsageError("--layout all is for svf replay; a route runs on one layout")
     _before(force, file=out)
     command = RouteCommand(
         model=model,

@@ -295,7 +295,7 @@ def test_bad_input_is_refused_in_one_line_and_leaves_nothing(cases: Callable[[st
     for code, word, arguments in [
         (6, "not empty", (components, model, "--out", there)),
         (2, "not tied", (apart, untied, "--out", tmp_path / "o", "--tied", "last")),
-        (2, "--layout all", (components, model, "--out", tmp_path / "o", "--layout", "all")),
+        (2, "'--layout': 'all'", (components, model, "--out", tmp_path / "o", "--layout", "all")),
         (4, "no such folder", (tmp_path / "none", model, "--out", tmp_path / "o")),
         (3, "components of another model", (components, changed_shape(model, tmp_path), "--out", tmp_path / "o")),
     ]:

@@ -178,7 +178,7 @@ def test_the_last_position_of_scores_is_the_last_query_of_every_head(
         (("--layers", "x"), ("'x'", "0-3")),
         (("--positions", "first"), ("first", "all", "last")),
         (("--layout", "vh"), ("--layout vh", "--adapted")),
-        (("--layout", "all"), ("--layout all",)),
+        (("--layout", "all"), ("'--layout': 'all'",)),
         (("--repeat", "0"), ("--repeat",)),
         (("--jit", "none"), ("--jit none", "JAX")),
         (("--jit", "layer"), ("--jit layer", "JAX")),
