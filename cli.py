@@ -700,7 +700,7 @@ def forward(
 
     _refuse_idle(
         {
-            f"--layout {layout.value} is about --adapted COMPONENTS": layout is not LayoutName.declared and not adapted,
+            f"--layout {layout.value} is about --adapted COMPONENTS": layout is not OneLayout.declared and not adapted,
             "--resume needs --out DIR: it finishes what was cut short there": resume and out is None,
             "--format aprt needs --out DIR": format is Format.aprt and out is None,
             "--format aprt writes a tree whole or not at all, there is nothing to resume": format is Format.aprt
@@ -882,7 +882,7 @@ def audit(
     adapted: Annotated[
         Path | None, typer.Option(help="Components whose adapted weights another program ran on.")
     ] = None,
-    layout: Annotated[LayoutName, typer.Option(help="How V of --adapted is contracted.")] = LayoutName.declared,
+    layout: Annotated[OneLayout, typer.Option(help="How V of --adapted is contracted.")] = OneLayout.declared,
     components: Annotated[Path | None, typer.Option(help="Bundle with U, S and V, to judge products.")] = None,
     layers: Annotated[str | None, typer.Option(help="Judge only these layers: 0,3-5.")] = None,
     stages: Annotated[str | None, typer.Option(help="Judge only these stages: ffn_gate,ffn_swigl.")] = None,
