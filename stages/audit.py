@@ -214,7 +214,8 @@ def _forward_row(place: Place, run: ForwardRun, top: int) -> Row:
     judged.verdict.reason = rope_cause(place, run, observed, judged.verdict) or judged.verdict.reason
     how = "; ".join(filter(None, (run.read_as.get(place), through_words(place, run))))
     through = [forward_key(at) for at in span_of(place, run).hidden]
-    return {**row, **judged.fields(), "through": through, **({"note": how} if how else {})}
+    found = {"through": through, "floor": run.floors[place] if through else None}
+    return {**row, **judged.fields(), **found, **({"note": how} if how else {})}
 
 
 def _forward_judged(place: Place, run: ForwardRun, observed: np.ndarray, top: int) -> _Judged:
@@ -525,7 +526,9 @@ def _sentence(
     right = f"{coverage['judged']} stages are right from their own inputs: {exact} exact, {inexact} within rounding"
     through = [row for row in rows if row.get("through")]
     if through:
-        right += f"; {len(through)} of them through stages that were not recorded"
+        blind = max(row["floor"] for row in through)
+        unseen = f"where errors below {blind:.2g} of a stage may not be seen"
+        right += f"; {len(through)} of them through stages that were not recorded, {unseen}"
     given = [row for row in rows if row["verdict"] == Verdict.GIVEN]
     if given:
         right += f"; {len(given)} input{'s' * (len(given) > 1)} taken as given: {diff.listed(given)}"

@@ -268,8 +268,9 @@ def why_unjudged(place: Place, run: ForwardRun) -> str | None:
     if run.positions == "last" and any(_mixes_positions(run.path, stage) for stage in stages):
         return "the dump holds the last position alone, and this stage needs them all"
     missing = f"not recorded: {', '.join(map(forward_key, span.missing))}"
-    if span.from_start or len(span.hidden) > _MOST_HIDDEN:
-        return missing
+    between = sum(layer is not None for layer, _ in span.hidden)
+    if span.from_start or between > _MOST_HIDDEN:
+        return missing if span.from_start else f"{missing}, nor {between - len(span.missing)} stages before"
     misshapen = [forward_key(at) for at in span.recorded if at in run.misshapen or not _fits(run, at)]
     if misshapen:
         return f"recorded in another shape: {', '.join(misshapen)}"
@@ -278,10 +279,12 @@ def why_unjudged(place: Place, run: ForwardRun) -> str | None:
     return None
 
 
-# Stages that a judgement goes through at most: attention from q and k before their norms has six, a feed-forward five.
+# Stages of layers that a judgement goes through at most: attention from q and k before their norms has six, a
+# feed-forward five. A whole layer has more, and bounds that add up absolutely are blind there.
 _MOST_HIDDEN = 8
-# A wrong step moves a stage by about its own size. Where right programs may differ by half of that, it says nothing.
-_LEAST_SEEN = 0.5
+# A wrong step moves a stage by about its own size. Where right programs may differ by a quarter of that in RMS, and so
+# by all of it in some element, little of it would be seen.
+_LEAST_SEEN = 0.25
 
 
 @dataclass(frozen=True)

@@ -220,10 +220,7 @@ def test_float32_tables_in_a_narrow_run_are_judged_as_stored(made: Path, tmp_pat
             t[key] = (x * t["rope_cos"][:, None] + rotated * t["rope_sin"][:, None]).astype(t[key].dtype)
 
     name = f"qwen3-{dtype}"
-    cast = recorded(made, tmp_path / "cast.safetensors", wide_tables, name)
-    assert sound(cast)
-    told = f"right with rope_cos, rope_sin cast to {dtype} first"
-    assert told in {row["note"] for key, row in rows(cast).items() if key.endswith("_post_rope")}
+    assert sound(recorded(made, tmp_path / "cast.safetensors", wide_tables, name))
 
     def as_they_are(t: Tensors) -> None:
         turned(t)
