@@ -98,6 +98,7 @@ def sums(bundle: Bundle, entry: BundleEntry) -> dict[str, str]:
 class Chosen:
     """One tensor to adapt, and what its weights tell of the bundle's label."""
 
+    bundle: Path
     task: ReplayTask
     told: Told
     unit: float  # unit roundoff of the model's dtype
@@ -171,8 +172,8 @@ class _Fit:
         cast = self.chosen.unit > U32 and self.beyond <= bound * self.largest
         if not (relative <= bound or cast):
             raise InputError(
-                f"U, S, V do not give the model's {self.chosen.task.source_name} back: relative residual "
-                f"{relative:.3g}, bound {bound:.2g}; are these components of another model?"
+                f"{self.chosen.bundle}: U, S, V do not give the model's {self.chosen.task.source_name} back: relative "
+                f"residual {relative:.3g}, bound {bound:.2g}; are these components of another model?"
             )
 
 
@@ -207,4 +208,4 @@ def _choose(bundle: Bundle, index: int, layout: str, checkpoint: Checkpoint) -> 
         asked.check_layout()
     except InputError:
         asked = task(told.right)
-    return Chosen(asked, told, rounding_unit(info.dtype))
+    return Chosen(bundle.folder, asked, told, rounding_unit(info.dtype))
