@@ -327,10 +327,10 @@ class AdaptedPair:
             found += np.einsum("rk,rk->k", c.u(start, stop).astype(np.float64), got @ vt.T)
         own = chain_of(c, right)
         as_found = replace(own, scaled=found.astype(np.float32), top=np.ones(1), bottom=np.ones(1))
-        # Each factor has the weight's own rounding in it, averaged over its elements: about u rms(W), and K of them
-        # come back into each element with weights of 1 / sqrt(rows cols).
+        # Each factor has the weight's own rounding in it, averaged over its elements: 0.4 u rms(W), and K of them come
+        # back into each element with weights of about 1 / sqrt(rows cols): ten times that is allowed.
         rows, cols = judged.shape
-        slack = _EXPLAINED * noise.rounding_unit(dtype) * np.sqrt(squares * c.s.size) / (rows * cols)
+        slack = 4 * noise.rounding_unit(dtype) * np.sqrt(squares * c.s.size) / (rows * cols)
         if not np.isfinite(found).all() or not self._explains(letter, judged, as_found, slack):
             return None
         wanted = own.scaled * (np.sum(own.top, dtype=np.float64) / np.sum(own.bottom, dtype=np.float64))
