@@ -103,8 +103,8 @@ class Components:
         told = self.entry.identity.get("offsets_f32")
         if told is not None and sha256(self.offsets) != told:
             raise InputError(
-                f"{bundle.offsets.path}: the offsets of '{name}' are not what the manifest's sha256 says; they were "
-                "changed after the bundle was made"
+                f"{bundle.offsets.path}: '{name}': offsets have another sha256 than the manifest says; they changed "
+                "after the bundle was made"
             )
         if self.s.min(initial=0) < 0:
             raise InputError(f"{where}: '{name}' has a negative singular value at index {int(self.s.argmin())}")

@@ -195,12 +195,16 @@ def test_a_symmetric_matrix_is_identical(tmp_path: Path) -> None:
 
 def test_swapped_shapes_without_the_transposes_values(tmp_path: Path) -> None:
     x = np.arange(12, dtype=np.float32).reshape(3, 4)
-    a, b = small(tmp_path / "a", {"w": x}), small(tmp_path / "b", {"w": x.reshape(4, 3)})
+    y = x.reshape(4, 3) + 1
+    a, b = small(tmp_path / "a", {"w": x}), small(tmp_path / "b", {"w": y})
     found = compare(a, b)["rows"][0]
     assert found["status"] == Status.DIFFERENT
     assert found["against_transpose"] is True
-    assert found["max_abs"] == np.abs(x - x.reshape(4, 3).T).max()
+    assert found["max_abs"] == np.abs(x - y.T).max()
     assert "swapped" in found["note"]
+    same = compare(a, small(tmp_path / "c", {"w": x.reshape(4, 3)}))["rows"][0]
+    assert same["status"] == Status.SHAPE
+    assert "the same bytes in the same order, only the label of the shape differs" in same["note"]
 
 
 def test_a_transpose_with_one_element_changed_is_different_and_says_what_it_is_near(model: Path, other: Path) -> None:
