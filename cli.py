@@ -821,6 +821,7 @@ def diff(
     from stages.progress import Progress
 
     within = None if std_ratio is None else parse_std_ratio(std_ratio)
+    _before(force, html)
     command = with_sides(
         DiffCommand(
             a=a,
@@ -838,7 +839,6 @@ def diff(
         )
     )
     check_options(command)
-    _before(force, html)
     with Progress(STATE.progress) as progress:
         document = diff_any(command, progress)
         if explain_order:

@@ -243,11 +243,18 @@ def test_a_click_has_what_it_shows(diverged: dict[str, Any]) -> None:
     assert found["command"].startswith("svf --no-progress diff ")
 
 
-def test_the_command_that_looks_closer_is_one(diverged: dict[str, Any], dumps: tuple[Path, Path]) -> None:
+def test_the_command_that_looks_closer_is_one(
+    diverged: dict[str, Any], dumps: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    row = next(row for row in diverged["rows"] if row["key"] == "layers.1.ffn_silu")
     for document in (diverged, svf("audit", dumps[1], "--json").json):
-        done = svf(*shlex.split(closer(document) or "")[2:])
-        assert done.json["culprit"] == document["culprit"]
-        assert all(len(row["top"]) == min(20, row["mismatched"]) for row in done.json["rows"])
+        done = svf(*shlex.split(closer(document, row) or "")[2:])
+        assert done.code == 1, done.err
+        page = Page((tmp_path / "closer.html").read_text())
+        assert "The culprit: ffn_silu of layer 1" in page.heads
+        assert len(page.details) == 1
+        (tmp_path / "closer.html").unlink()
 
 
 @pytest.mark.parametrize(
@@ -263,7 +270,9 @@ def test_the_command_that_looks_closer_is_one(diverged: dict[str, Any], dumps: t
 )  # fmt: skip
 def test_a_closer_look_starts_from_the_command(command: Any, expected: str | None) -> None:
     sides = {letter: {"facts": {"backend": name}} for letter, name in (("a", "torch"), ("b", "jax"))}
-    assert closer({"command": command, **sides}) == (expected and expected.replace("LOOK", "--top 20 --json"))
+    row = {"stage": "s", "layer": 3, "tensor": None}
+    look = "--stages s --layers 3 --top 20 --html closer.html"
+    assert closer({"command": command, **sides}, row) == (expected and expected.replace("LOOK", look))
 
 
 def test_the_finding_as_markdown_is_code_alone(diverged: dict[str, Any]) -> None:
@@ -441,7 +450,8 @@ def test_the_demo_does_without_the_extra(monkeypatch: pytest.MonkeyPatch, capsys
 def test_checkpoints_have_no_report(place: Path, dumps: tuple[Path, Path], tmp_path: Path) -> None:
     done = svf("diff", place / "model", place / "model", "--html", tmp_path / "r.html")
     assert done.code == 2
-    assert "checkpoints" in done.error
+    assert "checkpoint" in done.error
+    assert not (tmp_path / "r.html").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The command that looks closer at a stage, from the command that a document was made by."""
+"""The command that looks closer at one stage, from the command that a document was made by."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ from collections.abc import Mapping
 from typing import Any
 
 # Options of the first command that the second one writes itself, and whether they take a value.
-_DROPPED = {"--html": True, "--json": False, "--force": False, "--top": True, "--resume": False}
+_DROPPED = {"--json": False, "--force": False, "--resume": False} | dict.fromkeys(
+    ("--html", "--top", "--layers", "--stages"), True
+)
 
 
-def closer(document: Mapping[str, Any]) -> str | None:
-    """`svf diff` or `svf audit` of the same things with more of each stage's elements; None for an unknown command."""
+def closer(document: Mapping[str, Any], row: Mapping[str, Any]) -> str | None:
+    """`svf diff` or `svf audit` of the same things on one stage, with its figures; None for an unknown command."""
     words = _words(document.get("command"))
     if words[:1] != ["svf"]:  # a saved document may say anything, and a person will paste this
         return None
     name = next((word for word in words[1:] if not word.startswith("-")), None)
-    look = ["--top", "20", "--json"]
+    layer = [] if row["layer"] is None else ["--layers", str(row["layer"])]
+    look = ["--stages", str(row["stage"]), *layer, "--top", "20", "--html", "closer.html"]
     if name in ("diff", "audit"):
         return shlex.join([*words, *look])
     if name in ("forward", "replay") and "a" in document:

@@ -186,7 +186,7 @@ def _detail(row: Row, document: Document, *, audit: bool) -> dict[str, Any]:
             [_index(x["index"]), *wording.apart(x["a"], x["b"]), number(float(x["abs"]))]
             for x in (row.get("top") or [])[:_WORST]
         ],
-        "command": closer(document),
+        "command": closer(document, row),
     }
 
 
