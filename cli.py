@@ -895,11 +895,8 @@ def audit(
     """Judge one dump by itself: every stage against float64, from the inputs that the dump recorded."""
     from stages import audit as job
     from stages import render
-    from stages.errors import UsageError
     from stages.progress import Progress
 
-    if layout is LayoutName.all:
-        raise UsageError("--layout all is for svf replay; a forward runs on one layout")
     _before(force, html)
     with Progress(STATE.progress) as progress:
         document = job.audit(
