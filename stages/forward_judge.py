@@ -372,22 +372,33 @@ def oracles_of(place: Place, run: ForwardRun, observed: np.ndarray) -> Iterator[
     of_rope = stage.name in rope.STAGES and all(name in rope.TABLES for _, name in span.hidden)
     with np.errstate(all="ignore"):  # a NaN among the inputs is their own row's verdict
         if of_rope:
-            recorded = None if span.hidden else next(_oracles_of_recorded(place, run, stage, observed))[1]
-            yield slice(None), run.rope.oracle(place, stage, observed, recorded)
+            yield slice(None), _oracle_of_rope(place, run, stage, observed, span)
         elif span.hidden:
             yield from _oracles_through(span.acting, run, stage, observed)
         else:
-            yield from _oracles_of_recorded(place, run, stage, observed)
+            yield from _oracles_of_recorded(place, run, stage, observed, run.readings.get(place, 0))
+
+
+def _oracle_of_rope(place: Place, run: ForwardRun, stage: Stage, observed: np.ndarray, span: Span) -> Oracle:
+    """From the recorded inputs, however they may be read; where these do not explain the stage, from other tables."""
+    if span.hidden:
+        return run.rope.oracle(place, stage, observed, None)
+    readings = range(len(list(_readings(place, run, stage, inputs_of(place, run)))))
+    recorded = [next(_oracles_of_recorded(place, run, stage, observed, number))[1] for number in readings]
+    chosen = recorded[run.readings.get(place, 0)]
+    if any(judge(oracle, observed)[0].passes for oracle in recorded):
+        return chosen
+    return run.rope.oracle(place, stage, observed, chosen)
 
 
 def _oracles_of_recorded(
-    place: Place, run: ForwardRun, stage: Stage, observed: np.ndarray
+    place: Place, run: ForwardRun, stage: Stage, observed: np.ndarray, reading: int
 ) -> Iterator[tuple[slice, Oracle]]:
-    """As `oracles_of`, where all inputs were recorded."""
+    """As `oracles_of`, where all inputs were recorded, by one of the `_readings` of them."""
     assert run.path is not None
     assert run.config is not None
     acting = span_of(place, run).acting
-    _, inputs = list(_readings(acting, run, stage, inputs_of(acting, run)))[run.readings.get(place, 0)]
+    _, inputs = list(_readings(acting, run, stage, inputs_of(acting, run)))[reading]
     if inputs is None or (run.doubts and stage.params):
         yield from _oracles_through(acting, run, stage, observed)
         return

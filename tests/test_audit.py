@@ -139,7 +139,8 @@ def test_a_missing_stage_and_what_needed_it(changed: Path) -> None:
     done = svf("audit", changed, "--json")
     assert culprit(done) == (1, "missing", None, "rope_cos")  # the manifest promised it
     turned = rows(done)["layers.0.q_post_rope"]
-    assert (turned["verdict"], turned["through"]) == ("rounding", ["rope_cos"])
+    assert (turned["verdict"], turned["through"]) == ("exact", ["rope_cos"])  # the cosine follows from the angle
+    assert "RoPE tables computed from the config" in done.json["notes"]
     assert turned["note"].startswith("judged through rope_cos, not recorded")
 
 
