@@ -6,6 +6,7 @@ import contextlib
 import errno
 import functools
 import importlib
+import logging
 import os
 import shlex
 import signal
@@ -258,13 +259,13 @@ def main(
     end_with_parent()
     STATE.debug = debug or bool(os.environ.get("SVF_DEBUG"))
     STATE.progress = not quiet
+    logging.captureWarnings(True)  # numpy's over a damaged file's values, a library's: part of the log
     if verbose or os.environ.get("SVF_VERBOSE"):
         _log()
 
 
 def _log() -> None:
     """Send the log to stderr, children's too; JAX, which reads its variable at import, names what it compiles."""
-    import logging
 
     from stages.errors import shown
 

@@ -26,7 +26,7 @@ import numpy as np
 
 from stages.compare import holds_nan, row_verdict, side_fields
 from stages.errors import IncompleteError, InputError, NotFoundError, OutputError, shown
-from stages.jsonio import fsync_folder, write_all, write_atomic
+from stages.jsonio import fsync_folder, open_regular, write_all, write_atomic
 from stages.metrics import Difference, PairHash
 from stages.output import prepare_folder
 from stages.verdict import Verdict
@@ -100,7 +100,7 @@ class AprtFile:
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
         self.stage = self.path.name.removesuffix(".bin")
-        fd = self._open()
+        fd = open_regular(self.path)
         try:
             self.layer, self.count = self._header(fd)
         finally:
@@ -117,7 +117,7 @@ class AprtFile:
         stop = self.count if stop is None else stop
         if not 0 <= start <= stop <= self.count:
             raise InputError(f"{self.path}: has {self.count} elements, expected {start}:{stop} among them")
-        fd = self._open()
+        fd = open_regular(self.path)
         try:
             if self._header(fd) != (self.layer, self.count):
                 raise InputError(f"{self.path}: changed while it was read")
@@ -130,15 +130,6 @@ class AprtFile:
         size = size or _BLOCK
         for start in range(0, self.count, size):
             yield start, self.read(start, min(self.count, start + size))
-
-    def _open(self) -> int:
-        try:
-            if not self.path.is_file():
-                reason = "is not a regular file" if self.path.exists() else "does not exist"
-                raise NotFoundError(f"{self.path}: {reason}")
-            return os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise NotFoundError(f"{self.path}: cannot be read: {error.strerror}") from None
 
     def _header(self, fd: int) -> tuple[int | None, int]:
         size = os.fstat(fd).st_size

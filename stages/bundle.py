@@ -11,7 +11,7 @@ import numpy as np
 
 from stages.errors import InputError, NotFoundError, shown
 from stages.jsonio import read_object
-from stages.layouts import LAYOUTS, layout_named
+from stages.layouts import LAYOUTS
 from stages.replay import REPLAY
 from stages.selection import safe_key
 from stages.tensorfile import TensorFile, TensorInfo, sha256
@@ -270,11 +270,6 @@ def stages_in(file: TensorFile) -> Mapping[str, dict[str, str]]:
             elif key.startswith("tensor.") and key.endswith(f".{stage}"):
                 result.setdefault(key[len("tensor.") : -len(stage) - 1], {})[stage] = key
     return result
-
-
-def check_layout_name(name: str) -> str:
-    """`declared` or a layout's name; `UsageError` otherwise."""
-    return name if name == "declared" else layout_named(name).name
 
 
 def _checked(file: TensorFile, key: str) -> np.ndarray:

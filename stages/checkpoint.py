@@ -268,10 +268,20 @@ class Checkpoint:
 def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
     """Open a local folder, or a hub model `org/name[@revision]`, which is fetched unless `HF_HUB_OFFLINE` is set.
 
-    A folder that exists wins over a hub model of that name. Reads `config.json` and the headers only, and checks
-    neither against the other: see `Checkpoint.check`. `NotFoundError` when something is not there or the hub is
-    out of reach, `InputError` when it is malformed.
+    For what the user named; a name that a file records goes to `open_recorded`. A folder that exists wins over a hub
+    model of that name. Reads `config.json` and the headers only, and checks neither against the other: see
+    `Checkpoint.check`. `NotFoundError` when something is not there or the hub is out of reach, `InputError` when it is
+    malformed.
     """
+    return _open(source, fetch=True)
+
+
+def open_recorded(source: str) -> Checkpoint:
+    """Open the model that a file names: a folder, or what was fetched before. A file's word reaches no network."""
+    return _open(source, fetch=False)
+
+
+def _open(source: str | os.PathLike[str], *, fetch: bool) -> Checkpoint:
     text = os.fspath(source)
     path = Path(text)
     try:
@@ -284,13 +294,13 @@ def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
     match = _HUB_ID.fullmatch(text) if isinstance(source, str) and ".." not in text else None
     if match is None:
         raise NotFoundError(f"{shown(text)}: no such folder, nor a hub model, which is written org/name[@revision]")
-    snapshot = _fetch(text, match["id"], match["revision"])
+    snapshot = _fetch(text, match["id"], match["revision"], fetch=fetch)
     if not (snapshot / CONFIG).is_file():
         raise NotFoundError(f"{text}: no {CONFIG} in {snapshot}; if the hub has one, run: {_fetch_command(text)}")
     return Checkpoint(snapshot, text, snapshot.name)
 
 
-def _fetch(source: str, model: str, revision: str | None) -> Path:
+def _fetch(source: str, model: str, revision: str | None, *, fetch: bool) -> Path:
     import huggingface_hub
 
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
@@ -301,7 +311,7 @@ def _fetch(source: str, model: str, revision: str | None) -> Path:
                 revision=revision,
                 allow_patterns=list(HUB_PATTERNS),
                 ignore_patterns=["*/*"],
-                local_files_only=offline,
+                local_files_only=offline or not fetch,
             )
         )
     except Exception as error:  # the client raises its own, the HTTP library's and the system's; all mean: not here

@@ -234,6 +234,9 @@ def check_options(command: DiffCommand) -> set[str]:
     one, other = kind_of(command.a), kind_of(command.b)
     known = next((options for kinds, options in _GROUPS if {one, other} <= kinds), None)
     if known is None:
+        for path, kind in ((command.a, one), (command.b, other)):
+            if kind == "replay" and path.is_file():
+                open_side(path).close()  # what can be read as nothing is damaged, not of another kind
         raise UsageError(f"{command.a} is {_CALLED[one]} and {command.b} {_CALLED[other]}; compare two of one kind")
     idle = [option for option, given in command.given.items() if given and option not in known]
     if idle:

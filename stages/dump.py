@@ -13,6 +13,7 @@ import numpy as np
 from stages.bundle import tensor_stage_key
 from stages.errors import InputError, NotFoundError, UsageError, shown
 from stages.jsonio import read_object, write_json
+from stages.manifest import check_manifest
 from stages.output import ensure_space, new_folder, prepare_folder
 from stages.replay import REPLAY
 from stages.replay_run import Chunk, ReplayTask
@@ -141,45 +142,43 @@ class Dump:
         self.manifest = read_object(path)
         if self.manifest.get("schema") != SCHEMA:
             raise InputError(f"{path}: schema is {shown(self.manifest.get('schema'))}, expected {SCHEMA}")
-        tensors = self.manifest.get("tensors")
-        if not isinstance(tensors, dict):
-            raise InputError(f"{path}: expected an object 'tensors'")
-        if not isinstance(self.manifest.get("facts", {}), dict):
-            raise InputError(f"{path}: expected an object 'facts'")
-        self.tensors: dict[str, Any] = tensors
+        check_manifest(self.manifest, str(path))
+        self.tensors: dict[str, Any] = self.manifest["tensors"]
         self._files: dict[str, TensorFile] = {}
-        self._check(path)
+        try:
+            self._check(path)
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def facts(self) -> dict[str, str]:
         """What may have changed this run's results, its precision too."""
-        facts = {str(k): str(v) for k, v in dict(self.manifest.get("facts", {})).items()}
+        facts = {k: str(v) for k, v in self.manifest.get("facts", {}).items()}
         precision = self.manifest.get("precision")
         return facts if precision is None else {**facts, "precision": str(precision)}
 
     @property
     def backend(self) -> str | None:
         """The backend that computed it, by name; None where the manifest does not tell."""
-        name = self.manifest.get("backend")
-        return name if isinstance(name, str) else None
+        name: str | None = self.manifest.get("backend")
+        return name
 
     def _check(self, path: Path) -> None:
         for key, entry in self.tensors.items():
-            file = entry.get("file", self) if isinstance(entry, dict) else self  # null: a dump of hashes
-            if file is not None and (not isinstance(file, str) or Path(file).name != file):
-                raise InputError(f"{path}: tensor '{shown(key)}' names no file of this folder: {shown(file)}")
-            if not isinstance(entry.get("sha256"), str):
-                raise InputError(f"{path}: tensor '{shown(key)}' has no sha256; the dump was changed")
-            if file is None:
+            if (file := entry["file"]) is None:  # a dump of hashes
                 continue
             info = self.file(file).info(key)
-            if info.dtype.name != entry.get("dtype") or list(info.shape) != entry.get("shape"):
+            if info.dtype.name != entry["dtype"] or list(info.shape) != entry["shape"]:
                 raise InputError(f"{path}: tensor '{shown(key)}' is not what {file} holds; the dump was changed")
 
     def file(self, name: str) -> TensorFile:
         """The open tensor file called `name` in this dump."""
         if name not in self._files:
-            self._files[name] = TensorFile(self.folder / name)
+            try:
+                self._files[name] = TensorFile(self.folder / name)
+            except NotFoundError as error:
+                raise InputError(f"{error}, though {MANIFEST_FILE} names it; was the dump copied whole?") from None
         return self._files[name]
 
     def close(self) -> None:

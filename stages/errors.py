@@ -88,7 +88,9 @@ _NO_MEMORY = ("MemoryError", "allocate memory", "RESOURCE_EXHAUSTED", "bad_alloc
 
 def shown(text: object, limit: int = 120) -> str:
     """`text` from a file, safe to print: control characters escaped, long text cut."""
-    printable = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    text = str(text)
+    start = text[: limit + 1]  # no more is looked at: a text may have 50 MB
+    printable = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in start)
     return printable if len(printable) <= limit else printable[: limit - 1] + "…"
 
 

@@ -19,7 +19,7 @@ from stages.alternatives import LEFT_OUT, Wrong, wrong_values
 from stages.aprt import is_aprt_tree
 from stages.backend import Weights
 from stages.calibration import lambdas_of
-from stages.checkpoint import Checkpoint, open_checkpoint
+from stages.checkpoint import Checkpoint, open_checkpoint, open_recorded
 from stages.culprit_data import Piece
 from stages.dump import changed
 from stages.elements import explain_rows
@@ -133,7 +133,7 @@ def _chosen(run: ForwardRun) -> slice:
 
 def _recorded(run: ForwardRun, place: Place) -> np.ndarray | None:
     """A recorded stage of the declared shape; None where there is none."""
-    there = place in run.side.places and place not in run.misshapen and _fits(run, place)
+    there = place in run.side.places and place not in run.misshapen and fits(run, place)
     return run.read(place) if there else None
 
 
@@ -144,9 +144,7 @@ def open_run(folder: Path, model: str | None, stack: ExitStack) -> ForwardRun:
     side = ForwardSide(folder)
     stack.callback(side.close)
     manifest = side.dump.manifest
-    recorded = manifest.get("model")
-    if not isinstance(recorded, dict) or not isinstance(recorded.get("config"), dict):
-        raise InputError(f"{folder}: the manifest names no model")
+    recorded = manifest["model"]
     config = parse_config(recorded["config"], f"{folder}: model config")
     path = forward_path(config, _checked_dtype(folder, manifest))
     _check_manifest(folder, manifest, config, path)
@@ -166,29 +164,24 @@ def _checked_dtype(folder: Path, manifest: Mapping[str, Any]) -> str:
 
 
 def _check_manifest(folder: Path, manifest: Mapping[str, Any], config: QwenConfig, path: StagePath) -> None:
-    """`InputError` naming the first field of a forward's manifest that is not what a forward writes."""
-    tokens, layers, stages = (manifest.get(name) for name in ("tokens", "layers", "stages"))
+    """`InputError` naming the first field of a forward's manifest that is not of this model."""
+    layers, stages = manifest.get("layers"), manifest.get("stages")
     known = {*path, *path.aliases}
     for name, good in {
-        "tokens": _ints_below(tokens, config.vocab_size) and bool(tokens),
-        "layers": layers is None or _ints_below(layers, config.num_hidden_layers),
-        "stages": stages is None or (isinstance(stages, list) and all(str(stage) in known for stage in stages)),
+        "tokens": max(manifest["tokens"]) < config.vocab_size,
+        "layers": max(layers or (0,)) < config.num_hidden_layers,
+        "stages": stages is None or known.issuperset(stages),
         "positions": manifest.get("positions", "all") in POSITIONS,
-        **{name: isinstance(manifest.get(name) or {}, dict) for name in ("adapted", "adapted_sha256", "components")},
     }.items():
         if not good:
             raise InputError(f"{folder}: the manifest's '{name}' is {shown(manifest.get(name))}, not a forward's")
 
 
-def _ints_below(value: Any, limit: int) -> bool:
-    return isinstance(value, list) and all(type(n) is int and 0 <= n < limit for n in value)
-
-
 def _checkpoint(folder: Path, recorded: Mapping[str, Any], model: str | None, stack: ExitStack) -> Checkpoint | None:
-    """The model a dump was made from: the given one, or the recorded one if it is still the same."""
-    source = model or recorded.get("source")
+    """The model a dump was made from: the given one, or the recorded one if it is on this disk and still the same."""
     try:
-        checkpoint = stack.enter_context(open_checkpoint(str(source)))
+        found = open_recorded(str(recorded.get("source"))) if model is None else open_checkpoint(model)
+        checkpoint = stack.enter_context(found)
     except (InputError, NotFoundError):
         if model is not None:
             raise
@@ -271,7 +264,7 @@ def why_unjudged(place: Place, run: ForwardRun) -> str | None:
     between = sum(layer is not None for layer, _ in span.hidden)
     if span.from_start or between > _MOST_HIDDEN:
         return missing if span.from_start else f"{missing}, nor {between - len(span.missing)} stages before"
-    misshapen = [forward_key(at) for at in span.recorded if at in run.misshapen or not _fits(run, at)]
+    misshapen = [forward_key(at) for at in span.recorded if at in run.misshapen or not fits(run, at)]
     if misshapen:
         return f"recorded in another shape: {', '.join(misshapen)}"
     if span.hidden and _floor(place, run) > _LEAST_SEEN:
@@ -355,7 +348,7 @@ def given_places(run: ForwardRun) -> set[Place]:
     return {place for place in read if place not in judged and span_of(place, run).from_start}
 
 
-def _fits(run: ForwardRun, place: Place) -> bool:
+def fits(run: ForwardRun, place: Place) -> bool:
     """Whether a recorded stage has the shape that the model and the tokens give it."""
     assert run.path is not None
     assert run.config is not None
@@ -709,7 +702,7 @@ _INSTEAD: Mapping[str, tuple[tuple[str, tuple[str, ...], Callable[..., np.ndarra
 def _of_other_stages(place: Place, run: ForwardRun, stage: Stage) -> Iterator[Wrong]:
     for text, names, function in _INSTEAD.get(stage.name, ()):
         found = [_find(run, (place[0], name)) for name in names]
-        if all(at is not None and _fits(run, at) for at in found):
+        if all(at is not None and fits(run, at) for at in found):
             yield text, function(*(run.side.read(at) for at in found if at is not None))
 
 

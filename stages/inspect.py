@@ -14,7 +14,7 @@ from stages.aprt import AprtFile, AprtTree
 from stages.bundle import Bundle, BundleEntry, component_keys, offsets_key
 from stages.checkpoint import Checkpoint, open_checkpoint
 from stages.dump import Dump
-from stages.errors import InputError, shown
+from stages.errors import InputError
 from stages.forward_dump import forward_key
 from stages.jsonio import read_object
 from stages.npy import read_npy_header
@@ -143,9 +143,7 @@ def _config(checkpoint: Checkpoint) -> tuple[dict[str, Any] | None, list[str]]:
 def _dump(source: str) -> Found:
     dump = Dump(Path(source))
     try:
-        rows = [
-            {"name": name, **_entry(entry, f"{source}: tensor '{shown(name)}'")} for name, entry in dump.tensors.items()
-        ]
+        rows = [{"name": name, **_entry(entry)} for name, entry in dump.tensors.items()]
         manifest = dump.manifest
         about = {k: v for k, v in manifest.items() if k not in ("tensors", "model", "tokens", "facts", "selected")}
         model = manifest.get("model")
@@ -158,13 +156,10 @@ def _dump(source: str) -> Found:
         dump.close()
 
 
-def _entry(entry: dict[str, Any], where: str) -> dict[str, Any]:
-    """The manifest's own words on a tensor; those of a dump of hashes have no file to be checked against."""
-    dtype, shape = entry.get("dtype"), entry.get("shape")
-    size = _ITEM_SIZES.get(dtype) if isinstance(dtype, str) else None
-    if size is None or not isinstance(shape, list) or not all(isinstance(n, int) and n >= 0 for n in shape):
-        raise InputError(f"{where}: dtype {shown(dtype)} and shape {shown(shape)}; expected those of a tensor")
-    return {"dtype": dtype, "shape": shape, "bytes": size * math.prod(shape), "file": entry.get("file")}
+def _entry(entry: dict[str, Any]) -> dict[str, Any]:
+    """The manifest's own words on a tensor."""
+    size = _ITEM_SIZES[entry["dtype"]] * math.prod(entry["shape"])
+    return {"dtype": entry["dtype"], "shape": entry["shape"], "bytes": size, "file": entry["file"]}
 
 
 def _aprt_row(file: AprtFile, name: str, path: str) -> dict[str, Any]:

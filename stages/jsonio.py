@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -15,10 +16,15 @@ from stages.errors import InputError, NotFoundError, OutputError, shown
 
 # A manifest of 100,000 tensors is about 30 MB; more than this is not a manifest.
 MAX_JSON_BYTES = 256 * 1024 * 1024
+# Those tensors are 700,000 values, and a value takes up to 100 bytes of memory.
+MAX_JSON_VALUES = 4_000_000
+# No document of ours nests beyond 10; Python's recursion, which whoever walks a document shares, ends at 1,000.
+MAX_JSON_DEPTH = 64
 
 
 def parse_json(data: bytes, where: str) -> Any:
-    """The JSON value in `data`; a duplicate key, bad UTF-8 or bad syntax is an `InputError` naming `where`."""
+    """The JSON value in `data`; `InputError` naming `where` for bad syntax, bad UTF-8, half of a surrogate pair, a
+    duplicate key, or more values or nesting than any document has."""
 
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result: dict[str, Any] = {}
@@ -30,10 +36,34 @@ def parse_json(data: bytes, where: str) -> Any:
             result[key] = value
         return result
 
+    if sum(data.count(mark) for mark in (b",", b"[", b"{")) > MAX_JSON_VALUES:  # before any is made
+        raise InputError(f"{where}: more than {MAX_JSON_VALUES} values in one JSON document")
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=no_duplicates)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, ValueError) as error:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=no_duplicates)
+        _check_text(data, value)
+    except (UnicodeError, json.JSONDecodeError, RecursionError, ValueError) as error:
         raise InputError(f"{where}: expected JSON, got {shown(error)}") from None
+    _check_depth(value, where)
+    return value
+
+
+def _check_text(data: bytes, value: Any) -> None:
+    """`UnicodeError` where an escape stands for half of a surrogate pair: such a text has no bytes."""
+    if b"\\ud" in data or b"\\uD" in data:
+        json.dumps(value, ensure_ascii=False).encode()
+
+
+def _check_depth(value: Any, where: str) -> None:
+    level = [value]
+    for _ in range(MAX_JSON_DEPTH):
+        level = [item for holder in level for item in _items(holder) if isinstance(item, dict | list)]
+        if not level:
+            return
+    raise InputError(f"{where}: JSON nested deeper than {MAX_JSON_DEPTH}")
+
+
+def _items(holder: Any) -> Iterable[Any]:
+    return holder.values() if isinstance(holder, dict) else holder if isinstance(holder, list) else ()
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
@@ -51,16 +81,29 @@ def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def read_bytes(path: str | os.PathLike[str], limit: int) -> bytes:
     """All bytes of a regular file of at most `limit` bytes."""
+    with os.fdopen(open_regular(path), "rb") as file:
+        data = file.read(limit + 1)  # a file may be longer than it says: those of /proc say 0
+    if len(data) > limit:
+        raise InputError(f"{path}: more than the {limit} bytes that such a file may have")
+    return data
+
+
+def open_regular(path: str | os.PathLike[str]) -> int:
+    """A descriptor for reading the regular file at `path`; `NotFoundError` for anything else.
+
+    What was opened is looked at, not the name again: a pipe or a device is neither waited for nor read.
+    """
     try:
-        if not Path(path).is_file():
-            reason = "is not a regular file" if Path(path).exists() else "does not exist"
-            raise NotFoundError(f"{path}: {reason}")
-        size = Path(path).stat().st_size
-        if size > limit:
-            raise InputError(f"{path}: {size} bytes, more than the {limit} that such a file may have")
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise NotFoundError(f"{path}: cannot be read: {error.strerror}") from None
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise NotFoundError(f"{path}: does not exist") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise NotFoundError(f"{path}: cannot be read: {reason}") from None
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise NotFoundError(f"{path}: is not a regular file")
+    return fd
 
 
 def write_atomic(path: str | os.PathLike[str], write: Callable[[int], None]) -> None:

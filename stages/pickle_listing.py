@@ -7,12 +7,15 @@ sequence of pickles. Source: https://docs.python.org/3/library/pickletools.html,
 
 from __future__ import annotations
 
+import functools
 import io
+import itertools
 import math
 import pickletools
 import zipfile
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,10 +24,18 @@ from stages.errors import InputError, shown
 
 # A pickle of 100,000 tensors is some 20 MB; the tensors' bytes are other records, or follow it.
 MAX_PICKLE_BYTES = 64 * 1024 * 1024
-# The older format: magic number, protocol, system information, object.
-_LEGACY_PICKLES = 4
-# Fifty or so go to a tensor; more than this is no list of tensors, and each costs a microsecond.
-MAX_OPCODES = 5_000_000
+# The older format: magic number, protocol, system information, object, keys of storages.
+_LEGACY_PICKLES = 5
+# Fifty or so go to a tensor, and each costs over a microsecond: this is 50,000 tensors, and 4 s.
+MAX_OPCODES = 2_500_000
+# A record of a zip takes about 100 bytes in its directory.
+MAX_DIRECTORY_BYTES = 16 * 1024 * 1024
+# Floats shrink to half; a checkpoint of zeros that somebody packed is refused.
+MAX_UNPACKED = 16
+# An opcode makes one entry of a dict at most, and a dict may stand in several places.
+MAX_SHARED = 16
+# Of a parameter's name, or of one that would be imported.
+MAX_NAME = 1000
 # What `zipfile` raises for a damaged zip; the last but one for a compression that it does not know.
 ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError, RuntimeError)
 # Nested deeper than any state dict is.
@@ -93,7 +104,7 @@ class Persistent:
     key: Any
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Pairs:
     """A dict, as pairs: its keys need not be hashable here."""
 
@@ -120,24 +131,48 @@ def list_pickle(path: Path) -> Listing:
     else:
         pickles = list(_sequence(path))
     names = sorted({name for machine in pickles for name in machine.globals})
-    found = [row for machine in pickles for row in _tensors(machine.result)]
+    found = [row for machine in pickles for row in machine.tensors]
     return Listing(found, names, [name for name in names if name not in _PLAIN], records)
 
 
-def _from_zip(path: Path) -> tuple[bytes, dict[str, int]]:
+class _Directory(io.FileIO):
+    """A file of which no more than a directory is read at once: `zipfile` takes the whole one, whatever its size."""
+
+    def read(self, size: int | None = -1) -> Any:
+        if size is not None and size > MAX_DIRECTORY_BYTES:
+            raise ValueError(f"a directory of {size} bytes")
+        return super().read(-1 if size is None else size)
+
+
+@contextmanager
+def open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
+    """The zip at `path`; `InputError` when it is damaged, or unpacks to more than a file of tensors does.
+
+    Records that lie over each other, or shrink a thousandfold, make a small file of any size.
+    """
     try:
-        with zipfile.ZipFile(path) as archive:
-            infos = {info.filename: info for info in archive.infolist()}
-            name = next((name for name in infos if name == "data.pkl" or name.endswith("/data.pkl")), None)
-            if name is None:
-                raise InputError(f"{path}: a zip without data.pkl; not a file of torch.save")
-            if infos[name].file_size > MAX_PICKLE_BYTES:
-                raise InputError(f"{path}: {shown(name)} is {infos[name].file_size} bytes, more than a list of tensors")
-            # Read no more than announced: the size in the directory need not be true.
-            with archive.open(name) as stream:
-                data = stream.read(MAX_PICKLE_BYTES)
+        with _Directory(path) as stream, zipfile.ZipFile(stream) as archive:
+            size, infos = path.stat().st_size, archive.infolist()
+            if (packed := sum(info.compress_size for info in infos)) > size:
+                raise InputError(f"{path}: {len(infos)} records claim {packed} bytes of a zip of {size}; they overlap")
+            if (unpacked := sum(info.file_size for info in infos)) > MAX_UNPACKED * size:
+                raise InputError(f"{path}: a zip of {size} bytes that unpacks to {unpacked}; no file of tensors does")
+            yield archive
     except ZIP_ERRORS as error:
         raise InputError(f"{path}: damaged or truncated zip: {shown(error)}") from None
+
+
+def _from_zip(path: Path) -> tuple[bytes, dict[str, int]]:
+    with open_zip(path) as archive:
+        infos = {info.filename: info for info in archive.infolist()}
+        name = next((name for name in infos if name == "data.pkl" or name.endswith("/data.pkl")), None)
+        if name is None:
+            raise InputError(f"{path}: a zip without data.pkl; not a file of torch.save")
+        if infos[name].file_size > MAX_PICKLE_BYTES:
+            raise InputError(f"{path}: {shown(name)} is {infos[name].file_size} bytes, more than a list of tensors")
+        # No more than announced is read: the size in the directory need not be true.
+        with archive.open(name) as stream:
+            data = b"".join(iter(functools.partial(stream.read, 1 << 20), b""))
     folder = name.removesuffix("data.pkl") + "data/"
     return data, {n.removeprefix(folder): i.file_size for n, i in infos.items() if n.startswith(folder)}
 
@@ -153,7 +188,7 @@ def _sequence(path: Path) -> Iterator[_Machine]:
 
 
 class _Machine:
-    """A stack of inert values; `run` leaves the pickle's value in `result`."""
+    """A stack of inert values; `run` leaves the pickle's value in `result`, its rows in `tensors`."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -162,14 +197,17 @@ class _Machine:
         self.memo: dict[int, Any] = {}
         self.globals: set[str] = set()
         self.result: Any = None
+        self.tensors: list[dict[str, Any]] = []
 
     def run(self, stream: io.BytesIO) -> _Machine:
+        number = 0
         try:
             for number, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
                 if number == MAX_OPCODES:
                     raise ValueError(f"more than {MAX_OPCODES} opcodes")
                 self._step(opcode.name, argument, opcode)
             self.result = self.stack.pop()
+            self.tensors = list(_tensors(self.result, itertools.count(-MAX_SHARED * number)))
         except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, AssertionError) as error:
             raise InputError(f"{self.path}: not a readable pickle: {shown(error)}; is it truncated?") from None
         return self
@@ -192,7 +230,8 @@ class _Machine:
         items, self.stack[at:] = self.stack[at:], []
         return items
 
-    def _import(self, name: str) -> None:
+    def _import(self, *parts: str) -> None:
+        name = ".".join(_checked_name(part) for part in parts)
         self.globals.add(name)
         self.stack.append(Global(name))
 
@@ -206,7 +245,7 @@ class _Machine:
         name, module = self.stack.pop(), self.stack.pop()
         if not isinstance(name, str) or not isinstance(module, str):
             raise ValueError("a global whose name is no text")
-        self._import(f"{module}.{name}")
+        self._import(module, name)
 
     def _inst(self, argument: str) -> None:
         arguments = self._pop_mark()
@@ -302,17 +341,30 @@ class _Machine:
             target.items.extend(pairs)
 
 
-def _tensors(value: Any, prefix: str = "", depth: int = 0) -> Iterator[dict[str, Any]]:
-    """Rows of the tensors in a dict, dicts inside it by dotted names."""
+def _checked_name(text: str) -> str:
+    """`text` as a name; `ValueError` for one longer than any, or with half of a surrogate pair, which has no bytes."""
+    if len(text) > MAX_NAME:
+        raise ValueError(f"a name of {len(text)} characters")
+    text.encode()
+    return text
+
+
+def _tensors(value: Any, counter: Iterator[int], prefix: str = "", depth: int = 0) -> Iterator[dict[str, Any]]:
+    """Rows of the tensors in a dict, dicts inside it by dotted names; `counter` counts up to 0 what is looked at.
+
+    `ValueError` past that: a few dicts, each many times in the next, have more rows than any memory holds.
+    """
     if not isinstance(value, Pairs) or depth > _MAX_DEPTH:
         return
     for key, item in value.items:
-        name = f"{prefix}{key if isinstance(key, str) else type(key).__name__}"
+        if next(counter) > 0:
+            raise ValueError("dicts inside dicts, the same ones again and again")
+        name = _checked_name(f"{prefix}{key if isinstance(key, str) else type(key).__name__}")
         row = _tensor(name, item)
         if row is not None:
             yield row
         else:
-            yield from _tensors(item, f"{name}.", depth + 1)
+            yield from _tensors(item, counter, f"{name}.", depth + 1)
 
 
 def _tensor(name: str, item: Any) -> dict[str, Any] | None:
@@ -324,12 +376,12 @@ def _tensor(name: str, item: Any) -> dict[str, Any] | None:
             Global("torch._utils._rebuild_tensor_v2"),
             (Persistent((_, Global(storage), str(key), *_)), int(), tuple(shape), tuple(), *_),
         ) if _is_shape(shape):
-            return _row(name, _STORAGES.get(storage.rpartition(".")[2], storage), shape, key)
+            return _row(name, _STORAGES.get(storage.rpartition(".")[2], storage), shape, _checked_name(key))
         case Call(
             Global("torch._utils._rebuild_tensor_v3"),
             (Persistent((_, _, str(key), *_)), int(), tuple(shape), tuple(), _, _, Global(dtype), *_),
         ) if _is_shape(shape):
-            return _row(name, dtype.removeprefix("torch."), shape, key)
+            return _row(name, dtype.removeprefix("torch."), shape, _checked_name(key))
         case Call(Global(function), _) if function.startswith("torch._utils._rebuild_"):
             kind = function.removeprefix("torch._utils._rebuild_")
             return {"name": name, "dtype": kind, "shape": None, "bytes": None, "storage": None}
@@ -364,10 +416,7 @@ def check_pickle(path: Path) -> None:
     """`InputError` when a record of the zip does not have its checksum; a file that is no zip has none."""
     if not zipfile.is_zipfile(path):
         return
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except ZIP_ERRORS as error:
-        raise InputError(f"{path}: damaged or truncated zip: {shown(error)}") from None
+    with open_zip(path) as archive:
+        damaged = archive.testzip()
     if damaged is not None:
         raise InputError(f"{path}: record '{shown(damaged)}' does not have its checksum; copy the file again")

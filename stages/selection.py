@@ -14,6 +14,7 @@ import numpy as np
 
 from stages.errors import InputError, UsageError, shown
 from stages.jsonio import read_bytes, read_object
+from stages.npy import read_npy_header
 from stages.tensorfile import TensorFile
 
 ROUTER_VECTOR_KEY = "trinity_router_es_vector"
@@ -229,6 +230,7 @@ def load_router_vector(path: Path, selection: Selection, hidden: int | None = No
     """
     raw = read_bytes(path, _MAX_VECTOR_BYTES)
     if path.suffix == ".npy":
+        read_npy_header(path)  # before an array of any size is made
         try:
             values = np.load(io.BytesIO(raw), allow_pickle=False)
         except (ValueError, EOFError, OSError) as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +14,7 @@ from stages import bundle as bundles
 from stages.bundle import Bundle, BundleEntry, Components
 from stages.dump import MANIFEST_FILE, Dump, changed
 from stages.errors import InputError, NotFoundError, shown
+from stages.layouts import LAYOUTS
 from stages.noise import Noise
 from stages.replay import REPLAY
 from stages.replay_run import Chunk
@@ -41,8 +42,9 @@ class SideTensor:
     def rows(self) -> int:
         """Rows of the weight, from any stage that has them."""
         for name, (file, key) in self.stages.items():
-            if REPLAY[name].by_rows:
-                return file.info(key).shape[self._axis(name)]
+            axis, shape = self._axis(name), file.info(key).shape
+            if REPLAY[name].by_rows and len(shape) > axis:  # one without it has no rows to tell
+                return shape[axis]
         return 1
 
     def check(self) -> None:
@@ -59,8 +61,9 @@ class SideTensor:
     def shape(self) -> tuple[int, int]:
         """Rows and columns of the weight; columns are 1 when no stage tells."""
         for name, (file, key) in self.stages.items():
-            if REPLAY[name].shape == "rows cols" and not self.turned(name):
-                return self.rows, file.info(key).shape[1]
+            shape = file.info(key).shape
+            if REPLAY[name].shape == "rows cols" and not self.turned(name) and len(shape) == 2:
+                return self.rows, shape[1]
         return self.rows, 1
 
     def sha256(self, stage: str) -> str | None:
@@ -171,38 +174,35 @@ def _from_dump(path: Path, components: Path | None, stack: ExitStack) -> Side:
     side.facts, side.backend, side.promises = dump.facts, dump.backend, True
     bundle = _open_bundle(components or _recorded_path(dump), stack, required=components is not None)
     side.unknown = set(dump.tensors)
-    for item in _selected(dump):
+    for item in dump.manifest.get("selected", []):
         name = item["source_name"]
         keys = {stage: bundles.tensor_stage_key(name, stage) for stage in REPLAY}
         side.unknown -= set(keys.values())
         entries = {stage: dump.tensors[key] for stage, key in keys.items() if key in dump.tensors}
-        identity = {str(k): str(v) for k, v in item.get("sha256", {}).items()}
+        identity: dict[str, str] = item.get("sha256", {})
         side.tensors[safe_key(name)] = SideTensor(
             name,
-            {s: (dump.file(e["file"]), keys[s]) for s, e in entries.items() if e.get("file")},
-            {s: str(e.get("sha256")) for s, e in entries.items()},
-            {s: str(e.get("sha256")) for s, e in entries.items() if s in INPUT_STAGES},
-            bundles.check_layout_name(str(item.get("layout", "torch_v"))),
-            bool(item.get("transpose", False)),
+            {s: (dump.file(e["file"]), keys[s]) for s, e in entries.items() if e["file"]},
+            {s: e["sha256"] for s, e in entries.items()},
+            {s: e["sha256"] for s, e in entries.items() if s in INPUT_STAGES},
+            _layout(item, path),
+            item.get("transpose", False),
             _matching_components(bundle, name, identity),
         )
     return side
 
 
-def _selected(dump: Dump) -> list[dict[str, Any]]:
-    """What a replay's manifest says of each tensor; `InputError` unless each entry is one that a replay writes."""
-    selected = dump.manifest.get("selected", [])
-    for item in selected if isinstance(selected, list) else [selected]:
-        known = isinstance(item, dict) and isinstance(item.get("source_name"), str)
-        if not known or not isinstance(item.get("sha256", {}), dict):
-            raise InputError(f"{dump.folder / MANIFEST_FILE}: 'selected' holds {shown(item)}, not a replayed tensor")
-    return list(selected)
+def _layout(item: Mapping[str, Any], path: Path) -> str:
+    layout = item.get("layout", "torch_v")
+    if layout not in LAYOUTS:
+        raise InputError(f"{path / MANIFEST_FILE}: layout '{shown(layout)}' is none of {', '.join(LAYOUTS)}")
+    return str(layout)
 
 
 def _recorded_path(dump: Dump) -> Path | None:
     """Where the dump's components are: its recorded path, from the dump's folder or from the current one."""
     recorded = dump.manifest.get("components")
-    if not isinstance(recorded, str):
+    if not recorded:
         return None
     candidates = (dump.folder / recorded, Path(recorded))  # a dump's own components are those beside it
     return next((c for c in candidates if (c / bundles.MANIFEST_FILE).is_file()), None)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import threading
 from collections.abc import Collection, Iterable, Mapping
@@ -23,8 +24,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from stages.errors import InputError, NotFoundError, OutputError, shown
-from stages.jsonio import fsync_folder, parse_json
+from stages.errors import InputError, OutputError, shown
+from stages.jsonio import fsync_folder, open_regular, parse_json
 
 _LOG = logging.getLogger("svf")
 # In the order in which the package places tensors in a file.
@@ -48,6 +49,10 @@ _BY_NAME = {dtype.name: dtype for dtype in DTYPES.values()}
 
 # Fixed by the format: a longer header is refused by every reader.
 MAX_HEADER_BYTES = 100_000_000
+# numpy's own limit.
+MAX_AXES = 64
+# What sizes other than 0 an empty tensor may have, multiplied: no byte of the file bounds them, and rows are walked.
+MAX_EMPTY = 2**24
 # Enough to keep the disk busy while the next chunk is computed, little beside the chunk itself.
 MAX_PENDING_BYTES = 512 * 1024 * 1024
 # One read: large enough for the disk, little beside the memory of the smallest machine.
@@ -81,13 +86,7 @@ class TensorFile:
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
-        try:
-            if not self.path.is_file():
-                reason = "is not a regular file" if self.path.exists() else "does not exist"
-                raise NotFoundError(f"{self.path}: {reason}")
-            self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise NotFoundError(f"{self.path}: cannot be read: {error.strerror}") from None
+        self._fd = open_regular(self.path)
         try:
             self.tensors, self.metadata = _read_header(self._fd, str(self.path))
         except BaseException:
@@ -216,6 +215,8 @@ def _entry(name: str, value: Any, base: int, where: str) -> TensorInfo:
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(n) for n in offsets):
         raise InputError(f"{place}: data_offsets {shown(offsets)} is not a pair of positions")
     info = TensorInfo(name, DTYPES[dtype], tuple(shape), base + offsets[0])
+    if len(shape) > MAX_AXES or (0 in shape and math.prod(n for n in shape if n) > MAX_EMPTY):
+        raise InputError(f"{place}: shape {shown(shape)} is no tensor's: too many axes, or too much beside a size of 0")
     if offsets[1] - offsets[0] != info.nbytes:
         raise InputError(
             f"{place}: {dtype} {shape} needs {info.nbytes} bytes, data_offsets give {offsets[1] - offsets[0]}"

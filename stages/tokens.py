@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from stages.checkpoint import Checkpoint
+from stages.confined import Limits, ask
 from stages.errors import InputError, NotFoundError, UsageError, shown
 from stages.jsonio import read_bytes
 
@@ -18,6 +19,15 @@ from stages.jsonio import read_bytes
 DEFAULT_TOKENS = (3, 141, 59, 26, 53, 58, 97, 93)
 # One id a line of a prompt of 2^24 tokens is about this much.
 _MAX_FILE_BYTES = 256 * 1024 * 1024
+
+# The largest published tokenizer.json has 33 MB.
+_MAX_TOKENIZER_BYTES = 128 * 1024 * 1024
+# Address space: the library's own, and what a file becomes in memory.
+_TOKENIZER_MEMORY, _MEMORY_PER_BYTE = 1024**3, 40
+# Processor time; a file of 11 MB and a prompt of 100 KB take 1 s.
+_TOKENIZER_SECONDS = 10
+# A byte of text is one id at most, but for what normalizing makes of a few characters; and special tokens around it.
+_IDS_PER_BYTE, _MORE_IDS = 16, 1024
 
 
 def parse_tokens(text: str, where: str = "--tokens") -> np.ndarray:
@@ -44,16 +54,21 @@ def read_tokens(path: Path) -> np.ndarray:
 
 
 def encode(prompt: str, folder: Path) -> np.ndarray:
-    """The prompt's ids by the checkpoint's `tokenizer.json`, special tokens as that file says."""
+    """The prompt's ids by the checkpoint's `tokenizer.json`, special tokens as that file says.
+
+    The file is run in a confined process; `InputError` for one that is damaged, or that takes more time or memory, or
+    gives more ids, than a tokenizer does.
+    """
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise NotFoundError(f"{folder}: no tokenizer.json, which --prompt needs; give --tokens")
-    from tokenizers import Tokenizer
-
-    try:
-        ids = Tokenizer.from_file(str(path)).encode(prompt).ids
-    except Exception as error:  # tokenizers raises bare Exception for a file it cannot read
-        raise InputError(f"{path}: not a readable tokenizer: {shown(error)}") from None
+    size = path.stat().st_size
+    if size > _MAX_TOKENIZER_BYTES:
+        raise InputError(f"{path}: {size} bytes, more than the {_MAX_TOKENIZER_BYTES} that a tokenizer may have")
+    text = prompt.encode("utf-8", "replace").decode()  # bytes of a terminal that are no text
+    request = {"path": str(path), "prompt": text, "most": _IDS_PER_BYTE * len(text.encode()) + _MORE_IDS}
+    limits = Limits(_TOKENIZER_MEMORY + _MEMORY_PER_BYTE * size, _TOKENIZER_SECONDS, 10 * _TOKENIZER_SECONDS)
+    ids = ask("stages.tokenizer_child", request, path, limits, plain="a model's tokenizer")["ids"]
     if not ids:
         raise UsageError("--prompt gives no token; write some text")
     return np.array(ids, np.int64)

@@ -11,7 +11,7 @@ from stages.checkpoint import Checkpoint, open_checkpoint
 from stages.errors import InputError, UsageError, shown
 from stages.jsonio import read_object
 from stages.npy import read_npy_header
-from stages.pickle_listing import check_pickle, list_pickle, record_faults
+from stages.pickle_listing import Listing, check_pickle, list_pickle, record_faults
 from stages.progress import Progress
 from stages.source_kind import Kind, kind_of_source
 from stages.tensorfile import TensorFile
@@ -111,12 +111,12 @@ def _opened(open_it: Callable[[], object]) -> Iterator[str]:
 def _pickle(source: str, _: Progress) -> Iterator[Check]:
     path = Path(source)
     yield "records and their checksums", _opened(lambda: check_pickle(path))
-    yield "opcodes, read and not run", _unexpected(path)
-    yield "storages of tensors", iter(record_faults(list_pickle(path)))
-
-
-def _unexpected(path: Path) -> Iterator[str]:
     listing = list_pickle(path)
+    yield "opcodes, read and not run", _unexpected(path, listing)
+    yield "storages of tensors", iter(record_faults(listing))
+
+
+def _unexpected(path: Path, listing: Listing) -> Iterator[str]:
     if listing.runs:
         names = shown(", ".join(listing.runs), 200)
         yield f"{path}: unpickling it imports {names}, which plain tensors do not need"

@@ -35,7 +35,7 @@ def write(folder: Path, backend: Backend, tasks: list[ReplayTask], mode: str = "
         for one in tasks:
             for chunk in Replayer(backend).run(one, chunk_rows):
                 dump.add(one, chunk)
-        dump.commit({"kind": "replay"})
+        dump.commit({"kind": "replay", "selected": []})
     return folder
 
 
@@ -164,7 +164,7 @@ TAMPERED: dict[str, tuple[Callable[[Path], object], type[SvfError], str]] = {
     "a tensor removed": (layer(lambda t: t.pop(KEY)), InputError, KEY),
     "a tensor turned": (layer(lambda t: t.update({KEY: t[KEY].T})), InputError, KEY),
     "a tensor of another dtype": (layer(lambda t: t.update({KEY: t[KEY].astype(np.float64)})), InputError, KEY),
-    "a file removed": (lambda f: (f / "layer-2.safetensors").unlink(), NotFoundError, "layer-2.safetensors"),
+    "a file removed": (lambda f: (f / "layer-2.safetensors").unlink(), InputError, "layer-2.safetensors"),
     "a file truncated": (
         lambda f: (f / "layer-2.safetensors").write_bytes((f / "layer-2.safetensors").read_bytes()[:-1]),
         InputError,

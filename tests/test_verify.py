@@ -182,13 +182,13 @@ MANIFESTS = [
     ("replay", lambda m: m.update(kind="other"), ("kind is other",)),
     ("forward", drop, ("ffn_gate' is missing",)),
     ("forward", lambda m: m["tokens"].append(7), ("token ids have another sha256",)),
-    ("forward", lambda m: m.update(tokens="1,2"), ("no list of token ids",)),
+    ("forward", lambda m: m.update(tokens="1,2"), ("'tokens' is 1,2",)),
     ("forward", lambda m: m.update(layers=[0]), ("is no stage that the manifest declares",)),
     ("forward", lambda m: m.update(dtype="float32"), ("expected float32",)),
     ("forward", lambda m: m.update(positions="last"), ("expected bfloat16 [1, 64]",)),
     ("forward", lambda m: m["model"].update(config={}), ("model.config",)),
     ("forward", lambda m: m.update(schema="svf.dump/9"), ("schema is svf.dump/9",)),
-    ("forward", lambda m: m["tensors"].update(x={"file": "../x"}), ("names no file of this folder",)),
+    ("forward", lambda m: m["tensors"].update(x={"file": "../x"}), ("expected a file of this folder",)),
 ]  # fmt: skip
 
 

@@ -236,7 +236,7 @@ def test_too_little_memory_is_a_resource_error(refused, legacy):
     refused(r"MiB of address space", saved, legacy=legacy, memory_limit=2**30, error=ResourceError)
 
 
-def test_a_small_pickle_that_grows_is_a_resource_error(refused):
+def test_a_small_zip_that_grows_is_refused(refused):
     # A list doubled by nothing but memo references would be lazy; these are 2 GiB of real strings, deflated to 2 MB.
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -247,7 +247,7 @@ def test_a_small_pickle_that_grows_is_a_resource_error(refused):
                 record.write(block)
             record.write(b".")
         archive.writestr("archive/version", "3\n")
-    refused("address space|signal", buffer.getvalue(), error=ResourceError, memory_limit=2**30)
+    refused("unpacks to 536870", buffer.getvalue())
 
 
 def test_a_slow_file_is_stopped(refused):

@@ -10,7 +10,7 @@ import numpy as np
 
 from stages.errors import InputError
 from stages.forward_dump import Place, forward_key
-from stages.forward_judge import ForwardRun, open_run, oracles_of, order_of, span_of, stage_of, why_unjudged
+from stages.forward_judge import ForwardRun, fits, open_run, oracles_of, order_of, span_of, stage_of, why_unjudged
 from stages.noise import Noise
 from stages.order.family import family
 from stages.order.found import Found, known_first
@@ -37,6 +37,8 @@ def infer_forward(
         found: list[Found] = []
         for number, place in enumerate(places):
             progress(forward_key(place), number / len(places))
+            if not fits(run, place):
+                raise InputError(f"{folder}: '{forward_key(place)}' is {run.side.shape(place)}, which no forward gives")
             if why_unjudged(place, run) is None and not span_of(place, run).hidden:
                 found.append(_infer_place(place, run, found, columns))
         return found

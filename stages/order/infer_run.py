@@ -81,12 +81,20 @@ def _products(tensor: SideTensor, rows: int | None, progress: Progress) -> list[
             pair = operands(stage, chunk, tensor.layout)
             if pair is None or stage.name not in chunk.values:
                 continue
+            _check_shapes(f"{tensor.source_name}: {stage.name}", *pair, chunk.values[stage.name])
             kept = slice(0, stop - chunk.start)
             evidence = ProductEvidence(pair[0][kept], pair[1], chunk.values[stage.name][kept])
             one = found.setdefault(stage.name, Found(stage.name, (tensor.source_name,), evidence.terms))
             one.add(infer(evidence, known_first(found.values(), family)), chunk.start)
             progress(f"{tensor.source_name} {stage.name}", stop / total)
     return list(found.values())
+
+
+def _check_shapes(name: str, a: np.ndarray, b: np.ndarray, product: np.ndarray) -> None:
+    """`InputError` unless `a @ b` can have given `product`."""
+    shapes = [list(x.shape) for x in (a, b, product)]
+    if [len(shape) for shape in shapes] != [2, 2, 2] or shapes[2] != [len(a), b.shape[1]] or a.shape[1] != len(b):
+        raise InputError(f"{name} is {shapes[2]}, of factors that are {shapes[0]} and {shapes[1]}")
 
 
 def _ratios(side: Side, progress: Progress) -> list[Found]:
@@ -100,7 +108,8 @@ def _ratios(side: Side, progress: Progress) -> list[Found]:
         for terms, tensors in by_terms.items():
             progress(f"{stage.name} of {len(tensors)} tensors", 0.0)
             numerators = [t.components.s for t in tensors if t.components is not None]
-            denominators, recorded = ([_read(t, name) for t in tensors] for name in ("scaled_s", stage.name))
+            denominators = [_read(tensor, "scaled_s", terms) for tensor in tensors]
+            recorded = [_read(tensor, stage.name, 1) for tensor in tensors]
             evidence = SumEvidence(
                 np.stack([np.stack(numerators), np.stack(denominators)]),
                 np.concatenate(recorded)[None],
@@ -112,6 +121,8 @@ def _ratios(side: Side, progress: Progress) -> list[Found]:
     return found
 
 
-def _read(tensor: SideTensor, stage: str) -> np.ndarray:
+def _read(tensor: SideTensor, stage: str, size: int) -> np.ndarray:
     file, key = tensor.stages[stage]
+    if file.info(key).shape != (size,):
+        raise InputError(f"{tensor.source_name}: {stage} is {list(file.info(key).shape)}, expected [{size}]")
     return file.read(key)
