@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,15 +28,25 @@ _PROBES, _DOUBTFUL = 2, 0.5
 
 @dataclass(frozen=True)
 class Fault:
-    """Why U, S, V are not the decomposition of `tensor`; `asked` when they are, but not under the layout asked for."""
+    """Why zero offsets do not give `tensor` back, or are no test of it.
+
+    `components`: U, S and V themselves are at fault; else how they were contracted, or it is not known which.
+    """
 
     tensor: str
     reason: str
-    asked: bool = False
+    components: bool = True
+    stage: str = SHOWN_BY
 
     def row(self, side: str | None, ratio: float | None) -> dict[str, Any]:
         """The fault as a document lists it, of one side or of `both`; `ratio`: of the residual to its bound."""
-        return {"tensor": self.tensor, "side": side, "ratio": ratio, "reason": self.reason, "asked": self.asked}
+        fields = {"tensor": self.tensor, "stage": self.stage, "side": side, "ratio": ratio}
+        return {**fields, "reason": self.reason, "components": self.components}
+
+
+def not_known(tensor: str) -> Fault:
+    """What can be said of a misfit when the components are not to be had."""
+    return Fault(tensor, "V is contracted the wrong way, or U, S, V are not this tensor's", components=False)
 
 
 def parts_of(components: Components, source: Callable[[int, int], np.ndarray], shape: tuple[int, int]) -> Parts:
@@ -54,18 +65,48 @@ def fault_of(parts: Parts, entry: BundleEntry, layout: str, *, fits: bool | None
         return Fault(entry.source_name, own) if own else None
     if entry.layout in matches:
         reason = f"V was contracted as {layout}, and it is stored as {entry.layout}"
-        return Fault(entry.source_name, reason, asked=True)
+        return Fault(entry.source_name, reason, components=False)
     reason = why_none_fits(parts, entry, matches)
-    return Fault(entry.source_name, own if own and reason.startswith(NO_ARRANGEMENT) else reason)
+    reason = own if own and reason.startswith(NO_ARRANGEMENT) else reason
+    if entry.identity.get("source_f32", told := _sha256(parts)) != told:
+        said = f"the weight has another sha256 than the bundle's manifest says; against it, {reason}"
+        return Fault(entry.source_name, said, components=False, stage="source_f32")
+    return Fault(entry.source_name, reason)
 
 
-def culprit_of(fault: dict[str, Any]) -> dict[str, Any]:
-    """A row of a document's `decomposition` as its culprit."""
+def _sha256(parts: Parts) -> str:
+    """sha256 of the float32 source."""
+    digest = hashlib.sha256()
+    for start, stop in parts.chunks():
+        digest.update(np.ascontiguousarray(parts.source(start, stop)).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def with_faults(faults: Sequence[Mapping[str, Any]], culprits: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """A document's culprits: components at fault come first, since all else follows from them; what is not known of
+    them explains a row that failed, and is the culprit where none did."""
+    own = [_culprit(fault) for fault in faults if fault["components"]]
+    if own or not faults or not culprits:
+        return [*own, *culprits] or [_culprit(fault) for fault in faults]
+    return [{**culprits[0], "hint": culprits[0]["hint"] or faults[0]["reason"]}, *culprits[1:]]
+
+
+def in_words(faults: Sequence[Mapping[str, Any]], where: str) -> str | None:
+    """The sentence on the first components that are at fault, of `where`; None when none are."""
+    own = [fault for fault in faults if fault["components"]]
+    if not own:
+        return None
+    more = f"; {len(own) - 1} more tensors are at fault" if len(own) > 1 else ""
+    missed = f" (zero offsets miss it by {ratio:.3g} times the bound)" if (ratio := own[0]["ratio"]) else ""
+    return f"U, S, V of {own[0]['tensor']}{where} are not its decomposition: {own[0]['reason']}{missed}{more}."
+
+
+def _culprit(fault: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "side": fault["side"],
         "layer": layer_of(fault["tensor"]),
         "tensor": fault["tensor"],
-        "stage": SHOWN_BY,
+        "stage": fault["stage"],
         "verdict": "bug",
         "ratio": fault["ratio"],
         "hint": fault["reason"],
