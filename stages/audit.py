@@ -20,6 +20,7 @@ from stages.calibration import lambdas_of
 from stages.checkpoint import Checkpoint, open_checkpoint
 from stages.compare import judge_chunk
 from stages.culprit_data import ORACLE, chosen_row, culprit_data, oracle_pieces
+from stages.decomposition import SHOWN_BY, fault_of, in_words, not_known, parts_of, with_faults
 from stages.errors import InputError, NotFoundError, UsageError, shown
 from stages.foreign import open_foreign
 from stages.forward_dump import Place, forward_key, is_forward_dump
@@ -255,7 +256,8 @@ def _audit_replay(
     if rerun:
         settle(rows, Recorded(path, side.backend, side.facts, source=components))
     zero_offset = [t.zero_offset() for t in audits]
-    result = document(rows, side.label, side.facts, kind="replay", zero_offset=zero_offset)
+    faults = [row for t in audits for row in t.decomposition()]
+    result = document(rows, side.label, side.facts, kind="replay", zero_offset=zero_offset, decomposition=faults)
     chosen = chosen_row(result)
     of = next((t for t in audits if chosen and t.tensor.source_name == chosen[0]["tensor"]), None)
     return {**result, "culprit_data": of.culprit_data(*chosen) if chosen and of else None}
@@ -366,6 +368,20 @@ class _TensorAudit:
                 rows.append({**row, "verdict": Verdict.MISSING.value})
         return rows
 
+    def decomposition(self) -> list[dict[str, Any]]:
+        """The fault of the components, as far as they and the source are to be had; none when they are right."""
+        zero, c, fault = self.zero_offset(), self.tensor.components, None
+        source = self.tensor.source()
+        if c is not None and source is not None:
+            shown = self.judged.get(SHOWN_BY)
+            # One that fails is not of these components, and says nothing of them.
+            fits = False if shown is not None and shown.verdict.verdict.fails else zero["fits"]
+            fault = fault_of(parts_of(c, *source), c.entry, self.tensor.layout, fits=fits)
+        elif zero["fits"] is False:
+            fault = not_known(self.tensor.source_name)
+        ratio = zero["relative"] / zero["bound"] if zero["fits"] is False else None
+        return [] if fault is None else [fault.row(None, ratio)]
+
     def zero_offset(self) -> dict[str, Any]:
         """How well the zero-offset replay gives the source back: the test of a layout."""
         bound, known = self.residual.bound(self.rank), self.residual.known
@@ -456,6 +472,7 @@ def document(
     *,
     kind: str,
     zero_offset: Sequence[Mapping[str, Any]] = (),
+    decomposition: Sequence[Mapping[str, Any]] = (),
     explain: Callable[[Mapping[str, Any]], str | None] = lambda _row: None,
     notes: Sequence[str] = (),
 ) -> dict[str, Any]:
@@ -465,18 +482,24 @@ def document(
     )
     expected = len(rows) - given
     coverage = {"judged": expected - unjudged - missing, "unjudged": unjudged, "expected": expected, "given": given}
-    culprits = _culprits(rows, explain)
+    culprits = with_faults(decomposition, _culprits(rows, explain))
     miss = next((z for z in zero_offset if z["fits"] is False), None)
-    outcome = "faulty" if culprits or miss else "incomplete" if unjudged or not coverage["judged"] else "sound"
+    outcome = "faulty" if culprits else "incomplete" if unjudged or not coverage["judged"] else "sound"
     return {
         "schema": "svf.audit/1",
         "outcome": outcome,
-        "verdict": " ".join((_sentence(rows, culprits, miss, coverage), *(f"{n[0].upper()}{n[1:]}." for n in notes))),
+        "verdict": " ".join(
+            (
+                in_words(decomposition, "") or _sentence(rows, culprits, miss, coverage),
+                *(f"{n[0].upper()}{n[1:]}." for n in notes),
+            )
+        ),
         "notes": list(notes),
         "culprit": culprits[0] if culprits else None,
         "culprits": culprits,
         "rows": list(rows),
         "zero_offset": list(zero_offset),
+        "decomposition": list(decomposition),
         "coverage": coverage,
         "kind": kind,
         "source": source,
@@ -500,6 +523,11 @@ def _sentence(
     coverage: Mapping[str, int],
 ) -> str:
     """The verdict as a sentence."""
+    if miss is not None and not diff.failing(rows):
+        return (
+            f"Each stage is right from its inputs, but zero offsets do not give {miss['tensor']} back: relative "
+            f"{miss['relative']:.2g}, bound {miss['bound']:.2g}; {culprits[0]['hint']}."
+        )
     if culprits:
         culprit = culprits[0]
         ratio = times(culprit["ratio"], culprit["verdict"]) or "nothing to measure"
@@ -507,12 +535,6 @@ def _sentence(
         where = f"{culprit['stage']} of {diff.place_of(culprit)}"
         found = f"{culprit['verdict'].capitalize()} at {where}, {ratio}{hint}{diff.more_faults(culprits)}."
         return " ".join(filter(None, [found, how_far(rows, culprit)]))
-    if miss is not None:
-        return (
-            f"Each stage is right from its inputs, but zero offsets do not give {miss['tensor']} back: relative "
-            f"{miss['relative']:.2g}, bound {miss['bound']:.2g}; V is contracted the wrong way, or U, S, V are not "
-            "this tensor's."
-        )
     if not coverage["judged"]:
         return "Nothing could be judged" + (f": {rows[0]['note']}." if rows and rows[0]["note"] else ".")
     if coverage["unjudged"]:

@@ -68,6 +68,11 @@ class Components:
         self.offsets = _checked(bundle.offsets, offsets_key(entry.source_name))
         self._check(bundle)
 
+    @property
+    def stored_u(self) -> tuple[TensorFile, str]:
+        """The file of U and its key in it."""
+        return self._file, self._u
+
     def u(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows `[start:stop]` of U, `[rows, rank]` float32."""
         rows = self._file.read(self._u, start, stop)

@@ -9,7 +9,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from stages.basis import BasisComparison
+from stages.bundle import BundleEntry
+from stages.decomposition import SHOWN_BY, Fault, fault_of, not_known
 from stages.hints import Case, explain
+from stages.layout_job import Parts
 from stages.layouts import LAYOUTS
 from stages.metrics import Difference, PairHash, Residual, same_bits
 from stages.noise import LAMBDA, Lambdas, Noise
@@ -85,6 +88,7 @@ class TensorComparison:
         self.other, self.other_turned = Residual(), False  # of the contraction of V that a side which misses has not
         self.rank = 1
         self.basis: BasisComparison | None = None
+        self.faults: dict[str, Fault | None] = {}  # of a side's components, where they were looked at
 
     def expect(
         self, stages_a: set[str], stages_b: set[str], promises: tuple[bool, bool] = (True, True), *, alone: bool = False
@@ -248,6 +252,25 @@ class TensorComparison:
         if not (self.other.known and self.other.relative <= bound):
             return []
         return [name for name, row in LAYOUTS.items() if row.transposed == self.other_turned]
+
+    def blame(self, letter: str, parts: Parts, entry: BundleEntry, layout: str) -> None:
+        """After the last chunk, see whether a side's components are the weight's decomposition."""
+        shown, fits = self.stages.get(SHOWN_BY), self.zero_offset()[f"fits_{letter}"]
+        judged = {"a": shown.side_a, "b": shown.side_b}[letter] if shown else None
+        if judged is not None and not judged.verdict.passes:
+            fits = False  # it is not these components that it was made of, so that it says nothing of them
+        self.faults[letter] = fault_of(parts, entry, layout, fits=fits)
+
+    def decomposition(self) -> list[dict[str, Any]]:
+        """The faults of both sides' components, one row when they are the same; of a misfit nobody looked into, too."""
+        zero, found = self.zero_offset(), {}
+        for letter in "ab":
+            missed = zero[f"fits_{letter}"] is False
+            fault = self.faults.get(letter, not_known(self.source_name) if missed else None)
+            if fault is not None:
+                found[letter] = fault, zero[f"relative_{letter}"] / zero["bound"] if missed else None
+        both = len(found) == 2 and found["a"][0] == found["b"][0]
+        return [f.row("both" if both else side, ratio) for side, (f, ratio) in found.items() if side == "a" or not both]
 
 
 def judge_chunk(

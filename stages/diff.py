@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from stages.basis import of_basis, unexplained
 from stages.compare import TensorComparison
+from stages.decomposition import in_words, with_faults
 from stages.errors import InputError, UsageError, shown
 from stages.metrics import walk
 from stages.precision import NATIVE
@@ -147,6 +148,12 @@ def document(
         zero_offset=[c.zero_offset() for c in comparisons if c.stages and of_any.has_tensor(None, "zero_source_f32")],
         basis=[c.basis.row(c.source_name) for c in comparisons if c.basis],
         lacks={letter: [*lacks.get(letter, ()), *own[letter]] for letter in "ab"},
+        decomposition=[
+            row
+            for c in comparisons
+            if c.stages and of_any.has_tensor(None, "zero_source_f32")
+            for row in c.decomposition()
+        ],
         extra=extra,
     )
 
@@ -161,6 +168,7 @@ def finish(
     zero_offset: Sequence[Mapping[str, Any]] = (),
     basis: Sequence[Mapping[str, Any]] = (),
     lacks: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    decomposition: Sequence[Mapping[str, Any]] = (),
     explain: Explain = lambda _row, _side: None,
     words: str | None = None,
     extra: Mapping[str, Any] | None = None,
@@ -175,12 +183,15 @@ def finish(
     spread = {STD_RATIO: std_ratios(rows, gates.std_ratio)} if gates and gates.std_ratio else {}
     compared = sum(row["verdict"] not in (Verdict.MISSING, Verdict.EXTRA) for row in rows)
     coverage = {"compared": compared, "expected": max(expected, len(rows) + sum(map(len, lacks.values())))}
-    culprits = find_culprits(rows, explain)
-    verdict = sentence(rows, zero_offset, culprits, gate_results, a, b, coverage, lacks)
+    culprits = with_faults(decomposition, find_culprits(rows, explain))
+    verdict = _of_components(decomposition, a, b)
+    verdict = verdict or sentence(rows, zero_offset, culprits, gate_results, a, b, coverage, lacks, decomposition)
     step = gates.next_step if gates and not culprits else None
     return {
         "schema": "svf.diff/1",
-        "outcome": "diverged" if unexplained(basis) else outcome(rows, zero_offset, gate_results, coverage),
+        "outcome": "diverged"
+        if unexplained(basis) or decomposition
+        else outcome(rows, zero_offset, gate_results, coverage),
         "verdict": " ".join(
             filter(
                 None,
@@ -200,6 +211,7 @@ def finish(
         "rows": list(rows),
         "zero_offset": list(zero_offset),
         "basis": list(basis),
+        "decomposition": list(decomposition),
         "coverage": coverage,
         "lacks": {letter: list(lacks.get(letter, ())) for letter in "ab"},
         "gates": gate_results,
@@ -368,6 +380,13 @@ def place_of(row: Mapping[str, Any]) -> str:
     return "the model" if row["layer"] is None else f"layer {row['layer']}"
 
 
+def _of_components(
+    decomposition: Sequence[Mapping[str, Any]], a: Mapping[str, Any], b: Mapping[str, Any]
+) -> str | None:
+    sides = {"a": f" in a ({a['source']})", "b": f" in b ({b['source']})"}
+    return in_words(decomposition, sides.get(decomposition[0]["side"], "") if decomposition else "")
+
+
 def sentence(
     rows: Sequence[Mapping[str, Any]],
     zero_offset: Sequence[Mapping[str, Any]],
@@ -377,6 +396,7 @@ def sentence(
     b: Mapping[str, Any],
     coverage: Mapping[str, int],
     lacks: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    decomposition: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """The verdict as a sentence."""
     if not rows:
@@ -384,12 +404,12 @@ def sentence(
     culprit = culprits[0] if culprits else None
     miss = misfit(zero_offset)
     # A wrong contraction misses by about the weights' own size; less is a faulty stage, and the culprit says which.
-    if miss is not None and (culprit is None or max(miss["relative_a"], miss["relative_b"]) > 0.1):
+    cause = next((row["reason"] for row in decomposition if miss and row["tensor"] == miss["tensor"]), None)
+    if miss and cause and (not failing(rows) or max(miss["relative_a"], miss["relative_b"]) > 0.1):
         letter = "a" if miss["fits_a"] is False else "b"
         alone = miss["fits_a"] != miss["fits_b"]
         missing = f"{(a if letter == 'a' else b)['source']} misses" if alone else "both sides miss"
         right = " or ".join(miss["right"])
-        cause = "V is contracted the wrong way, or U, S, V are not this tensor's"
         cause = f"{right} is the right layout of V" if right else cause
         return (
             f"Zero offsets do not give {miss['tensor']} back: {missing} it by {miss[f'max_abs_{letter}']:.3g} "

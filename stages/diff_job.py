@@ -15,6 +15,7 @@ from stages.checkpoint import CONFIG, open_checkpoint
 from stages.checkpoint_diff import diff_checkpoints
 from stages.compare import TensorComparison, empty_row
 from stages.culprit_data import ORACLE, Piece, against_oracle, chosen_row, culprit_data, oracle_pieces
+from stages.decomposition import parts_of
 from stages.dump import MANIFEST_FILE
 from stages.errors import InputError, NotFoundError, UsageError
 from stages.forward import ALIASES, DTYPES
@@ -352,6 +353,9 @@ def _compare(
     for one, other in zip(a.chunks(plan), b.chunks(plan if rows == b.rows else [(0, b.rows)]), strict=True):
         comparison.add(one, other)
         progress(a.source_name, one.stop / rows)
+    for letter, side in (("a", a), ("b", b)):
+        if side.components is not None and (source := side.source()) is not None:
+            comparison.blame(letter, parts_of(side.components, *source), side.components.entry, side.layout)
     return comparison
 
 

@@ -126,8 +126,7 @@ def _row(entry: BundleEntry, parts: Parts | None) -> dict[str, Any]:
     }
     if parts is None:
         return row
-    residuals = {turned: residual(parts, parts.u, parts.v.T if turned else parts.v) for turned in (True, False)}
-    units = {name: _units(residuals[layout.transposed], parts) for name, layout in LAYOUTS.items()}
+    units = _units_of(parts)
     matches = [name for name, value in units.items() if value is not None and value <= 1]
     fits = entry.layout in matches
     return row | {
@@ -136,8 +135,19 @@ def _row(entry: BundleEntry, parts: Parts | None) -> dict[str, Any]:
         "residuals": units,
         "fits": fits,
         "bound": parts.bound,
-        "note": _told(entry.layout, matches) if fits else _otherwise(parts, entry, matches),
+        "note": _told(entry.layout, matches) if fits else why_none_fits(parts, entry, matches),
     }
+
+
+def _units_of(parts: Parts) -> dict[str, float | None]:
+    """Layout -> residual over its bound; None where V does not fit by shape."""
+    residuals = {turned: residual(parts, parts.u, parts.v.T if turned else parts.v) for turned in (True, False)}
+    return {name: _units(residuals[layout.transposed], parts) for name, layout in LAYOUTS.items()}
+
+
+def fitting_layouts(parts: Parts) -> list[str]:
+    """The layouts under which the components give the source back."""
+    return [name for name, value in _units_of(parts).items() if value is not None and value <= 1]
 
 
 def residual(parts: Parts, left: Matrix, right: np.ndarray, *, turned: bool = False) -> float | None:
@@ -174,7 +184,11 @@ def _told(declared: str, matches: list[str]) -> str | None:
     return f"{declared} and {', '.join(alike)} contract alike: the data cannot tell them apart" if alike else None
 
 
-def _otherwise(parts: Parts, entry: BundleEntry, matches: list[str]) -> str:
+# What is said when nothing explains it.
+NO_ARRANGEMENT = "no arrangement gives the source back"
+
+
+def why_none_fits(parts: Parts, entry: BundleEntry, matches: list[str]) -> str:
     """Why the declared layout does not fit: another one does, or the parts are rearranged, or they are another's."""
     if matches:
         return f"the label is wrong: V is stored as {' or '.join(matches)}"
@@ -188,7 +202,7 @@ def _otherwise(parts: Parts, entry: BundleEntry, matches: list[str]) -> str:
         told = _other_s(parts, left, right, turned=turned)
         if told is not None:
             return f"{told} (with V as {text})" if text in LAYOUTS else f"{told}, and {text}"
-    return "no arrangement gives the source back: U, S, V are not this tensor's"
+    return f"{NO_ARRANGEMENT}: U, S, V are not this tensor's"
 
 
 Arrangement = tuple[str, Matrix, np.ndarray, bool]
@@ -246,7 +260,26 @@ def _other_s(parts: Parts, left: Matrix, right: np.ndarray, *, turned: bool) -> 
     if np.allclose(np.sort(np.abs(found)), np.sort(np.abs(parts.s)), rtol=0, atol=near):
         signs = int(np.sum(found < 0))
         return f"{signs} pairs of columns have opposite signs in U and V"
-    return "S is not this tensor's, U and V are"
+    return f"S is not this tensor's, U and V are{_changed(np.sort(parts.s)[::-1], np.sort(found)[::-1], near)}"
+
+
+def _changed(stored: np.ndarray, right: np.ndarray, near: float) -> str:
+    """In which way all of S was changed, in words; both descending, equal within `near`."""
+    top, low = float(stored[0]), float(stored[-1])
+    if np.allclose(stored, np.minimum(right, top), rtol=0, atol=near):
+        return (
+            f": it is clipped at {top:g}, of {int((right > top + near).sum())} larger ones the largest is {right[0]:g}"
+        )
+    if low == 0 and np.allclose(stored, np.where(stored == 0, 0, right), rtol=0, atol=near):
+        return f": its last {int((stored == 0).sum())} are 0, up to {float(right[stored == 0][0]):g}"
+    if np.allclose(stored, np.maximum(right, low), rtol=0, atol=near):
+        return (
+            f": it is raised to {low:g}, of {int((right < low - near).sum())} smaller ones the least is {right[-1]:g}"
+        )
+    scale = float(stored @ right / (right @ right)) if right.any() else 0.0
+    if scale and np.allclose(stored, scale * right, rtol=0, atol=near * max(1.0, abs(scale))):
+        return f": it is {scale:.6g} times as large"
+    return ""
 
 
 def _document(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from stages.checkpoint import Checkpoint, open_checkpoint
 from stages.compare import TensorComparison, empty_row
 from stages.contraction import look
 from stages.culprit_data import ORACLE, Piece, against_oracle, chosen_row, culprit_data, oracle_pieces
+from stages.decomposition import parts_of
 from stages.dump import COMPONENTS_FOLDER, ReplayDump, dump_file
 from stages.errors import InputError, UsageError, shown
 from stages.final_hash import FINAL, FinalHash, Native, account
@@ -348,6 +349,11 @@ class ReplayJob:
             progress(f"{replayer.backend.name} {run.layout} {entry.source_name}", chunk.stop / task.shape[0])
         run.comparisons.append(comparison)
         run.final_sha256[entry.source_name] = final.digest()
+        if self.options.verdicts:
+            parts = parts_of(replayed, task.source, task.shape)
+            for letter, missed in (("a", comparison.zero_offset()["fits_a"] is False), ("b", True)):
+                if missed:  # the recorded stages rest on the same components
+                    comparison.blame(letter, parts, replayed.entry, task.layout)
         if summaries is not None:
             run.finals[entry.source_name] = summaries.results()
         if self._is_sample(entry):

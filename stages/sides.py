@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -97,6 +97,14 @@ class SideTensor:
     def turned(self, stage: str) -> bool:
         """Whether a stage is recorded transposed: rows of the weight on axis 1."""
         return self.transpose and stage.startswith("final_")
+
+    def source(self) -> tuple[Callable[[int, int], np.ndarray], tuple[int, int]] | None:
+        """Rows of the recorded float32 weight and its shape; None when it was not recorded as a matrix."""
+        if "source_f32" not in self.stages:
+            return None
+        file, key = self.stages["source_f32"]
+        shape = file.info(key).shape
+        return (lambda start, stop: file.read(key, start, stop), (shape[0], shape[1])) if len(shape) == 2 else None
 
     def chunks(self, plan: list[tuple[int, int]]) -> Iterator[Chunk]:
         """Recorded stages of each row range of `plan`, with the operands where they are known."""

@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from stages.bundle import Bundle, BundleEntry, Components, RecordedStages, component_keys, offsets_key
+from stages.bundle import Bundle, BundleEntry, RecordedStages, component_keys, offsets_key
+from stages.decomposition import own_faults, parts_of
 from stages.errors import shown
 from stages.layout_job import diagnose
 from stages.layouts import LAYOUTS
-from stages.noise import residual_bound
 from stages.progress import Progress
 from stages.replay import REPLAY
 from stages.replay_run import ReplayTask
 from stages.tensorfile import TensorFile, stored_dtype
 from stages.verify_values import Check, nonfinite
-
-
-def orthogonality_bound(rank: int) -> float:
-    """Largest |U^T U - I| of a float32 decomposition: the bound of its residual, 16 u sqrt(rank).
-
-    Each element is a sum of float32 roundings of unit vectors. Seen: 3.0 u sqrt(rank) (torch.svd in float32), below
-    0.1 u sqrt(rank) (float64, rounded once), at ranks 64 to 1,024.
-    """
-    return residual_bound(rank)
 
 
 def bundle_checks(folder: Path, model: str | None, progress: Progress) -> Iterator[Check]:
@@ -45,7 +36,7 @@ def bundle_checks(folder: Path, model: str | None, progress: Progress) -> Iterat
                 yield f"recorded stages in {recorded.path.name}", _stages(bundle, recorded)
         rows = diagnose(folder, model, progress)["tensors"]
         judged = [row for row in rows if row["fits"] is not None]
-        yield f"U S V^T is the source, for {len(judged)} of {len(rows)} tensors", _sources(folder, judged)
+        yield f"U S V^T against the source, for {len(judged)} of {len(rows)} tensors", _sources(folder, judged)
 
 
 def _keys(bundle: Bundle) -> Iterator[str]:
@@ -79,41 +70,11 @@ def _strangers(file: TensorFile, expected: set[str]) -> Iterator[str]:
 def _components(bundle: Bundle, entry: BundleEntry) -> Iterator[str]:
     c = bundle.load(entry)  # shapes, dtypes, finite V, S and offsets, S >= 0, as many offsets as singular values
     where = f"{bundle.folder}: '{shown(entry.source_name)}'"
-    rising = np.flatnonzero(np.diff(c.s) > 0)
-    if rising.size:
-        at = int(rising[0])
-        yield f"{where}: S is not descending at index {at + 1}: {c.s[at]:g}, then {c.s[at + 1]:g}"
     expected = LAYOUTS[entry.layout].expected_shape(entry.shape[1], c.s.size)
     if c.v.shape != expected:
         yield f"{where}: layout {entry.layout} needs V {list(expected)}, it is {list(c.v.shape)}"
-    yield from _orthonormal(c, entry, where)
-
-
-def _orthonormal(c: Components, entry: BundleEntry, where: str) -> Iterator[str]:
-    """Columns of U and of V (rows of a V stored `k n`) that are no orthonormal set."""
-    rank = c.s.size
-    # By shape where it tells: a V of the wrong layout is one finding, not two. A square orthogonal V is both.
-    v = c.v if c.v.shape[1] == rank else c.v.T
-    parts = {"U": (c.u, entry.shape[0]), "V": (lambda start, stop: v[start:stop], v.shape[0])}
-    for name, (read, rows) in parts.items():
-        worst, (i, j) = _deviation(read, rows, rank)
-        if not worst <= orthogonality_bound(rank):
-            yield (
-                f"{where}: {name}^T {name} is not the identity: off by {worst:.2g} at [{i}, {j}], rounding explains "
-                f"{orthogonality_bound(rank):.2g}"
-            )
-
-
-def _deviation(read: Callable[[int, int], np.ndarray], rows: int, rank: int) -> tuple[float, tuple[int, int]]:
-    """Largest |M^T M - I| of a matrix M [rows, rank] read by rows, in float64, and where."""
-    step = max(1, (1 << 22) // rank)
-    product = np.zeros((rank, rank))
-    for start in range(0, rows, step):
-        block = read(start, min(rows, start + step)).astype(np.float64)
-        product += block.T @ block
-    error = np.abs(product - np.eye(rank))
-    i, j = np.unravel_index(int(error.argmax()), error.shape)
-    return float(error[i, j]), (int(i), int(j))
+    unknown = list(nonfinite(bundle.components, component_keys(entry.source_name)["u"]))
+    yield from unknown or (f"{where}: {fault}" for fault in own_faults(parts_of(c, _no_rows, entry.shape)))
 
 
 def _stages(bundle: Bundle, recorded: RecordedStages) -> Iterator[str]:

@@ -395,7 +395,8 @@ def test_a_fault_of_a_replay_is_named(bundle: Path, fault: str) -> None:
 def test_another_source_than_the_components_is_found_by_hash_or_by_the_model(bundle: Path, model: Path) -> None:
     with_tensors(bundle / ALL_STAGES_FILE, at("source_f32", lambda a: a * 2))
     done = svf("audit", bundle, "--json")
-    assert (done.code, done.json["culprit"]) == (1, None)
+    assert (done.code, done.json["culprit"]["tensor"], done.json["culprit"]["stage"]) == (1, GATE, "source_f32")
+    assert "another sha256 than the bundle's manifest says" in done.json["culprit"]["hint"]
     assert "do not give" in done.json["verdict"]
     assert rows(done)[tensor_stage_key(GATE, "source_f32")]["verdict"] == "unjudged"
     named = svf("audit", bundle, "--model", model, "--json")

@@ -142,7 +142,7 @@ def test_a_native_dump_is_judged_by_the_components_it_carries(
     moved = Path(shutil.copytree(native[name], tmp_path / "moved"))
     done = svf("audit", moved, "--json")
     assert done.code == 0, done.err
-    assert done.json["coverage"] == {"judged": 30, "unjudged": 0, "expected": 30}
+    assert done.json["coverage"] == {"judged": 30, "unjudged": 0, "expected": 30, "given": 0}
     manifest = json.loads((moved / MANIFEST_FILE).read_text())
     assert (manifest["native_components"], manifest["components"]) == (True, "components")
     with Bundle(moved / "components") as bundle:
@@ -190,7 +190,8 @@ def test_the_report_lists_native_variants(torch_bundle: Path, tmp_path: Path) ->
     report = json.loads((tmp_path / "r.json").read_text())
     assert report["semantic_python_component_variants"] == report["large_tensor_chunk_checks"] == []
     labels = {v["label"] for v in report["native_elixir_svd_variants"]}
-    assert "native_svd_jax_v_layout_torch_v" in labels
+    assert all(label.startswith("native_svd_jax_host_binary_") for label in labels)
+    assert len(labels) == len(report["native_elixir_svd_variants"])
     assert all(v["observed_bf16_sha256"] for v in report["native_elixir_svd_variants"])
 
 
@@ -202,7 +203,8 @@ def test_bases_that_are_not_orthonormal_are_a_bug(made: Path, native: dict[str, 
     assert document["outcome"] == "diverged"
     assert all(row["verdict"] in ("exact", "rounding") for row in document["rows"])  # every stage by itself is right
     done = svf("diff", native["jax"], tmp_path / "faulty", "--json")
-    assert (done.code, done.json["culprit"]) == (1, None)
+    assert (done.code, done.json["culprit"]["side"], done.json["culprit"]["tensor"]) == (1, "b", GATE)
+    assert "U^T U is not the identity" in done.json["culprit"]["hint"]
     (row,) = [row for row in done.json["basis"] if not row["explained"]]
     assert row["tensor"] == GATE
     assert all(fault.startswith("b: ") for fault in row["faults"])
