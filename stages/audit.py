@@ -213,9 +213,10 @@ def _forward_row(place: Place, run: ForwardRun, top: int) -> Row:
     if other is not None:
         judged = _forward_judged(place, run, other.array, top)
     judged.verdict.reason = rope_cause(place, run, observed, judged.verdict) or judged.verdict.reason
-    how = "; ".join(filter(None, (run.read_as.get(place), through_words(place, run))))
+    words = through_words(place, run)
+    how = "; ".join(filter(None, (run.read_as.get(place), words)))
     through = [forward_key(at) for at in span_of(place, run).hidden]
-    found = {"through": through, "floor": run.floors[place] if through else None}
+    found = {"through": through, "floor": run.floors[place] if words else None}
     return {**row, **judged.fields(), **found, **({"note": how} if how else {})}
 
 
@@ -546,7 +547,7 @@ def _sentence(
     exact = sum(row["verdict"] == Verdict.EXACT for row in rows)
     inexact = coverage["judged"] - exact
     right = f"{coverage['judged']} stages are right from their own inputs: {exact} exact, {inexact} within rounding"
-    through = [row for row in rows if row.get("through")]
+    through = [row for row in rows if row.get("floor") is not None]
     if through:
         blind = max(row["floor"] for row in through)
         unseen = f"where errors below {blind:.2g} of a stage may not be seen"

@@ -331,12 +331,12 @@ def _floor(place: Place, run: ForwardRun) -> float:
 
 
 def through_words(place: Place, run: ForwardRun) -> str | None:
-    """What a stage is judged through, in words, and what it can see; None where its inputs were recorded."""
-    span = span_of(place, run)
-    if not span.hidden:
+    """What a stage is judged through, in words, and what it can see; None where its inputs were recorded, or follow
+    from the config."""
+    named = sorted({stage for _, stage in span_of(place, run).hidden} - {*rope.TABLES})
+    if not named:
         return None
-    named = ", ".join(sorted({stage for _, stage in span.hidden}))
-    return f"judged through {named}, not recorded; errors below {run.floors[place]:.2g} of it are not seen"
+    return f"judged through {', '.join(named)}, not recorded; errors below {run.floors[place]:.2g} of it are not seen"
 
 
 def given_places(run: ForwardRun) -> set[Place]:
