@@ -116,7 +116,7 @@ def test_a_layout_that_was_asked_for_is_told_from_components_that_are_wrong(made
                "--out", tmp_path / "dump")  # fmt: skip
     assert done.code == 1
     assert done.json["culprit"]["stage"] == "matmul_pre_norm"  # the first stage that used it
-    assert "it is stored as torch_v" in done.json["verdict"]
+    assert "torch_v is the right layout of V" in done.json["verdict"]
     assert [row["components"] for row in done.json["decomposition"]] == [False]
     audited = svf("audit", tmp_path / "dump", "--json")
     assert (audited.code, audited.json["culprit"]["tensor"]) == (1, K_PROJ)
