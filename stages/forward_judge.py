@@ -21,7 +21,7 @@ from stages.backend import Weights
 from stages.calibration import lambdas_of
 from stages.checkpoint import Checkpoint, open_checkpoint, open_recorded
 from stages.culprit_data import Piece
-from stages.dump import changed
+from stages.dump import Dump, changed
 from stages.elements import explain_rows
 from stages.errors import InputError, NotFoundError, UsageError, shown
 from stages.forward import (
@@ -150,7 +150,7 @@ def open_run(folder: Path, model: str | None, stack: ExitStack) -> ForwardRun:
     _check_manifest(folder, manifest, config, path)
     tokens: list[int] = manifest["tokens"]
     checkpoint = _checkpoint(folder, recorded, model, stack)
-    adapted = _adapted(folder, manifest, stack)
+    adapted = _adapted(side.dump)
     weights = checkpoint if checkpoint is None or adapted is None else AdaptedWeights(checkpoint, adapted)
     positions, lambdas = str(manifest.get("positions", "all")), lambdas_of(side.facts, str(folder))
     return ForwardRun(side, config, path, tokens, positions, weights, checkpoint, adapted, lambdas=lambdas)
@@ -195,13 +195,12 @@ def _checkpoint(folder: Path, recorded: Mapping[str, Any], model: str | None, st
     return checkpoint
 
 
-def _adapted(folder: Path, manifest: Mapping[str, Any], stack: ExitStack) -> TensorFile | None:
+def _adapted(dump: Dump) -> TensorFile | None:
     """The adapted weights that a dump keeps; `InputError` naming one that is not as its manifest says."""
-    digests = manifest.get("adapted_sha256") or {}
+    digests = dump.manifest.get("adapted_sha256") or {}
     if not digests:
         return None
-    file = TensorFile(folder / ADAPTED_FILE)
-    stack.callback(file.close)
+    file = dump.file(ADAPTED_FILE)
     for name, digest in digests.items():
         if file.sha256(name) != digest:
             raise changed(file.path, name)

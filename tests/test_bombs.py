@@ -125,12 +125,7 @@ def grow(content: str, times: int) -> Callable[[dict[str, Any]], object]:
     return lambda t: t.update(normalizer={"type": "Sequence", "normalizers": [step] * times})
 
 
-CATASTROPHE = {
-    "type": "Split",
-    "pattern": {"Regex": "(a|a|aa|a?a)+(a|aa)*(a*)*$"},
-    "behavior": "Isolated",
-    "invert": False,
-}
+CATASTROPHE = {"type": "Split", "pattern": {"Regex": "(?:a|aa|aaa)+b"}, "behavior": "Isolated", "invert": False}
 PREPEND = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "ab" * 50_000_000}] * 8}
 TOKENIZERS: dict[str, Callable[[Path], object]] = {
     "a pattern that tries everything": with_tokenizer(lambda t: t.update(pre_tokenizer=CATASTROPHE)),
@@ -229,11 +224,12 @@ def test_a_recorded_model_is_looked_for_on_this_disk_alone(
         done = confined.run(*words)
         assert done.code in (0, 3, 5), done
         assert done.asked == []
-        if words[0] in ("audit", "diff"):
+        if words[0] == "audit":  # of equal bytes a diff needs no model
             assert done.code == 5
             assert "give --model" in done.out
     given = confined.run("audit", dump, "--model", traces / "model")
-    assert (given.code, given.asked) == (0, []), given
+    assert given.asked == []
+    assert "give --model" not in given.out
 
 
 def test_a_model_that_the_user_names_is_asked_for(traces: Path, confined: Confined) -> None:
