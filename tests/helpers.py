@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 import cli
-from stages.tensorfile import TensorFile, write_tensors
+from stages.tensorfile import TensorFile, sha256, write_tensors
 
 ROOT = Path(cli.__file__).resolve().parent
 GATE = "model.layers.2.mlp.gate_proj.weight"  # 192 x 64, the sample
@@ -75,6 +75,18 @@ def tensors_of(path: Path) -> dict[str, np.ndarray]:
     """All tensors of a safetensors file."""
     with TensorFile(path) as file:
         return {name: file.read(name) for name in file.tensors}
+
+
+def rehash_offsets(bundle: Path) -> None:
+    """Let a bundle's manifest tell of the offsets as they are now: their hashes follow a change."""
+    from stages.bundle import MANIFEST_FILE, OFFSETS_FILE
+
+    tensors = tensors_of(bundle / OFFSETS_FILE)
+    hashes = {name.removeprefix("svf.scale_offsets."): sha256(array) for name, array in tensors.items()}
+    manifest = json.loads((bundle / MANIFEST_FILE).read_text())
+    for entry in manifest["selected_tensors"]:
+        entry["offsets_sha256"] = hashes[entry["safe_key"]]
+    (bundle / MANIFEST_FILE).write_text(json.dumps(manifest))
 
 
 def with_tensors(path: Path, change: Callable[[dict[str, np.ndarray]], object]) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from forward_models import MODELS, dumped, trace, write_model
-from helpers import DOWN, EMBED, HEAD, svf, tensors_of, tree, with_json, with_tensors
+from helpers import DOWN, EMBED, HEAD, rehash_offsets, svf, tensors_of, tree, with_json, with_tensors
 from transformers import AutoModelForCausalLM
 
 from stages import apply as module
@@ -212,6 +212,7 @@ def test_a_model_that_is_not_adapted_apart_stays_tied(
         tensors[f"svf.scale_offsets.{HEAD}"] = tensors[f"svf.scale_offsets.{EMBED}"]
 
     with_tensors(same / "trinity_svf_scale_offsets.safetensors", equal)
+    rehash_offsets(same)
     document = applied((model, same), torch_backend, tmp_path / "out")
     assert (document["tied"]["result"], document["tied"]["note"]) == (True, None)
     assert HEAD not in document["tensors"]

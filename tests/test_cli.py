@@ -145,7 +145,7 @@ def test_0_and_1(made: Path, other: Path) -> None:
     ["replay", "--nonsense"],
     ["nonsense"],
     ["replay", "a", "b"],
-    ["diff", "a"],
+    ["diff"],
     ["diff", "a", "b", "--top", "-1"],
     ["replay", "--chunk-rows", "x"],
     ["synth", "x", "--preset", "huge"],
@@ -219,6 +219,8 @@ def test_7_no_room(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_7_no_memory_and_70_anything_else(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from stages import diff_job
 
+    sides = (made / "components", made / "components")
+
     def raising(error: BaseException):
         def diff_any(*args, **kwargs):
             raise error
@@ -227,10 +229,10 @@ def test_7_no_memory_and_70_anything_else(made: Path, monkeypatch: pytest.Monkey
 
     for error, code, word in ((MemoryError(), 7, "out of memory"), (RuntimeError("oops"), 70, "--debug")):
         monkeypatch.setattr(diff_job, "diff_any", raising(error))
-        line_of(svf("diff", "a", "b"), code, word)
-    assert "Traceback" in svf("--debug", "diff", "a", "b").err
+        line_of(svf("diff", *sides), code, word)
+    assert "Traceback" in svf("--debug", "diff", *sides).err
     monkeypatch.setattr(diff_job, "diff_any", raising(KeyboardInterrupt()))
-    interrupted = svf("diff", "a", "b")
+    interrupted = svf("diff", *sides)
     assert interrupted.code == 130
     assert interrupted.err in ("", "svf: interrupted\n")
 

@@ -31,7 +31,6 @@ from stages.forward_dump import ForwardSide
 from stages.progress import Progress
 from stages.reference import ReferenceBackend
 from stages.stats import top_tokens
-from stages.synth import synthesize
 from stages.tensorfile import sha256, write_tensors
 from svf_jax.backend import JaxBackend
 
@@ -552,10 +551,14 @@ def test_a_tied_embedding_and_head_become_two_tensors(adapted: Path, model: Path
 
 
 def test_a_float32_checkpoint_stores_one_rounding_of_final_f32(
-    made: Path, torch_backend: Backend, tmp_path: Path
+    made: Path, model: Path, torch_backend: Backend, tmp_path: Path
 ) -> None:
-    """The same components beside another dtype: no bfloat16 in between."""
-    synthesize(tmp_path / "model", "tiny", dtype="float32")
+    """The same components beside the same values in another dtype: no bfloat16 in between."""
+    wide = {name: array.astype(np.float32) for name, array in tensors_of(model / "model.safetensors").items()}
+    (tmp_path / "model").mkdir()
+    write_tensors(tmp_path / "model" / "model.safetensors", wide)
+    config = json.loads((model / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))
     trace(tmp_path / "model", torch_backend, adapted=made / "components", out=tmp_path / "out")
     weights, recorded = tensors_of(tmp_path / "out" / ADAPTED_FILE), tensors_of(made / "components" / ALL_STAGES_FILE)
     for name, array in weights.items():
@@ -577,26 +580,16 @@ def test_a_wrong_layout_is_watched_travelling(adapted: Path) -> None:
     done = svf("diff", adapted / "declared", adapted / "vh", "--json")
     assert (done.code, done.json["outcome"]) == (1, "diverged")
     failed = [row for row in done.json["rows"] if row["verdict"] not in ("exact", "rounding")]
-    assert failed[0]["key"] == "embedding"
-    assert done.json["culprit"]["stage"] == "embedding"
-    assert "(declared, vh)" in done.json["culprit"]["hint"]
-    assert EMBED in done.json["culprit"]["hint"]
-    # Every weight that differs is named at the stage that reads it; in layers that were not adapted only drift.
-    assert {row["key"] for row in failed} == {
-        "embedding", "layers.2.qkv_matmul", "layers.2.ffn_out", "layers.2.attn_out", "layers.2.ffn_gate",
-        "layers.2.ffn_up", "lm_head",
-    } - {f"layers.2.{s}" for s in kept_stages(adapted)}  # fmt: skip
+    culprit = done.json["culprit"]
+    assert (culprit["side"], culprit["stage"], culprit["tensor"]) == ("b", "adapted_weight", EMBED)
+    assert culprit["hint"] == "b used layout vh; the bundle declares torch_v"
+    # Every weight that was contracted the wrong way is named; what reads it only inherits.
+    layouts = json.loads((adapted / "vh" / MANIFEST_FILE).read_text())["adapted"]
+    assert {row["key"] for row in failed} == {f"adapted.{name}" for name, layout in layouts.items() if layout == "vh"}
     drift = {row["stage"]: row["rel_l2"] for row in done.json["rows"] if row["layer"] == 1}
     assert min(drift[s] for s in ("attn_norm", "ffn_gate", "post_ffn_residual")) > 0.01
     table = svf("diff", adapted / "declared", adapted / "vh")
-    assert "(declared, vh)" in table.out
-
-
-def kept_stages(adapted: Path) -> set[str]:
-    """Stages whose every weight was contracted as declared because vh does not fit its shape."""
-    layouts = json.loads((adapted / "vh" / MANIFEST_FILE).read_text())["adapted"]
-    readers = {"o_proj": "attn_out", "gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_out"}
-    return {stage for name, stage in readers.items() if any(name in n and t == "torch_v" for n, t in layouts.items())}
+    assert "b used layout vh; the bundle declares torch_v" in table.out
 
 
 def test_a_v_that_does_not_fit_the_layout_is_said(made: Path, model: Path) -> None:
@@ -611,8 +604,8 @@ def test_a_v_that_does_not_fit_the_layout_is_said(made: Path, model: Path) -> No
 
 def test_adapted_beside_plain_names_the_weights(adapted: Path) -> None:
     document = diff_forward(adapted / "plain", adapted / "declared")
-    assert (document["outcome"], document["culprit"]["stage"]) == ("diverged", "embedding")
-    assert "not adapted" in document["culprit"]["hint"]
+    assert (document["outcome"], document["culprit"]["stage"]) == ("diverged", "adapted_weight")
+    assert document["culprit"]["hint"] == "a ran on the model's own weight, without the components"
     assert diff_forward(adapted / "declared", adapted / "declared")["outcome"] == "agree"
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import GATE, Result, svf, tensors_of, tree, with_json, with_tensors
+from helpers import GATE, Result, rehash_offsets, svf, tensors_of, tree, with_json, with_tensors
 
 from stages.bundle import ALL_STAGES_FILE, COMPONENTS_FILE, MANIFEST_FILE, OFFSETS_FILE, SAMPLE_STAGES_FILE
 from stages.tensorfile import stored_dtype
@@ -133,6 +133,7 @@ def test_variants_are_read_back_from_another_bundle(
         tensors[f"svf.scale_offsets.{GATE}"] *= 2
 
     with_tensors(other / OFFSETS_FILE, double)
+    rehash_offsets(other)
     before = tree(other)
     done = decomposed(model, vector, manifest, tmp_path / "c", "--readback-components-dir", other, "--report", report)
     assert done.code == 0, done.err
