@@ -416,7 +416,7 @@ def test_a_transpose_label_without_transposed_values_is_not_believed(bundle: Pat
     done = svf("audit", bundle, "--json")
     assert done.code == 1
     assert done.json["culprit"]["tensor"] == K_PROJ
-    assert done.json["culprit"]["hint"] == "V is contracted as torch_v, the layout says vh"
+    assert done.json["culprit"]["hint"] == "the label is wrong: V is stored as torch_v"
 
 
 def test_a_key_that_is_no_replay_stage_is_refused(bundle: Path) -> None:
