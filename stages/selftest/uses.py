@@ -238,7 +238,14 @@ USES: Mapping[str, Use] = {
     for use in (
         _forward_use("forward", "svf forward --backend both, production too"),
         _forward_use("forward, one token", "one token alone", tokens="7"),
-        _forward_use("forward, last position", "--positions last", "ffn_up", positions="last", production=False),
+        _forward_use(
+            "forward, last position",
+            "--positions last, the stages that one position tells",
+            "ffn_up",
+            positions="last",
+            stages="attn_norm,qkv_matmul,ffn_norm,ffn_gate,ffn_up,ffn_silu,ffn_swigl,ffn_out,final_norm,lm_head",
+            production=False,
+        ),
         *(_adapted_use(layout) for layout in LAYOUTS),
         *(_replay_use(layout) for layout in LAYOUTS),
         Use(
