@@ -1,0 +1,45 @@
+"""docs/schemas.md names what the documents hold."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from helpers import ROOT, svf
+
+PAGE = (ROOT / "docs" / "schemas.md").read_text()
+
+
+def fields(schema: str) -> set[str]:
+    """The fields that the page lists for a schema."""
+    section = PAGE.partition(f"## {schema}\n")[2].partition("\n## ")[0]
+    return set(re.findall(r"^\| `(\w+)` ", section, re.MULTILINE))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("audit", "{c}"),
+        ("layouts", "{c}"),
+        ("diff", "{c}", "{c}"),
+        ("verify", "{c}"),
+        ("inspect", "{c}"),
+        ("stats", "{c}"),
+        ("selftest", "--list"),
+        ("audit", "nowhere"),
+    ],
+    ids=" ".join,
+)
+def test_every_field_of_a_document_is_on_the_page(words: tuple[str, ...], made: Path) -> None:
+    document = svf(*(word.format(c=made / "components") for word in words), "--json").json
+    listed = fields(document["schema"])
+    assert listed
+    assert set(document) - {"schema"} - listed == set()
+
+
+def test_every_schema_is_named() -> None:
+    sources = "".join(p.read_text() for p in (ROOT / "stages").rglob("*.py")) + (ROOT / "cli.py").read_text()
+    found = set(re.findall(r"\"(svf\.[a-z]+/1)\"", sources))
+    assert len(found) > 15
+    assert [schema for schema in sorted(found) if schema not in PAGE and schema != "svf.rerun/1"] == []
