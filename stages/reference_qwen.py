@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from stages.causal import up_to_query
 from stages.forward import DTYPES
 from stages.noise import U32, prescribed
 from stages.qwen import RopeParameters
@@ -275,13 +276,6 @@ def _rope_products(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> tuple[np.
     wide, half = x.astype(np.float64), x.shape[-1] // 2
     rotated = np.concatenate((-wide[..., half:], wide[..., :half]), axis=-1)
     return wide * cos.astype(np.float64)[:, None], rotated * sin.astype(np.float64)[:, None]
-
-
-def up_to_query(scores: np.ndarray) -> np.ndarray:
-    """Which keys the causal mask leaves to each query, `[queries, keys]`."""
-    queries, keys = scores.shape[-2:]
-    # The queries are the last of the keys' positions.
-    return np.tri(queries, keys, keys - queries, dtype=bool)
 
 
 def _masked(scores: np.ndarray) -> np.ndarray:

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from stages.causal import up_to_query
 from stages.noise import Lambdas, Noise, rounding_unit
-from stages.reference_qwen import up_to_query
 from stages.stage import Stage
 from stages.verdict import Oracle, consult
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from stages import noise, reference, reference_qwen, reference_router
 from stages.bits import FLOAT16, NARROW, TF32, Narrow
+from stages.causal import up_to_query
 from stages.noise import Noise
 from stages.rounding import round_once
 from stages.stage import Stage
@@ -64,7 +65,7 @@ def judged_part(stage: Stage, array: np.ndarray) -> np.ndarray:
     """`array` with 0 where the causal mask throws it away; that is not judged."""
     if not stage.causal or array.ndim < 2:
         return array
-    return np.where(reference_qwen.up_to_query(array), array, np.zeros((), array.dtype))
+    return np.where(up_to_query(array), array, np.zeros((), array.dtype))
 
 
 # What a stage's arguments may be off by themselves adds this to its calibrated and to its rigorous bound.

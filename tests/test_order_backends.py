@@ -178,11 +178,13 @@ def test_an_order_that_no_kernel_keeps_is_taken_step_by_step(framework: Backend)
         assert backend.how == {("matmul_pre_norm", 300): how}
 
 
-def test_a_kernel_that_breaks_the_order_is_found_out(framework: Backend) -> None:
+def test_a_kernel_that_breaks_the_order_is_found_out(framework: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     a, b = rng.standard_normal((64, 2000), np.float32), rng.standard_normal((2000, 64), np.float32)
-    order = parse_order("fma")  # longer than any kernel's chain
+    order = parse_order("fma")
     backend = OrderedBackend(framework, {("matmul_pre_norm", 2000): order}, "test")
+    chain = backend._chain  # how many terms the machine's own kernel takes in one chain is its affair
+    monkeypatch.setattr(backend, "_chain", lambda a, b: chain(a[:, :1000], b[:1000]) + chain(a[:, 1000:], b[1000:]))
     got = backend.get(backend.product("matmul_pre_norm", backend.put(a), backend.put(b)))
     np.testing.assert_array_equal(got, product(order, a, b))
     assert backend.how == {("matmul_pre_norm", 2000): STEPPED}
