@@ -1329,13 +1329,15 @@ def infer(
 def demo(json: Json = False) -> None:
     """The whole chain on a tiny model: decompose, replay in PyTorch and JAX, compare stage by stage."""
     from stages import demo as chain
+    from stages.defaults import cache_folder
     from stages.progress import Progress
+    from stages.report.page import HOW_TO_GET, missing_libraries
 
     with Progress(STATE.progress) as progress:
         document = chain.run(BOTH, progress)
     if not json:
-        chain.explain(document)
-    _finish_diff(document, json, chain.report_file())
+        chain.explain(document, HOW_TO_GET if missing_libraries() else None)
+    _finish_diff(document, json, None if missing_libraries() else cache_folder() / "demo.html")
 
 
 @app.command(

@@ -20,10 +20,10 @@ from stages.checkpoint import Checkpoint
 from stages.contraction import Told, look, zero_offset
 from stages.errors import InputError
 from stages.layouts import LAYOUTS
-from stages.metrics import Residual
 from stages.noise import U32, rounding_unit
 from stages.progress import Progress as Reporter
 from stages.replay_run import Replayer, ReplayTask
+from stages.residual import Residual
 from stages.tensorfile import TensorFile, TensorInfo, TensorWriter, sha256
 
 Progress = Callable[[str, float], None]

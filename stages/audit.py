@@ -43,13 +43,14 @@ from stages.forward_judge import (
     why_unjudged,
 )
 from stages.forward_pair import NEEDS, Named
-from stages.metrics import Difference, Residual
+from stages.metrics import Difference
 from stages.noise import LAMBDA, Lambdas, Noise
 from stages.production import with_stored_head
 from stages.progress import Progress as Reporter
 from stages.replay import REPLAY
 from stages.replay_run import Chunk, chunk_plan, default_chunk_rows
 from stages.rerun import Recorded, recorded_of, settle
+from stages.residual import Residual
 from stages.selection import layer_of
 from stages.sides import SideTensor, open_side
 from stages.spread import Spread

@@ -8,17 +8,18 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from stages.arrangements import Parts
 from stages.basis import BasisComparison
 from stages.bundle import BundleEntry
 from stages.decomposition import SHOWN_BY, Fault, fault_of, not_known
 from stages.hints import Case, explain
-from stages.layout_job import Parts
 from stages.layouts import LAYOUTS
-from stages.metrics import Difference, PairHash, Residual, same_bits
+from stages.metrics import Difference, PairHash, same_bits
 from stages.noise import LAMBDA, Lambdas, Noise
 from stages.promise import hold_to
 from stages.replay import REPLAY
 from stages.replay_run import Chunk
+from stages.residual import Residual
 from stages.selection import layer_of
 from stages.stage import Stage
 from stages.verdict import Oracle, SideVerdict, Verdict, consult, worst

@@ -12,13 +12,13 @@ import numpy as np
 
 from stages import bundle as bundles
 from stages.bundle import component_keys, offsets_key, sample_stage_key, tensor_stage_key
-from stages.metrics import Residual
 from stages.replay import REPLAY
 from stages.replay_run import ReplayTask
+from stages.reports import REFERENCE_SCHEMA
+from stages.residual import Residual
 from stages.selection import RouterVector, SelectedTensor, Selection
 from stages.summaries import summary
 from stages.tensorfile import TensorFile, sha256, stored_dtype
-from stages.trinity_report import REFERENCE_SCHEMA
 
 if TYPE_CHECKING:
     from stages.decompose import DecomposeOptions, Method

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from stages.arrangements import NO_ARRANGEMENT, Parts, StoredRows, fitting_layouts, why_none_fits
 from stages.bundle import BundleEntry, Components
-from stages.layout_job import NO_ARRANGEMENT, Parts, StoredRows, fitting_layouts, why_none_fits
 from stages.noise import residual_bound
 from stages.selection import layer_of
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from stages.defaults import cache_folder
 from stages.progress import Progress
 from stages.replay_command import ReplayCommand, replay_both
-from stages.report.page import HOW_TO_GET, missing_libraries
 
 
 def run(backends: Sequence[str], progress: Progress) -> dict[str, Any]:
@@ -33,13 +30,8 @@ def run(backends: Sequence[str], progress: Progress) -> dict[str, Any]:
     return replay_both(command, backends, progress)
 
 
-def report_file() -> Path | None:
-    """Where the demo's HTML report goes, over that of an earlier demo; None without the libraries it needs."""
-    return None if missing_libraries() else cache_folder() / "demo.html"
-
-
-def explain(document: Mapping[str, Any]) -> None:
-    """What the table below means."""
+def explain(document: Mapping[str, Any], missing: str | None) -> None:
+    """What the table below means; `missing`: how to get what an HTML report needs, where that is not there."""
     names = sorted({row["tensor"] for row in document["rows"]})
     print(
         f"""A random tiny Qwen3 was decomposed into U, S and V. {len(names)} adapted weights were then rebuilt from them
@@ -51,5 +43,5 @@ from its own inputs, against float64 and a rounding-error bound:
 Of the layouts of V, only the right one gives the weights back when the offsets are zero.
 """
     )
-    if missing_libraries():
-        print(f"For an HTML report of this: {HOW_TO_GET}\n")
+    if missing:
+        print(f"For an HTML report of this: {missing}\n")

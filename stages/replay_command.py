@@ -22,8 +22,9 @@ from stages.order.source import NATIVE, orders_for
 from stages.output import claimed
 from stages.progress import Progress
 from stages.replay_job import ReplayJob, ReplayOptions
+from stages.reports import reference_hashes
 from stages.scratch import scratch_folder
-from stages.trinity_report import reference_hashes, replay_report
+from stages.trinity_report import replay_report
 from stages.verdict import Verdict
 
 

@@ -17,10 +17,10 @@ from stages.errors import InputError, SvfError, shown
 from stages.jsonio import read_object
 from stages.metrics import Difference
 from stages.replay import REPLAY
+from stages.reports import REFERENCE_SCHEMA, REPLAY_SCHEMA, items_of, variants_of
 from stages.selection import safe_key
 from stages.stage import Stage
 from stages.tensorfile import TensorFile
-from stages.trinity_report import REFERENCE_SCHEMA, REPLAY_SCHEMA, items_of, variants_of
 from stages.verdict import Verdict
 
 Report = Mapping[str, Any]

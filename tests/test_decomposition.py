@@ -13,9 +13,9 @@ from helpers import K_PROJ, Result, svf
 from test_layouts import Tensors, flipped, permuted, recompose, reversed_s, swapped, swapped_as_vh, turned
 
 from stages import decomposition
+from stages.arrangements import Parts
 from stages.bundle import BundleEntry
 from stages.decomposition import fault_of, own_faults
-from stages.layout_job import Parts
 
 RANK = 64
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from helpers import DOWN, EMBED, GATE, K_PROJ, svf, with_json, with_tensors
 
-from stages import layout_job
+from stages import arrangements
 from stages.bundle import ALL_STAGES_FILE, COMPONENTS_FILE, MANIFEST_FILE, component_keys, tensor_stage_key
 from stages.layouts import LAYOUTS
 from stages.selection import safe_key
@@ -194,7 +194,7 @@ def test_a_transposed_source_and_swapped_factors_are_told_apart_by_shape(bundle:
 
 def test_chunks_of_rows_give_what_the_whole_gives(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = svf("layouts", made / "components", "--json").json
-    monkeypatch.setattr(layout_job, "_CHUNK_BYTES", 8 * 64 * 17)
+    monkeypatch.setattr(arrangements, "_CHUNK_BYTES", 8 * 64 * 17)
     parts = svf("layouts", made / "components", "--json").json
     for one, other in zip(whole["tensors"], parts["tensors"], strict=True):
         assert one["matches"] == other["matches"]

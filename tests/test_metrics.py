@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from stages import metrics
-from stages.metrics import Difference, PairHash, Residual, same_bits
+from stages.metrics import Difference, PairHash, same_bits
+from stages.residual import Residual
 from stages.tensorfile import sha256
 
 F32 = st.floats(-(2.0**60), 2.0**60, width=32)

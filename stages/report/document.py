@@ -8,7 +8,7 @@ from typing import Any
 
 from stages.errors import InputError, all_shown, shown
 from stages.jsonio import read_object, to_json
-from stages.trinity_report import REFERENCE_SCHEMA, REPLAY_SCHEMA
+from stages.reports import REFERENCE_SCHEMA, REPLAY_SCHEMA
 
 DIFF, AUDIT, FORWARD = SCHEMAS = ("svf.diff/1", "svf.audit/1", "svf.forward/1")
 PARITY_REPORTS = (REFERENCE_SCHEMA, REPLAY_SCHEMA)
