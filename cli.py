@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 if TYPE_CHECKING:
-    from stages.backend import Backend
+    from stages.spec.backend import Backend
 
 # One row per backend: where its class is; and per framework, its probe.
 BACKENDS = {
     "torch": "svf_torch.backend:TorchBackend",
     "jax": "svf_jax.backend:JaxBackend",
-    "reference": "stages.reference:ReferenceBackend",
+    "reference": "stages.oracle.components:ReferenceBackend",
 }
 PROBES = {"torch": "svf_torch.probe:probe", "jax": "svf_jax.probe:probe"}
 BOTH = ("torch", "jax")
@@ -70,7 +70,7 @@ class App(typer.Typer):
         return of
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        from stages.settings import asks_json
+        from stages.commands.settings import asks_json
 
         STATE.words = list(args[0]) if args else sys.argv[1:]
         STATE.json = asks_json(STATE.words, {}, os.environ)
@@ -98,7 +98,7 @@ class App(typer.Typer):
 
 def _settings(program: typer.Typer) -> dict[str, Any]:
     """Defaults from files and the environment, as typer takes them; none while a shell asks for completions."""
-    from stages import settings
+    from stages.commands import settings
 
     if settings.ISOLATED in os.environ or "_SVF_COMPLETE" in os.environ:
         return {}
@@ -124,7 +124,7 @@ def _terminated(_signal: int, _frame: object) -> None:
 def _fail(line: str, code: int) -> int:
     """Say it in one line on stderr, and with --json as a document on stdout; a child leaves saying it to its parent."""
     from stages.errors import error_document, shown
-    from stages.settings import ISOLATED
+    from stages.run.children import ISOLATED
 
     line = shown(line, limit=4000)  # a path in it may hold anything
     if ISOLATED not in os.environ:
@@ -235,7 +235,7 @@ StrictReference = Annotated[
 
 def _version(asked: bool) -> None:
     if asked:
-        from stages.doctor import version_of
+        from stages.jobs.doctor import version_of
 
         print(f"svf {version_of('svf') or 'of a source tree that is not installed'}")
         raise typer.Exit
@@ -254,7 +254,7 @@ def main(
         bool, typer.Option("--version", "-V", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    from stages.watch import end_with_parent
+    from stages.run.watch import end_with_parent
 
     end_with_parent()
     STATE.debug = debug or bool(os.environ.get("SVF_DEBUG"))
@@ -284,7 +284,7 @@ def _log() -> None:
 
 def load_backend(name: str, device: str, precision: str = "native", **options: Any) -> Backend:
     """The backend called `name`, its framework imported now, computing in `precision`."""
-    from stages.precision import with_precision
+    from stages.run.precision import with_precision
 
     module, _, attribute = BACKENDS[name].partition(":")
     backend: Backend = getattr(importlib.import_module(module), attribute)(device=device, **options)
@@ -293,7 +293,7 @@ def load_backend(name: str, device: str, precision: str = "native", **options: A
 
 def emit(document: Any) -> None:
     """Print a document as JSON."""
-    from stages.jsonio import to_json
+    from stages.files.jsonio import to_json
 
     print(to_json(document))
 
@@ -328,11 +328,11 @@ def _refuse_idle(why: dict[str, bool]) -> None:
 def _before(force: bool, html: Path | None = None, file: Path | None = None) -> None:
     """Refuse, before anything is computed, a page or a file that cannot be written."""
     if html is not None:
-        from stages.report.page import check_target
+        from stages.show.html.page import check_target
 
         check_target(html, force=force)
     if file is not None:
-        from stages.output import prepare_file
+        from stages.files.folders import prepare_file
 
         prepare_file(file, force=force)
 
@@ -340,12 +340,12 @@ def _before(force: bool, html: Path | None = None, file: Path | None = None) -> 
 def _after(document: Any, json: bool, html: Path | None, show: Callable[[Any], None]) -> None:
     """The document with the command that made it: its report where one is asked for, then as JSON or as text."""
     from stages.errors import shown
-    from stages.jsonio import made_now
+    from stages.files.jsonio import made_now
 
     document["command"] = shlex.join(["svf", *STATE.words])
     document["made"] = made_now()
     if html is not None:
-        from stages.report.page import write_page
+        from stages.show.html.page import write_page
 
         write_page(document, html)
     answer(document, json, show)
@@ -370,13 +370,13 @@ def synth(
     json: Json = False,
 ) -> None:
     """Write a random, seeded, byte-reproducible Qwen checkpoint with a byte-level tokenizer."""
-    from stages import render
-    from stages.defaults import router_vector, write_vector
     from stages.errors import UsageError
-    from stages.output import prepare_file
+    from stages.files.folders import prepare_file
+    from stages.files.selection import parse_layers
+    from stages.jobs.builtin import router_vector, write_vector
+    from stages.jobs.synth import synthesize
     from stages.progress import Progress
-    from stages.selection import parse_layers
-    from stages.synth import synthesize
+    from stages.show import console as render
 
     if (vector is None) != (layers is None):
         raise UsageError("--vector FILE and --layers N go together")
@@ -454,10 +454,11 @@ def decompose(
     json: Json = False,
 ) -> None:
     """Decompose a model's selected weights and record every stage: the reference side of a parity run."""
-    from stages import original_flags, render
-    from stages.decompose import DecomposeOptions, exit_code
+    from stages.commands import original_flags
     from stages.errors import UsageError
-    from stages.selection import parse_layers
+    from stages.files.selection import parse_layers
+    from stages.jobs.decompose import DecomposeOptions, exit_code
+    from stages.show import console as render
 
     if (manifest is None) == (layers is None):
         raise UsageError("give either --manifest FILE or --layers N")
@@ -495,7 +496,7 @@ def decompose(
 
 
 def _decompose(options: Any, svd: str) -> Any:
-    from stages import decompose as job
+    from stages.jobs import decompose as job
     from stages.progress import Progress
 
     with Progress(STATE.progress) as progress:
@@ -588,11 +589,11 @@ def replay(
     verdicts: Annotated[bool, typer.Option(hidden=True)] = True,
 ) -> None:
     """Replay U, S, V and offsets stage by stage, and check every stage against its bound and the recorded one."""
-    from stages.budget import parse_size
-    from stages.diff import Gates
+    from stages.commands.original_flags import ReplayFlags, as_original, report_place
     from stages.errors import UsageError
-    from stages.original_flags import ReplayFlags, as_original, report_place
-    from stages.replay_command import ReplayCommand
+    from stages.jobs.replay import ReplayCommand
+    from stages.judge.document import Gates
+    from stages.run.budget import parse_size
 
     out, report = report_place(out, report, _say)
     _before(force, html, report)
@@ -636,7 +637,7 @@ def replay(
 
 
 def _replay(command: Any) -> Any:
-    from stages import replay_command
+    from stages.jobs import replay as replay_command
     from stages.progress import Progress
 
     with Progress(STATE.progress) as progress:
@@ -695,9 +696,9 @@ def forward(
     with_inputs: Annotated[bool, typer.Option("--with-inputs", hidden=True)] = False,
 ) -> None:
     """Run a Qwen checkpoint layer by layer, every intermediate named, and compare with the production model."""
-    from stages.budget import parse_size
     from stages.errors import UsageError
-    from stages.forward_job import ForwardCommand
+    from stages.jobs.forward_one import ForwardCommand
+    from stages.run.budget import parse_size
 
     _refuse_idle(
         {
@@ -751,10 +752,10 @@ def forward(
 
 
 def _forward(command: Any, json: bool, html: Path | None) -> None:
-    from stages import render
-    from stages.forward_command import forward_alone, forward_both
-    from stages.forward_job import sound
+    from stages.jobs.forward import forward_alone, forward_both
+    from stages.judge.production import sound
     from stages.progress import Progress
+    from stages.show import console as render
 
     with Progress(STATE.progress) as progress:
         if command.backend == "both":
@@ -815,9 +816,9 @@ def diff(
     json: Json = False,
 ) -> None:
     """Compare two recorded runs, bundles, checkpoints or reports, stage by stage; loads no framework."""
-    from stages.diff import Gates, parse_std_ratio
-    from stages.diff_job import DiffCommand, check_options, diff_any, with_sides
-    from stages.forward_pair import Named
+    from stages.judge.diff import DiffCommand, check_options, diff_any, with_sides
+    from stages.judge.document import Gates, parse_std_ratio
+    from stages.judge.forward_pair import Named
     from stages.order.explain import explain_recorded
     from stages.progress import Progress
 
@@ -850,14 +851,14 @@ def diff(
 
 
 def _finish_diff(document: Any, json: bool, html: Path | None = None, *, top: bool = False) -> None:
-    from stages import render
-    from stages.diff import EXIT_CODES as outcomes
+    from stages.judge.document import EXIT_CODES as outcomes
+    from stages.show import console as render
 
     show: Callable[[Any], None] = functools.partial(render.diff_document, top=top)
     if document["schema"] == "svf.checkpoints/1":
         show = render.checkpoints_document
     elif document.get("kind") == "reports":
-        from stages.render_reports import reports_document
+        from stages.show.reports import reports_document
 
         show = functools.partial(reports_document, top=top)
     _after(document, json, html, show)
@@ -894,9 +895,9 @@ def audit(
     json: Json = False,
 ) -> None:
     """Judge one dump by itself: every stage against float64, from the inputs that the dump recorded."""
-    from stages import audit as job
-    from stages import render
+    from stages.judge import audit as job
     from stages.progress import Progress
+    from stages.show import console as render
 
     _before(force, html)
     with Progress(STATE.progress) as progress:
@@ -932,9 +933,9 @@ def stats(
     json: Json = False,
 ) -> None:
     """Show mean, standard deviation, smallest and largest value of every recorded stage; needs no model."""
-    from stages import render
+    from stages.jobs.stats import stats_of
     from stages.progress import Progress
-    from stages.stats_job import stats_of
+    from stages.show import console as render
 
     with Progress(STATE.progress) as progress:
         document = stats_of(dump, progress)
@@ -956,9 +957,9 @@ def layouts(
     json: Json = False,
 ) -> None:
     """Say which layout of V gives each tensor back, whatever the label says, for square matrices too."""
-    from stages import layout_job as job
-    from stages import render
+    from stages.jobs import layouts as job
     from stages.progress import Progress
+    from stages.show import console as render
 
     with Progress(STATE.progress) as progress:
         document = job.diagnose(components, model, progress)
@@ -967,9 +968,11 @@ def layouts(
 
 
 @app.command(hidden=True)
-def rerun(request: Annotated[Path, typer.Argument(help="What to run again, as stages/rerun.py writes it.")]) -> None:
+def rerun(
+    request: Annotated[Path, typer.Argument(help="What to run again, as stages/judge/rerun.py writes it.")],
+) -> None:
     """Run stages of a dump again from their recorded inputs, natively and in reference precision."""
-    from stages.rerun import answer
+    from stages.judge.rerun import answer
 
     emit(answer(request, load_backend))
 
@@ -986,9 +989,9 @@ def calibrate(
     json: Json = False,
 ) -> None:
     """Measure how each kind of stage rounds on this machine; dumps made here afterwards are judged by it."""
-    from stages import calibrate as job
-    from stages import render
+    from stages.jobs import calibrate as job
     from stages.progress import Progress
+    from stages.show import console as render
 
     with Progress(STATE.progress) as progress:
         if backend == "both":
@@ -1028,9 +1031,9 @@ def apply(
     json: Json = False,
 ) -> None:
     """Write the adapted checkpoint in Hugging Face layout, for `transformers` as it is."""
-    from stages import apply as job
-    from stages import render_files
+    from stages.jobs import apply as job
     from stages.progress import Progress
+    from stages.show import files as render_files
 
     command = job.ApplyCommand(components, model, out, tied.value, dtype.value, layout.value, resume)
     with Progress(STATE.progress) as progress:
@@ -1067,10 +1070,10 @@ def route(
     json: Json = False,
 ) -> None:
     """Route with the TRINITY head: logits of agents and roles from the second-to-last token's hidden state."""
-    from stages import render_route
-    from stages.diff import EXIT_CODES as outcomes
+    from stages.jobs.route import RouteCommand, route_both, route_one
+    from stages.judge.document import EXIT_CODES as outcomes
     from stages.progress import Progress
-    from stages.route_job import RouteCommand, route_both, route_one
+    from stages.show import route as render_route
 
     _before(force, file=out)
     command = RouteCommand(
@@ -1110,9 +1113,9 @@ def export(
     json: Json = False,
 ) -> None:
     """Write a forward dump as an APRT tree, and say what that format does not keep."""
-    from stages import render_files
-    from stages.export import export_aprt
+    from stages.jobs.export import export_aprt
     from stages.progress import Progress
+    from stages.show import files as render_files
 
     with Progress(STATE.progress) as progress:
         document = export_aprt(source, out, progress)
@@ -1134,9 +1137,9 @@ def import_(
     json: Json = False,
 ) -> None:
     """Write an APRT tree as safetensors: flat, or a forward dump when the model and its tokens are told."""
-    from stages import render_files
-    from stages.export import import_aprt
+    from stages.jobs.export import import_aprt
     from stages.progress import Progress
+    from stages.show import files as render_files
 
     with Progress(STATE.progress) as progress:
         document = import_aprt(source, out, model, tokens, progress)
@@ -1158,8 +1161,8 @@ def report(
     json: Json = False,
 ) -> None:
     """Write the HTML report of a saved result; nothing is computed again."""
-    from stages import render
-    from stages.report.page import report as write
+    from stages.show import console as render
+    from stages.show.html.page import report as write
 
     document = write(result, html, force=force)
     answer(document, json, render.report_document)
@@ -1176,8 +1179,8 @@ def doctor(
     json: Json = False,
 ) -> None:
     """Show versions, devices and settings, and what would change results or stop a run (exit code 1), with a remedy."""
-    from stages import doctor as job
-    from stages import render_sources as render
+    from stages.jobs import doctor as job
+    from stages.show import sources as render
 
     if probe is not None:  # the child that this command starts for each framework
         return emit(_probe(probe))
@@ -1209,8 +1212,8 @@ def inspect(
     json: Json = False,
 ) -> None:
     """List what a file or folder holds, from its headers; loads no framework and unpickles nothing."""
-    from stages import inspect as job
-    from stages import render_sources as render
+    from stages.jobs import inspect as job
+    from stages.show import sources as render
 
     document = job.inspect(source)
     answer(document, json, render.inspect_document)
@@ -1229,9 +1232,9 @@ def verify(
     json: Json = False,
 ) -> None:
     """Check schema, hashes and what must hold of the values: exit code 0 when sound, 3 when malformed."""
-    from stages import render_sources as render
-    from stages import verify as job
+    from stages.jobs import verify as job
     from stages.progress import Progress
+    from stages.show import sources as render
 
     with Progress(STATE.progress) as progress:
         document = job.verify(source, model, progress)
@@ -1252,7 +1255,7 @@ def convert(
     json: Json = False,
 ) -> None:
     """Copy a pickled file's dense tensors to safetensors, bit for bit, in a limited process that runs no code of it."""
-    from stages import render_sources as render
+    from stages.show import sources as render
     from svf_torch.convert_file import convert as job
 
     document = job(file, out, entry)
@@ -1275,9 +1278,9 @@ def probe(
     sizes: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Reveal the order in which each backend sums: products of several shapes, sums, mean squares, softmax."""
-    from stages import render
-    from stages.order import probe_run
+    from stages.jobs import probe as probe_run
     from stages.progress import Progress
+    from stages.show import console as render
 
     with Progress(STATE.progress) as progress:
         if in_child:
@@ -1308,9 +1311,9 @@ def infer(
     json: Json = False,
 ) -> None:
     """Find the order in which a recorded run summed, from its bytes alone; loads no framework."""
-    from stages import render
-    from stages.order.infer_run import infer_recorded
+    from stages.order.infer_recorded import infer_recorded
     from stages.progress import Progress
+    from stages.show import console as render
 
     with Progress(STATE.progress) as progress:
         document = infer_recorded(
@@ -1328,10 +1331,10 @@ def infer(
 )
 def demo(json: Json = False) -> None:
     """The whole chain on a tiny model: decompose, replay in PyTorch and JAX, compare stage by stage."""
-    from stages import demo as chain
-    from stages.defaults import cache_folder
+    from stages.files.cache import cache_folder
+    from stages.jobs import demo as chain
     from stages.progress import Progress
-    from stages.report.page import HOW_TO_GET, missing_libraries
+    from stages.show.html.page import HOW_TO_GET, missing_libraries
 
     with Progress(STATE.progress) as progress:
         document = chain.run(BOTH, progress)
@@ -1358,8 +1361,9 @@ def selftest(
 ) -> None:
     """Plant known faults and see that each is found and named, and that runs without a fault raise no alarm."""
     from stages.progress import Progress
-    from stages.selftest import command, view
+    from stages.selftest import command
     from stages.selftest.document import exit_code
+    from stages.show import selftest as view
 
     if list_faults:
         document = command.listed(fault)

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
 
-    from stages.stage import Stage
-    from stages.verdict import Oracle
+    from stages.oracle.verdict import Oracle
+    from stages.spec.stage import Stage
 
 __all__ = ["Judgement", "Result", "assert_rounding_only", "audit", "diff", "judge", "stages"]
 
@@ -153,8 +153,8 @@ def diff(
     top: int | None = None,
 ) -> Result:
     """`svf diff A B`: two dumps, bundles, trees, checkpoints or reports; errors as the command's."""
-    from stages.diff_job import DiffCommand, diff_any
-    from stages.forward_pair import Named
+    from stages.judge.diff import DiffCommand, diff_any
+    from stages.judge.forward_pair import Named
 
     named = Named(None if model is None else str(model), _text(tokens))
     return Result(diff_any(DiffCommand(Path(a), Path(b), named=named, top=top), _silent))
@@ -164,7 +164,7 @@ def audit(
     path: str | Path, *, model: str | Path | None = None, tokens: Sequence[int] | None = None, top: int = 5
 ) -> Result:
     """`svf audit PATH`: one recorded run against float64, each stage from its own recorded inputs."""
-    from stages.audit import audit as judged
+    from stages.judge.audit import audit as judged
 
     return Result(judged(Path(path), model=None if model is None else str(model), tokens=_text(tokens), top=top))
 
@@ -182,9 +182,9 @@ def _silent(_label: str, _done: float) -> None:
 
 def _declared() -> dict[str, Stage]:
     """Every stage by name, each in the fullest family that has it."""
-    from stages.forward import declare
-    from stages.replay import REPLAY
-    from stages.router import ROUTER
+    from stages.spec.forward import declare
+    from stages.spec.replay import REPLAY
+    from stages.spec.router import ROUTER
 
     forward = declare(qk_norm=True, qkv_bias=True, o_bias=True)
     return {**{s.name: s for s in forward}, **REPLAY, **ROUTER}
@@ -206,7 +206,7 @@ def _stage(name: str, arguments: Sequence[Any], options: Mapping[str, Any]) -> S
 
 
 def _oracle(stage: Stage, dtype: np.dtype, operands: tuple[np.ndarray, ...], options: Mapping[str, Any]) -> Oracle:
-    from stages.verdict import consult
+    from stages.oracle.verdict import consult
 
     if dtype.name not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"{stage.name}: the output is {dtype.name}; bounds are for float32, bfloat16 and float16")
@@ -222,8 +222,8 @@ def _oracle(stage: Stage, dtype: np.dtype, operands: tuple[np.ndarray, ...], opt
 def _judged(oracle: Oracle, observed: np.ndarray) -> Judgement:
     import numpy as np
 
-    from stages.hints import Case, explain
-    from stages.verdict import SideVerdict
+    from stages.judge.hints import Case, explain
+    from stages.oracle.verdict import SideVerdict
 
     name, side = oracle.stage.name, SideVerdict()
     hint: str | None

@@ -35,8 +35,8 @@ with torch.inference_mode(), context:
 
 LOADED = """
 import json, sys, time
-from stages.checkpoint import open_checkpoint
-from stages.forward_run import Forwarder, LoadedWeights
+from stages.files.checkpoint import open_checkpoint
+from stages.run.forward import Forwarder, LoadedWeights
 side, model, tokens = sys.argv[1], sys.argv[2], [int(t) for t in sys.argv[3].split(",")]
 if side == "torch":
     from svf_torch.backend import TorchBackend as Backend

@@ -39,7 +39,7 @@ def measure(name: str, rows: int) -> None:
     """Print the seconds and ratios of one backend, in this process."""
     from cli import load_backend
     from stages.order.evaluate import product
-    from stages.order.match import BLOCKED, OrderedBackend
+    from stages.order.ordered_backend import BLOCKED, OrderedBackend
     from stages.order.text import parse_order
 
     backend, stage = load_backend(name, "cpu"), "matmul_pre_norm"

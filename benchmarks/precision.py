@@ -20,11 +20,12 @@ from collections.abc import Callable
 import numpy as np
 
 from cli import load_backend
-from stages.forward_run import Forwarder, LoadedWeights
-from stages.precision import MODES, precision_fields
-from stages.qwen import LM_HEAD, QwenConfig, parameter_shapes, parse_config
-from stages.replay_run import Replayer, ReplayTask
-from stages.synth import config_json
+from stages.jobs.synth import config_json
+from stages.run.forward import Forwarder, LoadedWeights
+from stages.run.precision import MODES, precision_fields
+from stages.run.replay import Replayer
+from stages.spec.qwen import LM_HEAD, QwenConfig, parameter_shapes, parse_config
+from stages.spec.values import ReplayTask
 
 BACKENDS = ("torch", "jax")
 WORKLOADS = ("replay", "tiny", "0.6b")

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 import torch
 
-from stages.bundle import Bundle
-from stages.noise import U32, product_bound
+from stages.files.bundle import Bundle
+from stages.oracle.bounds import U32, product_bound
 
 ROWS = 8192
 

@@ -65,10 +65,10 @@ def measured(label: str, command: list[str], out: Path | None) -> float:
 
 def write_manifest(preset: str, layer: int, folder: Path) -> None:
     """The selection rule's manifest and a random vector, so that the benchmark needs no published file."""
-    from stages.defaults import router_vector, write_vector
-    from stages.qwen import parameter_shapes, parse_config
-    from stages.selection import select_by_rule
-    from stages.synth import config_json
+    from stages.files.selection import select_by_rule
+    from stages.jobs.builtin import router_vector, write_vector
+    from stages.jobs.synth import config_json
+    from stages.spec.qwen import parameter_shapes, parse_config
 
     selection = select_by_rule(parameter_shapes(parse_config(config_json(preset), preset)), (layer,))
     write_vector(folder / "vector.npy", router_vector(preset, (layer,)))

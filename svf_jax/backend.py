@@ -11,10 +11,10 @@ import jax
 import numpy as np
 from jax import Array
 
-from stages import environment
-from stages.backend import Production, Weights
 from stages.errors import UsageError
-from stages.qwen import QwenConfig
+from stages.spec import environment
+from stages.spec.backend import Production, Weights
+from stages.spec.qwen import QwenConfig
 from svf_jax.components import REPLAY_STAGES
 from svf_jax.order import ORDERED
 from svf_jax.probe import flags

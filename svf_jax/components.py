@@ -1,4 +1,4 @@
-"""The component replay's stages in JAX. Twin of svf_torch/components.py and stages/reference.py."""
+"""The component replay's stages in JAX. Twin of svf_torch/components.py and stages/oracle/components.py."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from types import MappingProxyType
 import jax.numpy as jnp
 from jax import Array
 
-from stages.layouts import LAYOUTS
-from stages.replay import REPLAY
+from stages.spec.layouts import LAYOUTS
+from stages.spec.replay import REPLAY
 
 
 def source_f32(source: Array) -> Array:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 
-from stages.environment import AUTOTUNE, xla_flag
+from stages.spec.environment import AUTOTUNE, xla_flag
 
 
 def probe() -> dict[str, object]:

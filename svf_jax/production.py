@@ -16,9 +16,9 @@ import numpy as np
 from flax import nnx
 from jax import Array, lax
 
-from stages.backend import Weights
-from stages.production import bucket, check_names, checked_tokens, greedy, parameters_of, with_stored_head
-from stages.qwen import QwenConfig
+from stages.run.production import bucket, check_names, checked_tokens, greedy, parameters_of, with_stored_head
+from stages.spec.backend import Weights
+from stages.spec.qwen import QwenConfig
 from svf_jax.qwen import inv_freq
 
 
@@ -208,7 +208,7 @@ def load_model(config: QwenConfig, weights: Weights, dtype: str = "model", devic
 
 
 class JaxProduction:
-    """A `QwenModel` compiled whole, in numpy terms; see `stages.production.Production`.
+    """A `QwenModel` compiled whole, in numpy terms; see `stages.run.production.Production`.
 
     `precision` is that of products. XLA may not keep bfloat16 values in float32 between operations
     (`xla_allow_excess_precision`): the model prescribes those roundings, and without them a bfloat16 model cannot

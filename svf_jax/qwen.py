@@ -1,4 +1,4 @@
-"""The Qwen forward's stages in JAX. Twin of svf_torch/qwen.py and stages/reference_qwen.py.
+"""The Qwen forward's stages in JAX. Twin of svf_torch/qwen.py and stages/oracle/qwen.py.
 
 Each function is compiled by itself: fused over a stage boundary, XLA would drop the rounding there. Inside a
 stage it may still contract x*y+z to one rounding and skip a cast to bfloat16 and back; the first lies within the
@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from stages.forward import DTYPES
-from stages.qwen import RopeParameters
+from stages.spec.forward import DTYPES
+from stages.spec.qwen import RopeParameters
 
 
 def inv_freq(

@@ -1,4 +1,4 @@
-"""The router head's stage in JAX. Twin of svf_torch/router.py and stages/reference_router.py."""
+"""The router head's stage in JAX. Twin of svf_torch/router.py and stages/oracle/router.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 from jax import Array
 
-from stages.router import ROUTER
+from stages.spec.router import ROUTER
 
 
 def router_logits(router_hidden: Array, router_head: Array) -> Array:

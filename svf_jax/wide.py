@@ -1,7 +1,7 @@
 """Stages in float64, before their final rounding. Twin of svf_torch/wide.py.
 
 A stage of neither table below is its native function, which computes in its arguments' dtype. Those here have a cast
-in it, or a rounding inside that float64 has to perform itself, as stages/reference.py and reference_qwen.py do.
+in it, or a rounding inside that float64 has to perform itself, as stages/oracle/components.py and reference_qwen.py do.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from stages.qwen import RopeParameters
+from stages.spec.qwen import RopeParameters
 from svf_jax import components, qwen, router
 
 

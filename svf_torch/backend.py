@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stages import environment
-from stages.backend import Production, Weights
 from stages.errors import UsageError
-from stages.memory import aligned_copy, is_aligned
-from stages.qwen import QwenConfig
+from stages.run.memory import aligned_copy, is_aligned
+from stages.spec import environment
+from stages.spec.backend import Production, Weights
+from stages.spec.qwen import QwenConfig
 from svf_torch.components import REPLAY_STAGES
 from svf_torch.order import ORDERED
 from svf_torch.probe import flags, set_flag

@@ -1,4 +1,4 @@
-"""The component replay's stages in PyTorch. Twin of svf_jax/components.py and stages/reference.py."""
+"""The component replay's stages in PyTorch. Twin of svf_jax/components.py and stages/oracle/components.py."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from stages.layouts import LAYOUTS
-from stages.replay import REPLAY
+from stages.spec.layouts import LAYOUTS
+from stages.spec.replay import REPLAY
 
 
 def source_f32(source: Tensor) -> Tensor:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stages.errors import InputError, OutputError, shown
-from stages.output import ensure_space, new_folder
-from stages.tensorfile import TensorFile, TensorWriter, dtype_name, stored_dtype
+from stages.files.folders import ensure_space, new_folder
+from stages.files.tensorfile import TensorFile, TensorWriter
+from stages.spec.dtypes import dtype_name, stored_dtype
 from svf_torch.pickle_file import ask_child, dense, dtype_of, load_tensors, serve
 
 if TYPE_CHECKING:

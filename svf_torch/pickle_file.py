@@ -16,10 +16,10 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages import confined
-from stages.confined import Limits, ask, is_memory
 from stages.errors import InputError, NotFoundError, shown
-from stages.pickle_listing import check_pickle, list_pickle, open_zip
+from stages.files import confined
+from stages.files.confined import Limits, ask, is_memory
+from stages.files.pickle_listing import check_pickle, list_pickle, open_zip
 
 if TYPE_CHECKING:
     import torch

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from stages.backend import Weights
-from stages.memory import ALIGNMENT, aligned_copy
-from stages.production import check_names, checked_tokens, greedy, parameters_of, with_stored_head
-from stages.qwen import QwenConfig
+from stages.run.memory import ALIGNMENT, aligned_copy
+from stages.run.production import check_names, checked_tokens, greedy, parameters_of, with_stored_head
+from stages.spec.backend import Weights
+from stages.spec.qwen import QwenConfig
 
 CLASSES: Mapping[str, tuple[Any, Any]] = MappingProxyType(
     {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}
@@ -86,7 +86,7 @@ def _rope_parameters(config: QwenConfig) -> dict[str, Any]:
 
 
 class TorchProduction:
-    """`transformers`' model in numpy terms; see `stages.production.Production`."""
+    """`transformers`' model in numpy terms; see `stages.run.production.Production`."""
 
     def __init__(self, model: PreTrainedModel, config: QwenConfig):
         self.model, self.config = model, config
@@ -143,7 +143,7 @@ def production(
 
 def _put(array: np.ndarray) -> Tensor:
     array = np.require(array, requirements=("C", "W"))
-    if array.ctypes.data % ALIGNMENT:  # MKL's products depend on it, see stages/memory.py
+    if array.ctypes.data % ALIGNMENT:  # MKL's products depend on it, see stages/run/memory.py
         array = aligned_copy(array)
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)

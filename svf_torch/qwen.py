@@ -1,4 +1,4 @@
-"""The Qwen forward's stages in PyTorch. Twin of svf_jax/qwen.py and stages/reference_qwen.py.
+"""The Qwen forward's stages in PyTorch. Twin of svf_jax/qwen.py and stages/oracle/qwen.py.
 
 Operation by operation what the eager modules of `transformers` 5 do, in the same memory layout, so that every
 stage has the same bits: models/qwen{2,3}/modeling_*.py and modeling_rope_utils.py.
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stages.forward import DTYPES
-from stages.qwen import RopeParameters
+from stages.spec.forward import DTYPES
+from stages.spec.qwen import RopeParameters
 
 
 def inv_freq(

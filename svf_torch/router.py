@@ -1,4 +1,4 @@
-"""The router head's stage in PyTorch. Twin of svf_jax/router.py and stages/reference_router.py."""
+"""The router head's stage in PyTorch. Twin of svf_jax/router.py and stages/oracle/router.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import MappingProxyType
 from torch import Tensor
 from torch.nn import functional as F
 
-from stages.router import ROUTER
+from stages.spec.router import ROUTER
 
 
 def router_logits(router_hidden: Tensor, router_head: Tensor) -> Tensor:

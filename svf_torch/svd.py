@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stages.decompose import Factors, Method
+from stages.spec.factors import Factors, Method
 
 
 def svd(source: Tensor) -> tuple[Tensor, Tensor, Tensor]:

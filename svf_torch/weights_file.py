@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from stages.errors import InputError, shown
-from stages.tensorfile import TensorWriter
+from stages.files.tensorfile import TensorWriter
 from svf_torch.pickle_file import ask_child, dense, dtype_of, load_tensors, serve
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """Stages in float64, before their final rounding. Twin of svf_jax/wide.py.
 
 A stage of neither table below is its native function, which computes in its arguments' dtype. Those here have a cast
-in it, or a rounding inside that float64 has to perform itself, as stages/reference.py and reference_qwen.py do.
+in it, or a rounding inside that float64 has to perform itself, as stages/oracle/components.py and reference_qwen.py do.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stages.qwen import RopeParameters
+from stages.spec.qwen import RopeParameters
 from svf_torch import components, qwen, router
 
 
@@ -166,7 +166,7 @@ def _prescribed(x: Tensor, dtype: str) -> Tensor:
 def _rounded(x: Tensor, dtype: str) -> Tensor:
     if dtype == "float32":
         return x.to(torch.float32).to(torch.float64)
-    # torch rounds by way of float32: rounded to odd there, it keeps the side of a tie (stages/rounding.py)
+    # torch rounds by way of float32: rounded to odd there, it keeps the side of a tie (stages/oracle/rounding.py)
     single = x.to(torch.float32)
     away = (single.double().abs() > x.abs()).to(torch.int32)
     odd = (single.view(torch.int32) - away) | (single.double() != x).to(torch.int32)

@@ -12,12 +12,12 @@ import pytest
 from helpers import GATE, ROOT
 
 from cli import BACKENDS, load_backend
-from stages.backend import Backend
-from stages.decompose import FLOAT64, DecomposeOptions, decompose
-from stages.defaults import LAYER, router_vector, write_vector
-from stages.qwen import parameter_shapes, parse_config
-from stages.selection import Selection, select_by_rule
-from stages.synth import config_json, synthesize
+from stages.files.selection import Selection, select_by_rule
+from stages.jobs.builtin import LAYER, router_vector, write_vector
+from stages.jobs.decompose import FLOAT64, DecomposeOptions, decompose
+from stages.jobs.synth import config_json, synthesize
+from stages.spec.backend import Backend
+from stages.spec.qwen import parameter_shapes, parse_config
 
 # Before a framework is imported: threads of OpenMP that spin while they wait take the processor from the other worker
 # of `pytest -n 2` (a loop of small products on two busy cores: 81 s, and 15 s without spinning). They change no bit.

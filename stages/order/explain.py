@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from stages.diff_job import kind_of
 from stages.errors import UsageError
-from stages.order.infer_run import infer_recorded
-from stages.replay import REPLAY
-from stages.verdict import Verdict
+from stages.judge.diff import kind_of
+from stages.oracle.verdict import Verdict
+from stages.order.infer_recorded import infer_recorded
+from stages.spec.replay import REPLAY
 
 ORDER, INHERITED = "order", "inherited"
 # A sum's own name in a report: a tensor's stage in a replay, a key in a forward.

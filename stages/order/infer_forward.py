@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from stages.errors import InputError
-from stages.forward_dump import Place, forward_key
-from stages.forward_judge import ForwardRun, fits, open_run, oracles_of, order_of, span_of, stage_of, why_unjudged
-from stages.noise import Noise
-from stages.order.family import family
-from stages.order.found import Found, known_first
+from stages.files.forward_dump import Place, forward_key
+from stages.judge.forward import ForwardRun, fits, open_run, oracles_of, order_of, span_of, stage_of, why_unjudged
+from stages.oracle.verdict import Oracle
+from stages.order.candidates import family
+from stages.order.findings import Found, known_first
 from stages.order.infer import ProductEvidence, infer
-from stages.stage import Stage
-from stages.verdict import Oracle
+from stages.spec.noise import Noise
+from stages.spec.stage import Stage
 
 # Noise kinds of stages that are sums of products, and what they do to the sum afterwards.
 PRODUCT_KINDS = (Noise.PRODUCT, Noise.SCORES, Noise.WEIGHTED)

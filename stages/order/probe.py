@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stages.order.boxes import ProductBox, RowBox
+from stages.order.black_boxes import ProductBox, RowBox
 from stages.order.orders import Explicit, Order, fused, lower
 from stages.order.program import Program, Step, Tree
 from stages.order.recognise import recognise

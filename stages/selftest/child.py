@@ -7,15 +7,15 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from stages.backend import Backend, Weights
-from stages.checkpoint import open_checkpoint
-from stages.forward_job import ForwardCommand, forward_one
-from stages.jsonio import read_object
+from stages.files.checkpoint import open_checkpoint
+from stages.files.jsonio import read_object
+from stages.jobs.forward_one import ForwardCommand, forward_one
+from stages.jobs.replay_one import ReplayJob, ReplayOptions
 from stages.progress import Progress
-from stages.replay_job import ReplayJob, ReplayOptions
 from stages.selftest.faults import FAULTS
 from stages.selftest.planted import CompiledStages, Plant, PlantedBackend, PlantedWeights
 from stages.selftest.recordings import RECORDINGS
+from stages.spec.backend import Backend, Weights
 
 SILENT = Progress(False)
 

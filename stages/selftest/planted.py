@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from stages.backend import Backend, Weights
 from stages.errors import SvfError
 from stages.selftest.fault import Call, Fault, Load
+from stages.spec.backend import Backend, Weights
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from stages.audit import audit
 from stages.errors import SvfError
-from stages.forward_dump import ForwardSide
+from stages.files.forward_dump import ForwardSide
+from stages.files.tensorfile import write_tensors
+from stages.judge.audit import audit
 from stages.progress import Progress
 from stages.selftest.recordings import MADE_OF, RECORDINGS, SPOILED_LAYER, Recording
-from stages.tensorfile import write_tensors
 
 Made = tuple[Recording, str, str]  # recording, specimen, backend
 

@@ -13,19 +13,18 @@ from typing import Any
 
 import numpy as np
 
-from stages.children import ChildResult, document_of, run_svf
-from stages.decompose import FLOAT64, DecomposeOptions, decompose
-from stages.defaults import write_vector
-from stages.diff_job import DiffCommand, diff_any
-from stages.dump import MANIFEST_FILE
 from stages.errors import InputError, SvfError
-from stages.jsonio import write_json
-from stages.output import RUN_FILE
+from stages.files.dump import MANIFEST_FILE
+from stages.files.folders import RUN_FILE
+from stages.files.jsonio import write_json
+from stages.files.scratch import scratch_folder
+from stages.files.selection import select_by_rule
+from stages.jobs.builtin import write_vector
+from stages.jobs.decompose import FLOAT64, DecomposeOptions, decompose
+from stages.judge.diff import DiffCommand, diff_any
+from stages.oracle.components import ReferenceBackend
 from stages.progress import Progress
-from stages.qwen import parameter_shapes
-from stages.reference import ReferenceBackend
-from stages.scratch import scratch_folder
-from stages.selection import select_by_rule
+from stages.run.children import ChildResult, document_of, run_svf
 from stages.selftest import uses
 from stages.selftest.clean import Sample, samples
 from stages.selftest.document import document
@@ -33,6 +32,7 @@ from stages.selftest.fault import BUNDLE, Fault
 from stages.selftest.recorded import plan_recordings, rows_of, runs_of
 from stages.selftest.specimens import SPECIMENS, Specimen
 from stages.selftest.trials import DECOMPOSED, TENSORS, Trial, plan
+from stages.spec.qwen import parameter_shapes
 
 SIDES = ("torch", "jax")  # a and b of every comparison
 CHILD = "selftest-child"

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from stages.qwen import EMBEDDING, LM_HEAD, QwenConfig, parameter_shapes, parse_config
-from stages.tensorfile import stored_dtype, write_tensors
+from stages.files.tensorfile import write_tensors
+from stages.spec.dtypes import stored_dtype
+from stages.spec.qwen import EMBEDDING, LM_HEAD, QwenConfig, parameter_shapes, parse_config
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from stages.forward import forward_path
-from stages.replay import REPLAY
 from stages.selftest.fault import BUNDLE, Fault
 from stages.selftest.fault import REPLAY as REPLAYED
 from stages.selftest.specimens import SPECIMENS
-from stages.stage import Path, Scope
+from stages.spec.forward import forward_path
+from stages.spec.replay import REPLAY
+from stages.spec.stage import Path, Scope
 
 # The decomposed tensors that a fault of the replay is planted in: tall, square and wide.
 TALL, SQUARE, WIDE = (

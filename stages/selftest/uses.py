@@ -11,25 +11,25 @@ from typing import Any
 
 import numpy as np
 
-from stages.apply import ApplyCommand, apply
-from stages.bundle import COMPONENTS_FILE, component_keys
-from stages.bundle import MANIFEST_FILE as BUNDLE_MANIFEST
-from stages.diff_job import DiffCommand, diff_any
-from stages.dump import MANIFEST_FILE
 from stages.errors import SvfError
-from stages.export import export_aprt
-from stages.forward_command import forward_both
-from stages.forward_job import ForwardCommand
-from stages.forward_pair import Named
-from stages.jsonio import read_object, write_json
-from stages.layouts import LAYOUTS
+from stages.files.bundle import COMPONENTS_FILE, component_keys
+from stages.files.bundle import MANIFEST_FILE as BUNDLE_MANIFEST
+from stages.files.dump import MANIFEST_FILE
+from stages.files.jsonio import read_object, write_json
+from stages.files.tensorfile import TensorFile, sha256, write_tensors
+from stages.jobs.apply import ApplyCommand, apply
+from stages.jobs.export import export_aprt
+from stages.jobs.forward import forward_both
+from stages.jobs.forward_one import ForwardCommand
+from stages.jobs.replay import ReplayCommand, replay_both
+from stages.jobs.route import RouteCommand, route_both
+from stages.judge.diff import DiffCommand, diff_any
+from stages.judge.forward_pair import Named
+from stages.oracle.components import ReferenceBackend
 from stages.progress import Progress
-from stages.reference import ReferenceBackend
-from stages.replay_command import ReplayCommand, replay_both
-from stages.route_job import RouteCommand, route_both
 from stages.selftest.recordings import SPOILED_BY
 from stages.selftest.specimens import Specimen
-from stages.tensorfile import TensorFile, sha256, write_tensors
+from stages.spec.layouts import LAYOUTS
 
 Document = Mapping[str, Any]
 SIDES = ("torch", "jax")

@@ -1,0 +1,1 @@
+"""The command line: typer signatures, one module a group of commands."""

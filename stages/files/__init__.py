@@ -1,0 +1,1 @@
+"""Bytes on disk: formats, dumps, checkpoints, safe writing, caches."""

@@ -1,0 +1,1 @@
+"""One command's work: options in, a document out."""

@@ -1,0 +1,1 @@
+"""Recorded runs into documents: what differs, which side is wrong, and why."""

@@ -1,0 +1,563 @@
+"""One recorded run against the oracle, each stage from its own recorded inputs; needs no other side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from stages.errors import InputError, NotFoundError, UsageError, shown
+from stages.files import bundle as bundles
+from stages.files import dump
+from stages.files.aprt import is_aprt, is_aprt_tree
+from stages.files.bundle import stages_in
+from stages.files.checkpoint import Checkpoint, open_checkpoint
+from stages.files.forward_dump import Place, forward_key, is_forward_dump
+from stages.files.replay_recorded import SideTensor, open_side
+from stages.files.selection import layer_of
+from stages.files.tensorfile import TensorFile
+from stages.files.tokens import token_ids
+from stages.judge import document as diff
+from stages.judge import stats
+from stages.judge.adapted import AdaptedPair, adaptation
+from stages.judge.adapted_right import right_weights
+from stages.judge.culprit import ORACLE, chosen_row, culprit_data, oracle_pieces
+from stages.judge.decomposition import SHOWN_BY, fault_of, in_words, not_known, parts_of, with_faults
+from stages.judge.foreign import open_foreign
+from stages.judge.forward import (
+    ForwardRun,
+    about,
+    explain_place,
+    given_places,
+    open_run,
+    oracles_of,
+    order_of,
+    part,
+    pieces_of,
+    promised,
+    reread,
+    rope_cause,
+    span_of,
+    stage_of,
+    through_words,
+    why_unjudged,
+)
+from stages.judge.forward_pair import NEEDS, Named
+from stages.judge.metrics import Difference
+from stages.judge.replay import judge_chunk
+from stages.judge.rerun import Recorded, recorded_of, settle
+from stages.judge.spread import Spread
+from stages.judge.wanted import Wanted
+from stages.judge.wording import how_far, times
+from stages.oracle.bounds import LAMBDA, Lambdas
+from stages.oracle.residual import Residual
+from stages.oracle.verdict import Oracle, SideVerdict, Verdict, consult, judged_part
+from stages.progress import Progress as Reporter
+from stages.run.calibration import lambdas_of
+from stages.run.production import with_stored_head
+from stages.run.replay import chunk_plan, default_chunk_rows
+from stages.spec.noise import Noise
+from stages.spec.replay import REPLAY
+from stages.spec.stage import Stage
+from stages.spec.values import Chunk
+
+Progress = Callable[[str, float], None]
+Row = dict[str, Any]
+
+EXIT_CODES = {"sound": 0, "faulty": 1, "incomplete": 5}
+
+
+def audit(
+    path: Path,
+    *,
+    model: str | None = None,
+    tokens: str | None = None,
+    tokens_file: Path | None = None,
+    prompt: str | None = None,
+    components: Path | None = None,
+    adapted: Path | None = None,
+    layout: str = "declared",
+    layers: str | None = None,
+    stages: str | None = None,
+    top: int = 5,
+    rerun: bool = True,
+    progress: Reporter | None = None,
+) -> dict[str, Any]:
+    """The `svf.audit/1` document of a dump, a component bundle, a stage file, or another program's forward.
+
+    `model` and the tokens are needed for another program's, which does not name them, and `adapted` and `layout` where
+    it ran on adapted weights. `layers` and `stages` ask for less. `InputError` for a key that is no stage. With
+    `rerun`, suspect stages of our own dumps are run again on their backend.
+    """
+    named, wanted = Named(model, tokens, tokens_file, prompt), Wanted.of(layers, stages)
+    progress = progress or Reporter(False)
+    with ExitStack() as stack:
+        if is_replay(path):
+            if named.ids or adapted is not None:
+                raise UsageError(f"--tokens and --adapted are about forwards; {path} is a component replay")
+            return _audit_replay(path, named.model, components, wanted, top, rerun, stack, progress)
+        if components is not None:
+            raise UsageError(f"--components is about component replays; {path} is a forward")
+        run = _open_forward(path, named, adapted, layout, stack, progress)
+        return _audit_forward(run, named.model, wanted, top, rerun, progress)
+
+
+def is_replay(path: Path) -> bool:
+    """Whether a path holds a component replay rather than a forward; `NotFoundError` where nothing is."""
+    if path.is_dir():
+        inside = [found.parent.name for found in sorted(path.glob(f"*/{dump.MANIFEST_FILE}"))]
+        if inside and not (path / dump.MANIFEST_FILE).is_file():
+            raise UsageError(f"{path}: holds {len(inside)} dumps, {', '.join(map(shown, inside))}; name one of them")
+        ours = (path / dump.MANIFEST_FILE).is_file() and not is_forward_dump(path)
+        return ours or (path / bundles.MANIFEST_FILE).is_file()
+    if not path.is_file():
+        raise NotFoundError(f"{path}: no such file or folder")
+    if is_aprt(path):
+        raise UsageError(f"{path}: one APRT file has no inputs to be judged from; name the folder of the tree")
+    with TensorFile(path) as file:
+        return bool(stages_in(file))
+
+
+# -- a forward ----------------------------------------------------------------------------------------------------
+
+
+def _open_forward(
+    path: Path, named: Named, adapted: Path | None, layout: str, stack: ExitStack, progress: Reporter
+) -> ForwardRun:
+    if layout != "declared" and adapted is None:
+        raise UsageError(f"--layout {layout} is about --adapted COMPONENTS")
+    if path.is_dir() and not is_aprt_tree(path) and is_forward_dump(path):
+        if adapted is not None:
+            raise UsageError(f"--adapted is about another program's dump; {path} keeps the weights that it ran on")
+        run = open_run(path, named.model, stack)
+        if named.ids and run.checkpoint is None:
+            raise UsageError(f"{path}: names its tokens; leave --tokens, --tokens-file and --prompt out")
+        if named.ids and run.checkpoint is not None and token_ids(named, run.checkpoint).tolist() != run.tokens:
+            raise InputError(f"{path}: ran {len(run.tokens)} tokens, other ones than --tokens; leave the option out")
+        return run
+    if named.model is None or not named.ids:
+        raise UsageError(f"{path}: {NEEDS}")
+    checkpoint = stack.enter_context(open_checkpoint(named.model))
+    checkpoint.check()
+    tokens = token_ids(named, checkpoint).tolist()
+    if adapted is None:
+        return open_foreign(path, checkpoint.config, checkpoint, tokens, stack)
+    weights, found = right_weights(adapted, layout, checkpoint, LAMBDA, stack, progress)
+    run = open_foreign(path, with_stored_head(checkpoint.config, weights), weights, tokens, stack)
+    run.doubts = (weights.doubt(rigorous=False), weights.doubt(rigorous=True))
+    layouts = ", ".join(dict.fromkeys(found.layouts.values()))
+    run.side.facts["adapted"] = "; ".join(
+        (f"{len(found.layouts)} weights by {adapted}, layout {layouts}", *found.notes)
+    )
+    return run
+
+
+def _audit_forward(
+    run: ForwardRun, model: str | None, wanted: Wanted, top: int, rerun: bool, progress: Progress
+) -> dict[str, Any]:
+    places = order_of(run.path, {*run.side.places, *promised(run)})
+    if run.path is not None:
+        wanted.check(run.path, run.path.aliases, (layer for layer, _ in places if layer is not None))
+        places = [place for place in places if wanted.has(*place, run.path.aliases)]
+    rows: list[Row] = []
+    for number, place in enumerate(places):
+        progress(f"auditing {forward_key(place)}", number / len(places))
+        rows.append(_forward_row(place, run, top))
+    given = given_places(run)
+    for row in rows:
+        if (row["layer"], row["stage"]) in given:
+            row |= {"verdict": Verdict.GIVEN.value, "note": f"taken as given, {row['note']}"}
+    if rerun:
+        settle(rows, recorded_of(run, model))
+    with ExitStack() as stack:
+        of_weights = AdaptedPair.alone(adaptation("", run), stack) if wanted == Wanted() else ()
+        rows = [*of_weights, *rows]
+
+    def explain(row: Mapping[str, Any]) -> str | None:
+        place = (row["layer"], row["stage"])
+        known = row["ratio"] is not None and row["tensor"] is None
+        return explain_place(place, run, run.read(place)) if known else None
+
+    facts = {**run.side.facts, **({"model": model} if model else {})}
+    result = document(rows, run.side.label, facts, kind="forward", explain=explain, notes=run.notes)
+    return {**result, "about": about(run, model), "culprit_data": _forward_data(result, run)}
+
+
+def _forward_data(result: Mapping[str, Any], run: ForwardRun) -> dict[str, Any] | None:
+    """A close look at the culprit, against what is correctly rounded."""
+    chosen = chosen_row(result)
+    place = (chosen[0]["layer"], chosen[0]["stage"]) if chosen else None
+    if chosen is None or place not in run.side.places or why_unjudged(place, run) is not None:
+        return None
+    assert run.path is not None
+    observed, axes = run.read(place), stage_of(run.path, place).shape
+    pieces = pieces_of(place, run, observed)
+    return culprit_data(*chosen, pieces, shape=observed.shape, axes=axes, labels=(ORACLE, "recorded"))
+
+
+def _forward_row(place: Place, run: ForwardRun, top: int) -> Row:
+    assert run.path is not None
+    stage = stage_of(run.path, place)
+    row = _row(forward_key(place), place[0], None, place[1], stage.required)
+    if place not in run.side.places:
+        return {**row, "verdict": Verdict.MISSING.value, "note": "the manifest says it was recorded"}
+    observed = run.read(place)
+    row |= {"sha256": run.side.sha256(place), "stats": stats.population(observed)}
+    why = why_unjudged(place, run)
+    if why is not None:
+        return {**row, "verdict": Verdict.UNJUDGED.value, "note": why}
+    judged = _forward_judged(place, run, observed, top)
+    other = reread(place, run, observed) if judged.verdict.verdict.fails else None
+    if other is not None and other.fault:
+        fields = {"verdict": Verdict.BUG.value, "hint": other.text}
+        return {**row, **judged.fields(), **fields}
+    if other is not None:
+        judged = _forward_judged(place, run, other.array, top)
+    judged.verdict.reason = rope_cause(place, run, observed, judged.verdict) or judged.verdict.reason
+    words = through_words(place, run)
+    how = "; ".join(filter(None, (run.read_as.get(place), words)))
+    through = [forward_key(at) for at in span_of(place, run).hidden]
+    found = {"through": through, "floor": run.floors[place] if words else None}
+    return {**row, **judged.fields(), **found, **({"note": how} if how else {})}
+
+
+def _forward_judged(place: Place, run: ForwardRun, observed: np.ndarray, top: int) -> _Judged:
+    assert run.path is not None
+    judged = _Judged(stage_of(run.path, place), top, run.side.facts.get("precision"))
+    for columns, oracle in oracles_of(place, run, observed):
+        judged.add(oracle, part(observed, columns), columns.start or 0, observed.ndim - 1)
+    return judged
+
+
+# -- a component replay -------------------------------------------------------------------------------------------
+
+
+def _audit_replay(
+    path: Path,
+    model: str | None,
+    components: Path | None,
+    wanted: Wanted,
+    top: int,
+    rerun: bool,
+    stack: ExitStack,
+    progress: Progress,
+) -> dict[str, Any]:
+    side = stack.enter_context(open_side(path, components))
+    if side.unknown:
+        raise InputError(
+            f"{path}: '{shown(min(side.unknown))}' is no stage of the replay; there are {', '.join(REPLAY)}"
+        )
+    checkpoint = None if model is None else stack.enter_context(open_checkpoint(model))
+    lambdas = lambdas_of(side.facts, str(path))
+    audits = [_TensorAudit(k, tensor, checkpoint, top, lambdas, side.precision) for k, tensor in side.tensors.items()]
+    for number, tensor in enumerate(audits):
+        tensor.run(lambda label, done, at=number: progress(label, (at + done) / len(audits)))  # type: ignore[misc]
+    rows = [row for tensor in audits for row in tensor.rows()]
+    wanted.check(REPLAY, {}, {row["layer"] for row in rows if row["layer"] is not None})
+    rows = [row for row in rows if wanted.has_tensor(row["layer"], row["stage"])]
+    if rerun:
+        settle(rows, Recorded(path, side.backend, side.facts, source=components))
+    zero_offset = [t.zero_offset() for t in audits]
+    faults = [row for t in audits for row in t.decomposition()]
+    result = document(rows, side.label, side.facts, kind="replay", zero_offset=zero_offset, decomposition=faults)
+    chosen = chosen_row(result)
+    of = next((t for t in audits if chosen and t.tensor.source_name == chosen[0]["tensor"]), None)
+    return {**result, "culprit_data": of.culprit_data(*chosen) if chosen and of else None}
+
+
+class _TensorAudit:
+    """One tensor of a replay, chunk by chunk."""
+
+    def __init__(
+        self,
+        key: str,
+        tensor: SideTensor,
+        checkpoint: Checkpoint | None,
+        top: int,
+        lambdas: Lambdas,
+        precision: str | None,
+    ):
+        self.key, self.tensor, self.checkpoint, self.top = key, tensor, checkpoint, top
+        self.lambdas, self.precision = lambdas, precision
+        # Judged by what it says it did; the zero-offset replay tells whether that was right.
+        self.options = {"layout": tensor.layout, "transpose": tensor.transpose}
+        self.judged: dict[str, _Judged] = {}
+        self.residual, self.rank = Residual(), 1
+
+    def run(self, progress: Progress) -> None:
+        if not self.tensor.stages:
+            return
+        shape = self.tensor.shape
+        with np.errstate(all="ignore"):  # a NaN is a verdict, not a warning
+            for chunk in self.tensor.chunks(chunk_plan(shape[0], default_chunk_rows(shape))):
+                self._add(chunk)
+                progress(f"auditing {self.tensor.source_name}", chunk.stop / shape[0])
+
+    def _add(self, chunk: Chunk) -> None:
+        chunk = self._with_source(chunk)
+        for name, observed in chunk.values.items():
+            stage = REPLAY[name]
+            judged = self.judged.setdefault(name, _Judged(stage, self.top, self.precision))
+            arguments = chunk.arguments(stage)
+            if any(self.judged[n].verdict.verdict is Verdict.SHAPE for n in stage.inputs if n in self.judged):
+                judged.note = f"of another shape: {', '.join(stage.inputs)}"
+            elif arguments is None:
+                judged.note = self._missing(stage, chunk)
+            else:
+                options = {option: self.options[option] for option in stage.options}
+                axis = int(self.tensor.transpose and name.startswith("final_"))
+                try:
+                    oracle = consult(stage, arguments, options, self.lambdas)
+                except ValueError as error:  # numpy's, for operands whose shapes do not go together
+                    judged.note = f"its recorded inputs do not fit each other: {error}"
+                    continue
+                judged.add(oracle, observed, chunk.start if stage.by_rows else 0, axis)
+        source, zero = chunk.values.get("source_f32"), chunk.values.get("zero_source_f32")
+        if source is not None and zero is not None and source.shape == zero.shape:
+            self.residual.add(source, zero)
+        self.rank = chunk.shared.get("scaled_s", np.empty(self.rank)).size
+
+    def _with_source(self, chunk: Chunk) -> Chunk:
+        """The chunk with the source weight among its parameters: the model's, or known by its hash."""
+        if self.checkpoint is not None:
+            name = self.checkpoint.resolve(self.tensor.source_name)
+            source = self.checkpoint.read(name, chunk.start, chunk.stop).astype(np.float32)
+        elif self._source_is_known() and "source_f32" in chunk.values:
+            source = chunk.values["source_f32"]
+        else:
+            return chunk
+        return Chunk(chunk.start, chunk.stop, chunk.values, chunk.shared, {**chunk.params, "source": source})
+
+    def culprit_data(self, row: Mapping[str, Any], why: str) -> dict[str, Any] | None:
+        """A close look at one stage, against what is correctly rounded."""
+        stage = REPLAY[row["stage"]]
+        judged = self.judged.get(stage.name)
+        if judged is None or not judged.difference.count:
+            return None
+        plan = chunk_plan(self.tensor.rows, default_chunk_rows(self.tensor.shape))
+        chunks = (self._with_source(chunk) for chunk in self.tensor.chunks(plan))
+        pieces = oracle_pieces(chunks, stage, self.options, int(self.tensor.turned(stage.name)))
+        shape, labels = self.tensor.stage_shape(stage.name), (ORACLE, "recorded")
+        return culprit_data(row, why, pieces, shape=shape, axes=stage.shape, labels=labels)
+
+    def _source_is_known(self) -> bool:
+        """Whether the recorded source is, by its sha256, the one that the components were made from."""
+        c, place = self.tensor.components, self.tensor.stages.get("source_f32")
+        known = c.entry.identity.get("source_f32") if c else None
+        return known is not None and place is not None and place[0].sha256(place[1]) == known
+
+    def _missing(self, stage: Stage, chunk: Chunk) -> str:
+        recorded = {*chunk.values, *chunk.shared}
+        notes = []
+        if inputs := [name for name in stage.inputs if name not in recorded]:
+            notes.append(f"not recorded: {', '.join(inputs)}")
+        if params := [name for name in stage.params if name not in chunk.params]:
+            option = "--model" if params == ["source"] else "--components"
+            notes.append(f"{', '.join(params)} not to be had; give {option}")
+        return "; ".join(notes)
+
+    def rows(self) -> list[Row]:
+        """One row per stage, in execution order."""
+        name, rows = self.tensor.source_name, []
+        for stage in REPLAY.values():
+            row = _row(f"tensor.{self.key}.{stage.name}", layer_of(name), name, stage.name, stage.required)
+            if stage.name in self.judged:
+                rows.append({**row, **self.judged[stage.name].fields()})
+            elif stage.name in self.tensor.hashes and not self.tensor.stages:
+                note = "the dump keeps hashes alone"
+                rows.append({**row, "verdict": Verdict.UNJUDGED.value, "note": note})
+            else:
+                rows.append({**row, "verdict": Verdict.MISSING.value})
+        return rows
+
+    def decomposition(self) -> list[dict[str, Any]]:
+        """The fault of the components, as far as they and the source are to be had; none when they are right."""
+        zero, c, fault = self.zero_offset(), self.tensor.components, None
+        source = self.tensor.source()
+        if c is not None and source is not None:
+            shown = self.judged.get(SHOWN_BY)
+            # One that fails is not of these components, and says nothing of them.
+            fits = False if shown is not None and shown.verdict.verdict.fails else zero["fits"]
+            fault = fault_of(parts_of(c, *source), c.entry, self.tensor.layout, fits=fits)
+        elif zero["fits"] is False:
+            fault = not_known(self.tensor.source_name)
+        ratio = zero["relative"] / zero["bound"] if zero["fits"] is False else None
+        return [] if fault is None else [fault.row(None, ratio)]
+
+    def zero_offset(self) -> dict[str, Any]:
+        """How well the zero-offset replay gives the source back: the test of a layout."""
+        bound, known = self.residual.bound(self.rank), self.residual.known
+        return {
+            "tensor": self.tensor.source_name,
+            "layout": self.tensor.layout,
+            "max_abs": self.residual.max_abs,
+            "relative": self.residual.relative,
+            "bound": bound,
+            "fits": self.residual.relative <= bound if known else None,
+        }
+
+
+# -- rows and the document ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Judged:
+    """A stage's verdict and its difference from the correctly rounded result, over all chunks."""
+
+    stage: Stage
+    top: int
+    precision: str | None  # what the dump says it was computed in; more than native is held to its promise
+    note: str | None = None
+    verdict: SideVerdict = field(default_factory=SideVerdict)
+    difference: Difference = field(init=False)
+    spread: Spread = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.difference, self.spread = Difference(self.top), Spread(self.stage.shape)
+
+    def add(self, oracle: Oracle, observed: np.ndarray, start: int, axis: int) -> None:
+        """Judge one chunk, which begins at `start` along `axis`."""
+        explained = self.stage.scope.value == "tensor"
+        judge_chunk(self.verdict, oracle, observed, self.precision, start=start, explained=explained)
+        expected = oracle.rounded
+        if expected.shape != observed.shape or expected.dtype != observed.dtype:
+            self.note = (
+                f"expected {expected.dtype.name} {list(expected.shape)} ({self.stage.shape}), it is "
+                f"{observed.dtype.name} {list(observed.shape)}{_turned(expected, observed)}"
+            )
+            return
+        shown = judged_part(self.stage, observed)
+        self.difference.add(expected, shown, start, axis)
+        if self.stage.noise is not Noise.EXACT and np.isfinite(shown).all():
+            self.spread.add(shown, oracle.value, oracle.bound, start, axis)
+
+    def fields(self) -> Row:
+        if self.difference.count == 0 and self.verdict.verdict is not Verdict.SHAPE:
+            return {"verdict": Verdict.UNJUDGED.value, "note": self.note}
+        of_oracle = {"max_abs_a": "max_abs_expected", "max_abs_b": "max_abs_got"}
+        return {
+            "verdict": self.verdict.verdict.value,
+            "ratio": self.verdict.ratio,
+            "rms_ratio": self.verdict.rms_ratio,
+            "hint": self.verdict.hint,
+            "note": self.note,
+            **{of_oracle.get(name, name): value for name, value in self.difference.result().items()},
+            **self.spread.result(),
+        }
+
+
+def _turned(expected: np.ndarray, observed: np.ndarray) -> str:
+    if expected.shape != observed.shape and sorted(expected.shape) == sorted(observed.shape):
+        return "; are two axes swapped?"
+    return ""
+
+
+def _row(key: str, layer: int | None, tensor: str | None, stage: str, required: bool) -> Row:
+    return {
+        "key": key,
+        "layer": layer,
+        "tensor": tensor,
+        "stage": stage,
+        "required": required,
+        "verdict": Verdict.UNJUDGED.value,
+        "ratio": None,
+        "rms_ratio": None,
+        "hint": None,
+        "note": None,
+    }
+
+
+def document(
+    rows: Sequence[Row],
+    source: str,
+    facts: Mapping[str, str],
+    *,
+    kind: str,
+    zero_offset: Sequence[Mapping[str, Any]] = (),
+    decomposition: Sequence[Mapping[str, Any]] = (),
+    explain: Callable[[Mapping[str, Any]], str | None] = lambda _row: None,
+    notes: Sequence[str] = (),
+) -> dict[str, Any]:
+    """The whole `svf.audit/1` document of finished rows; `notes` say how the run was judged."""
+    unjudged, missing, given = (
+        sum(row["verdict"] == verdict for row in rows) for verdict in (Verdict.UNJUDGED, Verdict.MISSING, Verdict.GIVEN)
+    )
+    expected = len(rows) - given
+    coverage = {"judged": expected - unjudged - missing, "unjudged": unjudged, "expected": expected, "given": given}
+    culprits = with_faults(decomposition, _culprits(rows, explain))
+    miss = next((z for z in zero_offset if z["fits"] is False), None)
+    outcome = "faulty" if culprits else "incomplete" if unjudged or not coverage["judged"] else "sound"
+    return {
+        "schema": "svf.audit/1",
+        "outcome": outcome,
+        "verdict": " ".join(
+            (
+                in_words(decomposition, "") or _sentence(rows, culprits, miss, coverage),
+                *(f"{n[0].upper()}{n[1:]}." for n in notes),
+            )
+        ),
+        "notes": list(notes),
+        "culprit": culprits[0] if culprits else None,
+        "culprits": culprits,
+        "rows": list(rows),
+        "zero_offset": list(zero_offset),
+        "decomposition": list(decomposition),
+        "coverage": coverage,
+        "kind": kind,
+        "source": source,
+        "facts": dict(facts),
+    }
+
+
+def _culprits(rows: Sequence[Row], explain: Callable[[Mapping[str, Any]], str | None]) -> list[dict[str, Any]]:
+    def describe(row: Row, first: bool) -> dict[str, Any]:
+        fields = {name: row[name] for name in ("layer", "tensor", "stage", "verdict", "ratio")}
+        why = diff.hint_of(row["verdict"], row["hint"], lambda: explain(row) if first else None)
+        return {"side": None, **fields, "hint": why or row["note"]}
+
+    return diff.culprits_of(rows, describe)
+
+
+def _sentence(
+    rows: Sequence[Mapping[str, Any]],
+    culprits: Sequence[Mapping[str, Any]],
+    miss: Mapping[str, Any] | None,
+    coverage: Mapping[str, int],
+) -> str:
+    """The verdict as a sentence."""
+    if miss is not None and not diff.failing(rows):
+        return (
+            f"Each stage is right from its inputs, but zero offsets do not give {miss['tensor']} back: relative "
+            f"{miss['relative']:.2g}, bound {miss['bound']:.2g}; {culprits[0]['hint']}."
+        )
+    if culprits:
+        culprit = culprits[0]
+        ratio = times(culprit["ratio"], culprit["verdict"]) or "nothing to measure"
+        hint = f": {culprit['hint']}" if culprit["hint"] else ""
+        where = f"{culprit['stage']} of {diff.place_of(culprit)}"
+        found = f"{culprit['verdict'].capitalize()} at {where}, {ratio}{hint}{diff.more_faults(culprits)}."
+        return " ".join(filter(None, [found, how_far(rows, culprit)]))
+    if not coverage["judged"]:
+        return "Nothing could be judged" + (f": {rows[0]['note']}." if rows and rows[0]["note"] else ".")
+    if coverage["unjudged"]:
+        first = next(row for row in rows if row["verdict"] == Verdict.UNJUDGED)
+        return (
+            f"{coverage['judged']} of {coverage['expected']} stages are right from their own inputs; "
+            f"{coverage['unjudged']} could not be judged, first {first['key']} ({first['note']})."
+        )
+    exact = sum(row["verdict"] == Verdict.EXACT for row in rows)
+    inexact = coverage["judged"] - exact
+    right = f"{coverage['judged']} stages are right from their own inputs: {exact} exact, {inexact} within rounding"
+    through = [row for row in rows if row.get("floor") is not None]
+    if through:
+        blind = max(row["floor"] for row in through)
+        unseen = f"where errors below {blind:.2g} of a stage may not be seen"
+        right += f"; {len(through)} of them through stages that were not recorded, {unseen}"
+    given = [row for row in rows if row["verdict"] == Verdict.GIVEN]
+    if given:
+        right += f"; {len(given)} input{'s' * (len(given) > 1)} taken as given: {diff.listed(given)}"
+    return f"{right}."

@@ -1,0 +1,1 @@
+"""Is this one array right: the float64 reference, rounding-error bounds, verdicts."""

@@ -1,0 +1,1 @@
+"""Computing stages: runners, precision modes, children, memory, calibration."""

@@ -1,0 +1,413 @@
+"""Running the Qwen forward on any backend: one layer at a time, and the LM head one chunk of the vocabulary."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+
+from stages.errors import InputError, UsageError, shown
+from stages.oracle.bounds import LAMBDA, Lambdas
+from stages.oracle.verdict import Oracle, SideVerdict, consult
+from stages.run.memory import aligned_copy, is_aligned
+from stages.run.watch import at
+from stages.spec.backend import Backend, Weights
+from stages.spec.dtypes import stored_dtype
+from stages.spec.forward import EMBEDDING, LM_HEAD, RUN_PARAMS, forward_path, parameter_name, producers, stage_options
+from stages.spec.qwen import QwenConfig, parameter_shapes
+from stages.spec.stage import Path, Scope, Stage
+from stages.spec.values import StageResult
+
+POSITIONS = ("all", "last")
+# Rows of the LM head at a time: 8 chunks of Qwen's 151,936. Products narrower than MIN_CHUNK sum in another order
+# than the whole; wider ones have its bits in torch, and in JAX while the vocabulary is a multiple of 64, as Qwen's
+# are (docs/findings/forward.md).
+LM_HEAD_CHUNK = 20_000
+MIN_CHUNK = 4096
+
+_Item = TypeVar("_Item")
+_Loaded = TypeVar("_Loaded")
+
+
+class LoadedWeights:
+    """All weights of a model in memory, in `dtype`: for many runs, or to time one without the reading."""
+
+    def __init__(self, weights: Weights, config: QwenConfig, dtype: str = "model"):
+        wanted = stored_dtype(config.dtype if dtype == "model" else dtype)
+        self._arrays = {name: _cast(weights.read(name), wanted) for name in parameter_shapes(config)}
+        head, embedding = self._arrays[LM_HEAD], self._arrays[EMBEDDING]
+        if config.tie_word_embeddings and np.array_equal(head.view(np.uint8), embedding.view(np.uint8)):
+            self._arrays[LM_HEAD] = embedding  # tied, and not adapted apart
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        return self._arrays[name][start:stop]
+
+
+def resolve_stages(text: str, path: Path) -> tuple[str, ...]:
+    """The stages that `text` names (`ffn_gate,ffn_swigl`, or `all`), in execution order; aliases are resolved."""
+    if text.strip() == "all":
+        return tuple(path)
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name in path.absent:
+            raise UsageError(f"--stages {name}: {path.name} has no such step; it has {', '.join(path)}")
+        if name not in path and name not in path.aliases:
+            also = "".join(f", {alias} (= {stage})" for alias, stage in path.aliases.items())
+            raise UsageError(f"--stages: no stage '{shown(name)}'; there are {', '.join(path)}{also}")
+    if not names:
+        raise UsageError(f"--stages is empty; there are {', '.join(path)}, or all")
+    wanted = {path.aliases.get(name, name) for name in names}
+    return tuple(name for name in path if name in wanted)
+
+
+def resolve_layers(text: str, config: QwenConfig) -> tuple[int, ...]:
+    """The layers that `text` names (`0,3-5`, or `all`), in order."""
+    count = config.num_hidden_layers
+    if text.strip() == "all":
+        return tuple(range(count))
+    wanted: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not _is_number(first) or (dash and not _is_number(last)):
+            raise UsageError(
+                f"--layers: '{shown(part.strip())}' is not a layer or a range like 3-5; there are 0-{count - 1}"
+            )
+        start, stop = int(first), int(last) if dash else int(first)
+        if start > stop:
+            raise UsageError(f"--layers {part.strip()}: {start} is behind {stop}; there are 0-{count - 1}")
+        if stop >= count:
+            raise UsageError(f"--layers {part.strip()}: no layer {stop}; there are 0-{count - 1}")
+        wanted.update(range(start, stop + 1))
+    return tuple(sorted(wanted))
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 8
+
+
+def vocabulary_plan(vocab: int, chunk: int | None = None) -> list[tuple[int, int]]:
+    """Row ranges of the LM head: equal chunks of about `chunk` rows, a tail below `MIN_CHUNK` joined to the last."""
+    chunk = LM_HEAD_CHUNK if chunk is None else chunk
+    if chunk < MIN_CHUNK:
+        raise UsageError(f"--lm-head-chunk {chunk}: at least {MIN_CHUNK}; narrower products sum in another order")
+    count = max(1, min(-(-vocab // chunk), vocab // MIN_CHUNK))
+    # Multiples of 64 columns: in XLA a product of another width may sum its K terms in other blocks.
+    size = -(-vocab // (64 * count)) * 64
+    plan = [(start, min(start + size, vocab)) for start in range(0, vocab, size)]
+    if len(plan) > 1 and plan[-1][1] - plan[-1][0] < MIN_CHUNK:
+        plan[-2:] = [(plan[-2][0], vocab)]
+    return plan
+
+
+class Forwarder:
+    """A backend's stages for one model, each compiled once per shape and reused over layers and runs.
+
+    `dtype` is what activations and weights are computed in; `model` is the config's. `fuse_layers` compiles all
+    stages of a layer together, to see what fusion does to their bits; by default a stage is what is compiled.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        config: QwenConfig,
+        weights: Weights,
+        *,
+        dtype: str = "model",
+        fuse_layers: bool = False,
+    ):
+        self.fuse_layers = fuse_layers
+        self.backend, self.config, self.weights = backend, config, weights
+        self.path = forward_path(config, dtype)
+        self.dtype = stored_dtype(config.dtype if dtype == "model" else dtype)
+        self._compiled: dict[str, Callable[..., Any]] = {}
+        self._needed: frozenset[str] = frozenset()
+        self._where = ""  # layers.<n>. within a layer
+
+    def run(
+        self,
+        tokens: Sequence[int],
+        *,
+        layers: Iterable[int] | None = None,
+        stages: Iterable[str] | None = None,
+        also: Collection[tuple[int | None, str]] = (),
+        positions: str = "all",
+        lm_head_chunk: int | None = None,
+    ) -> Iterator[StageResult]:
+        """The forward of one sequence, propagated; yields what was asked for, in execution order.
+
+        `layers` and `stages`: all by default; stages of the whole model are not of any layer. `also`: single places
+        beside them, by layer and stage, of stages that the others are computed from. `positions`: `last`
+        captures the last token's row only, where a stage has one, and computes the LM head for that row alone.
+        Computes no further than the last thing asked for.
+        """
+        captured = frozenset(self.path if stages is None else stages)
+        chosen = frozenset(range(self.config.num_hidden_layers) if layers is None else layers)
+        self._check(tokens, captured, chosen, positions)
+        self._needed = self._ancestors(captured)
+        shared = {"positions": np.arange(len(tokens), dtype=np.int32)}
+        model: dict[str, Any] = {}
+        for stage in self._scoped(Scope.MODEL, before=True):
+            model[stage.name] = self._call(stage, model, self._model_params(stage, tokens, shared))
+            if stage.name in captured or (None, stage.name) in also:
+                yield self._result(None, stage, model[stage.name], positions)
+        after = [stage for stage in self._scoped(Scope.MODEL, before=False) if stage.name in self._needed]
+        in_layer = captured & {stage.name for stage in self._scoped(Scope.LAYER)}
+        count = self.config.num_hidden_layers if after else 1 + max(chosen, default=-1) if in_layer else 0
+        output: Any = None
+        for layer, params in _ahead(self._layer_params, range(count)):
+            self._where = f"layers.{layer}."
+            values = self._layer(layer, output, model, params)
+            output = values[self.path.carried["layer_input"][1]]
+            for stage in self._scoped(Scope.LAYER):
+                if (layer in chosen and stage.name in captured) or (layer, stage.name) in also:
+                    yield self._result(layer, stage, values[stage.name], positions)
+        self._where = ""
+        model[self.path.carried["layer_input"][1]] = output
+        for stage in after:
+            if stage.by_vocab:
+                (name,) = stage.inputs
+                rows = model[name][-1:] if positions == "last" else model[name]
+                yield StageResult(None, stage.name, self._by_vocab(stage, rows, lm_head_chunk))
+            else:
+                model[stage.name] = self._call(stage, model, self._model_params(stage, tokens, shared))
+                if stage.name in captured or (None, stage.name) in also:
+                    yield self._result(None, stage, model[stage.name], positions)
+
+    def isolate(self, stage_name: str, inputs: Mapping[str, np.ndarray], layer: int | None = None) -> np.ndarray:
+        """One stage from recorded inputs, by declared name (`producers` says which; also `tokens`, `positions`)."""
+        stage = self.path[stage_name]
+        put = {name: self.backend.put(inputs[name]) for name in stage.inputs}
+        if stage.by_vocab:
+            return self._by_vocab(stage, put[stage.inputs[0]], None)
+        params = [self.backend.put(array) for array in parameters(stage, inputs, self.weights, layer, self.dtype)]
+        return self._checked(stage, self._call(stage, put, params))
+
+    def _check(self, tokens: Sequence[int], captured: frozenset[str], chosen: frozenset[int], positions: str) -> None:
+        self.config.check_length(len(tokens))
+        vocab = self.config.vocab_size
+        for place, token in enumerate(tokens):
+            if not 0 <= token < vocab:
+                raise InputError(f"token {place} is {token}; the model has ids 0 to {vocab - 1}")
+        if unknown := sorted(captured - set(self.path)):
+            raise UsageError(f"no stage '{shown(unknown[0])}'; there are {', '.join(self.path)}")
+        if unknown_layers := sorted(chosen - set(range(self.config.num_hidden_layers))):
+            raise UsageError(f"no layer {unknown_layers[0]}; there are 0-{self.config.num_hidden_layers - 1}")
+        if positions not in POSITIONS:
+            raise UsageError(f"--positions {shown(positions)}: there are {', '.join(POSITIONS)}")
+
+    def _scoped(self, scope: Scope, before: bool | None = None) -> list[Stage]:
+        """The stages of a scope; those of the model before or after the layers."""
+        stages = list(self.path.values())
+        first = next(i for i, stage in enumerate(stages) if stage.scope is Scope.LAYER)
+        return [s for i, s in enumerate(stages) if s.scope is scope and before in (None, i < first)]
+
+    def _ancestors(self, captured: Iterable[str]) -> frozenset[str]:
+        """The stages without which none of `captured` can be computed: a side branch is left out."""
+        needed, carried = set(captured), self.path.carried
+        if any(self.path[name].scope is Scope.LAYER for name in needed):
+            needed.update(last for _, last in carried.values())  # a layer needs the one before it, whole
+        for stage in reversed(tuple(self.path.values())):
+            if stage.name in needed:
+                needed.update(carried[name][0] if name in carried else name for name in stage.inputs)
+        return frozenset(needed)
+
+    def _layer(self, layer: int, previous: Any, model: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
+        first, _ = self.path.carried["layer_input"]
+        values = {**model, "layer_input": model[first] if layer == 0 else previous}
+        put = {name: self.backend.put(array) for name, array in params.items()}
+        return self._fused_layer(values, put) if self.fuse_layers else self._layer_values(values, put, self._call)
+
+    def _layer_values(
+        self, values: Mapping[str, Any], params: Mapping[str, Any], call: Callable[..., Any]
+    ) -> dict[str, Any]:
+        values = dict(values)
+        for stage in self._scoped(Scope.LAYER):
+            if stage.name in self._needed:
+                values[stage.name] = call(stage, values, [params[name] for name in stage.params])
+        return values
+
+    def _fused_layer(self, values: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
+        """All stages of a layer in one compiled function, which may compute them in another order and precision."""
+        key = f"layer of {','.join(sorted(self._needed))}"
+        if key not in self._compiled:
+            self._compiled[key] = self.backend.compile(lambda v, p: self._layer_values(v, p, self._uncompiled))
+        result: dict[str, Any] = self._compiled[key](dict(values), dict(params))
+        return result
+
+    def _uncompiled(self, stage: Stage, values: Mapping[str, Any], params: Sequence[Any]) -> Any:
+        inputs = [values[name] for name in stage.inputs]
+        if stage.identity:
+            return inputs[0]
+        return self.backend.forward[stage.name](*inputs, *params, **stage_options(self.config, stage))
+
+    def _call(self, stage: Stage, values: Mapping[str, Any], params: Sequence[Any]) -> Any:
+        inputs = [values[name] for name in stage.inputs]
+        if stage.identity:
+            return inputs[0]
+        at(self._where + stage.name)
+        if stage.name not in self._compiled:
+            function = functools.partial(self.backend.forward[stage.name], **stage_options(self.config, stage))
+            self._compiled[stage.name] = self.backend.compile(function)
+        return self._compiled[stage.name](*inputs, *params)
+
+    def _model_params(self, stage: Stage, tokens: Sequence[int], shared: Mapping[str, np.ndarray]) -> list[Any]:
+        given = {"tokens": np.asarray(tokens, np.int32), **shared}
+        return [self.backend.put(array) for array in parameters(stage, given, self.weights, None, self.dtype)]
+
+    def _layer_params(self, layer: int) -> dict[str, np.ndarray]:
+        names = dict.fromkeys(
+            name for stage in self._scoped(Scope.LAYER) if stage.name in self._needed for name in stage.params
+        )
+        return {name: _cast(self.weights.read(f"model.layers.{layer}.{name}"), self.dtype) for name in names}
+
+    def _by_vocab(self, stage: Stage, rows: Any, chunk: int | None) -> np.ndarray:
+        """A stage whose columns are computed from chunks of its weight's rows; the same bits as from the whole."""
+        vocab = self.config.vocab_size
+        out = np.empty((rows.shape[0], vocab), stored_dtype(stage.dtype))
+        for (start, stop), weight in _ahead(self._head_rows, vocabulary_plan(vocab, chunk)):
+            part = self._call(stage, {stage.inputs[0]: rows}, [self.backend.put(weight)])
+            out[:, start:stop] = self._checked(stage, part)
+        return out
+
+    def _head_rows(self, chunk: tuple[int, int]) -> np.ndarray:
+        return _cast(self.weights.read(LM_HEAD, *chunk), self.dtype)
+
+    def _result(self, layer: int | None, stage: Stage, out: Any, positions: str) -> StageResult:
+        axis = next((i for i, name in enumerate(stage.shape.split()) if name in ("tokens", "queries")), None)
+        if positions == "last" and axis is not None:
+            out = out[(slice(None),) * axis + (slice(-1, None),)]
+        return StageResult(layer, stage.name, self._checked(stage, out))
+
+    def _checked(self, stage: Stage, out: Any) -> np.ndarray:
+        array = self.backend.get(out)
+        if array.dtype != stored_dtype(stage.dtype):
+            raise TypeError(f"{self.backend.name}.{stage.name} gave {array.dtype}, declared {stage.dtype}")
+        return array
+
+
+def run_forward(
+    backend: Backend,
+    weights: Weights,
+    config: QwenConfig,
+    tokens: Sequence[int],
+    *,
+    layers: Iterable[int] | None = None,
+    stages: Iterable[str] | None = None,
+    dtype: str = "model",
+    positions: str = "all",
+    lm_head_chunk: int | None = None,
+) -> Iterator[StageResult]:
+    """One forward, compiled for this call alone; `Forwarder.run` keeps what it compiled."""
+    forwarder = Forwarder(backend, config, weights, dtype=dtype)
+    return forwarder.run(tokens, layers=layers, stages=stages, positions=positions, lm_head_chunk=lm_head_chunk)
+
+
+def isolate(
+    backend: Backend,
+    config: QwenConfig,
+    stage: str,
+    inputs: Mapping[str, np.ndarray],
+    weights: Weights,
+    layer: int | None = None,
+    *,
+    dtype: str = "model",
+) -> np.ndarray:
+    """One stage from recorded inputs, compiled for this call alone; `Forwarder.isolate` keeps what it compiled."""
+    return Forwarder(backend, config, weights, dtype=dtype).isolate(stage, inputs, layer)
+
+
+def parameters(
+    stage: Stage, given: Mapping[str, np.ndarray], weights: Weights, layer: int | None, dtype: np.dtype
+) -> list[np.ndarray]:
+    """A stage's parameters in declared order, weights in `dtype`.
+
+    Of the embedding only the rows of the tokens are read, and the tokens are numbered anew to match.
+    """
+    if stage.params == ("tokens", EMBEDDING):
+        ids, places = np.unique(given["tokens"], return_inverse=True)
+        rows = np.concatenate([weights.read(EMBEDDING, int(token), int(token) + 1) for token in ids])
+        return [places.reshape(-1).astype(np.int32), _cast(rows, dtype)]
+    return [
+        given[name] if name in RUN_PARAMS else _cast(weights.read(parameter_name(stage, name, layer)), dtype)
+        for name in stage.params
+    ]
+
+
+def oracles(
+    path: Path,
+    config: QwenConfig,
+    stage: Stage,
+    inputs: Mapping[str, np.ndarray],
+    weights: Weights,
+    layer: int | None = None,
+    lambdas: Lambdas = LAMBDA,
+) -> Iterator[tuple[slice, Oracle]]:
+    """The oracle of a stage for recorded inputs, and the columns of the result that it speaks of.
+
+    One for the whole result; one per chunk of the vocabulary for the LM head, whose float64 weight is 1.2 GB.
+    """
+    given, dtype = [inputs[name] for name in stage.inputs], _activations(path)
+    options = stage_options(config, stage)
+    if not stage.by_vocab:
+        params = parameters(stage, inputs, weights, layer, dtype)
+        yield slice(None), consult(stage, (*given, *params), options, lambdas)
+        return
+    for start, stop in vocabulary_plan(config.vocab_size):
+        weight = _cast(weights.read(LM_HEAD, start, stop), dtype)
+        yield slice(start, stop), consult(stage, (*given, weight), options, lambdas)
+
+
+def judge_stage(
+    path: Path,
+    config: QwenConfig,
+    stage: Stage,
+    inputs: Mapping[str, np.ndarray],
+    weights: Weights,
+    observed: np.ndarray,
+    layer: int | None = None,
+    lambdas: Lambdas = LAMBDA,
+) -> SideVerdict:
+    """The verdict on a recorded stage, from its own recorded inputs by declared name."""
+    verdict = SideVerdict()
+    for columns, oracle in oracles(path, config, stage, inputs, weights, layer, lambdas):
+        verdict.add(oracle, observed if columns == slice(None) else observed[..., columns])
+    return verdict
+
+
+def recorded_inputs(
+    path: Path,
+    stage: Stage,
+    recorded: Mapping[tuple[int | None, str], np.ndarray],
+    tokens: Sequence[int],
+    layer: int | None,
+    layers: int,
+) -> dict[str, np.ndarray] | None:
+    """The inputs of a stage by declared name, from arrays by (layer, stage); None when one was not recorded."""
+    sources = producers(path, stage, layer, layers)
+    if any(key not in recorded for key in sources.values()):
+        return None
+    given = {name: recorded[key] for name, key in sources.items()}
+    return {**given, "tokens": np.asarray(tokens, np.int32), "positions": np.arange(len(tokens), dtype=np.int32)}
+
+
+def _activations(path: Path) -> np.dtype:
+    return stored_dtype(path["embedding"].dtype)
+
+
+def _cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    return array if array.dtype == dtype and is_aligned(array) else aligned_copy(array, dtype)
+
+
+def _ahead(load: Callable[[_Item], _Loaded], items: Iterable[_Item]) -> Iterator[tuple[_Item, _Loaded]]:
+    """Each item and what `load` gives for it, the next being loaded on a thread meanwhile."""
+    items = list(items)
+    with ThreadPoolExecutor(1, thread_name_prefix="weights") as pool:
+        future = pool.submit(load, items[0]) if items else None
+        for index, item in enumerate(items):
+            assert future is not None
+            loaded = future.result()
+            future = pool.submit(load, items[index + 1]) if index + 1 < len(items) else None
+            yield item, loaded

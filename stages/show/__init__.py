@@ -1,0 +1,1 @@
+"""Documents into text and HTML; nothing is computed."""

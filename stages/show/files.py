@@ -1,0 +1,50 @@
+"""What the commands that write files say, as text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from stages.errors import shown
+from stages.show.console import console
+
+
+def _line(text: str) -> None:
+    console().print(text, markup=False, soft_wrap=True)
+
+
+def apply_document(document: Mapping[str, Any]) -> None:
+    """A `svf.apply/1` document."""
+    adapted, tensors = document["adapted"], document["tensors"]
+    _line(
+        f"Wrote {document['model']} with {len(adapted)} adapted tensors of {len(tensors)} ({document['stage']} by "
+        f"{document['backend']}, {document['dtype']}) to {document['out']}"
+    )
+    if document["tied"]["note"]:
+        _line(document["tied"]["note"])
+    for name, why in document["left_out"].items():
+        _line(f"Left out: {shown(name)}, {why}")
+    for name in adapted:
+        if name in tensors:
+            _line(f"  {tensors[name]['sha256'][:16]}  {shown(name)}")
+
+
+def export_document(document: Mapping[str, Any]) -> None:
+    """A `svf.export/1` document."""
+    _line(f"Wrote {document['files']} stage files, {document['elements']:,} values, to {document['out']}")
+    for what in document["not_kept"]:
+        _line(f"APRT does not keep {shown(what)}")
+
+
+def import_document(document: Mapping[str, Any]) -> None:
+    """A `svf.import/1` document."""
+    _line(
+        f"Wrote {document['tensors']} tensors, {document['elements']:,} values as {document['dtype']}, "
+        f"to {document['out']}"
+    )
+    if document["flat"]:
+        _line(
+            f"Without a shape: {len(document['flat'])} of them, flat as APRT has them; --model and --tokens give shapes"
+        )
+    for what in document["not_kept"]:
+        _line(f"Left out: {shown(what)}")

@@ -1,0 +1,79 @@
+"""Judging through stages that were not recorded: what an error becomes on its way, and steps that a program lacks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from forward_models import MODELS, random_weights
+
+from stages.oracle.qwen import FORWARD_STAGES
+from stages.oracle.span import CARRIED, carried
+from stages.spec.forward import RUN_PARAMS, forward_path, parameter_name, stage_options, stage_shape
+
+RNG = np.random.default_rng(7)
+TOKENS = 6
+# Model -> stages that can have a hidden input.
+CASES = [
+    (model, stage.name)
+    for model in ("qwen3", "qwen2")
+    for stage in forward_path(MODELS[model].config("float32")).values()
+    if stage.inputs and not stage.identity
+]
+
+
+def test_every_stage_with_inputs_has_its_rule() -> None:
+    assert {name for _, name in CASES} == CARRIED.keys()
+
+
+@pytest.mark.parametrize("size", [1e-7, 1e-3, 0.1])
+@pytest.mark.parametrize(("model", "name"), CASES)
+def test_no_error_of_the_inputs_becomes_more(model: str, name: str, size: float) -> None:
+    """Random errors, all of one sign, or of the value's own: none is beyond, and some are not far below."""
+    config = MODELS[model].config("float32")
+    path, weights = forward_path(config), random_weights(MODELS[model].config("float32"))
+    stage = path[name]
+    sources = [path.carried[at][1] if at in path.carried else at for at in stage.inputs]
+    inputs = [RNG.standard_normal(stage_shape(config, path[source], TOKENS)) for source in sources]
+    if name == "attention":
+        inputs[0] = np.tril(np.abs(inputs[0]))
+        inputs[0] /= inputs[0].sum(axis=-1, keepdims=True)
+    names = [parameter_name(stage, param, 0) for param in stage.params if param not in RUN_PARAMS]
+    stored = {n: weights.get(n, weights["model.embed_tokens.weight"]) for n in names}
+    params = [*stored.values(), *([np.arange(TOKENS, dtype=np.int32)] if "positions" in stage.params else [])]
+    options = stage_options(config, stage)
+    errors = [size * np.abs(RNG.standard_normal(array.shape)) for array in inputs]
+    allowed = carried(stage, [*inputs, *params], errors, options, 0.0)
+    value = FORWARD_STAGES[name](*inputs, *params, **options)
+    assert allowed.shape == value.shape
+    closest = 0.0
+    for _ in range(12):
+        for shape in ("random", "plus", "minus", "sign"):
+            signs = {"plus": np.ones_like, "minus": lambda a: -np.ones_like(a), "sign": np.sign}
+            draw = signs.get(shape, lambda a: RNG.uniform(-1, 1, a.shape))
+            moved = [array + draw(array) * error for array, error in zip(inputs, errors, strict=True)]
+            result = FORWARD_STAGES[name](*moved, *params, **options)
+            far = np.abs(result - value)
+            if stage.causal:
+                far = np.tril(far)
+            assert (far <= allowed * (1 + 1e-9) + 1e-12 * np.abs(value)).all(), shape
+            closest = max(closest, float(np.nanmax(far / np.maximum(allowed, 1e-300))))
+    assert closest > 0.03  # a bound that nothing comes near would see nothing
+
+
+@pytest.mark.parametrize("name", ["attn_norm", "q_post_rope", "attn_scores"])
+def test_a_rounding_inside_is_allowed_where_it_may_have_been_done(name: str) -> None:
+    config = MODELS["qwen3"].config("bfloat16")
+    path = forward_path(config)
+    stage = path[name]
+    sources = [path.carried[at][1] if at in path.carried else at for at in stage.inputs]
+    inputs = [RNG.standard_normal(stage_shape(config, path[source], TOKENS)) for source in sources]
+    params = [np.exp(RNG.standard_normal(64)) for _ in stage.params]
+    errors, options = [np.zeros_like(array) for array in inputs], stage_options(config, stage)
+    assert not carried(stage, [*inputs, *params], errors, options, 0.0).any()
+    narrow = [array.astype(np.float32).astype(path["embedding"].dtype) for array in inputs]
+    assert all(n.dtype.itemsize == 2 for n in narrow)
+    exact = FORWARD_STAGES[name](*(n.astype(np.float64) for n in narrow), *params, **options)
+    rounded = FORWARD_STAGES[name](*narrow, *params, **options)
+    allowed = carried(stage, [*(n.astype(np.float64) for n in narrow), *params], errors, options, 2.0**-8)
+    assert (np.abs(rounded - exact) > 0).any()
+    assert (np.abs(rounded - exact) <= allowed).all()

@@ -1,0 +1,262 @@
+"""The selftest: it finds what it plants, fails when it should, and neither side of it knows of the other."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import ROOT, fresh, svf
+
+from stages.errors import InputError
+from stages.progress import Progress
+from stages.selftest.clean import samples
+from stages.selftest.document import document, exit_code
+from stages.selftest.fault import FORWARD, Fault
+from stages.selftest.faults import FAULTS
+from stages.selftest.planted import Plant, PlantedWeights
+from stages.selftest.run import SelftestOptions, selftest, verdict_on
+from stages.selftest.specimens import SPECIMENS
+from stages.selftest.tables import digest, page
+from stages.selftest.trials import Trial, path_of, plan
+from stages.spec.replay import REPLAY
+
+PACKAGE = ROOT / "stages" / "selftest"
+# One stage fault of each path, one of a weight, one of a size.
+FEW = ("positions from the end", "gate and up swapped", "offsets off by one", "theta x (1 + size)", "product in TF32")
+BACKENDS = ("torch", "jax")
+
+
+def few(names: tuple[str, ...] = FEW, **changed: Any) -> SelftestOptions:
+    return SelftestOptions(tuple(FAULTS[name] for name in names), **{"quick": True, "clean": 2, **changed})
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    """A selftest of a few kinds, judged as `svf diff` does."""
+    return selftest(few(), Progress(False))
+
+
+def test_what_is_planted_is_named_and_clean_runs_raise_no_alarm(found: dict[str, Any]) -> None:
+    assert [row["fault"] for row in found["faults"] if not row["named"]] == []
+    assert all(row["changed_elements"] > 0 for row in found["faults"])
+    assert (found["planted"], found["false_alarms"], found["clean_runs"]) == (len(FEW), 0, 2)
+    assert found["passed"]
+    assert exit_code(found) == 0
+
+
+def test_a_fault_below_the_floor_is_not_found_and_fails() -> None:
+    found = selftest(few(("theta x (1 + size)",), clean=0, scale=0.05), Progress(False))
+    assert [(row["found"], row["named"]) for row in found["faults"]] == [(False, False)]
+    assert not found["passed"]
+    assert exit_code(found) == 1
+
+
+def culprit(trial: Trial, **changed: Any) -> dict[str, Any]:
+    """The document of a judge that names `trial`, but for what is `changed`."""
+    right = {"side": trial.side, "layer": trial.layer, "tensor": trial.tensor, "stage": trial.stage}
+    return {"outcome": "diverged", "culprit": {"verdict": "bug", "ratio": 9.0, "hint": None, **right, **changed}}
+
+
+CONTENT = {"outcome": "agree", "culprit": None}
+
+
+def rows_of(judge: Callable[[Trial], dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of all trials of a full selftest, judged without running anything."""
+    trials = plan(FAULTS.values(), BACKENDS, quick=False, seed=0)
+    return [{**t.fields(), **verdict_on(t, lambda _a, _b, t=t: judge(t), Path(), Path())} for t in trials]
+
+
+def test_a_judge_that_names_everything_passes_and_one_that_is_always_content_fails() -> None:
+    options = SelftestOptions(tuple(FAULTS.values()))
+    assert document(options, rows_of(culprit), [], 0.0)["passed"]
+    content = document(options, rows_of(lambda _trial: CONTENT), [], 0.0)
+    assert (content["found"], content["named"], content["passed"]) == (0, 0, False)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"side": "both"}, {"side": None}, {"layer": 7}, {"stage": "lm_heat"}, {"tensor": "another"}], ids=str
+)
+def test_a_culprit_with_one_thing_wrong_is_found_and_not_named(wrong: dict[str, Any]) -> None:
+    rows = rows_of(lambda trial: culprit(trial, **wrong))
+    assert all(row["found"] for row in rows)
+    assert not any(row["named"] for row in rows)
+
+
+def test_a_refusal_to_compare_finds_nothing() -> None:
+    def refuse(_trial: Trial) -> dict[str, Any]:
+        raise InputError("not comparable")
+
+    assert {(row["found"], row["named"], row["verdict"]) for row in rows_of(refuse)} == {(False, False, "refused")}
+
+
+def test_a_false_alarm_fails_whatever_was_named() -> None:
+    alarm = {"outcome": "diverged", "worst_ratio": 2.0}
+    assert document(few(), [], [{"outcome": "agree"}], 0.0)["passed"]
+    assert not document(few(), [], [{"outcome": "agree"}, alarm], 0.0)["passed"]
+    assert not document(few(), [], [], 0.0)["passed"]
+
+
+def test_one_in_a_hundred_may_be_missed_and_no_more() -> None:
+    kind = next(iter(FAULTS.values()))
+    row = {"fault": kind.name, "found": True, "ratio": 1.0, "expected_stage": "x", "size": None, "verdict": "bug"}
+    rows = [{**row, "named": number > 0} for number in range(100)]
+    options = SelftestOptions((kind,))
+    assert document(options, rows, [], 0.0)["passed"]
+    assert not document(options, rows[:99], [], 0.0)["passed"]
+
+
+def test_the_record_of_several_selftests_adds_clean_runs_and_keeps_the_last_of_a_kind() -> None:
+    kinds = list(FAULTS.values())[:2]
+    row = {"found": True, "ratio": 1.0, "expected_stage": "x", "size": None, "verdict": "bug", "fault": kinds[0].name}
+    rows = [{**row, "named": False}, {**row, "fault": kinds[1].name, "named": True}]
+    first = document(SelftestOptions(tuple(kinds)), rows, [{"outcome": "agree"}], 0.0)
+    again = document(
+        SelftestOptions((kinds[0],), seed=7), [{**row, "named": True}] * 3, [{"outcome": "agree"}] * 2, 0.0
+    )
+    kept = digest([first, again])
+    assert (kept["planted"], kept["found"], kept["named"]) == (4, 4, 4)
+    assert (kept["clean_runs"], kept["seeds"]) == (3, [0, 7])
+    assert f"| {kinds[0].name} | {kinds[0].doc} | - | `x` | 1 | 3 of 3 | 3 of 3 |" in page(kept)
+
+
+# Independence.
+
+
+def imports(path: Path) -> set[str]:
+    """Modules that a file imports, wherever in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            found.add(node.module)
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return found
+
+
+def test_no_module_outside_the_package_but_the_command_line_knows_of_faults() -> None:
+    others = [*(ROOT / "stages").glob("*.py")] + [p for d in ("svf_torch", "svf_jax") for p in (ROOT / d).glob("*.py")]
+    assert len(others) > 40
+    assert [p.name for p in others if any("selftest" in name for name in imports(p))] == []
+    assert any("selftest" in name for name in imports(ROOT / "cli.py"))
+
+
+@pytest.mark.parametrize("module", [*sorted(p.stem for p in PACKAGE.glob("*fault*.py")), "making", "planted"])
+def test_faults_use_nothing_that_judges(module: str) -> None:
+    judging = {
+        f"stages.{name}"
+        for name in (
+            "verdict",
+            "hints",
+            "alternatives",
+            "noise",
+            "bits",
+            "reference",
+            "reference_qwen",
+            "compare",
+            "diff",
+            "forward_judge",
+        )
+    }
+    assert imports(PACKAGE / f"{module}.py") & judging == set()
+
+
+def test_judging_loads_no_fault_and_listing_faults_no_framework() -> None:
+    code = (
+        "import sys, stages.judge.diff, stages.judge.audit, stages.judge.hints\n"
+        "assert not [m for m in sys.modules if 'selftest' in m]\n"
+        "import stages.selftest.command\n"
+        "assert stages.selftest.command.listed(None)\n"
+        "assert not {'torch', 'jax'} & set(sys.modules)"
+    )
+    done = fresh(code)
+    assert done.returncode == 0, done.stderr
+
+
+# The plan.
+
+
+def test_every_kind_is_planted_at_a_stage_that_exists_and_there_are_many() -> None:
+    trials = plan(FAULTS.values(), BACKENDS, quick=False, seed=0)
+    assert len(FAULTS) >= 40
+    assert {trial.fault.name for trial in trials} == set(FAULTS)
+    for trial in trials:
+        assert trial.stage in (path_of(trial.specimen) if trial.fault.path == FORWARD else REPLAY)
+
+
+def test_faults_are_planted_in_all_layers_families_backends_and_stages() -> None:
+    trials = plan(FAULTS.values(), BACKENDS, quick=False, seed=0)
+    of_layers = [t for t in trials if t.fault.path == FORWARD and t.layer is not None]
+    assert {(t.backend, t.layer, SPECIMENS[t.specimen].family) for t in of_layers} == {
+        (backend, layer, family) for backend in BACKENDS for layer in (0, 1, 2) for family in ("qwen3", "qwen2")
+    }
+    path = path_of("qwen3")
+    assert {t.stage for t in trials} >= {name for name in path if not path[name].identity}
+    assert {t.stage for t in trials} >= set(REPLAY) - {"source_f32", "offsets_f32"}
+
+
+@pytest.mark.parametrize("backends", [("torch",), ("jax",)])
+def test_one_backend_alone_is_planted_in_when_asked(backends: tuple[str, ...]) -> None:
+    assert {t.backend for t in plan(FAULTS.values(), backends, quick=False, seed=0)} == set(backends)
+
+
+def test_a_seed_gives_the_same_plan_and_samples() -> None:
+    assert plan(FAULTS.values(), BACKENDS, quick=True, seed=3) == plan(FAULTS.values(), BACKENDS, quick=True, seed=3)
+    assert samples(9, 1) == samples(9, 1) != samples(9, 2)
+
+
+def test_clean_samples_are_of_many_shapes() -> None:
+    chosen = samples(300, 0)
+    specimens = [sample.specimen for sample in chosen]
+    assert {s.dtype for s in specimens} == {"float32", "bfloat16"}
+    assert {s.heads // s.kv_heads for s in specimens} >= {1, 2, 4, 7, 8}
+    assert min(s.tokens for s in specimens) == 1
+    assert max(s.tokens for s in specimens) == 500
+    assert sum(s.hidden == 1024 for s in specimens) >= 10
+    assert sum(sample.replay for sample in chosen) >= 50
+
+
+# Planting.
+
+
+def test_a_planted_weight_is_wrong_and_its_neighbours_are_right() -> None:
+    specimen = SPECIMENS["qwen3"]
+    weights = specimen.weights()
+
+    class Memory:
+        def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+            return weights[name][start:stop]
+
+    fault = FAULTS["a row of zeros"]
+    planted = PlantedWeights(Memory(), Plant(fault, "mlp.up_proj.weight", 1, 1.0, 0), specimen.layers)
+    for name in weights:
+        same = np.array_equal(planted.read(name), weights[name])
+        assert same == (name != "model.layers.1.mlp.up_proj.weight")
+    assert planted.changed == specimen.hidden
+
+
+def test_a_fault_changes_a_call_or_a_tensor() -> None:
+    with pytest.raises(ValueError, match="one of them"):
+        Fault("nothing", ("attn_norm",), "neither")
+
+
+# The command.
+
+
+def test_the_list_names_every_kind() -> None:
+    listed = svf("selftest", "--list", "--json").json
+    assert listed["schema"] == "svf.faults/1"
+    assert [row["kind"] for row in listed["faults"]] == list(FAULTS)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"), [(("--fault", "gremlins"), "no such fault"), (("--backend", "reference"), "torch or jax")]
+)
+def test_what_cannot_be_planted_is_refused(words: tuple[str, ...], said: str) -> None:
+    result = svf("selftest", *words)
+    assert result.code == 2
+    assert said in result.error

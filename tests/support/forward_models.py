@@ -1,0 +1,234 @@
+"""Tiny random Qwen models in memory or on disk, and the one table of shapes that forward tests derive from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from stages.files.dump import MANIFEST_FILE
+from stages.files.forward_dump import ForwardSide, layer_file, parse_key
+from stages.files.tensorfile import sha256, write_tensors
+from stages.jobs.forward_one import ForwardCommand, forward_one
+from stages.progress import Progress
+from stages.run.adapted import ADAPTED_FILE
+from stages.spec.backend import Backend
+from stages.spec.qwen import EMBEDDING, LM_HEAD, QwenConfig, parameter_shapes, parse_config
+
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 4.0,
+    "original_max_position_embeddings": 128,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+}
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}
+# Of a model of 64 positions.
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "original_max_position_embeddings": 64,
+    "short_factor": [1.0 + 0.01 * i for i in range(16)],
+    "long_factor": [1.1 + 0.7 * i for i in range(16)],
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1e6,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a test varies; `family` and the rest of a config follow."""
+
+    family: str = "qwen3"
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 32  # not hidden / heads
+    hidden: int = 64
+    intermediate: int = 160
+    vocab: int = 300
+    layers: int = 2
+    tied: bool = True
+    attention_bias: bool = False
+    eps: float = 1e-6
+    positions: int = 512
+    rope: Mapping[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 1e6})
+
+    def raw(self, dtype: str) -> dict[str, Any]:
+        """The `config.json` of this model."""
+        qwen3 = {"attention_bias": self.attention_bias} if self.family == "qwen3" else {}
+        return {
+            "model_type": self.family,
+            "dtype": dtype,
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "hidden_size": self.hidden,
+            "intermediate_size": self.intermediate,
+            "max_position_embeddings": self.positions,
+            "max_window_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_hidden_layers": self.layers,
+            "num_key_value_heads": self.kv_heads,
+            "rms_norm_eps": self.eps,
+            "rope_parameters": dict(self.rope),
+            "sliding_window": None,
+            "tie_word_embeddings": self.tied,
+            "use_sliding_window": False,
+            "vocab_size": self.vocab,
+            **qwen3,
+        }
+
+    def config(self, dtype: str) -> QwenConfig:
+        return parse_config(self.raw(dtype), "config.json")
+
+
+# Every shape that the forward must handle: both families, GQA ratios 1, 2, 4 and 7, head_dim unlike hidden / heads,
+# tied and untied, with and without each bias, and the six RoPE types.
+MODELS = {
+    "qwen3": Model(),
+    "qwen3-untied": Model(tied=False),
+    "qwen3-gqa1": Model(heads=3, kv_heads=3, head_dim=16, hidden=96),
+    "qwen3-gqa4": Model(heads=8, kv_heads=2, head_dim=24),
+    "qwen3-gqa7": Model(heads=7, kv_heads=1, head_dim=64, hidden=112),
+    "qwen3-bias": Model(attention_bias=True),
+    "qwen3-yarn": Model(rope=YARN),
+    "qwen3-linear": Model(rope=LINEAR),
+    "qwen3-dynamic": Model(rope=DYNAMIC, positions=64),
+    "qwen3-longrope": Model(rope=LONGROPE),
+    "qwen3-llama3": Model(rope=LLAMA3),
+    "qwen2": Model("qwen2", tied=False),
+    "qwen2-tied": Model("qwen2"),
+    "qwen2-gqa1": Model("qwen2", heads=2, kv_heads=2, head_dim=32),
+    "qwen2-gqa4": Model("qwen2", heads=4, kv_heads=1, head_dim=48),
+    "qwen2-gqa7": Model("qwen2", heads=14, kv_heads=2, head_dim=8, hidden=112),
+    "qwen2-yarn": Model("qwen2", rope=YARN),
+    "qwen2-linear": Model("qwen2", rope=LINEAR),
+    "qwen2-dynamic": Model("qwen2", rope=DYNAMIC, positions=64),
+    "qwen2-longrope": Model("qwen2", rope=LONGROPE),
+    "qwen2-llama3": Model("qwen2", rope=LLAMA3),
+}
+
+
+def tokens_of(count: int, vocab: int = 300) -> list[int]:
+    """`count` token ids, some of them repeated."""
+    return [int(t) for t in np.random.default_rng(count).integers(0, vocab, count)]
+
+
+def random_weights(config: QwenConfig, seed: int = 0) -> dict[str, np.ndarray]:
+    """Every parameter, biases and norms too, in the config's dtype; no LM head when it is tied."""
+    rng = np.random.default_rng(seed)
+    dtype = np.dtype(ml_dtypes.bfloat16 if config.dtype == "bfloat16" else config.dtype)
+    weights: dict[str, np.ndarray] = {}
+    for name, shape in parameter_shapes(config).items():
+        if name == LM_HEAD and config.tie_word_embeddings:
+            continue
+        normal = rng.standard_normal(shape)
+        if name.endswith("norm.weight"):
+            values = np.exp(0.3 * normal)
+        elif name.endswith(".bias"):
+            values = 0.3 * normal
+        else:
+            values = normal * (0.05 if name == EMBEDDING else shape[-1] ** -0.5)
+        weights[name] = values.astype(np.float32).astype(dtype)
+    return weights
+
+
+class MemoryWeights:
+    """Weights in memory, read as a checkpoint is read; counts what is read."""
+
+    def __init__(self, weights: Mapping[str, np.ndarray]):
+        self.weights = dict(weights)
+        self.reads: list[tuple[str, int, int | None]] = []
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        self.reads.append((name, start, stop))
+        stored = EMBEDDING if name == LM_HEAD and LM_HEAD not in self.weights else name
+        return self.weights[stored][start:stop]
+
+
+def write_model(folder: Path, model: Model, dtype: str, seed: int = 0) -> Path:
+    """A checkpoint with random weights in Hugging Face layout."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(model.raw(dtype)))
+    write_tensors(folder / "model.safetensors", random_weights(model.config(dtype), seed), metadata={"format": "pt"})
+    return folder
+
+
+def forward_command(model: Path, **changes: Any) -> ForwardCommand:
+    """`svf forward MODEL --no-production` with `changes`, as the command line parses it."""
+    parsed: dict[str, Any] = {
+        "tokens": "3,141,59,26,53",
+        "tokens_file": None,
+        "prompt": None,
+        "backend": "torch",
+        "layers": "all",
+        "stages": "all",
+        "positions": "all",
+        "dtype": "model",
+        "adapted": None,
+        "layout": "declared",
+        "repeat": 1,
+        "out": None,
+        "format": "safetensors",
+        "device": "cpu",
+        "jit": "stage",
+        "production": False,
+        "generate": 0,
+        "top": 5,
+    }
+    assert changes.keys() <= parsed.keys()
+    return ForwardCommand(model=str(model), **{**parsed, **changes})
+
+
+def trace(model: Path, backend: Backend, **changes: Any) -> dict[str, Any]:
+    """The `svf.forward/1` document of one run in this process; without production unless asked for."""
+    return forward_one(forward_command(model, backend=backend.name, **changes), lambda: backend, Progress(False))
+
+
+def dumped(folder: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a forward dump, by key."""
+    side = ForwardSide(folder)
+    try:
+        return {key: side.read(place) for place, key in side.places.items()}
+    finally:
+        side.close()
+
+
+def change_dump(folder: Path, change: Callable[[dict[str, np.ndarray]], object]) -> Path:
+    """Rewrite a forward dump after `change(tensors)`: files, shapes, dtypes and sums all speak the same lie."""
+    manifest = json.loads((folder / MANIFEST_FILE).read_text())
+    tensors = dumped(folder)
+    change(tensors)
+    files: dict[str, dict[str, np.ndarray]] = {}
+    for key, array in tensors.items():
+        place = parse_key(key)
+        assert place is not None
+        files.setdefault(layer_file(place[0]), {})[key] = array
+    for path in folder.glob("*.safetensors"):
+        if path.name != ADAPTED_FILE:
+            path.unlink()
+    manifest["tensors"] = {}
+    for file, held in files.items():
+        write_tensors(folder / file, held)
+        for key, a in held.items():
+            manifest["tensors"][key] = {
+                "file": file,
+                "dtype": a.dtype.name,
+                "shape": list(a.shape),
+                "sha256": sha256(a),
+            }
+    (folder / MANIFEST_FILE).write_text(json.dumps(manifest))
+    return folder
