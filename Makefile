@@ -17,6 +17,7 @@ check: .venv/dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+	.venv/bin/lint-imports --no-logo
 	.venv/bin/python docs/generate.py --check
 
 docs: .venv/dev

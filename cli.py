@@ -457,7 +457,8 @@ def decompose(
     from stages.commands import original_flags
     from stages.errors import UsageError
     from stages.files.selection import parse_layers
-    from stages.jobs.decompose import DecomposeOptions, exit_code
+    from stages.jobs.decompose import exit_code
+    from stages.jobs.decompose_options import DecomposeOptions
     from stages.show import console as render
 
     if (manifest is None) == (layers is None):

@@ -14,7 +14,8 @@ from helpers import GATE, ROOT
 from cli import BACKENDS, load_backend
 from stages.files.selection import Selection, select_by_rule
 from stages.jobs.builtin import LAYER, router_vector, write_vector
-from stages.jobs.decompose import FLOAT64, DecomposeOptions, decompose
+from stages.jobs.decompose import FLOAT64, decompose
+from stages.jobs.decompose_options import DecomposeOptions
 from stages.jobs.synth import config_json, synthesize
 from stages.spec.backend import Backend
 from stages.spec.qwen import parameter_shapes, parse_config

@@ -33,6 +33,7 @@ from stages.files.selection import (
     select_by_rule,
 )
 from stages.files.tensorfile import TensorFile, TensorWriter, sha256, write_tensors
+from stages.jobs.decompose_options import DecomposeOptions
 from stages.jobs.decompose_report import BASELINE_LABEL, BundleReport, Hashes, is_turned, variant
 from stages.judge.document import STRICT_REFERENCE
 from stages.oracle import svd
@@ -46,25 +47,6 @@ from stages.spec.replay import REPLAY
 from stages.spec.values import ReplayTask
 
 Progress = Callable[[str, float], None]
-
-
-@dataclass(frozen=True)
-class DecomposeOptions:
-    """What `svf decompose` was asked to do; see its `--help`."""
-
-    model: str
-    vector: Path
-    manifest: Path | None
-    layers: tuple[int, ...]
-    out: Path
-    report: Path | None
-    all_selected: bool
-    svd_weights: Path | None = None
-    resume: bool = False
-    model_dtype: str = "float32"  # what the model is loaded in, before its weights are float32: auto is its config's
-    readback: Path | None = None  # the bundle that variants are read back from; the written one
-    write_stages: bool = True
-    strict_reference: bool = False  # whether a variant must reach the stored hash
 
 
 def float64_svd(_name: str, rows: Callable[[int, int], np.ndarray], shape: tuple[int, int]) -> Factors:

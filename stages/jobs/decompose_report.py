@@ -22,7 +22,8 @@ from stages.spec.replay import REPLAY
 from stages.spec.values import ReplayTask
 
 if TYPE_CHECKING:
-    from stages.jobs.decompose import DecomposeOptions, Method
+    from stages.jobs.decompose_options import DecomposeOptions
+    from stages.spec.factors import Method
 
 BASELINE_LABEL = "python_safetensors_readback_torch_v_final_bf16"
 

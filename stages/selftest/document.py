@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from stages.selftest.faults import group_of
 
 if TYPE_CHECKING:
-    from stages.selftest.run import SelftestOptions
+    from stages.selftest.options import SelftestOptions
 
 # The share of planted faults that must be named; a false alarm is never allowed.
 LEAST_NAMED = 0.99

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,8 @@ from stages.files.jsonio import write_json
 from stages.files.scratch import scratch_folder
 from stages.files.selection import select_by_rule
 from stages.jobs.builtin import write_vector
-from stages.jobs.decompose import FLOAT64, DecomposeOptions, decompose
+from stages.jobs.decompose import FLOAT64, decompose
+from stages.jobs.decompose_options import DecomposeOptions
 from stages.judge.diff import DiffCommand, diff_any
 from stages.oracle.components import ReferenceBackend
 from stages.progress import Progress
@@ -28,13 +28,13 @@ from stages.run.children import ChildResult, document_of, run_svf
 from stages.selftest import uses
 from stages.selftest.clean import Sample, samples
 from stages.selftest.document import document
-from stages.selftest.fault import BUNDLE, Fault
+from stages.selftest.fault import BUNDLE
+from stages.selftest.options import SIDES, SelftestOptions
 from stages.selftest.recorded import plan_recordings, rows_of, runs_of
 from stages.selftest.specimens import SPECIMENS, Specimen
 from stages.selftest.trials import DECOMPOSED, TENSORS, Trial, plan
 from stages.spec.qwen import parameter_shapes
 
-SIDES = ("torch", "jax")  # a and b of every comparison
 CHILD = "selftest-child"
 # Runs of one process: XLA keeps every program that it compiled, a few memory maps each.
 _BATCH = 60
@@ -42,20 +42,6 @@ _POLL_S = 0.02
 # Of tiny models: a second thread has nothing to do, and on a busy machine it is waited for.
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 Judge = Callable[[Path, Path], Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class SelftestOptions:
-    """What `svf selftest` was asked to do; see its `--help`."""
-
-    faults: tuple[Fault, ...]
-    backends: tuple[str, ...] = SIDES
-    quick: bool = False
-    recordings: tuple[str, ...] = ()
-    uses: tuple[str, ...] = ()
-    clean: int = 40
-    seed: int = 0
-    scale: float = 1.0
 
 
 def compare(a: Path, b: Path) -> Mapping[str, Any]:

@@ -25,7 +25,8 @@ from stages.files.tensorfile import TensorFile, sha256, write_tensors
 from stages.jobs import apply as module
 from stages.jobs.apply import ApplyCommand, apply
 from stages.jobs.builtin import write_vector
-from stages.jobs.decompose import FLOAT64, DecomposeOptions, decompose
+from stages.jobs.decompose import FLOAT64, decompose
+from stages.jobs.decompose_options import DecomposeOptions
 from stages.progress import Progress
 from stages.spec.backend import Backend
 from stages.spec.qwen import parameter_shapes

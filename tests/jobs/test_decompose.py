@@ -25,7 +25,8 @@ from stages.files.selection import Selection
 from stages.files.tensorfile import TensorFile, sha256
 from stages.jobs import decompose as module
 from stages.jobs.builtin import write_vector
-from stages.jobs.decompose import FLOAT64, DecomposeOptions, decompose
+from stages.jobs.decompose import FLOAT64, decompose
+from stages.jobs.decompose_options import DecomposeOptions
 from stages.judge.metrics import same_bits
 from stages.spec.backend import Backend
 from stages.spec.replay import REPLAY

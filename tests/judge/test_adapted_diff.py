@@ -17,7 +17,8 @@ from helpers import GATE, K_PROJ, one_line, svf, tensors_of, with_json, with_ten
 from stages.files.bundle import COMPONENTS_FILE, MANIFEST_FILE, OFFSETS_FILE, Bundle, offsets_key
 from stages.files.dump import MANIFEST_FILE as DUMP_MANIFEST
 from stages.files.tensorfile import sha256
-from stages.jobs.decompose import FLOAT64, DecomposeOptions, decompose
+from stages.jobs.decompose import FLOAT64, decompose
+from stages.jobs.decompose_options import DecomposeOptions
 from stages.jobs.synth import synthesize
 from stages.judge.adapted import STAGE, chain_of
 from stages.oracle import bounds as noise

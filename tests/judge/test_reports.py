@@ -15,7 +15,8 @@ from conftest import manifest_of
 from helpers import GATE, K_PROJ, Result, svf, tensors_of, with_json, with_tensors
 
 from stages.files.selection import Selection
-from stages.jobs.decompose import FLOAT64, DecomposeOptions, decompose
+from stages.jobs.decompose import FLOAT64, decompose
+from stages.jobs.decompose_options import DecomposeOptions
 from stages.spec.backend import Backend
 from stages.spec.replay import REPLAY
 

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT.parent / "shared" / "golden" / "trinity-tiny"
 TOKENS = "3,141,59,26,53"
 # Fields whose values are another run's own: what took how long, what this machine is, what ran how.
-VOLATILE = frozenset({"facts", "seconds", "command", "versions", "time", "available", "free", "machine"})
+VOLATILE = frozenset({"facts", "seconds", "command", "versions", "time", "available", "free", "machine", "made"})
 # In execution order: a name, and the words; {w} is the scratch folder, {g} the golden bundle's.
 COMMANDS: tuple[tuple[str, str], ...] = (
     ("synth", "synth {w}/m --preset tiny --dtype float32 --vector {w}/router.npy --layers 2"),

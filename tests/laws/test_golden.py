@@ -12,7 +12,8 @@ import pytest
 from helpers import GATE, svf, tensors_of, with_json
 
 from stages.files.bundle import ALL_STAGES_FILE, COMPONENTS_FILE, MANIFEST_FILE, OFFSETS_FILE, SAMPLE_STAGES_FILE
-from stages.jobs.decompose import DecomposeOptions, decompose
+from stages.jobs.decompose import decompose
+from stages.jobs.decompose_options import DecomposeOptions
 from stages.judge.metrics import same_bits
 from stages.spec.backend import Backend
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from helpers import ROOT, Result
+from helpers import MODULES, ROOT, Result
 
 # Address space of a command; what it may really take, and for how long it may compute and wait.
 SPACE, MEMORY, SECONDS, PATIENCE = 8 * 1024**3, 1024**3, 20, 600
@@ -97,9 +97,9 @@ def _serve() -> None:
 
     import cli
 
-    for module in sorted(path.stem for path in (ROOT / "stages").glob("*.py")):
-        if module not in ("tokenizer_child",):
-            importlib.import_module(f"stages.{module}")
+    for module in MODULES:
+        if not module.endswith("_child"):
+            importlib.import_module(module)
     for line in sys.stdin:
         print(json.dumps(_fork(cli.app, json.loads(line))), flush=True)
 

@@ -20,6 +20,8 @@ import cli
 from stages.files.tensorfile import TensorFile, sha256, write_tensors
 
 ROOT = Path(cli.__file__).resolve().parent
+# Every module of the rooms, by its dotted name.
+MODULES = sorted(".".join(p.relative_to(ROOT).with_suffix("").parts) for p in (ROOT / "stages").rglob("*.py"))
 GATE = "model.layers.2.mlp.gate_proj.weight"  # 192 x 64, the sample
 DOWN = "model.layers.2.mlp.down_proj.weight"  # 64 x 192, wide
 K_PROJ = "model.layers.2.self_attn.k_proj.weight"  # 64 x 64, square

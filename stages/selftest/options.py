@@ -1,0 +1,23 @@
+"""What the selftest may be asked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stages.selftest.fault import Fault
+
+SIDES = ("torch", "jax")  # a and b of every comparison
+
+
+@dataclass(frozen=True)
+class SelftestOptions:
+    """What `svf selftest` was asked to do; see its `--help`."""
+
+    faults: tuple[Fault, ...]
+    backends: tuple[str, ...] = SIDES
+    quick: bool = False
+    recordings: tuple[str, ...] = ()
+    uses: tuple[str, ...] = ()
+    clean: int = 40
+    seed: int = 0
+    scale: float = 1.0
