@@ -37,7 +37,7 @@ def best(functions: dict[str, Callable[[], object]]) -> dict[str, float]:
 
 def measure(name: str, rows: int) -> None:
     """Print the seconds and ratios of one backend, in this process."""
-    from cli import load_backend
+    from stages.commands.backends import load_backend
     from stages.order.evaluate import product
     from stages.order.ordered_backend import BLOCKED, OrderedBackend
     from stages.order.text import parse_order
@@ -64,7 +64,7 @@ def measure(name: str, rows: int) -> None:
 
 def functions() -> None:
     """Print how far apart the two libraries are in stages that hold a function, from the same float32 inputs."""
-    from cli import load_backend
+    from stages.commands.backends import load_backend
 
     rng = np.random.default_rng(0)
     x = rng.standard_normal((64, TERMS), np.float32)

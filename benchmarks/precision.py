@@ -19,7 +19,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from cli import load_backend
+from stages.commands.backends import load_backend
 from stages.jobs.synth import config_json
 from stages.run.forward import Forwarder, LoadedWeights
 from stages.run.precision import MODES, precision_fields

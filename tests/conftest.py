@@ -11,7 +11,7 @@ import hypothesis
 import pytest
 from helpers import GATE, ROOT
 
-from cli import BACKENDS, load_backend
+from stages.commands.backends import BACKENDS, load_backend
 from stages.files.selection import Selection, select_by_rule
 from stages.jobs.builtin import LAYER, router_vector, write_vector
 from stages.jobs.decompose import FLOAT64, decompose

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from stages.errors import UsageError
-from stages.jobs.replay import ReplayCommand
+from stages.jobs.replay_one import ReplayCommand
 
 Say = Callable[[str], None]
 # What --vector-dtype may be.

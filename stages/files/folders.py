@@ -11,7 +11,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,32 +105,32 @@ class Run:
     """A folder that one run holds; `done` are the documents of the sides that are finished, by name."""
 
     folder: Path
-    command: list[str]
+    asked: Mapping[str, Any]
     done: dict[str, Any]
 
     def save(self) -> None:
         """Write the run file, so that a resumed run need not compute again what is done."""
         about = {"pid": os.getpid(), "host": socket.gethostname(), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
-        record = {"schema": "svf.run/1", **about, "command": self.command, "done": self.done}
+        record = {"schema": "svf.run/1", **about, "asked": self.asked, "done": self.done}
         write_json(self.folder / RUN_FILE, record)
 
 
 @contextmanager
-def claimed(path: str | os.PathLike[str], command: Sequence[str], *, resume: bool = False) -> Iterator[Run]:
-    """Hold the folder `path` for this run alone, new or, with `resume`, that of the same `command` cut short.
+def claimed(path: str | os.PathLike[str], asked: Mapping[str, Any], *, resume: bool = False) -> Iterator[Run]:
+    """Hold the folder `path` for this run alone, new or, with `resume`, that of the same `asked` cut short.
 
     Of a run cut short the sides that are done are kept, and all else is thrown away; when the block fails, too. After
     success the folder says nothing of the run any more. `OutputError` as in `prepare_folder`, and when another run
-    holds the folder, naming it; `InputError` when the run cut short was of another command.
+    holds the folder, naming it; `InputError` when the run cut short was asked something else.
     """
     made = not os.path.lexists(path)
     folder = _existing_folder(path)
     with _locked(folder):
         if resume and (folder / RUN_FILE).is_file():
-            run = _resumed(folder, list(command))
+            run = _resumed(folder, asked)
         else:
             _refuse_content(folder)
-            run = Run(folder, list(command), {})
+            run = Run(folder, asked, {})
         try:
             run.save()
             yield run
@@ -146,7 +146,7 @@ def claimed(path: str | os.PathLike[str], command: Sequence[str], *, resume: boo
 @contextmanager
 def new_folder(path: str | os.PathLike[str], *, resume: bool = False) -> Iterator[Path]:
     """A claimed folder of one result: all of it, or nothing. With `resume`, that of a run that was killed."""
-    with claimed(path, [], resume=resume) as run:
+    with claimed(path, {}, resume=resume) as run:
         yield run.folder
 
 
@@ -164,18 +164,26 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def _resumed(folder: Path, command: list[str]) -> Run:
+def _resumed(folder: Path, asked: Mapping[str, Any]) -> Run:
     record = read_object(folder / RUN_FILE)
-    if record.get("command") != command or not isinstance(record.get("done"), dict):
-        begun = record.get("command")
-        words = " ".join(map(str, begun)) if isinstance(begun, list) else begun
+    begun = record.get("asked")
+    if begun != asked or not isinstance(record.get("done"), dict):
         raise InputError(
-            f"{folder}: the unfinished run was begun with other options ('{shown(words)}'); give the same, without "
-            "--resume into a new folder, or empty this one"
+            f"{folder}: the unfinished run was begun with other options ({shown(_first_difference(begun, asked))}); "
+            "give the same, without --resume into a new folder, or empty this one"
         )
     done = dict(record["done"])
     _empty(folder, keep=(RUN_FILE, *done))
-    return Run(folder, command, done)
+    return Run(folder, asked, done)
+
+
+def _first_difference(begun: Any, asked: Any, name: str = "") -> str:
+    """Which option differs, and how: `layers: 0, now all`."""
+    if isinstance(begun, dict) and isinstance(asked, Mapping):
+        for key in dict.fromkeys([*begun, *asked]):
+            if begun.get(key) != asked.get(key):
+                return _first_difference(begun.get(key), asked.get(key), str(key))
+    return f"{name}: {begun}, now {asked}"
 
 
 def _who(folder: Path) -> str:

@@ -14,8 +14,9 @@ from stages.files.cache import cache_folder
 from stages.files.jsonio import write_all, write_atomic
 from stages.files.scratch import scratch_folder
 from stages.files.selection import select_by_rule
+from stages.jobs.decompose_options import DecomposeOptions
 from stages.jobs.synth import config_json, synthesize
-from stages.run.children import document_of, run_svf
+from stages.run.children import document_of, run_child
 from stages.spec.qwen import parameter_shapes, parse_config
 
 # Raise it when the default's bytes change: the cache of an older version is then left alone.
@@ -46,12 +47,16 @@ def make_default(folder: Path) -> None:
     folder.mkdir(parents=True)
     synthesize(folder / "model", "tiny")
     write_vector(folder / "router_vector.npy", router_vector("tiny", (LAYER,)))
-    arguments = [
-        *("--no-progress", "decompose", str(folder / "model"), "--vector", str(folder / "router_vector.npy")),
-        *("--layers", str(LAYER), "--all-selected-tensors", "--decompose-all-selected-if-missing"),
-        *("--out", str(folder / "components"), "--report", str(folder / "reference.json"), "--json"),
-    ]
-    document_of("decomposing", run_svf(arguments))
+    options = DecomposeOptions(
+        model=str(folder / "model"),
+        vector=folder / "router_vector.npy",
+        manifest=None,
+        layers=(LAYER,),
+        out=folder / "components",
+        report=folder / "reference.json",
+        all_selected=True,
+    )
+    document_of("decomposing", run_child(options))
 
 
 def default_source() -> tuple[Path, bool]:

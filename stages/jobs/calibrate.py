@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -14,10 +15,10 @@ from stages.oracle.verdict import Oracle, Verdict, consult, measure
 from stages.progress import Progress
 from stages.run import calibration
 from stages.run.calibration import Calibration
-from stages.run.children import document_of, run_svf
+from stages.run.children import run_sides
 from stages.run.forward import Forwarder, oracles, recorded_inputs
 from stages.run.replay import Replayer
-from stages.spec.backend import Backend
+from stages.spec.backend import BOTH, SIDES, Backend, Loader
 from stages.spec.noise import Noise
 from stages.spec.qwen import QwenConfig, parse_config
 from stages.spec.replay import REPLAY
@@ -83,15 +84,22 @@ def calibrate_one(backend: Backend, progress: Progress) -> dict[str, Any]:
     return document([calibration.document(backend.name, facts, found, calibration.store(facts, found))])
 
 
-def calibrate_both(names: Sequence[str], device: str, progress: Progress) -> dict[str, Any]:
-    """Measure each backend in a process of its own."""
-    found: list[Mapping[str, Any]] = []
-    for name in names:
-        progress.say(f"calibrating {name}")
-        arguments = ["calibrate", "--backend", name, "--device", device, "--json"]
-        child = run_svf(arguments if progress.enabled else ["--no-progress", *arguments])
-        found += document_of(name, child)["backends"]
-    return document(found)
+@dataclass(frozen=True)
+class CalibrateCommand:
+    """What `svf calibrate` was asked."""
+
+    job: ClassVar[str] = "calibrate"
+
+    backend: str = BOTH
+    device: str = "cpu"
+
+
+def calibrate(command: CalibrateCommand, load: Loader, progress: Progress) -> dict[str, Any]:
+    """Measure as asked; each of both backends in a process of its own."""
+    if command.backend != BOTH:
+        return calibrate_one(load(command.backend, command.device), progress)
+    documents = run_sides({name: replace(command, backend=name) for name in SIDES}, progress)
+    return document([backend for one in documents for backend in one["backends"]])
 
 
 def document(backends: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

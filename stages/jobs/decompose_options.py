@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 
 @dataclass(frozen=True)
 class DecomposeOptions:
     """What `svf decompose` was asked to do; see its `--help`."""
+
+    job: ClassVar[str] = "decompose"
 
     model: str
     vector: Path
@@ -22,4 +25,5 @@ class DecomposeOptions:
     model_dtype: str = "float32"  # what the model is loaded in, before its weights are float32: auto is its config's
     readback: Path | None = None  # the bundle that variants are read back from; the written one
     write_stages: bool = True
+    svd: str = "float64"  # or torch: the original's own
     strict_reference: bool = False  # whether a variant must reach the stored hash

@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from stages.jobs.replay import ReplayCommand, replay_both
+from stages.jobs.replay import replay_both
+from stages.jobs.replay_one import ReplayCommand
 from stages.progress import Progress
 
 
-def run(backends: Sequence[str], progress: Progress) -> dict[str, Any]:
+def run(progress: Progress) -> dict[str, Any]:
     """Make the tiny model and bundle, replay every layout on each backend, and compare."""
-    command = ReplayCommand(
-        components=None,
-        backend="both",
-        layout="all",
-        model=None,
-        reference_report=None,
-        source_from_stage=False,
-        all_selected=True,
-        select=(),
-        chunk_rows=None,
-        dump="none",
-        out=None,
-        report=None,
-        device="cpu",
-        top=5,
-    )
-    return replay_both(command, backends, progress)
+    return replay_both(ReplayCommand(layout="all", all_selected=True), progress)
 
 
 def explain(document: Mapping[str, Any], missing: str | None) -> None:

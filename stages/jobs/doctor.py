@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from stages.errors import SvfError, shown
 from stages.files.cache import cache_folder
-from stages.run.children import run_svf
+from stages.run.children import run_child
 from stages.run.memory import available_bytes
 from stages.spec.environment import VARIABLES, Effect, set_here
 
@@ -74,10 +74,19 @@ def version_of(name: str) -> str | None:
         return None
 
 
+@dataclass(frozen=True)
+class FrameworkRequest:
+    """The framework to import and ask."""
+
+    job: ClassVar[str] = "framework"
+
+    name: str
+
+
 def _probe(name: str) -> dict[str, Any]:
     """What the child said of its framework, or `error`: how it ended."""
     try:
-        child = run_svf(["doctor", "--probe", name, "--json"], timeout=PROBE_SECONDS)
+        child = run_child(FrameworkRequest(name), timeout=PROBE_SECONDS)
     except SvfError as error:
         return {"error": str(error)}
     if isinstance(child.document, dict) and ("error" in child.document or "settings" in child.document):

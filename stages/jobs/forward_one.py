@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -34,7 +34,7 @@ from stages.run.forward import Forwarder, resolve_layers, resolve_stages
 from stages.run.memory import available_bytes
 from stages.run.precision import NATIVE, precision_fields
 from stages.run.production import compare_production, greedy, with_stored_head
-from stages.spec.backend import Backend, Production, Weights
+from stages.spec.backend import BOTH, Backend, Production, Weights
 from stages.spec.dtypes import stored_dtype
 from stages.spec.forward import forward_path, producers
 from stages.spec.qwen import LM_HEAD, QwenConfig, parameter_shapes
@@ -50,27 +50,29 @@ _MEMORY_SHARE = 0.7
 
 @dataclass(frozen=True)
 class ForwardCommand:
-    """The parsed command; fields as in `svf forward --help`. `production` None: when the weights fit memory."""
+    """What `svf forward` was asked; fields as in its `--help`. `model` None: the built-in tiny one."""
 
-    model: str | None
-    tokens: str | None
-    tokens_file: Path | None
-    prompt: str | None
-    backend: str
-    layers: str
-    stages: str
-    positions: str
-    dtype: str
-    adapted: Path | None
-    layout: str
-    repeat: int
-    out: Path | None
-    format: str
-    device: str
-    jit: str
-    production: bool | None
-    generate: int
-    top: int
+    job: ClassVar[str] = "forward"
+
+    model: str | None = None
+    tokens: str | None = None
+    tokens_file: Path | None = None
+    prompt: str | None = None
+    backend: str = BOTH
+    layers: str = "all"
+    stages: str = "all"
+    positions: str = "all"
+    dtype: str = "model"
+    adapted: Path | None = None
+    layout: str = "declared"
+    repeat: int = 1
+    out: Path | None = None
+    format: str = "safetensors"
+    device: str = "cpu"
+    jit: str = "stage"
+    production: bool | None = None  # None: when the weights fit memory
+    generate: int = 0
+    top: int = 5
     precision: str = "native"
     timeout: float | None = None
     resume: bool = False

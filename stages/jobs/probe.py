@@ -7,21 +7,19 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from stages.errors import UsageError
 from stages.files import cache
 from stages.order import black_boxes as boxes
 from stages.order import probe
-from stages.order.findings import SCHEMA as ORDERS_SCHEMA
-from stages.order.infer_recorded import PRODUCTS, RATIOS
 from stages.order.orders import Order, words
 from stages.order.reveal import NoTreeError
 from stages.order.text import format_order
 from stages.progress import Progress
 from stages.run.calibration import cpu_model
-from stages.run.children import document_of, run_svf
-from stages.spec.backend import Backend
+from stages.run.children import document_of, run_child
+from stages.spec.backend import Backend, Loader
 
 SCHEMA = "svf.probe/1"
 # M, N, K of products: one row, few, many; narrow and wide; K below, at, above and off the blocks of known libraries.
@@ -56,6 +54,17 @@ class ProbeCommand:
     fresh: bool = False
 
 
+@dataclass(frozen=True)
+class ProbeRequest:
+    """What the child of one backend is asked."""
+
+    job: ClassVar[str] = "probe"
+
+    backend: str
+    device: str
+    threads: int
+
+
 def limit_threads(count: int) -> None:
     """Keep this process on `count` processors, before a framework is loaded and starts a thread on each."""
     available = sorted(os.sched_getaffinity(0))
@@ -82,11 +91,16 @@ def probe_all(command: ProbeCommand, progress: Progress) -> dict[str, Any]:
 
 
 def _child(name: str, device: str, threads: int, progress: Progress) -> dict[str, Any]:
-    arguments = ["probe", "--backend", name, "--device", device, "--threads", str(threads), "--in-child", "--json"]
     environment = dict.fromkeys(cache.THREAD_VARIABLES, str(threads))
-    child = run_svf(arguments if progress.enabled else ["--no-progress", *arguments], environment)
+    child = run_child(ProbeRequest(name, device, threads), environment, progress=progress)
     run: dict[str, Any] = document_of(name, child)
     return run
+
+
+def probe_request(request: ProbeRequest, load: Loader, progress: Progress) -> dict[str, Any]:
+    """The child's side: one backend on so many threads."""
+    limit_threads(request.threads)
+    return probe_backend(load(request.backend, request.device), progress)
 
 
 def document(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -119,18 +133,6 @@ def probe_backend(backend: Backend, progress: Callable[[str, float], None]) -> d
         "items": items,
         "seconds": round(time.monotonic() - start, 1),
     }
-
-
-def probe_sizes(backend: Backend, sizes: Sequence[int]) -> dict[str, Any]:
-    """The orders of the replay's products and sums of `sizes` terms, as rows of stage, terms and order."""
-    product, total = boxes.PRODUCTS["matmul_pre_norm (torch_v)"](backend), boxes.total(backend)
-    rows = []
-    for terms in sizes:
-        order = probe.ProductProbe(product, (64, 256, terms)).regions()[0].order
-        rows += [{"stage": stage.name, "terms": terms, "order": format_order(order)} for stage in PRODUCTS]
-        text = format_order(probe.total(total, terms))
-        rows += [{"stage": stage.name, "terms": terms, "order": text} for stage in RATIOS]
-    return {"schema": ORDERS_SCHEMA, "rows": rows}
 
 
 _Task = tuple[str, tuple[int, ...], Callable[[], list[dict[str, Any]]]]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from stages.files.folders import claimed
 from stages.files.jsonio import write_json
 from stages.files.scratch import scratch_folder
 from stages.jobs.builtin import default_source
-from stages.jobs.replay_one import ReplayJob, ReplayOptions
+from stages.jobs.replay_one import ReplayCommand, ReplayJob
 from stages.jobs.trinity_report import replay_report
 from stages.judge.diff import diff_recorded
 from stages.judge.document import Gates, sum_alike
@@ -24,38 +24,15 @@ from stages.order.ordered_backend import with_order
 from stages.order.resolve import NATIVE, orders_for
 from stages.progress import Progress
 from stages.run.budget import check_memory, hold_memory, replay_bytes
-from stages.run.children import command_line, run_sides
-from stages.spec.backend import Backend, check_device
+from stages.run.children import asked, run_sides
+from stages.spec.backend import BOTH, SIDES, Backend, Loader, check_device
 
 
-@dataclass(frozen=True)
-class ReplayCommand:
-    """The parsed command; fields as in `svf replay --help`."""
-
-    components: Path | None
-    backend: str
-    layout: str
-    model: str | None
-    reference_report: Path | None
-    source_from_stage: bool
-    all_selected: bool
-    select: tuple[str, ...]
-    chunk_rows: int | None
-    dump: str
-    out: Path | None
-    report: Path | None
-    device: str
-    top: int
-    gates: Gates = field(default_factory=Gates)
-    verdicts: bool = True
-    precision: str = "native"
-    timeout: float | None = None
-    resume: bool = False
-    max_memory: int | None = None
-    close_up: bool = False
-    native_components: bool = False
-    order: str = "native"
-    stage_dir: Path | None = None
+def replay(command: ReplayCommand, load: Loader, progress: Progress) -> dict[str, Any]:
+    """Replay as asked; the `svf.diff/1` document of both backends' dumps, or of one and what was recorded."""
+    if command.backend == BOTH:
+        return replay_both(command, progress)
+    return replay_one(command, lambda: load(command.backend, command.device, command.precision), progress)
 
 
 def with_source(command: ReplayCommand, progress: Progress) -> ReplayCommand:
@@ -65,27 +42,27 @@ def with_source(command: ReplayCommand, progress: Progress) -> ReplayCommand:
     folder, fresh = default_source()
     progress.say(f"no bundle given: using the built-in tiny one {'made now ' if fresh else ''}in {folder}")
     report = command.reference_report
-    if report is None and command.backend != "both":  # with both, the reference side is this run's own torch side
+    if report is None and command.backend != BOTH:  # with both, the reference side is this run's own torch side
         report = folder / "reference.json"
     return replace(command, components=folder / "components", reference_report=report)
 
 
 def _gates(command: ReplayCommand) -> Gates:
     """The gates asked for, with the hashes of the reference side's report."""
-    asked = replace(command.gates, next_step=_next_step(command))
+    gates = replace(command.gates, next_step=_next_step(command))
     if command.reference_report is None:
-        if asked.reference:
+        if gates.reference:
             raise UsageError("--strict-reference needs --reference-report: the historical hash stands there")
-        if asked.current_python and command.backend != "both":
+        if gates.current_python and command.backend != BOTH:
             raise UsageError("--strict-current-python needs --reference-report, or --backend both")
-        return asked
+        return gates
     known = reference_hashes(command.reference_report)
     return replace(
         known,
-        stage_tolerances=asked.stage_tolerances,
-        current_python=asked.current_python,
-        reference=asked.reference,
-        next_step=asked.next_step,
+        stage_tolerances=gates.stage_tolerances,
+        current_python=gates.current_python,
+        reference=gates.reference,
+        next_step=gates.next_step,
     )
 
 
@@ -96,7 +73,7 @@ def _next_step(command: ReplayCommand) -> str | None:
     if command.precision != NATIVE:
         return "The recorded hash is of native arithmetic: leave --precision out and take its order, --order inferred."
     report = f" --reference-report {command.reference_report}" if command.reference_report else ""
-    backend = "jax" if command.backend == "both" else command.backend
+    backend = "jax" if command.backend == BOTH else command.backend
     return sum_alike(f"svf replay {command.components} --backend {backend} --order inferred{report}")
 
 
@@ -107,24 +84,18 @@ def _check(command: ReplayCommand) -> None:
         raise UsageError(f"--dump {command.dump} needs --out DIR")
 
 
-def replay_one(
-    command: ReplayCommand, backend: Callable[[], Backend], progress: Progress, others: Sequence[str] = ()
-) -> dict[str, Any]:
-    """Replay on one backend, in this process; the `svf.diff/1` document against the recorded stages.
-
-    `others` are the backends whose orders of summation can be asked for.
-    """
+def replay_one(command: ReplayCommand, backend: Callable[[], Backend], progress: Progress) -> dict[str, Any]:
+    """Replay on one backend, in this process; the `svf.diff/1` document against the recorded stages."""
     _check(command)
     command = with_source(command, progress)
     assert command.components is not None
     gates = _gates(command)
     with ExitStack() as stack:
-        job = ReplayJob(_options(command, gates), stack)
+        job = ReplayJob(replace(command, gates=gates), stack)
         _hold(hold_memory, job, command)
         orders = orders_for(
             command.order,
             backend=command.backend,
-            others=others,
             components=command.components,
             device=command.device,
             progress=progress,
@@ -141,30 +112,7 @@ def _hold(hold: Callable[[int, int | None, str], None], job: ReplayJob, command:
     hold(needed, command.max_memory, "try a smaller --chunk-rows")
 
 
-def _options(command: ReplayCommand, gates: Gates | None = None) -> ReplayOptions:
-    assert command.components is not None
-    return ReplayOptions(
-        components=command.components,
-        layout=command.layout,
-        model=command.model,
-        source_from_stage=command.source_from_stage,
-        all_selected=command.all_selected,
-        select=command.select,
-        chunk_rows=command.chunk_rows,
-        dump=command.dump,
-        out=command.out,
-        top=command.top,
-        verdicts=command.verdicts,
-        close_up=command.close_up,
-        gates=gates or command.gates,
-        resume=command.resume,
-        native_components=command.native_components,
-        stage_dir=command.stage_dir,
-        reported=command.report is not None,
-    )
-
-
-def replay_both(command: ReplayCommand, names: Sequence[str], progress: Progress) -> dict[str, Any]:
+def replay_both(command: ReplayCommand, progress: Progress) -> dict[str, Any]:
     """Replay on each backend in a process of its own, then compare their dumps: a is the first, b the second."""
     _check(command)
     for flag, value in (("--report", command.report), ("--stage-dir", command.stage_dir)):
@@ -174,22 +122,23 @@ def replay_both(command: ReplayCommand, names: Sequence[str], progress: Progress
     command = with_source(command, progress)
     assert command.components is not None
     with ExitStack() as stack:  # what a side would refuse before it computes is said once
-        job = ReplayJob(_options(command), stack)
+        job = ReplayJob(command, stack)
         _hold(check_memory, job, command)
     with ExitStack() as stack:
-        arguments = {name: _arguments(command, name) for name in names}
         run = None
         if (out := command.out) is not None:
-            run = stack.enter_context(claimed(out, command_line(arguments), resume=command.resume))
+            what = {name: asked(_side(command, name, None)) for name in SIDES}
+            run = stack.enter_context(claimed(out, what, resume=command.resume))
         # A dump of hashes alone cannot be compared stage by stage: full ones are, and their hashes kept.
         full = run if command.dump == "full" else None
         work = full.folder if full is not None else stack.enter_context(scratch_folder("replay"))
         gates = _gates(command)
-        one, other = run_sides(arguments, work, full, command.timeout, progress)
+        requests = {name: _side(command, name, work / name) for name in SIDES}
+        one, other = run_sides(requests, progress, run=full, timeout=command.timeout)
         runs = (one, other)
         # Of all layouts the sides are compared on the one that gives the weights back.
         layout = runs[0]["main_layout"] if command.layout == "all" else "."
-        folders = [work / name / layout for name in names]
+        folders = [work / name / layout for name in SIDES]
         document = runs[0]  # its shape rows say it all when no tensor's V fits the layout
         if all(folder.is_dir() for folder in folders):
             document = diff_recorded(
@@ -205,8 +154,8 @@ def replay_both(command: ReplayCommand, names: Sequence[str], progress: Progress
         if out is not None and command.dump == "hash":
             for manifest in work.rglob(MANIFEST_FILE):
                 keep_hashes(manifest, out / manifest.parent.relative_to(work))
-    document["a"]["source"], document["b"]["source"] = (f"{name} replay" for name in names)
-    document["layouts"] = _layouts(names, runs)
+    document["a"]["source"], document["b"]["source"] = (f"{name} replay" for name in SIDES)
+    document["layouts"] = _layouts(runs)
     document["precision"] = command.precision
     document["recorded_hash"] = runs[0]["recorded_hash"]
     document["native_components"] = command.native_components
@@ -214,29 +163,19 @@ def replay_both(command: ReplayCommand, names: Sequence[str], progress: Progress
     return document
 
 
-def _arguments(command: ReplayCommand, name: str) -> list[str]:
-    """What one side's process is asked, but for its folder."""
-    arguments = ["replay", str(command.components), "--backend", name, "--layout", command.layout]
-    arguments += ["--dump", "full", "--device", command.device, "--top", str(command.top), "--json"]
-    arguments += ["--precision", command.precision, "--order", command.order]
-    arguments += ["--no-verdicts"]  # the parent judges both dumps
-    files = (
-        ("--model", command.model),
-        ("--chunk-rows", command.chunk_rows),
-        ("--max-memory", command.max_memory),
-        ("--reference-report", command.reference_report),  # a child says why its hash is not the recorded one
+def _side(command: ReplayCommand, name: str, out: Path | None) -> ReplayCommand:
+    """What one side's process is asked: a full dump, which the parent judges."""
+    return replace(
+        command,
+        backend=name,
+        out=out,
+        dump="full",
+        gates=Gates(),
+        verdicts=False,
+        timeout=None,
+        resume=False,
+        close_up=False,
     )
-    for flag, value in files:
-        arguments += [flag, str(value)] if value is not None else []
-    for flag, given in (
-        ("--source-from-stage", command.source_from_stage),
-        ("--all-selected-tensors", command.all_selected),
-        ("--components=native", command.native_components),
-    ):
-        arguments += [flag] if given else []
-    for part in command.select:
-        arguments += ["--select", part]
-    return arguments
 
 
 def _pair_gates(gates: Gates, runs: tuple[Any, Any], command: ReplayCommand) -> Gates:
@@ -247,11 +186,11 @@ def _pair_gates(gates: Gates, runs: tuple[Any, Any], command: ReplayCommand) -> 
     return replace(gates, replayed_hashes=(reached[0],) if reached[0] and reached[0] == reached[1] else ())
 
 
-def _layouts(names: Sequence[str], runs: tuple[Any, Any]) -> list[dict[str, Any]]:
+def _layouts(runs: tuple[Any, Any]) -> list[dict[str, Any]]:
     """Both sides' layout rows: a layout fits a tensor when it does on both."""
     merged = []
     for one, other in zip(runs[0]["layouts"], runs[1]["layouts"], strict=True):
         pair = [row for row in (one, other) if row["relative"] is not None]
         worst = max(pair, key=lambda row: row["relative"]) if pair else one
-        merged.append({**worst, "fits": one["fits"] and other["fits"], "backends": list(names)})
+        merged.append({**worst, "fits": one["fits"] and other["fits"], "backends": list(SIDES)})
     return merged

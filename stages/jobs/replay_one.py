@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -32,7 +32,7 @@ from stages.run.calibration import facts_of, lambdas_of
 from stages.run.own_components import native_bundle
 from stages.run.precision import PreciseBackend, native, precision_fields, with_precision
 from stages.run.replay import Replayer, chunk_plan, default_chunk_rows
-from stages.spec.backend import Backend
+from stages.spec.backend import BOTH, Backend
 from stages.spec.layouts import LAYOUTS
 from stages.spec.replay import REPLAY
 from stages.spec.values import Chunk, ReplayTask
@@ -41,26 +41,35 @@ Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
-class ReplayOptions:
-    """What `svf replay` was asked to do with one backend; see its `--help`."""
+class ReplayCommand:
+    """What `svf replay` was asked; fields as in its `--help`. `components` None: the built-in tiny bundle."""
 
-    components: Path
+    job: ClassVar[str] = "replay"
+
+    components: Path | None = None
+    backend: str = BOTH
     layout: str = "declared"
     model: str | None = None
+    reference_report: Path | None = None
     source_from_stage: bool = False
     all_selected: bool = False
     select: tuple[str, ...] = ()
     chunk_rows: int | None = None
     dump: str = "none"
     out: Path | None = None
+    report: Path | None = None
+    device: str = "cpu"
     top: int = 5
-    verdicts: bool = True
-    close_up: bool = False  # whether to replay the culprit's tensor once more, for a report's figures
     gates: diff.Gates = field(default_factory=diff.Gates)
+    verdicts: bool = True
+    precision: str = "native"
+    timeout: float | None = None
     resume: bool = False
+    max_memory: int | None = None
+    close_up: bool = False  # whether to replay the culprit's tensor once more, for a report's figures
     native_components: bool = False
+    order: str = "native"
     stage_dir: Path | None = None  # for a stage file of each tensor
-    reported: bool = False  # whether the original tool's report is wanted: summaries, and the sample's stage file
 
     @property
     def layouts(self) -> tuple[str, ...]:
@@ -103,10 +112,11 @@ class ReplayResult:
 class ReplayJob:
     """An opened bundle with the tensors to replay; `run` replays them on a backend."""
 
-    def __init__(self, options: ReplayOptions, stack: ExitStack):
-        self.options = options
+    def __init__(self, options: ReplayCommand, stack: ExitStack):
+        assert options.components is not None
+        self.options, self.folder = options, options.components
         self._stack = stack
-        self.bundle = Bundle(options.components)
+        self.bundle = Bundle(self.folder)
         stack.callback(self.bundle.close)
         self.recorded = self._open_recorded(stack)
         self.checkpoint: Checkpoint | None = None
@@ -299,7 +309,7 @@ class ReplayJob:
         sample = next((replace(task, transpose=self.sample_turned) for task in samples), None)
         if self.options.stage_dir is not None:
             folder = stack.enter_context(new_folder(self.options.stage_dir, resume=self.options.resume))
-        elif self.options.reported and dump is not None and dump.mode == "full" and sample is not None:
+        elif (self.options.report is not None) and dump is not None and dump.mode == "full" and sample is not None:
             folder, tasks = dump.folder, []
         else:
             return None
@@ -338,7 +348,7 @@ class ReplayJob:
         recorded = side.chunks(plan) if side else iter([Chunk(a, z, {}, {}, {}) for a, z in plan])
         final = self._final_hash(entry, task)
         turn = self._is_sample(entry) and self.sample_turned and not task.transpose
-        summaries = FinalSummaries(int(task.transpose), turn=turn) if self.options.reported else None
+        summaries = FinalSummaries(int(task.transpose), turn=turn) if (self.options.report is not None) else None
         for before, chunk in zip(recorded, replayer.run(task, rows), strict=True):
             comparison.add(before, chunk)
             for output in outputs:
@@ -421,7 +431,7 @@ class ReplayJob:
     def _where(self) -> str | None:
         """The dump's components: the given ones, its own, or, of native ones without stages, none."""
         if not self.options.native_components:
-            return str(self.options.components.resolve())
+            return str(self.folder.resolve())
         return COMPONENTS_FOLDER if self.options.dump == "full" else None
 
     def _document(self, backend: Backend, runs: Sequence[LayoutRun]) -> dict[str, Any]:
@@ -444,7 +454,7 @@ class ReplayJob:
                 "backend": backend.name,
                 "layouts": layout_rows(runs),
                 "main_layout": main.layout,
-                "components": str(self.options.components),
+                "components": str(self.folder),
                 "native_components": self.options.native_components,
                 "final_sha256": main.final_sha256,
                 "sample_sha256": main.sample_sha256,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -23,10 +23,10 @@ from stages.oracle.bounds import U32, rounding_unit
 from stages.oracle.verdict import Oracle, SideVerdict, consult
 from stages.progress import Progress
 from stages.run.adapted import adapt
-from stages.run.children import document_of, run_svf
+from stages.run.children import run_sides
 from stages.run.forward import Forwarder
 from stages.run.precision import precision_fields
-from stages.spec.backend import Backend, Weights
+from stages.spec.backend import BOTH, SIDES, Backend, Loader, Weights
 from stages.spec.dtypes import stored_dtype
 from stages.spec.qwen import QwenConfig, parameter_shapes
 from stages.spec.router import HIDDEN_POSITION, ROUTER
@@ -40,21 +40,30 @@ HIDDEN_LAMBDA = 12.0
 
 @dataclass(frozen=True)
 class RouteCommand:
-    """The parsed command; fields as in `svf route --help`."""
+    """What `svf route` was asked; fields as in its `--help`."""
+
+    job: ClassVar[str] = "route"
 
     model: str
     head: Path
-    adapted: Path | None
-    layers: str | None
-    layout: str
-    tokens: str | None
-    tokens_file: Path | None
-    prompt: str | None
-    backend: str
-    dtype: str
-    device: str
-    precision: str
-    out: Path | None
+    adapted: Path | None = None
+    layers: str | None = None
+    layout: str = "declared"
+    tokens: str | None = None
+    tokens_file: Path | None = None
+    prompt: str | None = None
+    backend: str = BOTH
+    dtype: str = "model"
+    device: str = "cpu"
+    precision: str = "native"
+    out: Path | None = None
+
+
+def route(command: RouteCommand, load: Loader, progress: Progress) -> dict[str, Any]:
+    """Route as asked, on one backend or on both; the `svf.route/1` document."""
+    if command.backend == BOTH:
+        return route_both(command, progress)
+    return route_one(command, lambda: load(command.backend, command.device, command.precision), progress)
 
 
 @dataclass(frozen=True)
@@ -194,16 +203,18 @@ def _wrong(who: str, judged: SideVerdict) -> str:
 # -- both sides ---------------------------------------------------------------------------------------------------
 
 
-def route_both(command: RouteCommand, names: Sequence[str], progress: Progress) -> dict[str, Any]:
+def route_both(command: RouteCommand, progress: Progress) -> dict[str, Any]:
     """Route on each backend in a process of its own and compare: a is the first, b the second."""
     if command.out is not None:
         raise UsageError("--out is one side's: use --backend torch or --backend jax")
     with ExitStack() as stack:
         given = _given(command, stack)
         folder = stack.enter_context(scratch_folder("route"))
-        files = [folder / f"{name}.safetensors" for name in names]
-        runs = [_child(command, given, name, file, progress) for name, file in zip(names, files, strict=True)]
-        sides = [_Side(name, run, *_recorded(file)) for name, run, file in zip(names, runs, files, strict=True)]
+        tokens = ",".join(map(str, given.tokens))
+        one = replace(command, tokens=tokens, tokens_file=None, prompt=None)
+        files = {name: folder / f"{name}.safetensors" for name in SIDES}
+        runs = run_sides({name: replace(one, backend=name, out=file) for name, file in files.items()}, progress)
+        sides = [_Side(name, run, *_recorded(files[name])) for name, run in zip(SIDES, runs, strict=True)]
         return {"schema": SCHEMA, **given.document(command), **compare(sides[0], sides[1], given, command.dtype)}
 
 
@@ -220,16 +231,6 @@ class _Side:
 def _recorded(file: Path) -> tuple[np.ndarray, np.ndarray]:
     with TensorFile(file) as tensors:
         return tensors.read("router_hidden"), tensors.read(LOGITS.name)
-
-
-def _child(command: RouteCommand, given: _Given, name: str, out: Path, progress: Progress) -> Any:
-    progress.say(f"routing on {name}")
-    arguments = ["route", command.model, "--head", str(command.head), "--backend", name, "--out", str(out), "--json"]
-    arguments += ["--tokens", ",".join(map(str, given.tokens)), "--dtype", command.dtype, "--device", command.device]
-    arguments += ["--precision", command.precision, "--layout", command.layout]
-    for flag, value in (("--adapted", command.adapted), ("--layers", command.layers)):
-        arguments += [] if value is None else [flag, str(value)]
-    return document_of(name, run_svf(arguments if progress.enabled else ["--no-progress", *arguments]))
 
 
 def compare(a: _Side, b: _Side, given: _Given, dtype: str) -> dict[str, Any]:

@@ -6,38 +6,34 @@ recorded bytes come again, bits were lost (`precision`); otherwise something els
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from stages.errors import InputError
 from stages.files.forward_dump import ForwardSide, parse_key
-from stages.files.jsonio import read_object
 from stages.files.replay_recorded import open_side
-from stages.files.scratch import scratch_folder
 from stages.judge.forward import ForwardRun, inputs_of, oracles_of, part, stage_of
 from stages.judge.forward import open_run as open_forward_run
 from stages.judge.metrics import same_bits
 from stages.oracle.verdict import Oracle, SideVerdict, Verdict, consult, judged_part, worst
+from stages.progress import Progress
 from stages.run.calibration import FACT, facts_of
-from stages.run.children import ChildResult, run_svf
+from stages.run.children import ChildResult, run_child
 from stages.run.forward import Forwarder
 from stages.run.replay import Replayer, chunk_plan, default_chunk_rows
-from stages.spec.backend import Backend
+from stages.spec.backend import Backend, Loader
 from stages.spec.environment import AUTOTUNE, xla_flag, xla_flags
 from stages.spec.replay import REPLAY
 
 Row = dict[str, Any]
 # One part of a stage: its oracle, what was recorded, and what the two runs gave.
 Part = tuple[Oracle, np.ndarray, np.ndarray, np.ndarray]
-# Name, device and precision, as cli.load_backend has them.
-Loader = Callable[..., Backend]
 
 
 @dataclass(frozen=True)
@@ -154,21 +150,34 @@ def _other_bytes_of_a_gpu(recorded: Mapping[str, str], now: Mapping[str, str]) -
     )
 
 
+@dataclass(frozen=True)
+class RerunRequest:
+    """Which stages of a dump to run again, and on what."""
+
+    job: ClassVar[str] = "rerun"
+
+    dump: Path
+    backend: str
+    device: str
+    precision: str
+    jit: bool
+    source: str | None
+    keys: tuple[str, ...]
+
+
 def _child(keys: Sequence[str], dump: Recorded) -> ChildResult:
-    """How the hidden command ended; without a document when it could not do it."""
-    request = {
-        "dump": str(dump.path),
-        "backend": dump.backend,
-        "device": dump.facts.get("device", "cpu").partition(": ")[0],
-        "precision": dump.facts.get("precision", "native"),
-        "jit": dump.facts.get("jit") not in ("none", "False"),
-        "source": None if dump.source is None else str(dump.source),
-        "keys": list(keys),
-    }
-    with scratch_folder("rerun") as work:
-        file = work / "request.json"
-        file.write_text(json.dumps(request))
-        return run_svf(["--no-progress", "rerun", str(file)], _environment(dump.facts))
+    """How the child ended; without a document when it could not do it."""
+    assert dump.backend is not None
+    request = RerunRequest(
+        dump=dump.path,
+        backend=dump.backend,
+        device=dump.facts.get("device", "cpu").partition(": ")[0],
+        precision=dump.facts.get("precision", "native"),
+        jit=dump.facts.get("jit") not in ("none", "False"),
+        source=None if dump.source is None else str(dump.source),
+        keys=tuple(keys),
+    )
+    return run_child(request, _environment(dump.facts))
 
 
 def _environment(recorded: Mapping[str, str]) -> dict[str, str]:
@@ -178,19 +187,17 @@ def _environment(recorded: Mapping[str, str]) -> dict[str, str]:
     return {"XLA_FLAGS": f"{' '.join(xla_flags(os.environ.get('XLA_FLAGS', '')))} --{AUTOTUNE}=0".strip()}
 
 
-def answer(request_file: Path, load: Loader) -> dict[str, Any]:
+def run_again(request: RerunRequest, load: Loader, _progress: Progress) -> dict[str, Any]:
     """The child's side: run the requested stages of a dump again."""
-    request = read_object(request_file)
-    options = {} if request["jit"] else {"jit": False}
-    native = load(request["backend"], request["device"], request["precision"], **options)
-    reference = load(request["backend"], request["device"], "reference", **options)
-    path, source = Path(request["dump"]), request["source"]
+    options = {} if request.jit else {"jit": False}
+    native = load(request.backend, request.device, request.precision, **options)
+    reference = load(request.backend, request.device, "reference", **options)
     with ExitStack() as stack:
-        of = _forward_parts if parse_key(request["keys"][0]) else _replay_parts
-        parts = of(path, source, native, reference, stack)
+        of = _forward_parts if parse_key(request.keys[0]) else _replay_parts
+        parts = of(request.dump, request.source, native, reference, stack)
         return {
             "schema": "svf.rerun/1",
-            "stages": {key: asdict(compared(parts(key))) for key in request["keys"]},
+            "stages": {key: asdict(compared(parts(key))) for key in request.keys},
             "facts": facts_of(native),
         }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,12 @@ from stages.order.findings import SCHEMA
 from stages.order.infer_recorded import infer_recorded
 from stages.order.ordered_backend import Orders
 from stages.order.orders import Order
+from stages.order.probe_sizes import SizesRequest
 from stages.order.text import parse_order
 from stages.progress import Progress
 from stages.run.calibration import cpu_model
-from stages.run.children import document_of, run_svf
+from stages.run.children import document_of, run_child
+from stages.spec.backend import SIDES
 
 NATIVE, INFERRED = "native", "inferred"
 # Rows of each recorded tensor that its order is inferred from: thousands of elements.
@@ -26,16 +27,14 @@ ROWS = 16
 COLUMNS = 64
 
 
-def orders_for(
-    source: str, *, backend: str, others: Iterable[str], components: Path, device: str, progress: Progress
-) -> Orders | None:
+def orders_for(source: str, *, backend: str, components: Path, device: str, progress: Progress) -> Orders | None:
     """The orders that `source` means for a bundle, by stage and count of terms; None for the backend's own.
 
     `InputError` for a file that is no `svf.orders/1` document, `NotFoundError` for one that is not there.
     """
     if source in (NATIVE, backend):
         return None
-    if source in others:
+    if source in SIDES:
         return _probed(source, components, device, progress)
     return orders_at(components if source == INFERRED else Path(source), progress)
 
@@ -81,8 +80,6 @@ def _probed(name: str, components: Path, device: str, progress: Progress) -> Ord
     kept = cache.load(key)
     if kept is None:
         progress.say(f"probing {name}")
-        arguments = ["--no-progress", "probe", "--backend", name, "--device", device, "--in-child", "--json"]
-        child = run_svf([*arguments, "--sizes", key["sizes"]])
-        kept = {"rows": document_of(name, child)["rows"]}
+        kept = {"rows": document_of(name, run_child(SizesRequest(name, device, tuple(sizes))))["rows"]}
         cache.store(key, kept)
     return orders_of(kept["rows"], f"probe of {name}")

@@ -1,4 +1,4 @@
-"""One process per backend: the command line runs itself as a child."""
+"""One process per backend: a request, a file of one dataclass, is answered by this program run as a child."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 from stages import errors
 from stages.errors import ResourceError, SvfError, shown
 from stages.files.folders import Run
-from stages.files.jsonio import parse_json
+from stages.files.jsonio import parse_json, write_json
 from stages.files.scratch import scratch_folder
 from stages.progress import Progress
 from stages.run.watch import FILE_VARIABLE, PARENT_VARIABLE, last_place
@@ -25,6 +25,14 @@ from stages.run.watch import FILE_VARIABLE, PARENT_VARIABLE, last_place
 _LOG = logging.getLogger("svf")
 # Run as a file: no path of the user's can put another program in its place.
 _START = Path(__file__).resolve().parents[2] / "svf_torch" / "start.py"
+# Set for child processes: what is asked of them is complete, and no setting may change it.
+ISOLATED = "SVF_ISOLATED"
+
+
+class Request(Protocol):
+    """What a child is asked: a dataclass of plain fields; `job` names what answers it (stages/commands/child.py)."""
+
+    job: ClassVar[str]
 
 
 @dataclass(frozen=True)
@@ -39,17 +47,33 @@ class ChildResult:
     error: str | None = None
 
 
-def run_svf(
-    arguments: Sequence[str], environment: Mapping[str, str] | None = None, *, timeout: float | None = None
-) -> ChildResult:
-    """Run `svf ARGUMENTS` in a fresh interpreter, for `timeout` seconds at most.
+def asked(request: Request) -> dict[str, Any]:
+    """A request as JSON has it."""
+    from pydantic import TypeAdapter
 
-    Its stderr passes through, its stdout is the document. It ends with this process, however that ends.
+    fields: dict[str, Any] = TypeAdapter(type(request)).dump_python(request, mode="json")
+    return fields
+
+
+def run_child(
+    request: Request,
+    environment: Mapping[str, str] | None = None,
+    *,
+    timeout: float | None = None,
+    progress: Progress | None = None,
+) -> ChildResult:
+    """Have `request` answered in a fresh interpreter, within `timeout` seconds.
+
+    Its stderr passes through, with its own progress where `progress` shows any; its stdout is the document. It ends
+    with this process, however that ends.
     """
-    command = [sys.executable, "-P", str(_START), *arguments]  # -P: nor is anything beside that file imported by name
     with scratch_folder("watch") as folder:
-        watch = str(folder / "place")
+        file, watch = folder / "request.json", str(folder / "place")
+        write_json(file, {"job": request.job, "asked": asked(request)})
         Path(watch).touch()
+        quiet = [] if progress is not None and progress.enabled else ["--no-progress"]
+        # -P: nor is anything beside that file imported by name.
+        command = [sys.executable, "-P", str(_START), *quiet, "child", str(file)]
         watched = {FILE_VARIABLE: watch, PARENT_VARIABLE: str(os.getpid())}
         env = {**os.environ, ISOLATED: "1", **watched, **(environment or {})}
         started = time.monotonic()
@@ -57,10 +81,11 @@ def run_svf(
             done = subprocess.run(command, env=env, stdout=subprocess.PIPE, check=False, timeout=timeout)
         except subprocess.TimeoutExpired:
             return ChildResult(-signal.SIGKILL, None, last_place(watch), timeout)
-        _LOG.info("svf %s: exit code %d after %.1f s", arguments[0], done.returncode, time.monotonic() - started)
+        seconds = time.monotonic() - started
+        _LOG.info("child for %s: exit code %d after %.1f s", request.job, done.returncode, seconds)
         place = last_place(watch)
     text = done.stdout.strip()
-    document = parse_json(text, f"output of svf {arguments[0]}") if text else None
+    document = parse_json(text, f"what the child for {request.job} printed") if text else None
     if isinstance(document, dict) and document.get("schema") == errors.SCHEMA:
         return ChildResult(done.returncode, None, place, error=document["message"])
     return ChildResult(done.returncode, document, place)
@@ -100,28 +125,22 @@ class SideError(SvfError):
         super().__init__(f"the {name} side stopped{where}{ending}")
 
 
-def command_line(arguments: Mapping[str, Sequence[str]]) -> list[str]:
-    """What all sides are asked, as one list: the same when two commands ask the same."""
-    return [word for words in arguments.values() for word in words]
-
-
 def run_sides(
-    arguments: Mapping[str, Sequence[str]], folder: Path, run: Run | None, timeout: float | None, progress: Progress
+    requests: Mapping[str, Request], progress: Progress, *, run: Run | None = None, timeout: float | None = None
 ) -> tuple[Any, ...]:
-    """The documents of `svf ARGUMENTS --out FOLDER/NAME` for each name; one that `run` has done is not run again.
+    """The document of each side's request, in order; one that `run` has done is not run again.
 
     Every side runs before the first error is raised: one that crashes or hangs costs itself alone.
     """
     done: dict[str, Any] = {} if run is None else run.done
     failed: list[SvfError] = []
-    for name, words in arguments.items():
+    for name, request in requests.items():
         if name in done:
             progress.say(f"{name} was finished by an earlier run")
             continue
-        progress.say(f"{words[0]} on {name}")
-        flags = [] if progress.enabled else ["--no-progress"]
+        progress.say(f"{request.job} on {name}")
         try:
-            document = document_of(name, run_svf([*flags, *words, "--out", str(folder / name)], timeout=timeout))
+            document = document_of(name, run_child(request, timeout=timeout, progress=progress))
         except SvfError as error:
             failed.append(error)
             continue
@@ -129,8 +148,8 @@ def run_sides(
         if run is not None:
             run.save()
     if failed:
-        raise _with_kept(_as_one(failed, len(arguments)), run)
-    return tuple(done[name] for name in arguments)
+        raise _with_kept(_as_one(failed, len(requests)), run)
+    return tuple(done[name] for name in requests)
 
 
 def _as_one(failed: Sequence[SvfError], sides: int) -> SvfError:
@@ -147,7 +166,3 @@ def _with_kept(error: SvfError, run: Run | None) -> SvfError:
         kept = ", ".join(str(run.folder / name) for name in run.done)
         error.args = (f"{error}; {kept} is kept: --resume runs the other side alone",)
     return error
-
-
-# Set for child processes: what a command asks of its own child is complete, and no setting may change it.
-ISOLATED = "SVF_ISOLATED"

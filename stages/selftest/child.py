@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from stages.files.checkpoint import open_checkpoint
-from stages.files.jsonio import read_object
 from stages.jobs.forward_one import ForwardCommand, forward_one
-from stages.jobs.replay_one import ReplayJob, ReplayOptions
+from stages.jobs.replay_one import ReplayCommand, ReplayJob
 from stages.progress import Progress
 from stages.selftest.faults import FAULTS
 from stages.selftest.planted import CompiledStages, Plant, PlantedBackend, PlantedWeights
 from stages.selftest.recordings import RECORDINGS
-from stages.spec.backend import Backend, Weights
+from stages.spec.backend import Loader, Weights
 
 SILENT = Progress(False)
 
 
-def run_job(path: Path, load: Callable[[str], Backend]) -> dict[str, Any]:
-    """Do the runs that the file `path` lists, in order; how many elements each run's fault changed."""
-    job = read_object(path)
-    stages = CompiledStages(load(str(job["backend"])))
-    return {"schema": "svf.selftest-child/1", "changed": [_run(run, stages) for run in job["runs"]]}
+@dataclass(frozen=True)
+class SelftestJob:
+    """The runs of one backend's process, in order, as stages/selftest/run.py writes them."""
+
+    job: ClassVar[str] = "selftest"
+
+    backend: str
+    runs: tuple[dict[str, Any], ...]
+
+
+def run_job(job: SelftestJob, load: Loader, _progress: Progress) -> dict[str, Any]:
+    """Do the runs; how many elements each run's fault changed."""
+    stages = CompiledStages(load(job.backend, "cpu"))
+    return {"schema": "svf.selftest-child/1", "changed": [_run(run, stages) for run in job.runs]}
 
 
 def _run(run: Mapping[str, Any], stages: CompiledStages) -> int | None:
@@ -40,7 +49,7 @@ def _run(run: Mapping[str, Any], stages: CompiledStages) -> int | None:
 
 
 def _replay(run: Mapping[str, Any], backend: PlantedBackend) -> None:
-    options = ReplayOptions(
+    options = ReplayCommand(
         components=Path(run["source"]),
         all_selected=True,
         select=tuple(run["select"]),
@@ -56,22 +65,9 @@ def _forward(run: Mapping[str, Any], backend: PlantedBackend, plant: Plant | Non
     command = ForwardCommand(
         model=run["source"],
         tokens=",".join(map(str, run["tokens"])),
-        tokens_file=None,
-        prompt=None,
         backend=backend.name,
-        layers="all",
-        stages="all",
-        positions="all",
-        dtype="model",
-        adapted=None,
-        layout="declared",
-        repeat=1,
         out=Path(run["out"]),
-        format="safetensors",
-        device="cpu",
-        jit="stage",
         production=False,
-        generate=0,
         top=0,
     )
     planted: list[PlantedWeights] = []

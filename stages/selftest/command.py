@@ -9,10 +9,11 @@ from stages.errors import UsageError, shown
 from stages.selftest.document import listing
 from stages.selftest.fault import Fault
 from stages.selftest.faults import FAULTS
-from stages.selftest.options import SIDES, SelftestOptions
+from stages.selftest.options import SelftestOptions
 from stages.selftest.recordings import RECORDINGS
 from stages.selftest.run import selftest
 from stages.selftest.uses import USES
+from stages.spec.backend import SIDES
 
 __all__ = ["listed", "options", "selftest"]
 

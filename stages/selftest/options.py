@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stages.selftest.fault import Fault
-
-SIDES = ("torch", "jax")  # a and b of every comparison
+from stages.spec.backend import SIDES
 
 
 @dataclass(frozen=True)

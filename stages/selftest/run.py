@@ -15,7 +15,6 @@ import numpy as np
 from stages.errors import InputError, SvfError
 from stages.files.dump import MANIFEST_FILE
 from stages.files.folders import RUN_FILE
-from stages.files.jsonio import write_json
 from stages.files.scratch import scratch_folder
 from stages.files.selection import select_by_rule
 from stages.jobs.builtin import write_vector
@@ -24,18 +23,19 @@ from stages.jobs.decompose_options import DecomposeOptions
 from stages.judge.diff import DiffCommand, diff_any
 from stages.oracle.components import ReferenceBackend
 from stages.progress import Progress
-from stages.run.children import ChildResult, document_of, run_svf
+from stages.run.children import ChildResult, document_of, run_child
 from stages.selftest import uses
+from stages.selftest.child import SelftestJob
 from stages.selftest.clean import Sample, samples
 from stages.selftest.document import document
 from stages.selftest.fault import BUNDLE
-from stages.selftest.options import SIDES, SelftestOptions
+from stages.selftest.options import SelftestOptions
 from stages.selftest.recorded import plan_recordings, rows_of, runs_of
 from stages.selftest.specimens import SPECIMENS, Specimen
 from stages.selftest.trials import DECOMPOSED, TENSORS, Trial, plan
+from stages.spec.backend import SIDES
 from stages.spec.qwen import parameter_shapes
 
-CHILD = "selftest-child"
 # Runs of one process: XLA keeps every program that it compiled, a few memory maps each.
 _BATCH = 60
 _POLL_S = 0.02
@@ -76,7 +76,7 @@ def _planted(trials: Sequence[Trial], work: Path, judge: Judge, progress: Progre
         right = [_run(work / name, SPECIMENS[name], work / side / name, name in BUNDLE) for name in names]
         jobs[side] = [*right, *(_planted_run(t, i, work) for i, t in enumerate(trials) if t.backend == side)]
     rows: list[dict[str, Any]] = []
-    with children(jobs, work, "planted", progress, _ONE_THREAD) as futures:
+    with children(jobs, progress, _ONE_THREAD) as futures:
         for number, trial in enumerate(trials):
             progress(f"judging {trial.fault.name}", number / len(trials))
             own = _out(work, trial, number)
@@ -144,7 +144,7 @@ def verdict_on(trial: Trial, judge: Judge, a: Path, b: Path) -> dict[str, Any]:
 def _recorded(options: SelftestOptions, work: Path, progress: Progress) -> list[dict[str, Any]]:
     made = plan_recordings(options.recordings, options.backends, quick=options.quick, seed=options.seed)
     jobs = {side: runs_of(made, work, side) for side in options.backends}
-    with children(jobs, work, "recorded", progress, _ONE_THREAD) as futures:
+    with children(jobs, progress, _ONE_THREAD) as futures:
         return [*rows_of(made, work, progress, lambda folder, side: _await(folder, futures[side]))]
 
 
@@ -177,7 +177,7 @@ def _clean(todo: Sequence[Sample], work: Path, judge: Judge, progress: Progress)
             for side in SIDES:
                 run = _run(folder, sample.specimen, work / side / f"clean-{number}", sample.replay)
                 jobs[side].append({**run, "select": ()})
-        with children(jobs, work, f"clean-{start}", progress) as futures:
+        with children(jobs, progress) as futures:
             for number, sample in enumerate(batch, start):
                 progress(f"judging {sample.label}", number / len(todo))
                 pair = [work / side / f"clean-{number}" for side in SIDES]
@@ -225,9 +225,7 @@ def write_specimen(specimen: Specimen, folder: Path, *, bundle: bool, offsets: f
 
 @contextmanager
 def children(
-    jobs: Mapping[str, Iterable[Mapping[str, Any]]],
-    work: Path,
-    name: str,
+    jobs: Mapping[str, Iterable[dict[str, Any]]],
     progress: Progress,
     environment: Mapping[str, str] | None = None,
 ) -> Iterator[dict[str, Future[ChildResult]]]:
@@ -235,10 +233,7 @@ def children(
     with ThreadPoolExecutor(len(SIDES), thread_name_prefix="selftest") as pool:
         futures = {}
         for side, runs in jobs.items():
-            path = work / f"{name}-{side}.json"
-            write_json(path, {"backend": side, "runs": list(runs)})
-            flags = [] if progress.enabled else ["--no-progress"]
-            futures[side] = pool.submit(run_svf, [*flags, CHILD, str(path)], environment)
+            futures[side] = pool.submit(run_child, SelftestJob(side, tuple(runs)), environment, progress=progress)
         yield futures
         for side, future in futures.items():
             document_of(side, future.result())

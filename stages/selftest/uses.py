@@ -21,7 +21,8 @@ from stages.jobs.apply import ApplyCommand, apply
 from stages.jobs.export import export_aprt
 from stages.jobs.forward import forward_both
 from stages.jobs.forward_one import ForwardCommand
-from stages.jobs.replay import ReplayCommand, replay_both
+from stages.jobs.replay import replay_both
+from stages.jobs.replay_one import ReplayCommand
 from stages.jobs.route import RouteCommand, route_both
 from stages.judge.diff import DiffCommand, diff_any
 from stages.judge.forward_pair import Named
@@ -29,10 +30,10 @@ from stages.oracle.components import ReferenceBackend
 from stages.progress import Progress
 from stages.selftest.recordings import SPOILED_BY
 from stages.selftest.specimens import Specimen
+from stages.spec.backend import SIDES
 from stages.spec.layouts import LAYOUTS
 
 Document = Mapping[str, Any]
-SIDES = ("torch", "jax")
 MADE_OF = ("bundle", "bundle-bf16")
 # Of a quick selftest one use in so many, others for another seed: each takes two processes, twice.
 _QUICK = 4
@@ -56,7 +57,7 @@ class Scene:
     def forward(self, out: str, **changes: Any) -> Document:
         """`svf forward MODEL --backend both --out OUT` with `changes`."""
         fields = {"model": str(self.model), "tokens": self.tokens, "out": self.work / out, "production": True}
-        return forward_both(forward_command(**{**fields, **changes}), SIDES, self.progress)
+        return forward_both(forward_command(**{**fields, **changes}), self.progress)
 
     def diff(self, a: Path, b: Path, named: Named | None = None) -> Document:
         """`svf diff A B`."""
@@ -78,10 +79,7 @@ class Scene:
 
 def forward_command(**given: Any) -> ForwardCommand:
     """A forward of every stage with the defaults of `svf forward`, and no production model."""
-    plain: dict[str, Any] = dict.fromkeys(("model", "tokens", "tokens_file", "prompt", "adapted", "out"))
-    plain |= {"backend": "both", "layers": "all", "stages": "all", "positions": "all", "dtype": "model"}
-    plain |= {"layout": "declared", "repeat": 1, "format": "safetensors", "device": "cpu", "jit": "stage"}
-    return ForwardCommand(**{**plain, "production": False, "generate": 0, "top": 0, **given})
+    return ForwardCommand(**{"production": False, "top": 0, **given})
 
 
 def _silent(_label: str, _done: float) -> None:
@@ -155,26 +153,7 @@ def _other(layout: str) -> str:
 
 
 def _replay(scene: Scene, components: Path) -> Document:
-    return replay_both(
-        ReplayCommand(
-            components=components,
-            backend="both",
-            layout="declared",
-            model=str(scene.model),
-            reference_report=None,
-            source_from_stage=False,
-            all_selected=False,
-            select=(),
-            chunk_rows=None,
-            dump="none",
-            out=None,
-            report=None,
-            device="cpu",
-            top=0,
-        ),
-        SIDES,
-        scene.progress,
-    )
+    return replay_both(ReplayCommand(components=components, model=str(scene.model), top=0), scene.progress)
 
 
 def _replay_use(layout: str) -> Use:
@@ -187,22 +166,8 @@ def _replay_use(layout: str) -> Use:
 
 
 def _route(scene: Scene, components: Path) -> Document:
-    command = RouteCommand(
-        model=str(scene.model),
-        head=scene.vector,
-        adapted=components,
-        layers=None,
-        layout="declared",
-        tokens=scene.tokens,
-        tokens_file=None,
-        prompt=None,
-        backend="both",
-        dtype="model",
-        device="cpu",
-        precision="native",
-        out=None,
-    )
-    return route_both(command, SIDES, scene.progress)
+    command = RouteCommand(model=str(scene.model), head=scene.vector, adapted=components, tokens=scene.tokens)
+    return route_both(command, scene.progress)
 
 
 def _applied(scene: Scene, components: Path) -> Document:

@@ -11,6 +11,10 @@ import numpy as np
 from stages.errors import UsageError, shown
 from stages.spec.qwen import QwenConfig
 
+# The two sides of every comparison: a is the first, b the second; and how a command names both.
+SIDES = ("torch", "jax")
+BOTH = "both"
+
 
 def check_device(device: str) -> None:
     """`UsageError` unless it is a device that both frameworks may have, by its name; whether it is there, they say."""
@@ -100,3 +104,7 @@ class Backend(Protocol):
 
     def facts(self) -> dict[str, str]:
         """Versions, device, threads, precision flags: what may change results. Recorded in every dump."""
+
+
+# Name, device, precision and options of a backend -> the backend, its framework imported now.
+Loader = Callable[..., Backend]

@@ -18,12 +18,15 @@ from helpers import ROOT, fresh, svf
 import cli
 from stages import errors
 from stages.commands import settings
+from stages.commands.program import COMMANDS
 from stages.errors import NotFoundError, SvfError
 from stages.files.tensorfile import write_tensors
+from stages.jobs.forward_one import ForwardCommand
 from stages.progress import Progress
 from stages.run.children import ChildResult, SideError, document_of, run_sides
 
 GROUP: Any = typer.main.get_command(cli.app)
+FUNCTIONS = {command.name: command.function for command in COMMANDS}
 
 
 # Version, and what the environment may set.
@@ -37,7 +40,7 @@ def test_the_version_is_printed_without_a_command(flag: str) -> None:
 
 
 @pytest.mark.parametrize("name", [
-    "SVF_VERSION", "SVF_HELP", "SVF_INSPECT_HELP", "SVF_SHOW_COMPLETION", "SVF_PROBE_IN_CHILD", "SVF_REPLAY_VERDICTS",
+    "SVF_VERSION", "SVF_HELP", "SVF_INSPECT_HELP", "SVF_SHOW_COMPLETION",
 ])  # fmt: skip
 def test_what_acts_and_exits_or_is_hidden_is_no_setting(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "0.1.0")
@@ -45,13 +48,13 @@ def test_what_acts_and_exits_or_is_hidden_is_no_setting(name: str, monkeypatch: 
     assert (done.code, done.out) == (4, "")
     command = name.split("_")[1].lower()
     if command in GROUP.commands:
-        assert settings.default_map(None, os.environ, {}, {command: settings.options_of(getattr(cli, command))}) == {
+        assert settings.default_map(None, os.environ, {}, {command: settings.options_of(FUNCTIONS[command])}) == {
             command: {}
         }
 
 
 def test_options_of_a_command_and_of_all_from_the_environment() -> None:
-    options = settings.options_of(cli.replay)
+    options = settings.options_of(FUNCTIONS["replay"])
     environment = {"SVF_REPLAY_TOP": "1", "SVF_TOP": "2", "SVF_SELECT": "q_proj k_proj", "SVF_DEVICE": ""}
     found = settings.default_map(None, environment, settings.options_of(cli.main), {"replay": options})
     assert found == {"replay": {"top": "1", "select": ["q_proj", "k_proj"]}}
@@ -134,21 +137,19 @@ def test_what_both_sides_refuse_is_said_once(made: Path) -> None:
     assert done.json["message"] == "--layers 9: no layer 9; there are 0-3"
 
 
-def sides(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **ends: ChildResult) -> str:
+def sides(monkeypatch: pytest.MonkeyPatch, **ends: ChildResult) -> str:
     results = iter(ends.values())
-    monkeypatch.setattr("stages.run.children.run_svf", lambda _words, timeout: next(results))
+    monkeypatch.setattr("stages.run.children.run_child", lambda _request, timeout, progress: next(results))
     with pytest.raises(SvfError) as error:
-        run_sides({name: ["forward"] for name in ends}, tmp_path, None, None, Progress(False))
+        run_sides({name: ForwardCommand(backend=name) for name in ends}, Progress(False))
     return str(error.value)
 
 
-def test_what_the_sides_say_apart_is_said_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_the_sides_say_apart_is_said_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     bad, worse, well = ChildResult(2, None, error="bad"), ChildResult(3, None, error="worse"), ChildResult(0, {})
-    assert sides(monkeypatch, tmp_path, torch=bad, jax=bad) == "bad"
-    assert sides(monkeypatch, tmp_path, torch=bad, jax=worse) == (
-        "the torch side stopped: bad; the jax side stopped: worse"
-    )
-    assert sides(monkeypatch, tmp_path, torch=well, jax=bad) == "the jax side stopped: bad"
+    assert sides(monkeypatch, torch=bad, jax=bad) == "bad"
+    assert sides(monkeypatch, torch=bad, jax=worse) == ("the torch side stopped: bad; the jax side stopped: worse")
+    assert sides(monkeypatch, torch=well, jax=bad) == "the jax side stopped: bad"
     with pytest.raises(SideError) as error:
         document_of("jax", ChildResult(1, None))
     assert (error.value.exit_code, "stands above" in str(error.value)) == (70, True)

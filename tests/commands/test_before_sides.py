@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import svf
@@ -15,7 +16,7 @@ def no_children(monkeypatch: pytest.MonkeyPatch) -> None:
     def started(*_: object, **__: object) -> None:
         raise AssertionError("a child was started")
 
-    monkeypatch.setattr(children, "run_svf", started)
+    monkeypatch.setattr(children, "run_child", started)
 
 
 @pytest.mark.parametrize(
@@ -43,14 +44,14 @@ def test_what_can_be_known_is_refused_before_a_side_starts(
 
 
 def test_each_side_is_held_to_its_memory(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[list[str]] = []
+    asked: list[Any] = []
 
-    def seen(words: list[str], *_: object, **__: object) -> children.ChildResult:
-        asked.append(list(words))
+    def seen(request: Any, *_: object, **__: object) -> children.ChildResult:
+        asked.append(request)
         return children.ChildResult(7, None)
 
-    monkeypatch.setattr(children, "run_svf", seen)
+    monkeypatch.setattr(children, "run_child", seen)
     assert svf("replay", made / "components", "--max-memory", "2G").code == 7
     assert svf("forward", "--max-memory", "2G").code == 7
     assert len(asked) == 4
-    assert all(words[words.index("--max-memory") + 1] == "2000000000" for words in asked)
+    assert all(request.max_memory == 2_000_000_000 for request in asked)

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, svf
 
-from stages.run.children import run_svf
+from stages.jobs.doctor import FrameworkRequest
+from stages.run.children import run_child
 
 
 @pytest.fixture(autouse=True)
@@ -92,8 +93,8 @@ def test_dashes_and_underscores_are_alike(folder: Path) -> None:
 
 
 def test_children_are_not_changed_by_settings(folder: Path) -> None:
-    (folder / "svf.toml").write_text("[synth]\nseed = 1\n")
-    assert run_svf(["synth", "model", "--json"], {"SVF_SYNTH_SEED": "2"}).document["seed"] == 0
+    (folder / "svf.toml").write_text("no_such_option = 1\n")
+    assert run_child(FrameworkRequest("jax")).document["devices"][0] == "cpu"
 
 
 def process(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:

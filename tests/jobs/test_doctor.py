@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from helpers import svf
 
+from stages.commands.backends import PROBES
+from stages.commands.frameworks import framework
 from stages.jobs import doctor
 from stages.run.children import ChildResult
 
@@ -20,7 +22,7 @@ def _well(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in doctor.VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SVF_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(doctor, "run_svf", lambda _, timeout: ChildResult(0, WELL))
+    monkeypatch.setattr(doctor, "run_child", lambda _, timeout: ChildResult(0, WELL))
     monkeypatch.setattr(doctor, "available_bytes", lambda: 2**40)
     monkeypatch.setattr(doctor, "_free", lambda _: 2**40)
     monkeypatch.setattr(doctor.os, "sched_getaffinity", lambda _: range(doctor.os.cpu_count() or 1), raising=False)
@@ -41,9 +43,9 @@ def test_a_machine_without_findings_is_well() -> None:
 
 
 def test_both_frameworks_are_probed_in_children(monkeypatch: pytest.MonkeyPatch) -> None:
-    from stages.run.children import run_svf
+    from stages.run.children import run_child
 
-    monkeypatch.setattr(doctor, "run_svf", run_svf)
+    monkeypatch.setattr(doctor, "run_child", run_child)
     done = svf("doctor", "--json")
     for name in ("torch", "jax"):
         assert done.json["frameworks"][name]["devices"][0] == "cpu"
@@ -55,17 +57,15 @@ def test_both_frameworks_are_probed_in_children(monkeypatch: pytest.MonkeyPatch)
     "child", [ChildResult(-11, None), ChildResult(0, {"error": "ImportError: libfoo"}), ChildResult(0, 3)]
 )
 def test_a_framework_that_does_not_start_is_reported(monkeypatch: pytest.MonkeyPatch, child: ChildResult) -> None:
-    monkeypatch.setattr(doctor, "run_svf", lambda _, timeout: child)
+    monkeypatch.setattr(doctor, "run_child", lambda _, timeout: child)
     found = findings(1)
     assert [f["effect"] for f in found] == ["stops", "stops"]
     assert "does not start" in found[0]["what"]
 
 
 def test_a_framework_that_cannot_be_imported_is_told_by_its_probe(monkeypatch: pytest.MonkeyPatch) -> None:
-    import cli
-
-    monkeypatch.setitem(cli.PROBES, "torch", "no_such_module:probe")
-    assert "no_such_module" in svf("doctor", "--probe", "torch").json["error"]
+    monkeypatch.setitem(PROBES, "torch", "no_such_module:probe")
+    assert "no_such_module" in framework(doctor.FrameworkRequest("torch"), None, None)["error"]
 
 
 @pytest.mark.parametrize(("name", "value", "effect"), [
@@ -91,7 +91,7 @@ def test_variables_that_change_results_are_found(
 
 def test_settings_of_a_framework_and_its_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     probe = {"devices": ["cpu", "cuda:0 H200"], "settings": {"tf32_matmul": True}}
-    monkeypatch.setattr(doctor, "run_svf", lambda _, timeout: ChildResult(0, probe))
+    monkeypatch.setattr(doctor, "run_child", lambda _, timeout: ChildResult(0, probe))
     assert [f["effect"] for f in findings(1)] == ["changes", "know"] * 2
 
 

@@ -22,7 +22,7 @@ from svf_torch.probe import flags, set_flag
 RUN = """
 import hashlib, json, sys
 import numpy as np
-from cli import load_backend
+from stages.commands.backends import load_backend
 backend = load_backend(sys.argv[1], "cpu")
 draw = np.random.default_rng(0)
 x, w = (draw.standard_normal(shape, np.float32) for shape in ((64, 512), (384, 512)))

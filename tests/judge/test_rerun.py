@@ -13,7 +13,7 @@ from faulty import Faulty
 from forward_models import MODELS, change_dump, trace, write_model
 from helpers import svf, with_json
 
-from cli import load_backend
+from stages.commands.backends import load_backend
 from stages.files.dump import MANIFEST_FILE
 from stages.judge import rerun
 from stages.judge.rerun import Again, Recorded, decide

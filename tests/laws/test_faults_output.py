@@ -16,7 +16,8 @@ from helpers import ROOT, Result, one_line, svf, tree
 
 from stages.errors import InputError, OutputError, ResourceError, SvfError
 from stages.files.folders import RUN_FILE, claimed, new_folder
-from stages.run.children import ChildResult, document_of, run_svf
+from stages.jobs.forward_one import ForwardCommand
+from stages.run.children import ChildResult, document_of, run_child
 from stages.run.watch import at, last_place
 
 pytestmark = pytest.mark.faults
@@ -250,6 +251,6 @@ def test_a_closed_pipe_is_no_error(model: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "manifest.json").is_file()
 
 
-def test_run_svf_gives_what_a_child_printed() -> None:
-    done = run_svf(["layouts", "--json", "/nowhere"])
+def test_run_child_gives_what_a_child_printed() -> None:
+    done = run_child(ForwardCommand(model="/nowhere", tokens="1", backend="reference"))
     assert (done.returncode, done.document, done.timeout) == (4, None, None)

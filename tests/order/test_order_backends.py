@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from helpers import ROOT
 
-from cli import app, load_backend
+from cli import app
+from stages.commands.backends import load_backend
 from stages.errors import InputError, NotFoundError, UsageError
 from stages.files import cache
 from stages.jobs import probe as probe_run
-from stages.jobs.replay_one import ReplayJob, ReplayOptions
+from stages.jobs.replay_one import ReplayCommand, ReplayJob
 from stages.judge.diff import diff_recorded
 from stages.judge.forward_diff import diff_forward
 from stages.order import black_boxes as boxes
@@ -136,10 +137,8 @@ def test_the_commands_are_there() -> None:
 
 def replay(bundle: Path, backend: Backend, order: str, out: Path | None = None) -> dict:
     """A replay of a bundle in an order, checked against its recorded stages."""
-    orders = orders_for(
-        order, backend=backend.name, others=("torch", "jax"), components=bundle, device="cpu", progress=Progress(False)
-    )
-    options = ReplayOptions(bundle, dump="full" if out else "none", out=out, verdicts=False)
+    orders = orders_for(order, backend=backend.name, components=bundle, device="cpu", progress=Progress(False))
+    options = ReplayCommand(bundle, dump="full" if out else "none", out=out, verdicts=False)
     with ExitStack() as stack:
         job = ReplayJob(options, stack)
         return job.run(with_order(backend, orders, order)).document

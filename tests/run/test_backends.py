@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from replays import factors, make_offsets, task_of, whole
 
-from cli import BACKENDS, load_backend
+from stages.commands.backends import BACKENDS, load_backend
 from stages.errors import InputError, UsageError
 from stages.judge.metrics import same_bits
 from stages.oracle import components as reference

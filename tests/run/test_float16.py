@@ -9,7 +9,7 @@ import pytest
 from forward_models import MODELS, MemoryWeights, dumped, random_weights, tokens_of, trace, write_model
 from helpers import svf
 
-from cli import load_backend
+from stages.commands.backends import load_backend
 from stages.files.tensorfile import write_tensors
 from stages.run.forward import Forwarder, judge_stage, recorded_inputs
 

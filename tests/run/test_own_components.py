@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from helpers import DOWN, EMBED, GATE, K_PROJ, ROOT, svf, tensors_of, with_json, with_tensors
 
-from cli import BACKENDS
+from stages.commands.backends import BACKENDS
 from stages.files.bundle import ALL_STAGES_FILE, COMPONENTS_FILE, OFFSETS_FILE, Bundle
 from stages.files.bundle import MANIFEST_FILE as BUNDLE_MANIFEST
 from stages.files.dump import MANIFEST_FILE, keep_hashes
-from stages.jobs.replay_one import ReplayJob, ReplayOptions
+from stages.jobs.replay_one import ReplayCommand, ReplayJob
 from svf_torch.backend import TorchBackend
 
 SELECT = ("--select", "gate_proj", "--select", "k_proj", "--select", "down_proj")
@@ -74,7 +74,7 @@ class OtherOffsets(TorchBackend):
 
 def replayed(backend: TorchBackend, bundle: Path, out: Path) -> dict[str, Any]:
     """The document of a native replay by a backend that no command line knows."""
-    options = ReplayOptions(bundle, select=SELECT[1::2], dump="full", out=out, native_components=True)
+    options = ReplayCommand(bundle, select=SELECT[1::2], dump="full", out=out, native_components=True)
     with ExitStack() as stack:
         return ReplayJob(options, stack).run(backend).document
 

@@ -33,7 +33,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from replays import factors, make_offsets, task_of, whole
 
-from cli import load_backend
+from stages.commands.backends import load_backend
 from stages.errors import UsageError
 from stages.judge.metrics import same_bits
 from stages.oracle import bounds as noise

@@ -24,7 +24,7 @@ from helpers import fresh, one_line, svf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cli import load_backend
+from stages.commands.backends import load_backend
 from stages.errors import InputError
 from stages.files.jsonio import to_json
 from stages.jobs import demo

@@ -15,7 +15,7 @@ import pytest
 from forward_models import MODELS, change_dump, trace, write_model
 from test_report import Page, hostile
 
-from cli import load_backend
+from stages.commands.backends import load_backend
 from stages.judge.forward_diff import diff_forward
 from stages.show.html.page import render_page, write_page
 

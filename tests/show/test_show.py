@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from cli import load_backend
+from stages.commands.backends import load_backend
 from stages.errors import InputError
 from stages.files.tensorfile import write_tensors
 from stages.judge import document as diff

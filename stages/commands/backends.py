@@ -1,0 +1,30 @@
+"""The table of backends: where each class is, and each framework's probe; imported when one is needed."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stages.spec.backend import Backend
+
+BACKENDS = {
+    "torch": "svf_torch.backend:TorchBackend",
+    "jax": "svf_jax.backend:JaxBackend",
+    "reference": "stages.oracle.components:ReferenceBackend",
+}
+PROBES = {"torch": "svf_torch.probe:probe", "jax": "svf_jax.probe:probe"}
+
+
+def load_backend(name: str, device: str, precision: str = "native", **options: Any) -> Backend:
+    """The backend called `name`, its framework imported now, computing in `precision`."""
+    from stages.run.precision import with_precision
+
+    backend: Backend = attribute(BACKENDS[name])(device=device, **options)
+    return with_precision(backend, precision)
+
+
+def attribute(place: str) -> Any:
+    """What stands at `module:name`, the module imported now."""
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)

@@ -1,0 +1,517 @@
+"""Two sides, or one against float64: demo, replay, forward, diff, audit, layouts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stages.commands.backends import load_backend
+from stages.commands.options import (
+    ON_BOTH,
+    Adapted,
+    AdaptedLayout,
+    Backend,
+    ComponentsFrom,
+    ComputeDtype,
+    Device,
+    DumpMode,
+    Force,
+    Format,
+    Html,
+    InPrecision,
+    Jit,
+    Json,
+    JudgedLayers,
+    JudgedStages,
+    LayoutName,
+    MaxMemory,
+    OneLayout,
+    Operands,
+    Positions,
+    Precision,
+    Prompt,
+    Rerun,
+    Resume,
+    RunDtype,
+    StrictCurrent,
+    StrictReference,
+    StrictStages,
+    Timeout,
+    Tokens,
+    TokensFile,
+    comparing,
+    compute,
+    gate,
+    original,
+    output,
+)
+from stages.commands.program import STATE, after, answer, before, command, finish_diff, refuse_idle, say, typed
+
+
+@command(
+    "Compare",
+    "svf demo",
+    "svf demo --json",
+)
+def demo(json: Json = False) -> None:
+    """See the whole chain on a tiny model: replay twice, compare.
+
+    Decomposes a random tiny model, replays it in PyTorch and in JAX, and compares the two stage by stage.
+    """
+    from stages.files.cache import cache_folder
+    from stages.jobs import demo as chain
+    from stages.progress import Progress
+    from stages.show.html.page import HOW_TO_GET, missing_libraries
+
+    with Progress(STATE.progress) as progress:
+        document = chain.run(progress)
+    if not json:
+        chain.explain(document, HOW_TO_GET if missing_libraries() else None)
+    finish_diff(document, json, None if missing_libraries() else cache_folder() / "demo.html")
+
+
+@command(
+    "Compare",
+    "svf replay --backend jax --layout torch_v",
+    "svf replay components --backend both --layout all",
+    "svf replay components --backend jax --reference-report ref.json --strict-stage-tolerances",
+    "svf replay components --components native",
+)
+def replay(
+    components: Annotated[
+        Path | None, typer.Argument(help="Component bundle; without it, a built-in tiny one.")
+    ] = None,
+    backend: Backend = ON_BOTH,
+    components_from: Annotated[
+        ComponentsFrom,
+        compute(
+            "--components",
+            help="native: each backend decomposes the source itself, to tell basis from bug.",
+        ),
+    ] = ComponentsFrom.given,
+    layout: Annotated[LayoutName, compute(help="How V is contracted; declared: as the bundle says.")] = (
+        LayoutName.declared
+    ),
+    model: Annotated[str | None, compute(help="Source weights, for a bundle without source_f32.")] = None,
+    reference_report: Annotated[
+        Path | None,
+        comparing(
+            "--reference-report",
+            "--python-report",
+            help="Report of the reference side, for the gates.",
+        ),
+    ] = None,
+    source_from_stage: Annotated[
+        bool,
+        compute(
+            "--source-from-stage",
+            "--source-from-python-stage",
+            help="Take the source from the recorded source_f32.",
+        ),
+    ] = False,
+    components_dir: Annotated[Path | None, original(help="COMPONENTS, by the original tool's name for it.")] = None,
+    semantic_only: Annotated[
+        bool,
+        original(
+            "--semantic-only",
+            help="The given U, S, V and no decomposition of its own: the default.",
+        ),
+    ] = False,
+    device_semantic_only: Annotated[
+        bool,
+        original(
+            "--device-semantic-only",
+            help="XLA alone: --backend jax, unless one backend is named.",
+        ),
+    ] = False,
+    preferred_layout_only: Annotated[
+        bool,
+        original("--preferred-layout-only", help="The declared layout and no other: the default."),
+    ] = False,
+    all_selected_tensors: Annotated[
+        bool,
+        compute("--all-selected-tensors", help="Demand every selected tensor's recorded stages."),
+    ] = False,
+    select: Annotated[
+        list[str] | None,
+        compute(
+            "--select",
+            "--selected-source-filter",
+            help="Only tensors whose name contains this.",
+        ),
+    ] = None,
+    chunk_rows: Annotated[int | None, compute(min=1, help="Rows at a time; default from a memory budget.")] = None,
+    dump: Annotated[DumpMode | None, output(help="full with --out, otherwise none.")] = None,
+    out: Annotated[
+        Path | None,
+        output(help="New folder for the dump; FILE.json is taken as --report."),
+    ] = None,
+    report: Annotated[Path | None, output(help="Write the replaying side's report here.")] = None,
+    stage_dir: Annotated[
+        Path | None,
+        output(
+            help="New folder for stage files as the original tool writes them, one a tensor, stage.NAME.",
+        ),
+    ] = None,
+    device: Device = "cpu",
+    precision: InPrecision = Precision.native,
+    order: Annotated[
+        str,
+        compute(
+            help="Sum as: native, torch, jax, inferred (as the bundle records), a recorded run, a file of svf infer.",
+        ),
+    ] = "native",
+    top: Annotated[int, comparing(min=0, help="Largest differences kept per stage.")] = 5,
+    strict_stage_tolerances: StrictStages = False,
+    strict_current_python: StrictCurrent = False,
+    strict_reference: StrictReference = False,
+    timeout: Timeout = None,
+    resume: Resume = False,
+    max_memory: MaxMemory = None,
+    html: Html = None,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Replay U, S, V and offsets, every stage judged.
+
+    Each stage is checked against its rounding-error bound and against the recorded one.
+    """
+    from stages.commands.original_flags import ReplayFlags, as_original, report_place
+    from stages.errors import UsageError
+    from stages.jobs import replay as job
+    from stages.jobs.replay_one import ReplayCommand
+    from stages.judge.document import Gates
+    from stages.progress import Progress
+    from stages.run.budget import parse_size
+
+    out, report = report_place(out, report, say)
+    before(force, html, report)
+    command = ReplayCommand(
+        components=components,
+        backend=backend.value,
+        layout=layout.value,
+        model=model,
+        reference_report=reference_report,
+        source_from_stage=source_from_stage,
+        all_selected=all_selected_tensors,
+        select=tuple(select or ()),
+        chunk_rows=chunk_rows,
+        dump=dump.value if dump else ("full" if out else "none"),
+        out=out,
+        report=report,
+        device=device,
+        top=top,
+        gates=Gates(strict_stage_tolerances, strict_current_python, strict_reference),
+        precision=precision.value,
+        timeout=timeout,
+        resume=resume,
+        max_memory=None if max_memory is None else parse_size(max_memory),
+        close_up=html is not None,
+        native_components=components_from is ComponentsFrom.native,
+        order=order,
+        stage_dir=stage_dir,
+    )
+    refuse_idle(
+        {
+            "--resume needs --out DIR: it finishes what was cut short there": resume and out is None,
+            "--dump none writes nothing to --out; leave one of them out": dump is DumpMode.none and out is not None,
+            "--timeout is about the two processes of --backend both": typed("--timeout") and backend is not ON_BOTH,
+        }
+    )
+    if order != "native" and precision is not Precision.native:
+        raise UsageError(f"--order {order} is about native products; --precision {precision.value} has no order")
+    flags = ReplayFlags(components_dir, semantic_only, device_semantic_only, preferred_layout_only)
+    with Progress(STATE.progress) as progress:
+        document = job.replay(as_original(command, flags, say), load_backend, progress)
+    finish_diff(document, json, html)
+
+
+@command(
+    "Compare",
+    "svf forward --backend both",
+    "svf forward MODEL --tokens 1,2,3 --backend jax --layers 0,3-5 --out dump",
+    "svf forward MODEL --prompt 'Hello' --backend torch --generate 8",
+    "svf forward MODEL --adapted components --layout vh --backend torch",
+)
+def forward(
+    model: Annotated[str | None, typer.Argument(help="Checkpoint folder or hub id; without it, a tiny one.")] = None,
+    tokens: Tokens = None,
+    tokens_file: TokensFile = None,
+    prompt: Prompt = None,
+    backend: Backend = ON_BOTH,
+    layers: Annotated[str, compute(help="Layers to record: 0,3-5, or all.")] = "all",
+    stages: Annotated[str, compute(help="Stages to record: ffn_gate,ffn_swigl, or all.")] = "all",
+    positions: Annotated[Positions, compute(help="Positions to record.")] = Positions.all,
+    dtype: ComputeDtype = RunDtype.model,
+    adapted: Adapted = None,
+    layout: AdaptedLayout = OneLayout.declared,
+    repeat: Annotated[int, compute(min=1, help="Runs; all must be byte-identical.")] = 1,
+    generate: Annotated[int, compute(min=0, help="Greedy tokens to compare with production's.")] = 0,
+    production: Annotated[
+        bool | None,
+        comparing(
+            "--production/--no-production",
+            help="Compare with the production model; by default if it fits.",
+        ),
+    ] = None,
+    out: Annotated[Path | None, output(help="New folder for the dump.")] = None,
+    format: Annotated[Format, output(help="Format of the dump.")] = Format.safetensors,
+    device: Device = "cpu",
+    precision: InPrecision = Precision.native,
+    order: Annotated[
+        str | None,
+        compute(
+            help="float32 products as torch, jax or a recorded dump takes them, or as a file of svf infer says.",
+        ),
+    ] = None,
+    jit: Annotated[
+        Jit,
+        compute(help="What XLA compiles at a time; other than stage shows what fusion does."),
+    ] = (Jit.stage),
+    top: Annotated[int | None, comparing(min=0, help="Largest differences kept per stage; default 5.")] = None,
+    timeout: Timeout = None,
+    resume: Resume = False,
+    max_memory: MaxMemory = None,
+    html: Html = None,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Run a checkpoint layer by layer, every stage judged.
+
+    Every intermediate is named, kept with --out, and the logits compared with the production model.
+    """
+    from stages.errors import UsageError
+    from stages.jobs import forward as job
+    from stages.jobs.forward_one import ForwardCommand
+    from stages.judge.production import sound
+    from stages.progress import Progress
+    from stages.run.budget import parse_size
+    from stages.show import console as render
+
+    refuse_idle(
+        {
+            f"--layout {layout.value} is about --adapted COMPONENTS": layout is not OneLayout.declared and not adapted,
+            "--resume needs --out DIR: it finishes what was cut short there": resume and out is None,
+            "--format aprt needs --out DIR": format is Format.aprt and out is None,
+            "--format aprt writes a tree whole or not at all, there is nothing to resume": format is Format.aprt
+            and resume,
+            "--timeout is about the two processes of --backend both": typed("--timeout") and backend is not ON_BOTH,
+            "--top is about the differences that --backend both compares": top is not None and backend is not ON_BOTH,
+        }
+    )
+    if jit is not Jit.stage and backend not in ("jax", "both"):
+        raise UsageError(f"--jit {jit.value} is about JAX; use --backend jax")
+    if precision is not Precision.native and jit is Jit.layer:
+        raise UsageError(f"--precision {precision.value} rounds at every stage's boundary, --jit layer has none")
+    if order is not None and (precision is not Precision.native or jit is Jit.layer or production):
+        raise UsageError("--order is for single native stages: not with --precision, --jit layer or --production")
+    if precision is not Precision.native and production:
+        raise UsageError(f"--production computes natively; --precision {precision.value} cannot be compared with it")
+    before(force, html)
+    command = ForwardCommand(
+        model=model,
+        tokens=tokens,
+        tokens_file=tokens_file,
+        prompt=prompt,
+        backend=backend.value,
+        layers=layers,
+        stages=stages,
+        positions=positions.value,
+        dtype=dtype.value,
+        adapted=adapted,
+        layout=layout.value,
+        repeat=repeat,
+        out=out,
+        format=format.value,
+        device=device,
+        precision=precision.value,
+        order=order,
+        jit=jit.value,
+        production=production,
+        generate=generate,
+        top=5 if top is None else top,
+        timeout=timeout,
+        resume=resume,
+        max_memory=None if max_memory is None else parse_size(max_memory),
+        close_up=html is not None,
+    )
+    with Progress(STATE.progress) as progress:
+        document = job.forward(command, load_backend, progress)
+    if command.backend == "both":
+        finish_diff(document, json, html)
+    after(document, json, html, render.forward_document)
+    raise typer.Exit(0 if sound(document) else 1)
+
+
+@command(
+    "Compare",
+    "svf diff dumps/torch dumps/jax",
+    "svf diff a/stages.safetensors b/stages.safetensors --components bundle",
+    "svf diff reference.json replay.json --strict-stage-tolerances",
+    "svf diff dumps",
+    "svf diff traces/torch recorded.safetensors --stages ffn_gate,ffn_out",
+    "svf diff dumps/torch dumps/jax --explain-order",
+    "svf diff dumps/torch dumps/jax --std-ratio 0.5:2",
+)
+def diff(
+    a: Annotated[
+        Path,
+        typer.Argument(help="Reference side: dump, bundle, stage file, APRT, another program's, checkpoint or report."),
+    ],
+    b: Annotated[Path | None, typer.Argument(help="The other one; without it, the two dumps inside the first.")] = None,
+    components: Operands = None,
+    model: Annotated[str | None, comparing(help="Weights, to judge forwards; default as recorded.")] = None,
+    tokens: Tokens = None,
+    tokens_file: TokensFile = None,
+    prompt: Prompt = None,
+    layers: JudgedLayers = None,
+    stages: JudgedStages = None,
+    precision: Annotated[
+        Precision | None,
+        comparing(help="Demand dumps of this precision; exact: any difference is a bug."),
+    ] = None,
+    top: Annotated[int | None, comparing(min=0, help="Print the largest differences of every stage.")] = None,
+    explain_order: Annotated[
+        bool,
+        comparing(
+            "--explain-order",
+            help="Say how much of the difference is the order of summation; slow.",
+        ),
+    ] = False,
+    strict_stage_tolerances: StrictStages = False,
+    strict_current_python: StrictCurrent = False,
+    strict_reference: StrictReference = False,
+    std_ratio: Annotated[
+        str | None,
+        gate(
+            help="Fail unless std of b over std of a is within LOW:HIGH in every stage, such as 0.5:2.",
+        ),
+    ] = None,
+    rerun: Rerun = True,
+    html: Html = None,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Compare two recorded runs, checkpoints or reports.
+
+    Stage by stage, and says which side is wrong where they differ. Loads no framework.
+    """
+    from stages.judge.diff import DiffCommand, check_options, diff_any, with_sides
+    from stages.judge.document import Gates, parse_std_ratio
+    from stages.judge.forward_pair import Named
+    from stages.order.explain import explain_recorded
+    from stages.progress import Progress
+
+    within = None if std_ratio is None else parse_std_ratio(std_ratio)
+    before(force, html)
+    command = with_sides(
+        DiffCommand(
+            a=a,
+            b=b,
+            components=components,
+            named=Named(model, tokens, tokens_file, prompt),
+            layers=layers,
+            stages=stages,
+            precision=precision.value if precision else None,
+            top=top,
+            gates=Gates(strict_stage_tolerances, strict_current_python, strict_reference, std_ratio=within),
+            explain_order=explain_order,
+            rerun=rerun,
+            html=html is not None,
+        )
+    )
+    check_options(command)
+    with Progress(STATE.progress) as progress:
+        document = diff_any(command, progress)
+        if explain_order:
+            document = explain_recorded(
+                document, command.a, command.b or command.a, components=components, model=model, progress=progress
+            )
+    finish_diff(document, json, html, top=top is not None)
+
+
+@command(
+    "Compare",
+    "svf audit dumps/torch",
+    "svf audit recorded.safetensors --model MODEL --tokens 1,2,3",
+    "svf audit tree --model MODEL --prompt Hello --stages ffn_gate,ffn_out",
+    "svf audit bundle --json",
+)
+def audit(
+    dump: Annotated[
+        Path, typer.Argument(help="Dump, bundle or stage file; or another program's: safetensors, folder, APRT tree.")
+    ],
+    model: Annotated[str | None, comparing(help="Weights; another program's dump does not name them.")] = None,
+    tokens: Tokens = None,
+    tokens_file: TokensFile = None,
+    prompt: Prompt = None,
+    adapted: Annotated[
+        Path | None,
+        comparing(help="Components whose adapted weights another program ran on."),
+    ] = None,
+    layout: AdaptedLayout = OneLayout.declared,
+    components: Operands = None,
+    layers: JudgedLayers = None,
+    stages: JudgedStages = None,
+    top: Annotated[int, comparing(min=0, help="Largest errors kept per stage.")] = 5,
+    rerun: Rerun = True,
+    html: Html = None,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Judge one recorded run, every stage against float64.
+
+    Each stage is judged from the inputs that the run recorded. Loads no framework.
+    """
+    from stages.judge import audit as job
+    from stages.progress import Progress
+    from stages.show import console as render
+
+    before(force, html)
+    with Progress(STATE.progress) as progress:
+        document = job.audit(
+            dump,
+            model=model,
+            tokens=tokens,
+            tokens_file=tokens_file,
+            prompt=prompt,
+            components=components,
+            adapted=adapted,
+            layout=layout.value,
+            layers=layers,
+            stages=stages,
+            top=top,
+            rerun=rerun,
+            progress=progress,
+        )
+    after(document, json, html, render.audit_document)
+    raise typer.Exit(job.EXIT_CODES[document["outcome"]])
+
+
+@command(
+    "Compare",
+    "svf layouts",
+    "svf layouts components",
+    "svf layouts components --model Qwen/Qwen3-0.6B --json",
+)
+def layouts(
+    components: Annotated[
+        Path | None, typer.Argument(help="Component bundle; without it, a built-in tiny one.")
+    ] = None,
+    model: Annotated[str | None, compute(help="Source weights; default the recorded source_f32.")] = None,
+    json: Json = False,
+) -> None:
+    """Say which layout of V gives each tensor back.
+
+    Whatever the label says, and for square matrices too.
+    """
+    from stages.jobs import layouts as job
+    from stages.progress import Progress
+    from stages.show import console as render
+
+    with Progress(STATE.progress) as progress:
+        document = job.diagnose(components, model, progress)
+    answer(document, json, render.layouts_document)
+    raise typer.Exit(job.EXIT_CODES[document["outcome"]])

@@ -1,0 +1,39 @@
+"""Jobs that need a framework's own package, which nothing below the command line may import."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+from stages.commands.backends import PROBES, attribute
+from stages.jobs.decompose_options import DecomposeOptions
+from stages.jobs.doctor import FrameworkRequest
+from stages.progress import Progress
+from stages.spec.backend import Loader
+
+
+def decomposed(options: DecomposeOptions, load: Loader, progress: Progress) -> dict[str, Any]:
+    """Decompose as asked; the `svf.decompose/1` document. PyTorch computes the stages, JAX where there is no torch."""
+    from stages.jobs import decompose as job
+
+    backend = load("torch" if find_spec("torch") else "jax", "cpu")
+    if backend.name != "torch":
+        progress.say("torch is not installed: JAX computes the recorded stages")
+    if options.svd_weights is not None:
+        from svf_torch.weights_file import load_svd_weights
+
+        return job.decompose_stored(options, load_svd_weights, backend, progress)
+    if options.svd == "torch":
+        from svf_torch.svd import TORCH_SVD
+
+        return job.decompose(options, TORCH_SVD, backend, progress)
+    return job.decompose(options, job.FLOAT64, backend, progress)
+
+
+def framework(request: FrameworkRequest, _load: object, _progress: object) -> dict[str, Any]:
+    """What the probe of a framework says of it, or `error`: why it does not start."""
+    try:
+        found: dict[str, Any] = attribute(PROBES[request.name])()
+    except Exception as error:  # whatever is broken there is what the doctor is asked for
+        return {"error": f"{type(error).__name__}: {error}"}
+    return found

@@ -1,0 +1,109 @@
+"""Options that several commands have, each declared once: its choices, its help and its panel."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from stages.commands.backends import BACKENDS, PROBES
+
+
+def _panel(title: str) -> Callable[..., Any]:
+    """Options of a panel: `typer.Option` with its title."""
+    return functools.partial(typer.Option, rich_help_panel=title)
+
+
+# Panels of a command's help.
+compute = _panel("What to compute")
+comparing = _panel("What to compare")
+gate = _panel("Gates")
+output = _panel("Output")
+limit = _panel("Limits")
+original = _panel("As the original tool has it")
+
+BackendName = StrEnum("BackendName", [*BACKENDS, "both"])  # type: ignore[misc]
+ON_BOTH = BackendName("both")
+OneBackend = StrEnum("OneBackend", [*BACKENDS])  # type: ignore[misc]
+ON_TORCH = OneBackend("torch")
+CalibrateName = StrEnum("CalibrateName", [*PROBES, "both"])  # type: ignore[misc]
+CALIBRATE_BOTH = CalibrateName("both")
+OneLayout = StrEnum("OneLayout", ["declared", "torch_v", "nx", "vh"])
+LayoutName = StrEnum("LayoutName", ["declared", "torch_v", "nx", "vh", "all"])
+DumpMode = StrEnum("DumpMode", ["full", "hash", "none"])
+Preset = StrEnum("Preset", {"tiny": "tiny", "qwen3_06b": "qwen3-0.6b", "qwen25_05b": "qwen2.5-0.5b"})
+Dtype = StrEnum("Dtype", ["bfloat16", "float32", "float16"])
+Positions = StrEnum("Positions", ["all", "last"])
+RunDtype = StrEnum("RunDtype", ["model", "float32", "bfloat16", "float16"])
+Format = StrEnum("Format", ["safetensors", "aprt"])
+Precision = StrEnum("Precision", ["native", "reference", "exact"])
+Tied = StrEnum("Tied", ["untie", "last"])
+Jit = StrEnum("Jit", ["stage", "layer", "none"])
+ComponentsFrom = StrEnum("ComponentsFrom", ["given", "native"])
+SvdMethod = StrEnum("SvdMethod", ["float64", "torch"])
+ModelDtype = StrEnum("ModelDtype", ["auto", "float32", "bfloat16"])
+VectorDtype = StrEnum("VectorDtype", ["float32", "float64"])
+
+Html = Annotated[
+    Path | None,
+    output("--html", help=r"Write a self-contained HTML report here; needs svf\[report]."),
+]
+Force = Annotated[bool, output("--force", help="Replace a file that is there already.")]
+Json = Annotated[bool, output("--json", help="Print one JSON document and nothing else on stdout.")]
+Backend = Annotated[BackendName, compute(help="Which side computes.")]
+Device = Annotated[str, compute(help="cpu, or a GPU: cuda, gpu, gpu:1.")]
+InPrecision = Annotated[
+    Precision,
+    compute(
+        help="native: the framework's own; reference: float64, rounded at stage boundaries; exact: correctly rounded.",
+    ),
+]
+ComputeDtype = Annotated[RunDtype, compute(help="What activations and weights are computed in.")]
+Tokens = Annotated[str | None, compute(help="Token ids, such as 1,2,3.")]
+TokensFile = Annotated[Path | None, compute(help="File of token ids, as text or a JSON list.")]
+Prompt = Annotated[str | None, compute(help="Text, through the checkpoint's own tokenizer.")]
+Adapted = Annotated[Path | None, compute(help="Component bundle whose weights replace the model's.")]
+AdaptedLayout = Annotated[OneLayout, compute(help="How V of --adapted is contracted.")]
+SelectedLayers = Annotated[str | None, compute(help="Layers the selection rule takes, such as 26 or 0,3-5.")]
+JudgedLayers = Annotated[str | None, comparing(help="Judge only these layers: 0,3-5.")]
+JudgedStages = Annotated[str | None, comparing(help="Judge only these stages: ffn_gate,ffn_swigl.")]
+Operands = Annotated[Path | None, comparing(help="Bundle with U, S and V, to judge products.")]
+Rerun = Annotated[
+    bool,
+    comparing(
+        "--rerun/--no-rerun",
+        help="Run suspect stages again, on the backend that wrote the dump.",
+    ),
+]
+StrictStages = Annotated[
+    bool,
+    gate(
+        "--strict-stage-tolerances",
+        help="Fail unless every required stage is within its tolerance.",
+    ),
+]
+StrictCurrent = Annotated[
+    bool,
+    gate(
+        "--strict-current-python",
+        help="Fail unless a final bf16 hash equals the reference side's current one.",
+    ),
+]
+StrictReference = Annotated[
+    bool,
+    gate("--strict-reference", help="Fail unless both sides reproduce the historical hash."),
+]
+Timeout = Annotated[
+    float | None,
+    limit(min=0.1, help="Seconds after which a side of --backend both is stopped."),
+]
+MaxMemory = Annotated[
+    str | None,
+    limit(help="Memory a side may take, such as 2G; more is refused, or ends with exit code 7."),
+]
+BeginAgain = Annotated[bool, limit("--resume", help="Begin again in --out what was killed there.")]
+Resume = Annotated[bool, limit("--resume", help="Finish the run that was cut short in --out.")]
