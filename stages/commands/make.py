@@ -56,11 +56,11 @@ def synth(
     """
     from stages.errors import UsageError
     from stages.files.folders import prepare_file
-    from stages.files.selection import parse_layers
     from stages.jobs.builtin import router_vector, write_vector
     from stages.jobs.synth import synthesize
     from stages.progress import Progress
     from stages.show import console as render
+    from stages.spec.selectors import parse_layers
 
     if (vector is None) != (layers is None):
         raise UsageError("--vector FILE and --layers N go together")
@@ -166,11 +166,11 @@ def decompose(
     from stages.commands import original_flags
     from stages.commands.frameworks import decomposed
     from stages.errors import UsageError
-    from stages.files.selection import parse_layers
     from stages.jobs.decompose import exit_code
     from stages.jobs.decompose_options import DecomposeOptions
     from stages.progress import Progress
     from stages.show import console as render
+    from stages.spec.selectors import parse_layers
 
     if (manifest is None) == (layers is None):
         raise UsageError("give either --manifest FILE or --layers N")

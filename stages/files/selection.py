@@ -81,18 +81,6 @@ class Selection:
         return "; ".join(f"{t.source_name} {t.offset_start}:{t.offset_end}" for t in self.tensors)
 
 
-def parse_layers(text: str | None) -> tuple[int, ...]:
-    """`26`, `0,3-5` as sorted layer numbers; `UsageError` for anything else."""
-    layers: set[int] = set()
-    for part in (text or "").split(",") if text else ():
-        match = re.fullmatch(r"\s*(\d{1,6})(?:-(\d{1,6}))?\s*", part, re.ASCII)
-        if match is None:
-            raise UsageError(f"--layers '{shown(text)}': expected numbers and ranges, such as 26 or 0,3-5")
-        first, last = int(match.group(1)), int(match.group(2) or match.group(1))
-        layers.update(range(first, last + 1))
-    return tuple(sorted(layers))
-
-
 def safe_key(name: str) -> str:
     """The tensor name as bundle keys hold it: other characters than letters, digits, `_ . -` become `__`."""
     return re.sub(r"[^A-Za-z0-9_.-]", "__", name)

@@ -30,7 +30,7 @@ from stages.progress import Progress
 from stages.run.adapted import ADAPTED_FILE, adapt
 from stages.run.budget import check_memory, forward_bytes, hold_memory
 from stages.run.calibration import facts_of
-from stages.run.forward import Forwarder, resolve_layers, resolve_stages
+from stages.run.forward import Forwarder
 from stages.run.memory import available_bytes
 from stages.run.precision import NATIVE, precision_fields
 from stages.run.production import compare_production, greedy, with_stored_head
@@ -38,6 +38,7 @@ from stages.spec.backend import BOTH, Backend, Production, Weights
 from stages.spec.dtypes import stored_dtype
 from stages.spec.forward import forward_path, producers
 from stages.spec.qwen import LM_HEAD, QwenConfig, parameter_shapes
+from stages.spec.selectors import resolve_layers, resolve_stages
 from stages.spec.stage import Path as StagePath
 from stages.spec.stage import Scope
 from stages.spec.values import StageResult
@@ -136,7 +137,7 @@ class _Job:
         self.tokens = token_ids(command, checkpoint)
         self.config.check_length(len(self.tokens))
         path = forward_path(self.config, command.dtype)
-        self.layers = resolve_layers(command.layers, self.config)
+        self.layers = resolve_layers(command.layers, self.config.num_hidden_layers)
         self.stages = resolve_stages(command.stages, path)
         if command.adapted is None and command.layout != "declared":
             raise UsageError(f"--layout {command.layout} is about --adapted COMPONENTS")

@@ -23,7 +23,8 @@ from stages.judge import document as diff
 from stages.judge.culprit import ORACLE, Piece, against_oracle, chosen_row, culprit_data, oracle_pieces
 from stages.judge.decomposition import parts_of
 from stages.judge.final_hash import FINAL, FinalHash, Native, account
-from stages.judge.replay import TensorComparison, empty_row
+from stages.judge.replay import TensorComparison
+from stages.judge.rows import in_replay, pair_row
 from stages.oracle.bounds import LAMBDA
 from stages.oracle.contraction import look
 from stages.oracle.verdict import Verdict
@@ -476,11 +477,11 @@ class ReplayJob:
 
 def unfit_rows(run: LayoutRun) -> list[dict[str, Any]]:
     """A `shape` row for every tensor whose V does not fit the layout."""
-    stage = REPLAY["matmul_pre_norm"]
-    return [
-        {**empty_row(name, safe_key(name), stage, Verdict.SHAPE), "verdict_b": Verdict.SHAPE.value, "note": note}
-        for name, note in run.unfit.items()
-    ]
+    rows = []
+    for name, note in run.unfit.items():
+        row = pair_row(in_replay(name, safe_key(name), "matmul_pre_norm"), Verdict.SHAPE)
+        rows.append({**row, "verdict_b": Verdict.SHAPE.value, "note": note})
+    return rows
 
 
 def layout_rows(runs: Sequence[LayoutRun]) -> list[dict[str, Any]]:

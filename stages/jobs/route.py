@@ -15,7 +15,7 @@ from stages.files.bundle import Bundle
 from stages.files.checkpoint import Checkpoint, open_checkpoint
 from stages.files.router_head import RouterHead, load_head
 from stages.files.scratch import scratch_folder
-from stages.files.selection import parse_layers, select_by_rule
+from stages.files.selection import select_by_rule
 from stages.files.tensorfile import TensorFile, write_tensors
 from stages.files.tokens import token_ids
 from stages.judge.metrics import Difference
@@ -30,6 +30,7 @@ from stages.spec.backend import BOTH, SIDES, Backend, Loader, Weights
 from stages.spec.dtypes import stored_dtype
 from stages.spec.qwen import QwenConfig, parameter_shapes
 from stages.spec.router import HIDDEN_POSITION, ROUTER
+from stages.spec.selectors import parse_layers
 
 SCHEMA = "svf.route/1"
 LOGITS = ROUTER["router_logits"]

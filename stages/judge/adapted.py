@@ -22,12 +22,12 @@ from stages.errors import InputError, NotFoundError
 from stages.files.bundle import Bundle, Components
 from stages.files.checkpoint import Checkpoint
 from stages.files.forward_dump import ForwardSide
-from stages.files.selection import layer_of
 from stages.files.tensorfile import TensorFile, TensorInfo
 from stages.judge.culprit import Piece
 from stages.judge.forward import ForwardRun
 from stages.judge.metrics import Difference, PairHash
-from stages.judge.replay import row_verdict, side_fields
+from stages.judge.replay import row_verdict
+from stages.judge.rows import of_tensor, pair_row
 from stages.oracle import bounds as noise
 from stages.oracle import components as reference
 from stages.oracle.contraction import look
@@ -149,26 +149,15 @@ class Judged:
         a, b = self.verdicts.get("a"), self.verdicts.get("b")
         digest_a, digest_b = self.hashes.digests()
         return {
-            **_empty(self.name),
-            "verdict": row_verdict(self.difference, a, b, given=False).value,
-            **side_fields(a, b),
+            **_row(self.name, row_verdict(self.difference, a, b, given=False), a, b),
             "sha256_a": digest_a,
             "sha256_b": digest_b,
             **self.difference.result(),
         }
 
 
-def _empty(name: str) -> dict[str, Any]:
-    return {
-        "key": f"adapted.{name}",
-        "layer": layer_of(name),
-        "tensor": name,
-        "stage": STAGE,
-        "required": True,
-        **side_fields(None, None),
-        "tolerance_passed": False,
-        "byte_match": None,
-    }
+def _row(name: str, verdict: Verdict, a: SideVerdict | None = None, b: SideVerdict | None = None) -> dict[str, Any]:
+    return {**pair_row(of_tensor(name, f"adapted.{name}", STAGE), verdict, a, b), "byte_match": None}
 
 
 class AdaptedPair:
@@ -227,7 +216,7 @@ class AdaptedPair:
         shape = self.shape(name)
         if shape is None:
             lost = "an adapted weight is not to be had on both sides in one shape; give --model"
-            return {**_empty(name), "verdict": Verdict.UNJUDGED.value, "note": lost}
+            return {**_row(name, Verdict.UNJUDGED), "note": lost}
         judged = Judged(name, shape, Difference(self.top))
         components = self._components(name)
         if components is None:

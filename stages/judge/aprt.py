@@ -9,7 +9,8 @@ import numpy as np
 from stages.errors import IncompleteError, InputError, shown
 from stages.files.aprt import AprtFile, layer_text
 from stages.judge.metrics import Difference, PairHash
-from stages.judge.replay import holds_nan, row_verdict, side_fields
+from stages.judge.replay import holds_nan, row_verdict
+from stages.judge.rows import in_forward, pair_row
 from stages.oracle.verdict import Verdict
 
 
@@ -39,14 +40,7 @@ def compare_files(a: AprtFile, b: AprtFile, *, top: int = 5) -> dict[str, Any]:
     names = None if a.stage == b.stage else f"the files are called {stage} and {shown(b.stage)}"
     notes = ("compared flat: APRT stores no shape or dtype", names, said)
     return {
-        "key": stage if layer is None else f"layers.{layer}.{stage}",
-        "layer": layer,
-        "tensor": None,
-        "stage": stage,
-        "required": True,
-        "verdict": verdict.value,
-        **side_fields(None, None),
-        "tolerance_passed": False,
+        **pair_row(in_forward((layer, stage)), verdict),
         "sha256_a": digest_a,
         "sha256_b": digest_b,
         "flat": True,

@@ -18,7 +18,6 @@ from stages.files.bundle import stages_in
 from stages.files.checkpoint import Checkpoint, open_checkpoint
 from stages.files.forward_dump import Place, forward_key, is_forward_dump
 from stages.files.replay_recorded import SideTensor, open_side
-from stages.files.selection import layer_of
 from stages.files.tensorfile import TensorFile
 from stages.files.tokens import token_ids
 from stages.judge import document as diff
@@ -50,6 +49,7 @@ from stages.judge.forward_pair import NEEDS, Named
 from stages.judge.metrics import Difference
 from stages.judge.replay import judge_chunk
 from stages.judge.rerun import Recorded, recorded_of, settle
+from stages.judge.rows import Row, alone_row, in_forward, in_replay
 from stages.judge.spread import Spread
 from stages.judge.wanted import Wanted
 from stages.judge.wording import how_far, times
@@ -66,7 +66,6 @@ from stages.spec.stage import Stage
 from stages.spec.values import Chunk
 
 Progress = Callable[[str, float], None]
-Row = dict[str, Any]
 
 EXIT_CODES = {"sound": 0, "faulty": 1, "incomplete": 5}
 
@@ -202,7 +201,7 @@ def _forward_data(result: Mapping[str, Any], run: ForwardRun) -> dict[str, Any] 
 def _forward_row(place: Place, run: ForwardRun, top: int) -> Row:
     assert run.path is not None
     stage = stage_of(run.path, place)
-    row = _row(forward_key(place), place[0], None, place[1], stage.required)
+    row = alone_row(in_forward(place, stage.required))
     if place not in run.side.places:
         return {**row, "verdict": Verdict.MISSING.value, "note": "the manifest says it was recorded"}
     observed = run.read(place)
@@ -364,7 +363,7 @@ class _TensorAudit:
         """One row per stage, in execution order."""
         name, rows = self.tensor.source_name, []
         for stage in REPLAY.values():
-            row = _row(f"tensor.{self.key}.{stage.name}", layer_of(name), name, stage.name, stage.required)
+            row = alone_row(in_replay(name, self.key, stage.name, stage.required))
             if stage.name in self.judged:
                 rows.append({**row, **self.judged[stage.name].fields()})
             elif stage.name in self.tensor.hashes and not self.tensor.stages:
@@ -454,21 +453,6 @@ def _turned(expected: np.ndarray, observed: np.ndarray) -> str:
     if expected.shape != observed.shape and sorted(expected.shape) == sorted(observed.shape):
         return "; are two axes swapped?"
     return ""
-
-
-def _row(key: str, layer: int | None, tensor: str | None, stage: str, required: bool) -> Row:
-    return {
-        "key": key,
-        "layer": layer,
-        "tensor": tensor,
-        "stage": stage,
-        "required": required,
-        "verdict": Verdict.UNJUDGED.value,
-        "ratio": None,
-        "rms_ratio": None,
-        "hint": None,
-        "note": None,
-    }
 
 
 def document(

@@ -25,9 +25,10 @@ from stages.judge.decomposition import parts_of
 from stages.judge.forward_diff import diff_forward
 from stages.judge.forward_pair import Named
 from stages.judge.guarantees import require_precision
-from stages.judge.replay import TensorComparison, empty_row
+from stages.judge.replay import TensorComparison
 from stages.judge.report_diff import diff_reports, is_report
 from stages.judge.rerun import Recorded, settle
+from stages.judge.rows import in_replay, pair_row
 from stages.judge.wanted import Wanted
 from stages.oracle.bounds import Lambdas
 from stages.oracle.verdict import Verdict
@@ -414,7 +415,7 @@ def _hash_rows(key: str, a: SideTensor, b: SideTensor) -> list[dict[str, Any]]:
         equal = one == other
         verdict = Verdict.EXACT if equal else Verdict.UNJUDGED
         verdict = Verdict.EXTRA if one is None else Verdict.MISSING if other is None else verdict
-        row = empty_row(a.source_name, key, stage, verdict)
+        row = pair_row(in_replay(a.source_name, key, stage.name, stage.required), verdict)
         row.update(byte_match=equal, sha256_a=one, sha256_b=other, tolerance_passed=equal)
         rows.append(row)
     return rows
@@ -425,8 +426,8 @@ def _unknown_rows(a: Side, b: Side) -> list[dict[str, Any]]:
     rows = []
     for keys, verdict in ((a.unknown - b.unknown, Verdict.MISSING), (b.unknown - a.unknown, Verdict.EXTRA)):
         for key in sorted(keys):
-            stage = Stage(key.rpartition(".")[2], required=False)
-            rows.append({**empty_row(key, key, stage, verdict), "key": key, "note": "no stage of the replay"})
+            where = in_replay(key, key, key.rpartition(".")[2], required=False)
+            rows.append({**pair_row({**where, "key": key}, verdict), "note": "no stage of the replay"})
     return rows
 
 

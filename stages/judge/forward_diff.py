@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -29,8 +30,9 @@ from stages.judge.forward import (
 )
 from stages.judge.forward_pair import Named, check_comparable, open_pair
 from stages.judge.metrics import Difference, same_bits
-from stages.judge.replay import holds_nan, row_verdict, same_bytes, side_fields
+from stages.judge.replay import holds_nan, row_verdict, same_bytes
 from stages.judge.rerun import recorded_of, settle
+from stages.judge.rows import in_forward, pair_row
 from stages.judge.wanted import Wanted
 from stages.oracle.verdict import SideVerdict, Verdict, judged_part
 from stages.spec.dtypes import stored_dtype
@@ -139,20 +141,11 @@ _UNSEEN = "only scores of keys after their query differ; the causal mask throws 
 
 
 def _row(place: Place, a: ForwardRun, b: ForwardRun, top: int) -> dict[str, Any]:
-    layer, name = place
-    row: dict[str, Any] = {
-        "key": forward_key(place),
-        "layer": layer,
-        "tensor": None,
-        "stage": name,
-        "required": True,
-        "verdict": Verdict.EXACT.value,
-        **side_fields(None, None),
-        "tolerance_passed": False,
-    }
+    name = place[1]
+    row = functools.partial(pair_row, in_forward(place))
     at_a, at_b = _at(a, place), _at(b, place)
     if at_a is None or at_b is None:
-        return {**row, "verdict": (Verdict.MISSING if at_b is None else Verdict.EXTRA).value}
+        return row(Verdict.MISSING if at_b is None else Verdict.EXTRA)
     recorded_a, recorded_b = a.side.read(at_a), b.side.read(at_b)
     side_a, side_b = judge_place(at_a, a, recorded_a), judge_place(at_b, b, recorded_b)
     x, y = _aligned(a.read(at_a), b.read(at_b), flat=a.path is None or b.path is None)
@@ -167,7 +160,7 @@ def _row(place: Place, a: ForwardRun, b: ForwardRun, top: int) -> dict[str, Any]
             note += "; both hold the same bytes, in the same order: only the label of the shape differs"
         elif x.shape[:2] == y.shape[:2][::-1] and x.ndim == y.ndim:
             note += ". Is one dump head-first?"
-        return {**row, "verdict": Verdict.SHAPE.value, **side_fields(side_a, side_b), "note": note}
+        return {**row(Verdict.SHAPE, side_a, side_b), "note": note}
     d = Difference(top)
     stage = stage_of(a.path, place) if a.path and b.path else None
     wide = np.promote_types(x.dtype, y.dtype)
@@ -182,9 +175,7 @@ def _row(place: Place, a: ForwardRun, b: ForwardRun, top: int) -> dict[str, Any]
     how = [note for run, at in judged for note in (run.read_as.get(at), through_words(at, run))]
     notes = (unseen, holds_nan(d, verdict), *how)
     return {
-        **row,
-        "verdict": verdict.value,
-        **side_fields(side_a, side_b),
+        **row(verdict, side_a, side_b),
         "sha256_a": a.side.sha256(at_a),
         "sha256_b": b.side.sha256(at_b),
         "stats_a": stats.population(x),

@@ -9,13 +9,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from stages.files.bundle import BundleEntry
-from stages.files.selection import layer_of
 from stages.judge.arrangements import Parts
 from stages.judge.basis import BasisComparison
 from stages.judge.decomposition import SHOWN_BY, Fault, fault_of, not_known
 from stages.judge.guarantees import hold_to
 from stages.judge.hints import Case, explain
 from stages.judge.metrics import Difference, PairHash, same_bits
+from stages.judge.rows import Row, in_replay, pair_row
 from stages.oracle.bounds import LAMBDA, Lambdas
 from stages.oracle.residual import Residual
 from stages.oracle.verdict import Oracle, SideVerdict, Verdict, consult, worst
@@ -203,29 +203,30 @@ class TensorComparison:
         result = []
         for stage in REPLAY.values():
             if stage.name in self.missing:
-                result.append(empty_row(self.source_name, self.key, stage, self.missing[stage.name]))
+                result.append(self._row(stage, self.missing[stage.name]))
             elif stage.name in self.stages:
                 row = self.stages[stage.name]
                 result.append(self._row_alone(row) if self.alone else self._compared_row(row))
         return result
 
+    def _row(self, stage: Stage, verdict: Verdict, a: SideVerdict | None = None, b: SideVerdict | None = None) -> Row:
+        return pair_row(in_replay(self.source_name, self.key, stage.name, stage.required), verdict, a, b)
+
     def _row_alone(self, row: StageComparison) -> dict[str, Any]:
         if row.shape_note is not None:
-            return {**empty_row(self.source_name, self.key, row.stage, Verdict.SHAPE), "note": row.shape_note}
+            return {**self._row(row.stage, Verdict.SHAPE), "note": row.shape_note}
         verdict = Verdict.UNJUDGED if row.side_b is None else row.side_b.verdict
-        empty = empty_row(self.source_name, self.key, row.stage, verdict)
-        return {**empty, **side_fields(None, row.side_b), "byte_match": None}
+        return {**self._row(row.stage, verdict, None, row.side_b), "byte_match": None}
 
     def _compared_row(self, row: StageComparison) -> dict[str, Any]:
         if row.shape_note is not None:
-            return {**empty_row(self.source_name, self.key, row.stage, Verdict.SHAPE), "note": row.shape_note}
+            return {**self._row(row.stage, Verdict.SHAPE), "note": row.shape_note}
         d, tolerance = row.difference, row.stage.tolerance
         given = row.stage.noise is Noise.EXACT and not row.stage.inputs
         digest_a, digest_b = row.hashes.digests()
         verdict = row_verdict(d, row.side_a, row.side_b, given=given)
         return {
-            **empty_row(self.source_name, self.key, row.stage, verdict),
-            **side_fields(row.side_a, row.side_b),
+            **self._row(row.stage, verdict, row.side_a, row.side_b),
             **({"note": note} if (note := holds_nan(d, verdict)) else {}),
             "tolerance_passed": d.finite and d.max_abs <= tolerance.max_abs and d.mean_abs <= tolerance.mean_abs,
             "sha256_a": digest_a,
@@ -320,36 +321,6 @@ def holds_nan(d: Difference, verdict: Verdict) -> str | None:
 def same_bytes(x: np.ndarray, y: np.ndarray) -> bool:
     """Whether two arrays of different shape hold the same elements in the same order."""
     return x.dtype == y.dtype and x.shape != y.shape and x.size == y.size and same_bits(x.reshape(-1), y.reshape(-1))
-
-
-def side_fields(a: SideVerdict | None, b: SideVerdict | None) -> dict[str, Any]:
-    """Each side's verdict, largest error / bound and what is known of the reason, as row fields."""
-    return {
-        "verdict_a": a.verdict.value if a else None,
-        "verdict_b": b.verdict.value if b else None,
-        "ratio_a": a.ratio if a else None,
-        "ratio_b": b.ratio if b else None,
-        "rms_ratio_a": a.rms_ratio if a else None,
-        "rms_ratio_b": b.rms_ratio if b else None,
-        "hint_a": a.hint if a else None,
-        "hint_b": b.hint if b else None,
-        "rule_a": a.rule if a else None,
-        "rule_b": b.rule if b else None,
-    }
-
-
-def empty_row(source_name: str, key: str, stage: Stage, verdict: Verdict) -> dict[str, Any]:
-    """A row with a verdict and no metrics."""
-    return {
-        "key": f"tensor.{key}.{stage.name}",
-        "layer": layer_of(source_name),
-        "tensor": source_name,
-        "stage": stage.name,
-        "required": stage.required,
-        "verdict": verdict.value,
-        **side_fields(None, None),
-        "tolerance_passed": False,
-    }
 
 
 def _same(a: tuple[np.ndarray, ...] | None, b: tuple[np.ndarray, ...]) -> bool:

@@ -24,8 +24,8 @@ from stages.judge.document import (
     sum_alike,
 )
 from stages.judge.metrics import Difference
-from stages.judge.replay import empty_row
 from stages.judge.reports import REFERENCE_SCHEMA, REPLAY_SCHEMA, items_of, variants_of
+from stages.judge.rows import in_replay, pair_row
 from stages.oracle.verdict import Verdict
 from stages.spec.replay import REPLAY
 from stages.spec.stage import Stage
@@ -89,7 +89,7 @@ class Check:
             verdict = Verdict.EXACT
         else:
             verdict = Verdict.BUG if self.required and not self.passed else Verdict.UNJUDGED
-        row = empty_row(self.tensor, safe_key(self.tensor), stage, verdict)
+        row = pair_row(in_replay(self.tensor, safe_key(self.tensor), stage.name, stage.required), verdict)
         return {
             **row,
             "key": row["key"] + ("" if self.rows is None else f"[{self.rows[0]}:{self.rows[1]}]"),

@@ -21,6 +21,7 @@ from stages.files.replay_recorded import open_side
 from stages.judge.forward import ForwardRun, inputs_of, oracles_of, part, stage_of
 from stages.judge.forward import open_run as open_forward_run
 from stages.judge.metrics import same_bits
+from stages.judge.rows import Row
 from stages.oracle.verdict import Oracle, SideVerdict, Verdict, consult, judged_part, worst
 from stages.progress import Progress
 from stages.run.calibration import FACT, facts_of
@@ -31,7 +32,6 @@ from stages.spec.backend import Backend, Loader
 from stages.spec.environment import AUTOTUNE, xla_flag, xla_flags
 from stages.spec.replay import REPLAY
 
-Row = dict[str, Any]
 # One part of a stage: its oracle, what was recorded, and what the two runs gave.
 Part = tuple[Oracle, np.ndarray, np.ndarray, np.ndarray]
 

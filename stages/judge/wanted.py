@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from stages.errors import UsageError, shown
-from stages.files.selection import parse_layers
+from stages.spec.selectors import parse_layers
 
 
 @dataclass(frozen=True)

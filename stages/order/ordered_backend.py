@@ -15,10 +15,9 @@ from stages.order.evaluate import Products, Sum
 from stages.order.ordered_forward import forward_stages
 from stages.order.orders import Blocks, Chain, Order, block_ranges, lower
 from stages.order.text import format_order
-from stages.spec.backend import Backend, Production, Weights
+from stages.spec.backend import Backend, Delegate
 from stages.spec.layouts import LAYOUTS
 from stages.spec.noise import Noise
-from stages.spec.qwen import QwenConfig
 from stages.spec.replay import REPLAY
 
 # (stage, how many terms) -> the order to sum them in.
@@ -35,7 +34,7 @@ HOW = {
 }
 
 
-class OrderedBackend:
+class OrderedBackend(Delegate):
     """A backend whose products and sums are taken in `orders`; all else is its own.
 
     A product in blocks of FMA chains is put together from the backend's kernels, one call a block, and a sample of
@@ -47,11 +46,10 @@ class OrderedBackend:
     def __init__(self, inside: Backend, orders: Orders, source: str):
         if not inside.ordered:
             raise UsageError(f"--order {source}: {inside.name} computes in float64, where no order of float32 applies")
-        self.inside, self.orders, self.source = inside, orders, source
-        self.name = inside.name
+        super().__init__(inside)
+        self.orders, self.source = orders, source
         self.how: dict[tuple[str, int], str] = {}
         self._chain, self._add = (inside.compile(inside.ordered[name]) for name in ("chain", "add"))
-        self.wide, self.ordered, self.router, self.svd = inside.wide, inside.ordered, inside.router, inside.svd
         ours: dict[str, Callable[..., Any]] = {
             name: _REPLAYED[stage.noise](self, name) for name, stage in REPLAY.items() if stage.noise in _REPLAYED
         }
@@ -62,25 +60,9 @@ class OrderedBackend:
     def _ours(self, native: Callable[..., Any], ordered: Callable[..., Any] | None) -> Callable[..., Any]:
         return native if ordered is None else _Ordered(self.inside, native, ordered)
 
-    def widened(self) -> Backend:
-        return self.inside.widened()
-
-    def put(self, array: np.ndarray) -> Any:
-        """The framework's array with the same bits."""
-        return self.inside.put(array)
-
-    def get(self, array: Any) -> np.ndarray:
-        """A C-contiguous numpy array with the same bits."""
-        return self.inside.get(array)
-
     def compile(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """`fn` compiled; an ordered stage is not: what it is put together from was, part by part."""
         return fn if isinstance(getattr(fn, "func", fn), _Ordered) else self.inside.compile(fn)
-
-    def production(
-        self, config: QwenConfig, weights: Weights, *, dtype: str = "model", raw_config: Mapping[str, Any] | None = None
-    ) -> Production | None:
-        """There is none: production sums as it does."""
 
     def facts(self) -> dict[str, str]:
         return {**self.inside.facts(), "order": self.source}

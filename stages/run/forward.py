@@ -46,48 +46,6 @@ class LoadedWeights:
         return self._arrays[name][start:stop]
 
 
-def resolve_stages(text: str, path: Path) -> tuple[str, ...]:
-    """The stages that `text` names (`ffn_gate,ffn_swigl`, or `all`), in execution order; aliases are resolved."""
-    if text.strip() == "all":
-        return tuple(path)
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    for name in names:
-        if name in path.absent:
-            raise UsageError(f"--stages {name}: {path.name} has no such step; it has {', '.join(path)}")
-        if name not in path and name not in path.aliases:
-            also = "".join(f", {alias} (= {stage})" for alias, stage in path.aliases.items())
-            raise UsageError(f"--stages: no stage '{shown(name)}'; there are {', '.join(path)}{also}")
-    if not names:
-        raise UsageError(f"--stages is empty; there are {', '.join(path)}, or all")
-    wanted = {path.aliases.get(name, name) for name in names}
-    return tuple(name for name in path if name in wanted)
-
-
-def resolve_layers(text: str, config: QwenConfig) -> tuple[int, ...]:
-    """The layers that `text` names (`0,3-5`, or `all`), in order."""
-    count = config.num_hidden_layers
-    if text.strip() == "all":
-        return tuple(range(count))
-    wanted: set[int] = set()
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not _is_number(first) or (dash and not _is_number(last)):
-            raise UsageError(
-                f"--layers: '{shown(part.strip())}' is not a layer or a range like 3-5; there are 0-{count - 1}"
-            )
-        start, stop = int(first), int(last) if dash else int(first)
-        if start > stop:
-            raise UsageError(f"--layers {part.strip()}: {start} is behind {stop}; there are 0-{count - 1}")
-        if stop >= count:
-            raise UsageError(f"--layers {part.strip()}: no layer {stop}; there are 0-{count - 1}")
-        wanted.update(range(start, stop + 1))
-    return tuple(sorted(wanted))
-
-
-def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdigit() and len(text) < 8
-
-
 def vocabulary_plan(vocab: int, chunk: int | None = None) -> list[tuple[int, int]]:
     """Row ranges of the LM head: equal chunks of about `chunk` rows, a tail below `MIN_CHUNK` joined to the last."""
     chunk = LM_HEAD_CHUNK if chunk is None else chunk

@@ -13,11 +13,10 @@ from stages.errors import UsageError
 from stages.oracle.exact import NOISE, decide
 from stages.oracle.rounding import round_once
 from stages.run.memory import aligned_copy, aligned_empty
-from stages.spec.backend import Backend, Production, Weights
+from stages.spec.backend import Backend, Delegate
 from stages.spec.dtypes import stored_dtype
 from stages.spec.forward import DTYPES, ROUNDED_INSIDE
 from stages.spec.noise import Noise
-from stages.spec.qwen import QwenConfig
 from stages.spec.replay import REPLAY
 from stages.spec.router import ROUTER
 
@@ -70,7 +69,7 @@ def precision_fields(backend: Backend) -> dict[str, Any]:
     return fields
 
 
-class PreciseBackend:
+class PreciseBackend(Delegate):
     """A backend whose stages take and give numpy arrays as stored, computed in float64 by the backend inside.
 
     The framework computes a stage's float64 value (`Backend.wide`) from the stored inputs. The host widens these and
@@ -78,15 +77,14 @@ class PreciseBackend:
     """
 
     def __init__(self, inside: Backend, mode: str):
-        self.plain, self.inside, self.mode = inside, inside.widened(), mode
-        self.name = inside.name
+        super().__init__(inside.widened())
+        self.plain, self.mode = inside, mode
         self.counts: dict[str, Count] = {}
         self._compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
         self._scratch: list[np.ndarray] = []
         self.replay = {name: functools.partial(self._stage, name) for name in REPLAY}
         self.forward = {name: functools.partial(self._stage, name) for name in DTYPES if name in self.inside.forward}
         self.router = {name: functools.partial(self._stage, name) for name in ROUTER}
-        self.wide, self.ordered = self.inside.wide, self.inside.ordered
         self.svd = inside.svd  # a decomposition is native in every precision: it is an input of the stages
 
     def widened(self) -> Backend:
@@ -99,15 +97,6 @@ class PreciseBackend:
     def get(self, array: np.ndarray) -> np.ndarray:
         """The array, C-contiguous."""
         return np.asarray(array, order="C")
-
-    def compile(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """`fn` itself: what the backend inside computes is compiled stage by stage."""
-        return fn
-
-    def production(
-        self, config: QwenConfig, weights: Weights, *, dtype: str = "model", raw_config: Mapping[str, Any] | None = None
-    ) -> Production | None:
-        """There is none: production computes natively."""
 
     def facts(self) -> dict[str, str]:
         return {**self.inside.facts(), "precision": self.mode}

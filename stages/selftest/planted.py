@@ -11,7 +11,7 @@ import numpy as np
 
 from stages.errors import SvfError
 from stages.selftest.fault import Call, Fault, Load
-from stages.spec.backend import Backend, Weights
+from stages.spec.backend import Backend, Delegate, Weights
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class CompiledStages:
         return self._compiled[key](*arguments)
 
 
-class PlantedBackend:
+class PlantedBackend(Delegate):
     """The backend that `stages` computes on, with `plant` in it, if any. One run each: it counts the calls.
 
     `ways` are other right ways to compute a stage, taken in every call of it.
@@ -52,33 +52,12 @@ class PlantedBackend:
     def __init__(
         self, stages: CompiledStages, plant: Plant | None = None, ways: Mapping[str, Callable[[Call], np.ndarray]] = {}
     ):
-        self.inside, self._stages, self._plant, self._ways = stages.inside, stages, plant, ways
-        self.name = self.inside.name
+        super().__init__(stages.inside)
+        self._stages, self._plant, self._ways = stages, plant, ways
         self._calls: dict[str, int] = {}
         self.changed: int | None = None  # elements that the fault changed; None: its call did not come
         self.replay = {name: functools.partial(self._stage, name) for name in self.inside.replay}
         self.forward = {name: functools.partial(self._stage, name) for name in self.inside.forward}
-        self.router = self.inside.router
-        self.wide, self.ordered, self.svd = self.inside.wide, self.inside.ordered, self.inside.svd
-
-    def widened(self) -> Backend:
-        return self.inside.widened()
-
-    def put(self, array: np.ndarray) -> Any:
-        return self.inside.put(array)
-
-    def get(self, array: Any) -> np.ndarray:
-        return self.inside.get(array)
-
-    def compile(self, fn: Callable[..., Any]) -> Callable[..., Any]:
-        """`fn` itself: what it calls is compiled stage by stage."""
-        return fn
-
-    def production(self, *_args: Any, **_options: Any) -> None:
-        """There is none: faults are planted in stages."""
-
-    def facts(self) -> dict[str, str]:
-        return self.inside.facts()
 
     def _stage(self, name: str, *arguments: Any, **options: Any) -> Any:
         number = self._calls.get(name, 0)

@@ -108,3 +108,35 @@ class Backend(Protocol):
 
 # Name, device, precision and options of a backend -> the backend, its framework imported now.
 Loader = Callable[..., Backend]
+
+
+class Delegate:
+    """The backend `inside`, but for what a subclass changes."""
+
+    def __init__(self, inside: Backend):
+        self.inside, self.name = inside, inside.name
+        self.replay, self.forward, self.router = inside.replay, inside.forward, inside.router
+        self.wide, self.ordered, self.svd = inside.wide, inside.ordered, inside.svd
+
+    def widened(self) -> Backend:
+        return self.inside.widened()
+
+    def put(self, array: np.ndarray) -> Any:
+        """The framework's array with the same bits."""
+        return self.inside.put(array)
+
+    def get(self, array: Any) -> np.ndarray:
+        """A C-contiguous numpy array with the same bits."""
+        return self.inside.get(array)
+
+    def compile(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """`fn` itself: what it calls is compiled stage by stage."""
+        return fn
+
+    def production(
+        self, config: QwenConfig, weights: Weights, *, dtype: str = "model", raw_config: Mapping[str, Any] | None = None
+    ) -> Production | None:
+        """There is none: production is the backend's own, unchanged."""
+
+    def facts(self) -> dict[str, str]:
+        return self.inside.facts()

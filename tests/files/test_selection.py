@@ -22,11 +22,11 @@ from stages.files.selection import (
     layer_of,
     load_manifest,
     load_router_vector,
-    parse_layers,
     safe_key,
     select_by_rule,
 )
 from stages.files.tensorfile import write_tensors
+from stages.spec.selectors import parse_layers
 
 PARTS = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
 

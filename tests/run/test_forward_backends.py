@@ -32,13 +32,12 @@ from stages.run.forward import (
     isolate,
     judge_stage,
     recorded_inputs,
-    resolve_layers,
-    resolve_stages,
     run_forward,
     vocabulary_plan,
 )
 from stages.spec.forward import DTYPES, declare, forward_path, producers, stage_options
 from stages.spec.noise import Noise
+from stages.spec.selectors import resolve_layers, resolve_stages
 from stages.spec.stage import Path as StagePath
 from stages.spec.stage import Scope, Stage
 from svf_jax import qwen as jax_qwen
@@ -482,7 +481,7 @@ def test_an_unknown_stage_is_refused_with_what_there_is(text: str, message: str)
 
 def test_layers_are_resolved_or_refused_with_what_there_is() -> None:
     config = dataclasses.replace(MODELS["qwen3"], layers=6).config("float32")
-    assert resolve_layers("all", config) == tuple(range(6))
+    assert resolve_layers("all", config.num_hidden_layers) == tuple(range(6))
     assert resolve_layers("0,3-5, 4", config) == (0, 3, 4, 5)
     for text in ("6", "3-6", "-1", "a", "", "5-3", "1-", "٣", "0,,1", "9" * 40):
         with pytest.raises(UsageError, match="there are 0-5"):
