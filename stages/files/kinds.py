@@ -1,4 +1,4 @@
-"""What kind of thing a path holds, by its files' names and first bytes; nothing is parsed."""
+"""What kind of thing a path holds, by its files' names, first bytes and keys; no tensor is read."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import os
 from enum import StrEnum
 from pathlib import Path
 
-from stages.errors import InputError, NotFoundError, shown
+from stages.errors import InputError, NotFoundError, UsageError, shown
 from stages.files import bundle, dump
 from stages.files.aprt import MAGIC as APRT_MAGIC
-from stages.files.aprt import is_aprt_tree
+from stages.files.aprt import is_aprt, is_aprt_tree
+from stages.files.bundle import stages_in
 from stages.files.checkpoint import CONFIG
+from stages.files.folders import RUN_FILE
+from stages.files.forward_dump import is_forward_dump
+from stages.files.tensorfile import TensorFile
 
 
 class Kind(StrEnum):
@@ -88,3 +92,67 @@ def _file(path: Path, start: bytes) -> Kind:
     if found is None:
         raise InputError(f"{path}: begins with {shown(start)}; expected safetensors, APRT, .npy, .pt or JSON")
     return found
+
+
+class Recording(StrEnum):
+    """What can be compared or judged, as a sentence calls it."""
+
+    REPLAY = "a replay"
+    FORWARD = "a forward dump"
+    FOREIGN = "another program's forward"
+    APRT_TREE = "an APRT tree"
+    APRT = "an APRT file"
+    CHECKPOINT = "a checkpoint"
+    REPORT = "a report"
+
+
+def recording_at(path: Path) -> Recording:
+    """What was recorded at a path; another program's is a safetensors file or folder of them without our stages.
+
+    `NotFoundError` where nothing is, or nothing that a run finished.
+    """
+    if path.suffix == ".json" and path.is_file():
+        return Recording.REPORT
+    if not path.exists():
+        raise NotFoundError(f"{path}: no such file or folder")
+    if path.is_dir():
+        return _recording_in(path)
+    if is_aprt(path):
+        return Recording.APRT
+    with TensorFile(path) as file:
+        return Recording.REPLAY if stages_in(file) else Recording.FOREIGN
+
+
+def one_recording(path: Path) -> Recording:
+    """`recording_at`, where a folder of several dumps is refused: `UsageError` with their names."""
+    if path.is_dir() and not (path / dump.MANIFEST_FILE).is_file() and (inside := dumps_in(path)):
+        names = ", ".join(shown(found.name) for found in sorted(inside))
+        raise UsageError(f"{path}: holds {len(inside)} dumps, {names}; name one of them")
+    return recording_at(path)
+
+
+def _recording_in(folder: Path) -> Recording:
+    if is_forward_dump(folder):
+        return Recording.FORWARD
+    if (folder / CONFIG).is_file():
+        return Recording.CHECKPOINT
+    if is_aprt_tree(folder):
+        return Recording.APRT_TREE
+    if any((folder / name).is_file() for name in (dump.MANIFEST_FILE, bundle.MANIFEST_FILE)):
+        return Recording.REPLAY
+    if (folder / RUN_FILE).is_file():
+        raise NotFoundError(f"{folder}: holds a run that was not finished, and no dump; finish it with --resume")
+    if any(folder.glob("*.safetensors")):
+        return Recording.FOREIGN
+    inside = [found.name for found in dumps_in(folder)]
+    hint = f"; it has the dumps {', '.join(map(shown, inside))} inside" if inside else ""
+    raise NotFoundError(f"{folder}: holds no dump, bundle, APRT tree or checkpoint{hint}")
+
+
+def dumps_in(folder: Path) -> list[Path]:
+    """The finished dumps right under a folder; torch's first, as where both sides are run."""
+    if not folder.exists():
+        raise NotFoundError(f"{folder}: no such file or folder")
+    entries = sorted(folder.iterdir()) if folder.is_dir() else []
+    dumps = [e for e in entries if e.is_dir() and ((e / dump.MANIFEST_FILE).is_file() or is_aprt_tree(e))]
+    return sorted(dumps, key=lambda path: (path.name != "torch", path.name))

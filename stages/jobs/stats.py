@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from stages.errors import InputError
-from stages.files.aprt import AprtFile, is_aprt, is_aprt_tree
-from stages.files.forward_dump import AprtSide, ForwardSide, Place, forward_key, is_forward_dump
+from stages.files.aprt import AprtFile
+from stages.files.forward_dump import AprtSide, ForwardSide, Place, forward_key
+from stages.files.kinds import Recording, one_recording
 from stages.files.replay_recorded import Side, open_side
 from stages.files.selection import layer_of
 from stages.files.tensorfile import TensorFile
-from stages.judge.audit import is_replay
 from stages.judge.foreign import open_side as open_foreign_side
 from stages.judge.forward import Recorded, order_of
 from stages.judge.stats import Population
@@ -49,15 +49,16 @@ def stats_of(path: Path, progress: Progress = lambda _label, _done: None) -> dic
 
 def _open(path: Path, stack: ExitStack) -> tuple[str, dict[str, str], list[Item]]:
     """What a path holds, the facts that it tells, and its stages in execution order."""
-    if is_aprt(path):
+    kind = one_recording(path)
+    if kind is Recording.APRT:
         file = AprtFile(path)
         return "aprt", {}, [(_row(file.place), lambda: [file.read()])]
-    if is_aprt_tree(path):
+    if kind is Recording.APRT_TREE:
         return "aprt tree", {}, _forward_items(AprtSide(path))
-    if is_replay(path):
+    if kind is Recording.REPLAY:
         side = stack.enter_context(open_side(path))
         return "replay", side.facts, list(_replay_items(side))
-    if path.is_dir() and is_forward_dump(path):
+    if kind is Recording.FORWARD:
         dump = ForwardSide(path)
         stack.callback(dump.close)
         return "forward", dump.facts, _forward_items(dump)

@@ -10,15 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from stages.errors import InputError, NotFoundError, UsageError, shown
-from stages.files import bundle as bundles
-from stages.files import dump
-from stages.files.aprt import is_aprt, is_aprt_tree
-from stages.files.bundle import stages_in
+from stages.errors import InputError, UsageError, shown
 from stages.files.checkpoint import Checkpoint, open_checkpoint
-from stages.files.forward_dump import Place, forward_key, is_forward_dump
+from stages.files.forward_dump import Place, forward_key
+from stages.files.kinds import Recording, one_recording, recording_at
 from stages.files.replay_recorded import SideTensor, open_side
-from stages.files.tensorfile import TensorFile
 from stages.files.tokens import token_ids
 from stages.judge import document as diff
 from stages.judge import stats
@@ -95,7 +91,10 @@ def audit(
     named, wanted = Named(model, tokens, tokens_file, prompt), Wanted.of(layers, stages)
     progress = progress or Reporter(False)
     with ExitStack() as stack:
-        if is_replay(path):
+        kind = one_recording(path)
+        if kind is Recording.APRT:
+            raise UsageError(f"{path}: one APRT file has no inputs to be judged from; name the folder of the tree")
+        if kind is Recording.REPLAY:
             if named.ids or adapted is not None:
                 raise UsageError(f"--tokens and --adapted are about forwards; {path} is a component replay")
             return _audit_replay(path, named.model, components, wanted, top, rerun, stack, progress)
@@ -103,22 +102,6 @@ def audit(
             raise UsageError(f"--components is about component replays; {path} is a forward")
         run = _open_forward(path, named, adapted, layout, stack, progress)
         return _audit_forward(run, named.model, wanted, top, rerun, progress)
-
-
-def is_replay(path: Path) -> bool:
-    """Whether a path holds a component replay rather than a forward; `NotFoundError` where nothing is."""
-    if path.is_dir():
-        inside = [found.parent.name for found in sorted(path.glob(f"*/{dump.MANIFEST_FILE}"))]
-        if inside and not (path / dump.MANIFEST_FILE).is_file():
-            raise UsageError(f"{path}: holds {len(inside)} dumps, {', '.join(map(shown, inside))}; name one of them")
-        ours = (path / dump.MANIFEST_FILE).is_file() and not is_forward_dump(path)
-        return ours or (path / bundles.MANIFEST_FILE).is_file()
-    if not path.is_file():
-        raise NotFoundError(f"{path}: no such file or folder")
-    if is_aprt(path):
-        raise UsageError(f"{path}: one APRT file has no inputs to be judged from; name the folder of the tree")
-    with TensorFile(path) as file:
-        return bool(stages_in(file))
 
 
 # -- a forward ----------------------------------------------------------------------------------------------------
@@ -129,7 +112,7 @@ def _open_forward(
 ) -> ForwardRun:
     if layout != "declared" and adapted is None:
         raise UsageError(f"--layout {layout} is about --adapted COMPONENTS")
-    if path.is_dir() and not is_aprt_tree(path) and is_forward_dump(path):
+    if recording_at(path) is Recording.FORWARD:
         if adapted is not None:
             raise UsageError(f"--adapted is about another program's dump; {path} keeps the weights that it ran on")
         run = open_run(path, named.model, stack)

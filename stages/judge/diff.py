@@ -7,13 +7,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from stages.errors import InputError, NotFoundError, UsageError
-from stages.files import bundle as bundles
-from stages.files.aprt import AprtFile, is_aprt, is_aprt_tree, tree_of
-from stages.files.checkpoint import CONFIG, open_checkpoint
+from stages.errors import InputError, UsageError
+from stages.files.aprt import AprtFile, tree_of
+from stages.files.checkpoint import open_checkpoint
 from stages.files.dump import MANIFEST_FILE
-from stages.files.folders import RUN_FILE
-from stages.files.forward_dump import is_forward_dump, parse_key
+from stages.files.forward_dump import parse_key
+from stages.files.kinds import Recording, dumps_in, recording_at
 from stages.files.replay_recorded import Side, SideTensor, check_comparable, open_side, pair_samples
 from stages.files.selection import layer_of
 from stages.files.tensorfile import TensorFile
@@ -26,7 +25,7 @@ from stages.judge.forward_diff import diff_forward
 from stages.judge.forward_pair import Named
 from stages.judge.guarantees import require_precision
 from stages.judge.replay import TensorComparison
-from stages.judge.report_diff import diff_reports, is_report
+from stages.judge.report_diff import diff_reports
 from stages.judge.rerun import Recorded, settle
 from stages.judge.rows import in_replay, pair_row
 from stages.judge.wanted import Wanted
@@ -150,23 +149,14 @@ _STRICT = ("--strict-stage-tolerances", "--strict-current-python", "--strict-ref
 _TOKENS = ("--model", "--tokens", "--tokens-file", "--prompt")
 _ROWS = ("--components", "--layers", "--stages", "--precision", "--std-ratio", "--no-rerun", "--html")
 # Kinds that go together, how one of them is called, and the options that say something to them.
-_GROUPS: tuple[tuple[frozenset[str], tuple[str, ...]], ...] = (
-    (frozenset({"replay"}), (*_ROWS, *_STRICT, "--explain-order")),
-    (frozenset({"forward"}), (*_ROWS, *_TOKENS, "--explain-order")),
-    (frozenset({"forward", "foreign", "aprt tree"}), (*_ROWS, *_TOKENS)),
-    (frozenset({"aprt"}), ("--std-ratio", "--html", *_TOKENS)),
-    (frozenset({"checkpoint"}), ()),
-    (frozenset({"report"}), (*_STRICT, "--html")),
+_GROUPS: tuple[tuple[frozenset[Recording], tuple[str, ...]], ...] = (
+    (frozenset({Recording.REPLAY}), (*_ROWS, *_STRICT, "--explain-order")),
+    (frozenset({Recording.FORWARD}), (*_ROWS, *_TOKENS, "--explain-order")),
+    (frozenset({Recording.FORWARD, Recording.FOREIGN, Recording.APRT_TREE}), (*_ROWS, *_TOKENS)),
+    (frozenset({Recording.APRT}), ("--std-ratio", "--html", *_TOKENS)),
+    (frozenset({Recording.CHECKPOINT}), ()),
+    (frozenset({Recording.REPORT}), (*_STRICT, "--html")),
 )
-_CALLED = {
-    "replay": "a replay",
-    "forward": "a forward dump",
-    "foreign": "another program's forward",
-    "aprt tree": "an APRT tree",
-    "aprt": "an APRT file",
-    "checkpoint": "a checkpoint",
-    "report": "a report",
-}
 
 
 def diff_any(command: DiffCommand, progress: Progress) -> dict[str, Any]:
@@ -180,14 +170,14 @@ def diff_any(command: DiffCommand, progress: Progress) -> dict[str, Any]:
     kinds = check_options(command)
     require_precision(command.precision, a, b)
     wanted = Wanted.of(command.layers, command.stages)
-    if kinds == {"report"}:
+    if kinds == {Recording.REPORT}:
         return diff_reports(a, b, command.gates, top=top)
-    if kinds == {"checkpoint"}:
+    if kinds == {Recording.CHECKPOINT}:
         with open_checkpoint(a) as one, open_checkpoint(b) as other:
             return diff_checkpoints(one, other, top=top, progress=progress)
-    if kinds == {"aprt"}:
+    if kinds == {Recording.APRT}:
         return diff_aprt_files(a, b, command.named, top=top, gates=command.gates, progress=progress)
-    if kinds == {"replay"}:
+    if kinds == {Recording.REPLAY}:
         return diff_recorded(
             a,
             b,
@@ -215,76 +205,43 @@ def with_sides(command: DiffCommand) -> DiffCommand:
     """The command with both sides: a folder alone stands for the two dumps in it."""
     if command.b is not None:
         return command
-    found = _dumps_in(command.a)
+    found = dumps_in(command.a)
     if len(found) != 2:
         there = f"; it has {', '.join(f.name for f in found)}" if found else ""
         raise UsageError(f"{command.a}: name two sides, or a folder that holds two dumps{there}")
     return replace(command, a=found[0], b=found[1])
 
 
-def _dumps_in(folder: Path) -> list[Path]:
-    """The finished dumps right under a folder; torch's first, as where both sides are run."""
-    if not folder.exists():
-        raise NotFoundError(f"{folder}: no such file or folder")
-    entries = sorted(folder.iterdir()) if folder.is_dir() else []
-    dumps = [e for e in entries if e.is_dir() and ((e / MANIFEST_FILE).is_file() or is_aprt_tree(e))]
-    return sorted(dumps, key=lambda path: (path.name != "torch", path.name))
-
-
-def check_options(command: DiffCommand) -> set[str]:
+def check_options(command: DiffCommand) -> set[Recording]:
     """The kinds of both sides; `UsageError` when they do not go together, or an option says nothing to them."""
     assert command.b is not None
     one, other = kind_of(command.a), kind_of(command.b)
     known = next((options for kinds, options in _GROUPS if {one, other} <= kinds), None)
     if known is None:
         for path, kind in ((command.a, one), (command.b, other)):
-            if kind == "replay" and path.is_file():
+            if kind is Recording.REPLAY and path.is_file():
                 open_side(path).close()  # what can be read as nothing is damaged, not of another kind
-        raise UsageError(f"{command.a} is {_CALLED[one]} and {command.b} {_CALLED[other]}; compare two of one kind")
+        raise UsageError(f"{command.a} is {one} and {command.b} {other}; compare two of one kind")
     idle = [option for option, given in command.given.items() if given and option not in known]
     if idle:
-        raise UsageError(f"{idle[0]} says nothing to {_CALLED[one]}, as {command.a} is; leave it out")
+        raise UsageError(f"{idle[0]} says nothing to {one}, as {command.a} is; leave it out")
     return {one, other}
 
 
-_MANIFESTS = (MANIFEST_FILE, bundles.MANIFEST_FILE)
+def kind_of(path: Path) -> Recording:
+    """What a path holds; a file without any stage is a replay's, whose reader says what it lacks.
 
-
-def kind_of(path: Path) -> str:
-    """What a path holds, by its files' names, first bytes and keys: a key of `_CALLED`.
-
-    `NotFoundError` where nothing is, or nothing that a run finished; `InputError` for a dump cut short.
+    `InputError` for a folder of a dump cut short.
     """
-    if is_report(path):
-        return "report"
-    if not path.exists():
-        raise NotFoundError(f"{path}: no such file or folder")
+    found = recording_at(path)
+    if found is not Recording.FOREIGN:
+        return found
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if all(_is_foreign(file) for file in files):
+        return found
     if path.is_dir():
-        return _kind_of_folder(path)
-    if is_aprt(path):
-        return "aprt"
-    return "foreign" if _is_foreign(path) else "replay"
-
-
-def _kind_of_folder(path: Path) -> str:
-    if is_forward_dump(path):
-        return "forward"
-    if (path / CONFIG).is_file():
-        return "checkpoint"
-    if is_aprt_tree(path):
-        return "aprt tree"
-    if any((path / name).is_file() for name in _MANIFESTS):
-        return "replay"
-    if (path / RUN_FILE).is_file():
-        raise NotFoundError(f"{path}: holds a run that was not finished, and no dump; finish it with --resume")
-    files = sorted(path.glob("*.safetensors"))
-    if files and all(_is_foreign(file) for file in files):
-        return "foreign"
-    if files:
         raise InputError(f"{path}: no {MANIFEST_FILE}: this dump was not written to its end; run it again")
-    inside = [found.name for found in _dumps_in(path)]
-    hint = f"; it has the dumps {', '.join(inside)} inside" if inside else ""
-    raise NotFoundError(f"{path}: holds no dump, bundle, APRT tree or checkpoint{hint}")
+    return Recording.REPLAY
 
 
 def _is_foreign(path: Path) -> bool:

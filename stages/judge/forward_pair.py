@@ -10,7 +10,8 @@ from stages.errors import InputError, UsageError
 from stages.files.aprt import is_aprt_tree
 from stages.files.checkpoint import open_checkpoint
 from stages.files.dump import MANIFEST_FILE
-from stages.files.forward_dump import ForwardSide, is_forward_dump
+from stages.files.forward_dump import ForwardSide
+from stages.files.kinds import Recording, recording_at
 from stages.files.tokens import token_ids
 from stages.judge.foreign import open_foreign
 from stages.judge.forward import ForwardRun, open_run
@@ -45,7 +46,9 @@ def open_pair(path_a: Path, path_b: Path, named: Named, stack: ExitStack) -> tup
     An APRT tree of which neither is told stays flat; `UsageError` for another program's safetensors.
     """
     paths = (path_a, path_b)
-    ours = {i: open_run(path, named.model, stack) for i, path in enumerate(paths) if _names_its_run(path)}
+    ours = {
+        i: open_run(path, named.model, stack) for i, path in enumerate(paths) if recording_at(path) is Recording.FORWARD
+    }
     known = next((run for run in ours.values() if run.checkpoint is not None), None)
     if len(ours) == 2 and named.ids:
         raise UsageError(
@@ -53,10 +56,6 @@ def open_pair(path_a: Path, path_b: Path, named: Named, stack: ExitStack) -> tup
         )
     others = {i: _other(path, named, known, stack) for i, path in enumerate(paths) if i not in ours}
     return ({**ours, **others}[0], {**ours, **others}[1])
-
-
-def _names_its_run(path: Path) -> bool:
-    return path.is_dir() and not is_aprt_tree(path) and is_forward_dump(path)
 
 
 def _other(path: Path, named: Named, known: ForwardRun | None, stack: ExitStack) -> ForwardRun:

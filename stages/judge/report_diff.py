@@ -35,11 +35,6 @@ IN_ITS_ORDER = "svf replay COMPONENTS --backend jax --order inferred --reference
 _WORST = 5  # as many as the original's comparator prints
 
 
-def is_report(path: Path) -> bool:
-    """Whether `path` is to be read as a parity report."""
-    return path.suffix == ".json" and path.is_file()
-
-
 @dataclass(frozen=True)
 class Check:
     """One stage of one tensor that the replaying side compared; `rows` of it in a chunk, None: all."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.errors import UsageError
+from stages.files.kinds import Recording
 from stages.judge.diff import kind_of
 from stages.oracle.verdict import Verdict
 from stages.order.infer_recorded import infer_recorded
@@ -35,7 +36,7 @@ def explain_recorded(
     what is neither two replays nor two forward dumps.
     """
     kinds = {kind_of(path_a), kind_of(path_b)}
-    if kinds not in ({"replay"}, {"forward"}):
+    if kinds not in ({Recording.REPLAY}, {Recording.FORWARD}):
         raise UsageError("--explain-order is about two replays or two forward dumps")
     sides = [
         _inferred(infer_recorded(path, components=components, model=model, progress=progress)["rows"])
@@ -45,12 +46,12 @@ def explain_recorded(
     for row in document["rows"]:
         row["explained"] = _reason(row, rows, sides) if row["byte_match"] is False else None
     differing = [row for row in document["rows"] if row["byte_match"] is False]
-    if kinds == {"forward"}:  # norms, exponentials and rotations have functions in them that no order is behind
+    if kinds == {Recording.FORWARD}:  # norms, exponentials and rotations have functions in them that no order is behind
         differing = [row for row in differing if _name(row) in sides[0]]
     explained = [row for row in differing if row["explained"]]
     document["explained"] = {"differing": len(differing), "explained": len(explained)}
     if differing:
-        what = "product stages" if kinds == {"forward"} else "stages"
+        what = "product stages" if kinds == {Recording.FORWARD} else "stages"
         document["verdict"] = f"{document['verdict']} {_sentence(differing, explained, what)}"
     return document
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from stages.errors import InputError, UsageError
+from stages.files.kinds import Recording
 from stages.files.replay_recorded import Side, SideTensor, open_side
 from stages.judge.diff import kind_of
 from stages.order.candidates import family, family_of_sums
@@ -44,7 +45,7 @@ def infer_recorded(
     `UsageError` for an option that says nothing to what `path` holds. `InputError` when no sum can be looked at: its
     operands or its result were not recorded.
     """
-    forward = kind_of(path) == "forward"
+    forward = kind_of(path) is Recording.FORWARD
     idle = {"--components": components, "--rows": rows} if forward else {"--model": model, "--columns": columns}
     given = next((option for option, value in idle.items() if value is not None), None)
     if given is not None and check:
