@@ -154,7 +154,7 @@ for declared in (one for panel in PANELS for one in COMMANDS if one.function.__m
 
 def _version(asked: bool) -> None:
     if asked:
-        from stages.jobs.doctor import version_of
+        from stages.files.jsonio import version_of
 
         print(f"svf {version_of('svf') or 'of a source tree that is not installed'}")
         raise typer.Exit

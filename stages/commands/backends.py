@@ -25,6 +25,13 @@ def load_backend(name: str, device: str, precision: str = "native", **options: A
 
 
 def attribute(place: str) -> Any:
-    """What stands at `module:name`, the module imported now."""
+    """What stands at `module:name`, the module imported now; `NotFoundError` where a package that it needs is not."""
+    from stages.errors import NotFoundError
+
     module, _, name = place.partition(":")
-    return getattr(importlib.import_module(module), name)
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] in ("stages", "svf_torch", "svf_jax"):
+            raise
+        raise NotFoundError(f"{error.name} is not installed, and this needs it: pip install {error.name}") from error

@@ -20,13 +20,10 @@ def decomposed(options: DecomposeOptions, load: Loader, progress: Progress) -> d
     if backend.name != "torch":
         progress.say("torch is not installed: JAX computes the recorded stages")
     if options.svd_weights is not None:
-        from svf_torch.weights_file import load_svd_weights
-
-        return job.decompose_stored(options, load_svd_weights, backend, progress)
+        load_weights = attribute("svf_torch.weights_file:load_svd_weights")
+        return job.decompose_stored(options, load_weights, backend, progress)
     if options.svd == "torch":
-        from svf_torch.svd import TORCH_SVD
-
-        return job.decompose(options, TORCH_SVD, backend, progress)
+        return job.decompose(options, attribute("svf_torch.svd:TORCH_SVD"), backend, progress)
     return job.decompose(options, job.FLOAT64, backend, progress)
 
 

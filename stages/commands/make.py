@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from stages.commands.backends import load_backend
+from stages.commands.backends import attribute, load_backend
 from stages.commands.options import (
     ON_TORCH,
     BeginAgain,
@@ -264,7 +264,8 @@ def convert(
     Dense tensors, bit for bit, in a process with limits.
     """
     from stages.show import sources as render
-    from svf_torch.convert_file import convert as job
+
+    job = attribute("svf_torch.convert_file:convert")
 
     document = job(file, out, entry)
     answer(document, json, render.convert_document)

@@ -8,7 +8,7 @@ import stat
 import time
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -173,12 +173,20 @@ def _finite(value: Any) -> Any:
     return value
 
 
+def version_of(name: str) -> str | None:
+    """The installed version of a package; None where it is not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
 def made_now() -> dict[str, str]:
     """By which version and when a document was made, in UTC; SOURCE_DATE_EPOCH is honoured."""
     epoch = os.environ.get("SOURCE_DATE_EPOCH", "")
     seconds = int(epoch) if epoch.isascii() and epoch.isdigit() else time.time()
     at = datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
-    return {"svf": version("svf"), "at": at}
+    return {"svf": version_of("svf") or "not installed", "at": at}
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

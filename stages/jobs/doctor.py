@@ -8,21 +8,31 @@ import platform
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ClassVar
 
 from stages.errors import SvfError, shown
 from stages.files.cache import cache_folder
+from stages.files.jsonio import version_of
 from stages.run.children import run_child
 from stages.run.memory import available_bytes
 from stages.spec.environment import VARIABLES, Effect, set_here
 
 SCHEMA = "svf.doctor/1"
-PACKAGES = (
-    *("svf", "numpy", "torch", "jax", "jaxlib", "flax", "transformers", "safetensors", "huggingface_hub"),
-    *("ml_dtypes", "tokenizers"),
-)
+# What every result rests on, and the versions that the tests were run with: those of constraints.txt.
+TESTED = {
+    "numpy": "2.4.6",
+    "torch": "2.13.0",
+    "jax": "0.10.2",
+    "jaxlib": "0.10.2",
+    "flax": "0.12.8",
+    "transformers": "5.23.0",
+    "safetensors": "0.8.0",
+    "huggingface_hub": "2.4.0",
+    "ml_dtypes": "0.6.0",
+    "tokenizers": "0.23.3",
+}
+PACKAGES = ("svf", *TESTED)
 # A framework and a tiny model take about a GiB; a default bundle and a small dump some hundred MB.
 MIN_MEMORY = 2 * 1024**3
 MIN_DISK = 1024**3
@@ -48,7 +58,12 @@ def examine(frameworks: Sequence[str]) -> dict[str, Any]:
     machine = _machine()
     findings = [
         *_packages(versions),
-        *(finding for name, probe in probes.items() for finding in _framework(name, probe)),
+        *(
+            finding
+            for name, probe in probes.items()
+            if versions.get(name, "") is not None
+            for finding in _framework(name, probe)
+        ),
         *_environment(environment),
         *_resources(machine),
     ]
@@ -56,6 +71,7 @@ def examine(frameworks: Sequence[str]) -> dict[str, Any]:
         "schema": SCHEMA,
         "outcome": "well" if all(f.effect is Effect.KNOW for f in findings) else "findings",
         "versions": {"python": platform.python_version(), **versions},
+        "tested_with": TESTED,
         "machine": machine,
         "frameworks": probes,
         "environment": environment,
@@ -64,14 +80,6 @@ def examine(frameworks: Sequence[str]) -> dict[str, Any]:
 
 
 EXIT_CODES = {"well": 0, "findings": 1}
-
-
-def version_of(name: str) -> str | None:
-    """The installed version of a package; None where it is not installed."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 @dataclass(frozen=True)

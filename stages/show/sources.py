@@ -98,7 +98,8 @@ def doctor_document(document: Mapping[str, Any]) -> None:
         for name, value in document[part].items():
             if isinstance(value, int) and name.endswith(("_free", "_available")):
                 value = f"{value / 2**30:.1f} GiB"
-            _line(f"  {name}  {shown(value, 200)}")
+            tested = document["tested_with"].get(name, value) if part == "versions" else value
+            _line(f"  {name}  {shown(value, 200)}{'' if tested == value else f' (tested with {tested})'}")
     for name, probe in document["frameworks"].items():
         for key, value in {"devices": probe.get("devices"), **probe.get("settings", {})}.items():
             _line(f"  {name}.{key}  {shown(value, 200)}")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import svf
+from helpers import ROOT, svf
 
 from stages.commands.backends import PROBES
 from stages.commands.frameworks import framework
@@ -105,3 +105,9 @@ def test_a_missing_package_stops_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "PACKAGES", ("numpy", "no-such-package"))
     (found,) = findings(1)
     assert "no-such-package" in found["what"]
+
+
+def test_what_was_tested_with_is_what_the_tests_run_with() -> None:
+    pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split() if "==" in line)
+    assert {name: pinned[name] for name in doctor.TESTED} == doctor.TESTED
+    assert svf("doctor", "--json").json["tested_with"] == doctor.TESTED
