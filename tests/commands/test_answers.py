@@ -40,7 +40,7 @@ def test_the_version_is_printed_without_a_command(flag: str) -> None:
     "SVF_VERSION", "SVF_HELP", "SVF_INSPECT_HELP", "SVF_SHOW_COMPLETION", "SVF_PROBE_IN_CHILD", "SVF_REPLAY_VERDICTS",
 ])  # fmt: skip
 def test_what_acts_and_exits_or_is_hidden_is_no_setting(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(name, "0.1.0")
+    monkeypatch.setenv(name, "some text")
     done = svf("inspect", "nowhere")
     assert (done.code, done.out) == (4, "")
     command = name.split("_")[1].lower()
