@@ -16,8 +16,9 @@ from stages.selftest.clean import samples
 from stages.selftest.document import document, exit_code
 from stages.selftest.fault import FORWARD, Fault
 from stages.selftest.faults import FAULTS
-from stages.selftest.options import SelftestOptions, selftest, verdict_on
+from stages.selftest.options import SelftestOptions
 from stages.selftest.planted import Plant, PlantedWeights
+from stages.selftest.run import selftest, verdict_on
 from stages.selftest.specimens import SPECIMENS
 from stages.selftest.tables import digest, page
 from stages.selftest.trials import Trial, path_of, plan
