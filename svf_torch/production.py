@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen3Co
 from stages.run.memory import ALIGNMENT, aligned_copy
 from stages.run.production import check_names, checked_tokens, greedy, parameters_of, with_stored_head
 from stages.spec.backend import Weights
-from stages.spec.qwen import QwenConfig
+from stages.spec.config import ModelConfig
 
 CLASSES: Mapping[str, tuple[Any, Any]] = MappingProxyType(
     {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}
@@ -27,7 +27,7 @@ CLASSES: Mapping[str, tuple[Any, Any]] = MappingProxyType(
 
 
 def load_model(
-    config: QwenConfig,
+    config: ModelConfig,
     weights: Weights,
     dtype: str = "model",
     device: str = "cpu",
@@ -54,7 +54,7 @@ def load_model(
     return model.to(device).eval().requires_grad_(False)
 
 
-def transformers_config(config: QwenConfig, raw_config: Mapping[str, Any] | None = None) -> Any:
+def transformers_config(config: ModelConfig, raw_config: Mapping[str, Any] | None = None) -> Any:
     """`config` as `transformers` has it, or its own reading of `raw_config`; tied as `config` is."""
     c, kind = config, CLASSES[config.family][0]
     if raw_config is not None:
@@ -78,7 +78,7 @@ def transformers_config(config: QwenConfig, raw_config: Mapping[str, Any] | None
     )
 
 
-def _rope_parameters(config: QwenConfig) -> dict[str, Any]:
+def _rope_parameters(config: ModelConfig) -> dict[str, Any]:
     rope = {name: list(value) if isinstance(value, tuple) else value for name, value in config.rope.items()}
     if config.rope_type == "dynamic":  # its length is max_position_embeddings
         del rope["original_max_position_embeddings"]
@@ -88,7 +88,7 @@ def _rope_parameters(config: QwenConfig) -> dict[str, Any]:
 class TorchProduction:
     """`transformers`' model in numpy terms; see `stages.run.production.Production`."""
 
-    def __init__(self, model: PreTrainedModel, config: QwenConfig):
+    def __init__(self, model: PreTrainedModel, config: ModelConfig):
         self.model, self.config = model, config
 
     def __call__(self, tokens: Sequence[int] | np.ndarray, *, last_only: bool = False) -> np.ndarray:
@@ -130,7 +130,7 @@ class TorchProduction:
 
 
 def production(
-    config: QwenConfig,
+    config: ModelConfig,
     weights: Weights,
     *,
     dtype: str = "model",

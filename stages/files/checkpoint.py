@@ -21,8 +21,9 @@ import numpy as np
 from stages.errors import InputError, NotFoundError, shown
 from stages.files.jsonio import MAX_JSON_BYTES, parse_json, read_bytes, read_object
 from stages.files.tensorfile import TensorFile, TensorInfo
+from stages.spec.config import DTYPES, EMBEDDING, LM_HEAD, ModelConfig
 from stages.spec.dtypes import dtype_name
-from stages.spec.qwen import DTYPES, EMBEDDING, LM_HEAD, QwenConfig, parameter_shapes, parse_config
+from stages.spec.families import parameter_shapes, parse_config
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -78,7 +79,7 @@ class Checkpoint:
         self.close()
 
     @cached_property
-    def config(self) -> QwenConfig:
+    def config(self) -> ModelConfig:
         """The checked meaning of `config.json`; `InputError` naming what is refused."""
         return parse_config(self.raw_config, str(self.path / CONFIG))
 

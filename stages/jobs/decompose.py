@@ -41,8 +41,8 @@ from stages.run.replay import Replayer, default_chunk_rows
 from stages.spec.backend import Backend
 from stages.spec.dtypes import stored_dtype
 from stages.spec.factors import Decomposer, Factors, Method
+from stages.spec.families import parameter_shapes
 from stages.spec.layouts import LAYOUTS
-from stages.spec.qwen import parameter_shapes
 from stages.spec.replay import REPLAY
 from stages.spec.values import ReplayTask
 

@@ -17,7 +17,7 @@ from stages.files.forward_dump import ForwardDump, ForwardSide, Place, forward_k
 from stages.files.tensorfile import TensorWriter
 from stages.files.tokens import check_tokens, parse_tokens
 from stages.judge.foreign import open_foreign, open_side
-from stages.judge.forward import ForwardRun, order_of, stage_of
+from stages.judge.forward import ForwardRun, order_of
 from stages.progress import Progress
 from stages.spec.forward import recorded_shape
 from stages.spec.values import StageResult
@@ -175,7 +175,7 @@ def _check_sizes(run: ForwardRun, source: Path) -> None:
     assert run.path is not None
     assert run.config is not None
     for place in run.side.places:
-        shape = list(recorded_shape(run.config, stage_of(run.path, place), len(run.tokens), run.positions))
+        shape = list(recorded_shape(run.config, run.path.at(place), len(run.tokens), run.positions))
         if place[1] == "lm_head":
             shape[0] = 1
         found = run.side.shape(place)

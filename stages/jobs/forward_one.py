@@ -35,11 +35,11 @@ from stages.run.memory import available_bytes
 from stages.run.precision import NATIVE, precision_fields
 from stages.run.production import compare_production, greedy, with_stored_head
 from stages.spec.backend import Backend, Production, Weights
+from stages.spec.config import LM_HEAD, ModelConfig
 from stages.spec.dtypes import stored_dtype
-from stages.spec.forward import forward_path, producers
-from stages.spec.qwen import LM_HEAD, QwenConfig, parameter_shapes
-from stages.spec.stage import Path as StagePath
-from stages.spec.stage import Scope
+from stages.spec.families import parameter_shapes
+from stages.spec.forward import forward_pipeline, producers
+from stages.spec.stage import Pipeline, Scope
 from stages.spec.values import StageResult
 
 FORMATS = ("safetensors", "aprt")
@@ -133,7 +133,7 @@ class _Job:
         self.config = checkpoint.config
         self.tokens = token_ids(command, checkpoint)
         self.config.check_length(len(self.tokens))
-        path = forward_path(self.config, command.dtype)
+        path = forward_pipeline(self.config, command.dtype)
         self.layers = resolve_layers(command.layers, self.config)
         self.stages = resolve_stages(command.stages, path)
         if command.adapted is None and command.layout != "declared":
@@ -160,7 +160,7 @@ class _Job:
             "model": command.model,
             "tokens": self.tokens.tolist(),
             "positions": command.positions,
-            "dtype": forwarder.path["embedding"].dtype,
+            "dtype": forwarder.path.activations,
             "layers": list(self.layers),
             "stages": list(self.stages),
             "next_token": greedy(logits),
@@ -178,12 +178,13 @@ class _Job:
             "out": str(command.out) if command.out else None,
         }
 
-    def _inputs(self, path: StagePath) -> frozenset[Place]:
+    def _inputs(self, path: Pipeline) -> frozenset[Place]:
         """What the asked stages of the asked layers read and are not themselves."""
         places = [
-            (layer, path[name])
+            (layer, path.at((layer, name)))
             for name in self.stages
             for layer in (self.layers if path[name].scope is Scope.LAYER else (None,))
+            if name in path.of(layer)
         ]
         layers = self.config.num_hidden_layers
         found = {source for layer, stage in places for source in producers(path, stage, layer, layers).values()}
@@ -256,7 +257,7 @@ class _Job:
             "facts": {**facts_of(backend), "jit": command.jit},
             "precision": command.precision,
             **run_fields(self.checkpoint, str(command.model), self.tokens.tolist()),
-            "dtype": forwarder.path["embedding"].dtype,
+            "dtype": forwarder.path.activations,
             "positions": command.positions,
             "layers": list(self.layers),
             "stages": list(self.stages),
@@ -363,7 +364,7 @@ class _Job:
         return None
 
 
-def production_bytes(config: QwenConfig, dtype: str) -> int:
+def production_bytes(config: ModelConfig, dtype: str) -> int:
     """Memory that the production model of `config` takes."""
     size = stored_dtype(config.dtype if dtype == "model" else dtype).itemsize
     shapes = parameter_shapes(config)

@@ -27,8 +27,9 @@ from stages.run.children import document_of, run_svf
 from stages.run.forward import Forwarder
 from stages.run.precision import precision_fields
 from stages.spec.backend import Backend, Weights
+from stages.spec.config import ModelConfig
 from stages.spec.dtypes import stored_dtype
-from stages.spec.qwen import QwenConfig, parameter_shapes
+from stages.spec.families import parameter_shapes
 from stages.spec.router import HIDDEN_POSITION, ROUTER
 
 SCHEMA = "svf.route/1"
@@ -261,7 +262,7 @@ def compare(a: _Side, b: _Side, given: _Given, dtype: str) -> dict[str, Any]:
     }
 
 
-def hidden_noise(hidden: np.ndarray, config: QwenConfig, dtype: np.dtype) -> float:
+def hidden_noise(hidden: np.ndarray, config: ModelConfig, dtype: np.dtype) -> float:
     """RMS error that rounding alone leaves in an element of a hidden state, `[1, hidden]`, computed in `dtype`.
 
     Two additions per layer to the residual stream, the embedding and the final norm, each with one rounding to `dtype`

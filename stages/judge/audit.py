@@ -42,7 +42,6 @@ from stages.judge.forward import (
     reread,
     rope_cause,
     span_of,
-    stage_of,
     through_words,
     why_unjudged,
 )
@@ -194,14 +193,14 @@ def _forward_data(result: Mapping[str, Any], run: ForwardRun) -> dict[str, Any] 
     if chosen is None or place not in run.side.places or why_unjudged(place, run) is not None:
         return None
     assert run.path is not None
-    observed, axes = run.read(place), stage_of(run.path, place).shape
+    observed, axes = run.read(place), run.path.at(place).shape
     pieces = pieces_of(place, run, observed)
     return culprit_data(*chosen, pieces, shape=observed.shape, axes=axes, labels=(ORACLE, "recorded"))
 
 
 def _forward_row(place: Place, run: ForwardRun, top: int) -> Row:
     assert run.path is not None
-    stage = stage_of(run.path, place)
+    stage = run.path.at(place)
     row = _row(forward_key(place), place[0], None, place[1], stage.required)
     if place not in run.side.places:
         return {**row, "verdict": Verdict.MISSING.value, "note": "the manifest says it was recorded"}
@@ -227,7 +226,7 @@ def _forward_row(place: Place, run: ForwardRun, top: int) -> Row:
 
 def _forward_judged(place: Place, run: ForwardRun, observed: np.ndarray, top: int) -> _Judged:
     assert run.path is not None
-    judged = _Judged(stage_of(run.path, place), top, run.side.facts.get("precision"))
+    judged = _Judged(run.path.at(place), top, run.side.facts.get("precision"))
     for columns, oracle in oracles_of(place, run, observed):
         judged.add(oracle, part(observed, columns), columns.start or 0, observed.ndim - 1)
     return judged

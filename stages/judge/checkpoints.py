@@ -21,7 +21,7 @@ from stages.files.selection import layer_of
 from stages.files.tensorfile import TensorInfo
 from stages.judge.metrics import Difference, same_bits
 from stages.spec.dtypes import dtype_name
-from stages.spec.qwen import parameter_shapes
+from stages.spec.families import parameter_shapes
 
 SCHEMA = "svf.checkpoints/1"
 

@@ -33,7 +33,7 @@ from stages.oracle.bounds import Lambdas
 from stages.oracle.verdict import Verdict
 from stages.run.calibration import lambdas_of
 from stages.run.replay import chunk_plan, default_chunk_rows
-from stages.spec.forward import ALIASES, DTYPES
+from stages.spec.forward import ANY_MODEL
 from stages.spec.replay import REPLAY
 from stages.spec.stage import Stage
 
@@ -290,7 +290,7 @@ def _is_foreign(path: Path) -> bool:
     """Whether a safetensors file has keys of a forward, one that is a stage at least, and of nothing else."""
     with TensorFile(path) as file:
         places = [parse_key(key) for key in file.tensors]
-    return None not in places and any(place[1] in {*DTYPES, *ALIASES} for place in places if place)
+    return None not in places and any(place[1] in {*ANY_MODEL, *ANY_MODEL.aliases} for place in places if place)
 
 
 def diff_aprt_files(

@@ -8,7 +8,8 @@ from typing import Any
 
 from stages.errors import InputError, shown
 from stages.files.checkpoint import Checkpoint
-from stages.spec.qwen import QwenConfig, parse_config
+from stages.spec.config import ModelConfig
+from stages.spec.families import parse_config
 
 
 def other_model(
@@ -39,7 +40,7 @@ def _config_fields(one: Any, other: Any) -> Iterator[str]:
         if one != other:
             yield "fields that are not understood"
         return
-    for field in fields(QwenConfig):
+    for field in fields(ModelConfig):
         x, y = (getattr(config, field.name) for config in both)
         if x != y:
             yield f"{field.name} ({shown(x)} and {shown(y)})"

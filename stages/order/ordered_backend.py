@@ -16,9 +16,9 @@ from stages.order.ordered_forward import forward_stages
 from stages.order.orders import Blocks, Chain, Order, block_ranges, lower
 from stages.order.text import format_order
 from stages.spec.backend import Backend, Production, Weights
+from stages.spec.config import ModelConfig, RawConfig
 from stages.spec.layouts import LAYOUTS
 from stages.spec.noise import Noise
-from stages.spec.qwen import QwenConfig
 from stages.spec.replay import REPLAY
 
 # (stage, how many terms) -> the order to sum them in.
@@ -78,7 +78,7 @@ class OrderedBackend:
         return fn if isinstance(getattr(fn, "func", fn), _Ordered) else self.inside.compile(fn)
 
     def production(
-        self, config: QwenConfig, weights: Weights, *, dtype: str = "model", raw_config: Mapping[str, Any] | None = None
+        self, config: ModelConfig, weights: Weights, *, dtype: str = "model", raw_config: RawConfig | None = None
     ) -> Production | None:
         """There is none: production sums as it does."""
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from stages.errors import UsageError, shown
-from stages.spec.qwen import QwenConfig
+from stages.spec.config import ModelConfig, RawConfig
 
 
 def check_device(device: str) -> None:
@@ -94,7 +94,7 @@ class Backend(Protocol):
         """`fn` compiled once per shape of its arguments, where the framework compiles."""
 
     def production(
-        self, config: QwenConfig, weights: Weights, *, dtype: str = "model", raw_config: Mapping[str, Any] | None = None
+        self, config: ModelConfig, weights: Weights, *, dtype: str = "model", raw_config: RawConfig | None = None
     ) -> Production | None:
         """The uninstrumented model, all weights loaded; None where there is no such thing."""
 

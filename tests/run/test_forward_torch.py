@@ -19,7 +19,7 @@ from transformers.models.qwen3 import modeling_qwen3
 
 from stages.files.checkpoint import open_checkpoint
 from stages.run.forward import Forwarder
-from stages.spec.forward import forward_path
+from stages.spec.forward import forward_pipeline
 from stages.spec.stage import Scope
 from svf_torch.backend import TorchBackend
 
@@ -237,5 +237,5 @@ def test_hooks_reach_every_stage_but_the_side_branch(
 ) -> None:
     production = make(tmp_path, MODELS[name], "float32")
     recorded = {stage for _, stage in record(production, tokens_of(2), monkeypatch)}
-    path = forward_path(MODELS[name].config("float32"))
+    path = forward_pipeline(MODELS[name].config("float32"))
     assert {s.name for s in path.values() if s.scope is Scope.LAYER or s.name} - recorded == {"qkv_matmul"}

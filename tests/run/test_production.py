@@ -23,8 +23,9 @@ from stages.errors import InputError
 from stages.files.checkpoint import open_checkpoint
 from stages.run.forward import Forwarder
 from stages.run.production import bucket, compare_production
+from stages.spec.config import ModelConfig
+from stages.spec.families import parameter_shapes
 from stages.spec.forward import EMBEDDING, LM_HEAD
-from stages.spec.qwen import QwenConfig, parameter_shapes
 from svf_jax.backend import JaxBackend
 from svf_torch.backend import TorchBackend
 
@@ -34,7 +35,7 @@ SIDES: dict[str, tuple[ModuleType, Any]] = {
 }
 
 
-def traced(side: str, config: QwenConfig, weights: MemoryWeights, tokens: list[int]) -> np.ndarray:
+def traced(side: str, config: ModelConfig, weights: MemoryWeights, tokens: list[int]) -> np.ndarray:
     (result,) = Forwarder(SIDES[side][1](), config, weights).run(tokens, stages=["lm_head"])
     return result.array
 
@@ -45,16 +46,16 @@ def traced_once(side: str, name: str, seed: int, count: int) -> np.ndarray:
     return traced(side, config, MemoryWeights(random_weights(config, seed)), tokens_of(count))
 
 
-def compared(side: str, config: QwenConfig, weights: MemoryWeights, tokens: list[int], production: Any) -> dict:
+def compared(side: str, config: ModelConfig, weights: MemoryWeights, tokens: list[int], production: Any) -> dict:
     return judged(traced(side, config, weights, tokens), config, tokens, production)
 
 
-def judged(logits: np.ndarray, config: QwenConfig, tokens: list[int], production: Any) -> dict:
+def judged(logits: np.ndarray, config: ModelConfig, tokens: list[int], production: Any) -> dict:
     reordered = functools.partial(production.reordered, tokens)
     return compare_production(logits, production(tokens), layers=config.num_hidden_layers, reordered=reordered)
 
 
-def loaded(side: str, config: QwenConfig, weights: MemoryWeights, edit: Callable[[Any], None] | None = None) -> Any:
+def loaded(side: str, config: ModelConfig, weights: MemoryWeights, edit: Callable[[Any], None] | None = None) -> Any:
     """A production model whose loaded modules `edit` changed, as an edit of its source would."""
     module = SIDES[side][0]
     production = module.production(config, weights)

@@ -18,7 +18,8 @@ from stages.jobs.forward_one import ForwardCommand, forward_one
 from stages.progress import Progress
 from stages.run.adapted import ADAPTED_FILE
 from stages.spec.backend import Backend
-from stages.spec.qwen import EMBEDDING, LM_HEAD, QwenConfig, parameter_shapes, parse_config
+from stages.spec.config import EMBEDDING, LM_HEAD, ModelConfig
+from stages.spec.families import parameter_shapes, parse_config
 
 YARN = {
     "rope_type": "yarn",
@@ -91,7 +92,7 @@ class Model:
             **qwen3,
         }
 
-    def config(self, dtype: str) -> QwenConfig:
+    def config(self, dtype: str) -> ModelConfig:
         return parse_config(self.raw(dtype), "config.json")
 
 
@@ -127,7 +128,7 @@ def tokens_of(count: int, vocab: int = 300) -> list[int]:
     return [int(t) for t in np.random.default_rng(count).integers(0, vocab, count)]
 
 
-def random_weights(config: QwenConfig, seed: int = 0) -> dict[str, np.ndarray]:
+def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
     """Every parameter, biases and norms too, in the config's dtype; no LM head when it is tied."""
     rng = np.random.default_rng(seed)
     dtype = np.dtype(ml_dtypes.bfloat16 if config.dtype == "bfloat16" else config.dtype)
