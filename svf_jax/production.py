@@ -1,8 +1,9 @@
-"""A Qwen3 and Qwen2/2.5 in `flax.nnx`: the production model of the JAX side. Twin of svf_torch/production.py.
+"""A decoder in `flax.nnx`, of every family here: the production model of the JAX side. Twin of svf_torch/production.py.
 
-Written for itself, from `transformers` 5's eager modules (models/qwen{2,3}/modeling_*.py), and not from the traced
-stages in svf_jax/decoder.py: agreeing with them shows something. Module and parameter names are the checkpoint's, so
-the paths of the nnx state are its tensor names. The only function shared is `inv_freq`, see `RotaryEmbedding`.
+Written for itself, from `transformers` 5's eager modules (models/{qwen2,qwen3,llama}/modeling_*.py), and not from the
+traced stages in svf_jax/decoder.py: agreeing with them shows something. Module and parameter names are the
+checkpoint's, so the paths of the nnx state are its tensor names. The only function shared is `inv_freq`, see
+`RotaryEmbedding`.
 """
 
 from __future__ import annotations
@@ -162,8 +163,8 @@ class Decoder(nnx.Module):
         return self.norm(x)
 
 
-class QwenModel(nnx.Module):
-    """A Qwen3 or Qwen2/2.5 for causal language modelling, one sequence at a time, without a cache.
+class CausalLM(nnx.Module):
+    """A model for causal language modelling, one sequence at a time, without a cache.
 
     Randomly initialised; `load_model` gives one with a checkpoint's weights. `dtype`: of weights and activations,
     `model` for the config's. A tied model has no `lm_head`: the embedding serves.
@@ -186,8 +187,8 @@ class QwenModel(nnx.Module):
         return _linear(hidden, self.model.embed_tokens.weight[...]) if self.lm_head is None else self.lm_head(hidden)
 
 
-def load_model(config: ModelConfig, weights: Weights, dtype: str = "model", device: str = "cpu") -> QwenModel:
-    """A `QwenModel` whose every parameter was read from `weights`, one tensor at a time.
+def load_model(config: ModelConfig, weights: Weights, dtype: str = "model", device: str = "cpu") -> CausalLM:
+    """A `CausalLM` whose every parameter was read from `weights`, one tensor at a time.
 
     `dtype`: what weights are cast to and activations computed in, `model` for the config's. The model has an LM head
     of its own where the weights have one, whatever the config ties. `InputError` for a tensor that is missing,
@@ -196,7 +197,7 @@ def load_model(config: ModelConfig, weights: Weights, dtype: str = "model", devi
     config = with_stored_head(config, weights)
     dtype = config.dtype if dtype == "model" else dtype
     place = _device(device)
-    model = nnx.eval_shape(lambda: QwenModel(config, nnx.Rngs(0), dtype=dtype))
+    model = nnx.eval_shape(lambda: CausalLM(config, nnx.Rngs(0), dtype=dtype))
     with jax.default_device(place):
         model.model.rotary_emb = RotaryEmbedding(config, dtype)
     parameters = {".".join(map(str, path)): v for path, v in nnx.iter_graph(model) if isinstance(v, nnx.Param)}
@@ -208,14 +209,14 @@ def load_model(config: ModelConfig, weights: Weights, dtype: str = "model", devi
 
 
 class JaxProduction:
-    """A `QwenModel` compiled whole, in numpy terms; see `stages.run.production.Production`.
+    """A `CausalLM` compiled whole, in numpy terms; see `stages.run.production.Production`.
 
     `precision` is that of products. XLA may not keep bfloat16 values in float32 between operations
     (`xla_allow_excess_precision`): the model prescribes those roundings, and without them a bfloat16 model cannot
     be told from one with a changed constant (docs/findings/production.md).
     """
 
-    def __init__(self, model: QwenModel, config: ModelConfig, device: str, precision: str):
+    def __init__(self, model: CausalLM, config: ModelConfig, device: str, precision: str):
         self.model, self.config = model, config
         self._place, self._precision = _device(device), precision
         graph, self._state = nnx.split(model)

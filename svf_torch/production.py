@@ -1,4 +1,4 @@
-"""`transformers`' own Qwen3 and Qwen2/2.5: the production model of the torch side. Twin of svf_jax/production.py.
+"""`transformers`' own models: the production model of the torch side. Twin of svf_jax/production.py.
 
 The classes are taken by family, never by what a checkpoint's folder names, and nothing in the folder is executed.
 Weights come through the same reader as the traced path's, so adapted ones work too.
@@ -6,7 +6,7 @@ Weights come through the same reader as the traced path's, so adapted ones work 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -14,15 +14,30 @@ import ml_dtypes
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from stages.run.memory import ALIGNMENT, aligned_copy
 from stages.run.production import check_names, checked_tokens, greedy, parameters_of, with_stored_head
 from stages.spec.backend import Weights
 from stages.spec.config import ModelConfig
 
-CLASSES: Mapping[str, tuple[Any, Any]] = MappingProxyType(
-    {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}
+# Sequences that a window could cut are refused, so full attention is the same and always right.
+_NO_WINDOW = {"use_sliding_window": False}
+# A family's config, its model, and what its config has beside the fields of all.
+CLASSES: Mapping[str, tuple[Any, Any, Callable[[ModelConfig], dict[str, Any]]]] = MappingProxyType(
+    {
+        "qwen3": (Qwen3Config, Qwen3ForCausalLM, lambda c: {"attention_bias": c.qkv_bias, **_NO_WINDOW}),
+        "qwen2": (Qwen2Config, Qwen2ForCausalLM, lambda _: _NO_WINDOW),
+        "llama": (LlamaConfig, LlamaForCausalLM, lambda c: {"attention_bias": c.qkv_bias}),
+    }
 )
 
 
@@ -56,7 +71,7 @@ def load_model(
 
 def transformers_config(config: ModelConfig, raw_config: Mapping[str, Any] | None = None) -> Any:
     """`config` as `transformers` has it, or its own reading of `raw_config`; tied as `config` is."""
-    c, kind = config, CLASSES[config.family][0]
+    c, (kind, _, own) = config, CLASSES[config.family]
     if raw_config is not None:
         return kind.from_dict({**raw_config, "tie_word_embeddings": c.tie_word_embeddings})
     return kind(
@@ -71,10 +86,7 @@ def transformers_config(config: ModelConfig, raw_config: Mapping[str, Any] | Non
         rms_norm_eps=c.rms_norm_eps,
         rope_parameters=_rope_parameters(c),
         tie_word_embeddings=c.tie_word_embeddings,
-        # Sequences that a window could cut are refused, so full attention is the same and always right.
-        use_sliding_window=False,
-        layer_types=["full_attention"] * c.num_hidden_layers,
-        **({"attention_bias": c.qkv_bias} if c.family == "qwen3" else {}),
+        **own(c),
     )
 
 

@@ -1,4 +1,4 @@
-"""A Qwen checkpoint in Hugging Face layout, opened by its headers and read by tensor and row range.
+"""A checkpoint in Hugging Face layout, opened by its headers and read by tensor and row range.
 
 Nothing in the folder is executed, and only `config.json`, `*.safetensors` and their index are opened; pickled
 weights (`.bin`, `.pt`) never are, since unpickling runs code.

@@ -1,4 +1,4 @@
-"""Random Qwen checkpoints: seeded, reproducible to the byte, shaped like real ones and never downloaded.
+"""Random checkpoints: seeded, reproducible to the byte, shaped like real ones and never downloaded.
 
 Every value comes from PCG64 and operations that IEEE 754 rounds in one way (multiply, divide, square root, cast),
 never from BLAS; the one `exp`, in the norms, goes through a rounding to bfloat16 that hides its last bits. So the

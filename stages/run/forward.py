@@ -1,4 +1,4 @@
-"""Running the Qwen forward on any backend: one layer at a time, and the LM head one chunk of the vocabulary."""
+"""Running the forward on any backend: one layer at a time, and the LM head one chunk of the vocabulary."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ class Backend(Protocol):
 
     @property
     def forward(self) -> Mapping[str, Callable[..., Any]]:
-        """Stage name -> function, for the Qwen forward; identity stages have none."""
+        """Stage name -> function, for the forward; identity stages have none."""
 
     @property
     def router(self) -> Mapping[str, Callable[..., Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,8 +15,6 @@ from forward_models import MODELS, Model, tokens_of
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.models.qwen2 import modeling_qwen2
-from transformers.models.qwen3 import modeling_qwen3
 
 from stages.files.checkpoint import open_checkpoint
 from stages.run.forward import Forwarder
@@ -90,7 +89,7 @@ def record(model: Any, tokens: list[int], monkeypatch: pytest.MonkeyPatch, **opt
         output(body.norm, None, "final_norm")
         output(model.lm_head, None, "lm_head")
         turned: list[tuple[Tensor, Tensor]] = []
-        module = modeling_qwen3 if model.config.model_type == "qwen3" else modeling_qwen2
+        module: Any = sys.modules[type(model).__module__]
         rotate = module.apply_rotary_pos_emb
 
         def rotated(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from types import MappingProxyType
 
 from stages.spec.config import ModelConfig, RawConfig, refuse_unsupported
-from stages.spec.families import qwen2, qwen3
+from stages.spec.families import llama, qwen2, qwen3
 from stages.spec.family import Family
 from stages.spec.fields import choice
 
-FAMILIES: Mapping[str, Family] = MappingProxyType({f.name: f for f in (qwen3.FAMILY, qwen2.FAMILY)})
+FAMILIES: dict[str, Family] = {f.name: f for f in (qwen3.FAMILY, qwen2.FAMILY, llama.FAMILY)}
 
 
 def parse_config(raw: RawConfig, where: str) -> ModelConfig:
