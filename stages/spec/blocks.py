@@ -7,6 +7,7 @@ the model's dtype: the inverse frequencies and the angles. All else is stored in
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,7 +20,6 @@ _QKV_WEIGHTS = tuple(f"{name}.weight" for name in _QKV)
 _QKV_BIASES = tuple(f"{name}.bias" for name in _QKV)
 _O_WEIGHT, _O_BIAS = "self_attn.o_proj.weight", "self_attn.o_proj.bias"
 _HEADS = ("heads", "kv_heads", "head_dim")
-_ROPE_TABLE = ("attention_scaling", "dtype")
 
 
 def decoder_layer(attention: Block, feed_forward: Block) -> Block:
@@ -47,216 +47,92 @@ def swiglu() -> Block:
     return Block(tuple(_feed_forward()), params)
 
 
-def _model(name: str, **fields: Any) -> Stage:
-    return Stage(name, **({"dtype": "model", "scope": Scope.MODEL} | fields))
+def _stage(name: str, inputs: str, shape: str, noise: Noise, doc: str, **fields: Any) -> Stage:
+    """A stage; its inputs as words."""
+    fields = {"dtype": "model", "scope": Scope.LAYER, **fields}
+    return Stage(name, inputs=tuple(inputs.split()), shape=shape, noise=noise, doc=doc, **fields)
 
 
-def _layer(name: str, **fields: Any) -> Stage:
-    return Stage(name, **({"dtype": "model", "scope": Scope.LAYER} | fields))
+_model = functools.partial(_stage, scope=Scope.MODEL)
+_EXACT, _PRODUCT, _RMS_NORM = Noise.EXACT, Noise.PRODUCT, Noise.RMS_NORM
 
 
 def _before() -> Iterator[Stage]:
     yield _model(
-        "inv_freq",
-        params=("positions",),
-        options=("head_dim", "rope_theta", "rope_type", "rope_parameters"),
-        shape="frequencies",
-        dtype="float32",
-        noise=Noise.INV_FREQ,
-        doc="Inverse frequencies of RoPE, theta^(-2i/head_dim), scaled as the rope_type says; "
+        "inv_freq", "", "frequencies", Noise.INV_FREQ,
+        "Inverse frequencies of RoPE, theta^(-2i/head_dim), scaled as the rope_type says; "
         "dynamic and longrope go by the sequence's length",
-    )
-    yield _model(
-        "rope_angle",
-        inputs=("inv_freq",),
-        params=("positions",),
-        shape="tokens head_dim",
-        dtype="float32",
-        doc="position * inv_freq, the frequencies twice over",
-    )
-    yield _model(
-        "rope_cos",
-        inputs=("rope_angle",),
-        options=_ROPE_TABLE,
-        shape="tokens head_dim",
-        noise=Noise.COS_SIN,
-        doc="cos(rope_angle) in float32, times the attention factor, cast to the activations' dtype",
-    )
-    yield _model(
-        "rope_sin",
-        inputs=("rope_angle",),
-        options=_ROPE_TABLE,
-        shape="tokens head_dim",
-        noise=Noise.COS_SIN,
-        doc="sin(rope_angle) in float32, times the attention factor, cast to the activations' dtype",
-    )
-    yield _model(
-        "embedding", params=("tokens", EMBEDDING), shape="tokens hidden", doc="Rows of the embedding, one per token"
-    )
+        params=("positions",), options=("head_dim", "rope_theta", "rope_type", "rope_parameters"), dtype="float32",
+    )  # fmt: skip
+    doc = "position * inv_freq, the frequencies twice over"
+    yield _model("rope_angle", "inv_freq", "tokens head_dim", _EXACT, doc, params=("positions",), dtype="float32")
+    for name in ("cos", "sin"):
+        doc = f"{name}(rope_angle) in float32, times the attention factor, cast to the activations' dtype"
+        options = ("attention_scaling", "dtype")
+        yield _model(f"rope_{name}", "rope_angle", "tokens head_dim", Noise.COS_SIN, doc, options=options)
+    doc = "Rows of the embedding, one per token"
+    yield _model("embedding", "", "tokens hidden", _EXACT, doc, params=("tokens", EMBEDDING))
 
 
 def _attention(*, qk_norm: bool, qkv_bias: bool, o_bias: bool) -> Iterator[Stage]:
-    q, k = ("q_norm", "k_norm") if qk_norm else ("qkv_bias", "qkv_bias")
-    yield _layer(
-        "attn_norm",
-        inputs=("layer_input",),
-        params=("input_layernorm.weight",),
-        options=("eps",),
-        shape="tokens hidden",
-        noise=Noise.RMS_NORM,
-        doc="RMSNorm of the layer's input: float32, cast, then times the weight",
-    )
-    yield _layer(
-        "qkv_matmul",
-        inputs=("attn_norm",),
-        params=_QKV_WEIGHTS,
-        shape="tokens qkv",
-        noise=Noise.PRODUCT,
-        doc="q, k and v without bias, joined on the last axis"
-        + (": a side branch, production adds the bias inside the product" if qkv_bias else ""),
-    )
-    yield (
-        _layer(
-            "qkv_bias",
-            inputs=("attn_norm",),
-            params=(*_QKV_WEIGHTS, *_QKV_BIASES),
-            shape="tokens qkv",
-            noise=Noise.PRODUCT,
-            doc="q, k and v with bias, product and bias in one call as production has it",
-        )
-        if qkv_bias
-        else _layer(
-            "qkv_bias", inputs=("qkv_matmul",), shape="tokens qkv", identity=True, doc="qkv_matmul: there is no bias"
-        )
-    )
+    doc = "RMSNorm of the layer's input: float32, cast, then times the weight"
+    weight = ("input_layernorm.weight",)
+    yield _stage("attn_norm", "layer_input", "tokens hidden", _RMS_NORM, doc, params=weight, options=("eps",))
+    doc = "q, k and v without bias, joined on the last axis"
+    doc += ": a side branch, production adds the bias inside the product" if qkv_bias else ""
+    yield _stage("qkv_matmul", "attn_norm", "tokens qkv", _PRODUCT, doc, params=_QKV_WEIGHTS)
+    if qkv_bias:
+        doc = "q, k and v with bias, product and bias in one call as production has it"
+        yield _stage("qkv_bias", "attn_norm", "tokens qkv", _PRODUCT, doc, params=(*_QKV_WEIGHTS, *_QKV_BIASES))
+    else:
+        doc = "qkv_matmul: there is no bias"
+        yield _stage("qkv_bias", "qkv_matmul", "tokens qkv", _EXACT, doc, identity=True)
     for name, heads, of in (("q_norm", "heads", "queries"), ("k_norm", "kv_heads", "keys")):
-        yield _layer(
-            name,
-            inputs=("qkv_bias",),
-            params=(f"self_attn.{name}.weight",),
-            options=(*_HEADS, "eps"),
-            shape=f"tokens {heads} head_dim",
-            noise=Noise.RMS_NORM,
-            absent=not qk_norm,
-            doc=f"RMSNorm of the {of}, head by head" if qk_norm else f"No norm of the {of} in this family",
-        )
-    yield _layer(
-        "q_post_rope",
-        inputs=(q, "rope_cos", "rope_sin"),
-        options=_HEADS,
-        shape="tokens heads head_dim",
-        noise=Noise.ROPE,
-        doc="Queries turned by RoPE, halves paired",
+        doc = f"RMSNorm of the {of}, head by head" if qk_norm else f"No norm of the {of} in this family"
+        fields = {"params": (f"self_attn.{name}.weight",), "options": (*_HEADS, "eps"), "absent": not qk_norm}
+        yield _stage(name, "qkv_bias", f"tokens {heads} head_dim", _RMS_NORM, doc, **fields)
+    for name, heads, of in (("q", "heads", "Queries"), ("k", "kv_heads", "Keys")):
+        inputs = f"{name}_norm rope_cos rope_sin" if qk_norm else "qkv_bias rope_cos rope_sin"
+        doc = f"{of} turned by RoPE, halves paired"
+        yield _stage(f"{name}_post_rope", inputs, f"tokens {heads} head_dim", Noise.ROPE, doc, options=_HEADS)
+    yield _stage(
+        "attn_scores", "q_post_rope k_post_rope", "heads queries keys", Noise.SCORES,
+        "q k^T / sqrt(head_dim), not yet masked; each key head serves consecutive query heads",
+        options=("scaling",), causal=True,
+    )  # fmt: skip
+    doc = "Causal mask, softmax in float32, cast to the activations' dtype"
+    yield _stage("attn_softmax", "attn_scores", "heads queries keys", Noise.SOFTMAX, doc)
+    doc = "attn_softmax @ v (v from qkv_bias), heads joined, before o_proj"
+    shape = "tokens heads*head_dim"
+    yield _stage("attention", "attn_softmax qkv_bias", shape, Noise.WEIGHTED, doc, options=_HEADS)
+    params, doc = (
+        (_O_WEIGHT, *((_O_BIAS,) if o_bias else ())),
+        "o_proj of attention" + (", with bias" if o_bias else ""),
     )
-    yield _layer(
-        "k_post_rope",
-        inputs=(k, "rope_cos", "rope_sin"),
-        options=_HEADS,
-        shape="tokens kv_heads head_dim",
-        noise=Noise.ROPE,
-        doc="Keys turned by RoPE, halves paired",
-    )
-    yield _layer(
-        "attn_scores",
-        inputs=("q_post_rope", "k_post_rope"),
-        options=("scaling",),
-        shape="heads queries keys",
-        noise=Noise.SCORES,
-        causal=True,
-        doc="q k^T / sqrt(head_dim), not yet masked; each key head serves consecutive query heads",
-    )
-    yield _layer(
-        "attn_softmax",
-        inputs=("attn_scores",),
-        shape="heads queries keys",
-        noise=Noise.SOFTMAX,
-        doc="Causal mask, softmax in float32, cast to the activations' dtype",
-    )
-    yield _layer(
-        "attention",
-        inputs=("attn_softmax", "qkv_bias"),
-        options=_HEADS,
-        shape="tokens heads*head_dim",
-        noise=Noise.WEIGHTED,
-        doc="attn_softmax @ v (v from qkv_bias), heads joined, before o_proj",
-    )
-    yield _layer(
-        "attn_out",
-        inputs=("attention",),
-        params=(_O_WEIGHT, *((_O_BIAS,) if o_bias else ())),
-        shape="tokens hidden",
-        noise=Noise.PRODUCT,
-        doc="o_proj of attention" + (", with bias" if o_bias else ""),
-    )
-    yield _layer(
-        "post_attn_residual",
-        inputs=("layer_input", "attn_out"),
-        shape="tokens hidden",
-        doc="The layer's input + attn_out",
-    )
+    yield _stage("attn_out", "attention", "tokens hidden", _PRODUCT, doc, params=params)
+    doc = "The layer's input + attn_out"
+    yield _stage("post_attn_residual", "layer_input attn_out", "tokens hidden", _EXACT, doc)
 
 
 def _feed_forward() -> Iterator[Stage]:
-    yield _layer(
-        "ffn_norm",
-        inputs=("post_attn_residual",),
-        params=("post_attention_layernorm.weight",),
-        options=("eps",),
-        shape="tokens hidden",
-        noise=Noise.RMS_NORM,
-        doc="RMSNorm of post_attn_residual",
-    )
-    for name, projection in (("ffn_gate", "gate_proj"), ("ffn_up", "up_proj")):
-        yield _layer(
-            name,
-            inputs=("ffn_norm",),
-            params=(f"mlp.{projection}.weight",),
-            shape="tokens intermediate",
-            noise=Noise.PRODUCT,
-            doc=f"{projection} of ffn_norm",
-        )
-    yield _layer(
-        "ffn_silu",
-        inputs=("ffn_gate",),
-        shape="tokens intermediate",
-        noise=Noise.SILU,
-        doc="ffn_gate * sigmoid(ffn_gate)",
-    )
-    yield _layer("ffn_swigl", inputs=("ffn_silu", "ffn_up"), shape="tokens intermediate", doc="ffn_silu * ffn_up")
-    yield _layer(
-        "ffn_out",
-        inputs=("ffn_swigl",),
-        params=("mlp.down_proj.weight",),
-        shape="tokens hidden",
-        noise=Noise.PRODUCT,
-        doc="down_proj of ffn_swigl",
-    )
-    yield _layer(
-        "post_ffn_residual",
-        inputs=("post_attn_residual", "ffn_out"),
-        shape="tokens hidden",
-        doc="post_attn_residual + ffn_out: the layer's output",
-    )
+    wide, hidden, weight = "tokens intermediate", "tokens hidden", ("post_attention_layernorm.weight",)
+    doc = "RMSNorm of post_attn_residual"
+    yield _stage("ffn_norm", "post_attn_residual", hidden, _RMS_NORM, doc, params=weight, options=("eps",))
+    for name in ("gate", "up"):
+        doc, weight = f"{name}_proj of ffn_norm", (f"mlp.{name}_proj.weight",)
+        yield _stage(f"ffn_{name}", "ffn_norm", wide, _PRODUCT, doc, params=weight)
+    yield _stage("ffn_silu", "ffn_gate", wide, Noise.SILU, "ffn_gate * sigmoid(ffn_gate)")
+    yield _stage("ffn_swigl", "ffn_silu ffn_up", wide, _EXACT, "ffn_silu * ffn_up")
+    doc, weight = "down_proj of ffn_swigl", ("mlp.down_proj.weight",)
+    yield _stage("ffn_out", "ffn_swigl", hidden, _PRODUCT, doc, params=weight)
+    doc = "post_attn_residual + ffn_out: the layer's output"
+    yield _stage("post_ffn_residual", "post_attn_residual ffn_out", hidden, _EXACT, doc)
 
 
 def _after() -> Iterator[Stage]:
-    yield _model(
-        "final_norm",
-        inputs=("post_ffn_residual",),
-        params=("model.norm.weight",),
-        options=("eps",),
-        shape="tokens hidden",
-        noise=Noise.RMS_NORM,
-        doc="RMSNorm of the last layer's output",
-    )
-    yield _model(
-        "lm_head",
-        inputs=("final_norm",),
-        params=(LM_HEAD,),
-        shape="tokens vocab",
-        noise=Noise.PRODUCT,
-        doc="Logits",
-    )
+    doc, weight = "RMSNorm of the last layer's output", ("model.norm.weight",)
+    yield _model("final_norm", "post_ffn_residual", "tokens hidden", _RMS_NORM, doc, params=weight, options=("eps",))
+    yield _model("lm_head", "final_norm", "tokens vocab", _PRODUCT, "Logits", params=(LM_HEAD,))
 
 
 # What comes before the layers, RoPE's tables and the embedding; and after them, the final norm and the logits.
