@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from stages.commands.skill import skill
+
 if TYPE_CHECKING:
     from stages.spec.backend import Backend
 
@@ -131,7 +133,7 @@ def _fail(line: str, code: int) -> int:
         print(f"svf: {line}", file=sys.stderr)
     if STATE.json:
         with contextlib.suppress(OSError):  # that nobody reads it is no second error
-            emit(error_document(line, code, shlex.join(["svf", *STATE.words])))
+            emit(_with_next(error_document(line, code, shlex.join(["svf", *STATE.words])), json=True))
             sys.stdout.flush()
     return code
 
@@ -301,8 +303,23 @@ def emit(document: Any) -> None:
 def answer(document: Any, json: bool, show: Callable[[Any], None]) -> None:
     """Print a document as JSON, or as text with no character in it that a terminal would obey."""
     from stages.errors import all_shown
+    from stages.show.console import next_lines
 
-    emit(document) if json else show(all_shown(document))
+    document = _with_next(document, json)
+    if json:
+        emit(document)
+    else:
+        document = all_shown(document)
+        show(document)
+        next_lines(document)
+
+
+def _with_next(document: Any, json: bool) -> Any:
+    """The document with the commands that would tell more, these as machine-readable as it is."""
+    from stages.judge.next_steps import next_steps
+
+    steps = next_steps(document)
+    return {**document, "next": [f"{step} --json" if json and "--help" not in step else step for step in steps]}
 
 
 def _say(text: str) -> None:
@@ -1375,6 +1392,9 @@ def selftest(
         document = command.selftest(options, progress)
     answer(document, json, view.selftest_document)
     raise typer.Exit(exit_code(document))
+
+
+app.command(epilog=examples("svf skill", "svf skill --path"))(skill)
 
 
 @app.command(hidden=True, name="selftest-child", epilog=examples("svf selftest-child job.json"))

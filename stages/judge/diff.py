@@ -25,6 +25,7 @@ from stages.judge.decomposition import parts_of
 from stages.judge.forward_diff import diff_forward
 from stages.judge.forward_pair import Named
 from stages.judge.guarantees import require_precision
+from stages.judge.next_steps import sum_alike
 from stages.judge.replay import TensorComparison, empty_row
 from stages.judge.report_diff import diff_reports, is_report
 from stages.judge.rerun import Recorded, settle
@@ -84,7 +85,7 @@ def diff_recorded(
                 comparisons.append(comparison)
         if gates is not None and gates.current_python and gates.current is None:
             gates = _gates_of_pair(gates, [row for c in comparisons for row in c.rows()] + hash_rows)
-            step = diff.sum_alike(f"svf replay COMPONENTS --order {path_a}")
+            step = sum_alike(f"svf replay COMPONENTS --order {path_a}")
             gates = replace(gates, next_step=gates.next_step or step)
         document = diff.document(
             comparisons,

@@ -212,11 +212,13 @@ def about(run: ForwardRun, model: str | None = None) -> dict[str, Any]:
     manifest = run.side.dump.manifest if isinstance(run.side, ForwardSide) else {}
     named = model or (manifest.get("model") or {}).get("source")
     layers = {layer for layer, _ in run.side.places if layer is not None}
+    components = manifest.get("components") or {}
     return {
         "model": named,
         "dtype": manifest.get("dtype") or run.side.facts.get("dtype"),
         "tokens": len(run.tokens) or None,
         "layers": len(layers),
+        "components": components.get("source"),
     }
 
 

@@ -96,7 +96,7 @@ def diff_forward(
             words=of_dtypes(rows, a, b),
             extra={
                 "kind": "forward",
-                "about": about(a if a.config else b, named.model),
+                "about": _about(a, b, named.model),
                 "tokens": len(a.tokens) or len(b.tokens) or None,
                 "flat": a.config is None or b.config is None,
                 "logits": logits,
@@ -105,6 +105,12 @@ def diff_forward(
             },
         )
         return {**document, "culprit_data": _culprit_data(document, a, b, adapted)}
+
+
+def _about(a: ForwardRun, b: ForwardRun, model: str | None) -> dict[str, Any]:
+    """What was run: as the first side that tells of its model has it, and the components that either ran on."""
+    one, other = about(a if a.config else b, model), about(b)
+    return {**one, "components": one["components"] or other["components"]}
 
 
 def _chosen(a: ForwardRun, b: ForwardRun, wanted: Wanted) -> list[Place]:

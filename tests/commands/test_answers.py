@@ -99,7 +99,7 @@ def test_with_json_an_error_is_a_document_too(words: tuple[object, ...], code: i
     done = svf(*words, "--json")
     assert done.code == code
     document = done.json
-    assert document.keys() == {"schema", "exit_code", "error", "message", "command"}
+    assert document.keys() == {"schema", "exit_code", "error", "message", "command", "next"}
     assert (document["schema"], document["exit_code"], document["error"]) == (errors.SCHEMA, code, kind)
     assert done.error == f"svf: {document['message']}"
     assert document["command"].endswith("--json")
@@ -117,6 +117,12 @@ def test_an_internal_error_is_a_document(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("stages.jobs.inspect.inspect", lambda _source: 1 / 0)
     done = svf("inspect", "x", "--json")
     assert (done.code, done.json["error"], done.json["exit_code"]) == (70, "internal", 70)
+    assert done.json["next"] == ["svf --debug --no-progress inspect x --json"]
+
+
+def test_next_of_an_error_is_what_its_message_quotes() -> None:
+    assert svf("inspect", "--other", "--json").json["next"] == ["svf inspect --help"]
+    assert svf("inspect", "nowhere", "--json").json["next"] == []
 
 
 def test_every_error_has_a_kind() -> None:
