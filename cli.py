@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from stages.commands.skill import skill
+from stages.judge.next_steps import next_steps
 
 if TYPE_CHECKING:
     from stages.spec.backend import Backend
@@ -316,8 +317,6 @@ def answer(document: Any, json: bool, show: Callable[[Any], None]) -> None:
 
 def _with_next(document: Any, json: bool) -> Any:
     """The document with the commands that would tell more, these as machine-readable as it is."""
-    from stages.judge.next_steps import next_steps
-
     steps = next_steps(document)
     return {**document, "next": [f"{step} --json" if json and "--help" not in step else step for step in steps]}
 
