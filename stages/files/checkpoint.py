@@ -119,6 +119,11 @@ class Checkpoint:
             raise ValueError(f"{name}: rows {start}:{stop} of {shape[0]}")
         return self._holder[stored].read(stored, start, stop)
 
+    def columns(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Columns `[start:stop]` of the matrix that `name` resolves to, gathered row by row."""
+        stored = self.resolve(name)
+        return self._holder[stored].read(stored, start, stop, axis=1)
+
     def check(self) -> None:
         """`InputError`, naming tensors, unless names, shapes and dtypes are what the config asks for.
 

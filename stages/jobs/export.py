@@ -11,9 +11,9 @@ import numpy as np
 
 from stages.errors import InputError, UsageError, shown
 from stages.files.aprt import HELD, AprtTree, is_aprt_tree, write_tree
-from stages.files.checkpoint import Checkpoint, open_checkpoint
 from stages.files.folders import ensure_space, new_folder
 from stages.files.forward_dump import ForwardDump, ForwardSide, Place, forward_key, is_forward_dump, run_fields
+from stages.files.source import ModelSource, open_model
 from stages.files.tensorfile import TensorWriter
 from stages.files.tokens import check_tokens, parse_tokens
 from stages.judge.foreign import open_foreign, open_side
@@ -139,7 +139,7 @@ def _flat(tree: AprtTree, out: Path, progress: Progress) -> dict[str, str]:
 def _dump(source: Path, out: Path, model: str, tokens: str, progress: Progress) -> dict[str, Any]:
     """A committed forward dump: every stage in the shape and dtype that the model declares."""
     with ExitStack() as stack:
-        checkpoint = stack.enter_context(open_checkpoint(model))
+        checkpoint = stack.enter_context(open_model(model))
         ids = check_tokens(parse_tokens(tokens), checkpoint.config.vocab_size)
         run = open_foreign(source, checkpoint.config, checkpoint, ids.tolist(), stack)
         _check_sizes(run, source)
@@ -154,7 +154,7 @@ def _dump(source: Path, out: Path, model: str, tokens: str, progress: Progress) 
         }
 
 
-def _manifest(run: ForwardRun, checkpoint: Checkpoint, model: str, source: Path) -> dict[str, Any]:
+def _manifest(run: ForwardRun, checkpoint: ModelSource, model: str, source: Path) -> dict[str, Any]:
     places = run.side.places
     return {
         "backend": "aprt",

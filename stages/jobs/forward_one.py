@@ -15,11 +15,11 @@ import numpy as np
 from stages.errors import UsageError
 from stages.files.aprt import write_tree
 from stages.files.bundle import Bundle
-from stages.files.checkpoint import Checkpoint, open_checkpoint
 from stages.files.folders import check_folder
 from stages.files.forward_dump import ForwardDump, ForwardSide, Place, forward_key, run_fields
 from stages.files.jsonio import copy_atomic
 from stages.files.scratch import scratch_folder
+from stages.files.source import ModelSource, open_model
 from stages.files.tokens import token_ids
 from stages.jobs.builtin import default_source
 from stages.judge import stats
@@ -105,7 +105,7 @@ def forward_one(
     command = with_model(command, progress)
     assert command.model is not None
     with ExitStack() as stack:
-        checkpoint = stack.enter_context(open_checkpoint(command.model))
+        checkpoint = stack.enter_context(open_model(command.model))
         job = _Job(command, checkpoint, stack, progress)
         if command.out is not None and not command.resume:
             check_folder(command.out)
@@ -114,7 +114,7 @@ def forward_one(
         return job.run(with_order(backend(), orders, command.order or NATIVE), reading)
 
 
-def check_forward(command: ForwardCommand, checkpoint: Checkpoint) -> list[int]:
+def check_forward(command: ForwardCommand, checkpoint: ModelSource) -> list[int]:
     """The run's token ids; refuses what a side would refuse before it computes, so that it is said once."""
     with ExitStack() as stack:
         job = _Job(command, checkpoint, stack, Progress(False))
@@ -127,7 +127,7 @@ def check_forward(command: ForwardCommand, checkpoint: Checkpoint) -> list[int]:
 class _Job:
     """One forward: what was asked for, resolved against the model."""
 
-    def __init__(self, command: ForwardCommand, checkpoint: Checkpoint, stack: ExitStack, progress: Progress):
+    def __init__(self, command: ForwardCommand, checkpoint: ModelSource, stack: ExitStack, progress: Progress):
         self.command, self.checkpoint, self.stack, self.progress = command, checkpoint, stack, progress
         checkpoint.check()
         self.config = checkpoint.config

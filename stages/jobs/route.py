@@ -12,10 +12,10 @@ import numpy as np
 
 from stages.errors import UsageError
 from stages.files.bundle import Bundle
-from stages.files.checkpoint import Checkpoint, open_checkpoint
 from stages.files.router_head import RouterHead, load_head
 from stages.files.scratch import scratch_folder
 from stages.files.selection import parse_layers, select_by_rule
+from stages.files.source import ModelSource, open_model
 from stages.files.tensorfile import TensorFile, write_tensors
 from stages.files.tokens import token_ids
 from stages.judge.metrics import Difference
@@ -62,7 +62,7 @@ class RouteCommand:
 class _Given:
     """What a route starts from, whichever backend computes it."""
 
-    checkpoint: Checkpoint
+    checkpoint: ModelSource
     tokens: list[int]
     head: RouterHead
 
@@ -78,7 +78,7 @@ class _Given:
 
 
 def _given(command: RouteCommand, stack: ExitStack) -> _Given:
-    checkpoint = stack.enter_context(open_checkpoint(command.model))
+    checkpoint = stack.enter_context(open_model(command.model))
     checkpoint.check()
     tokens = token_ids(command, checkpoint)
     checkpoint.config.check_length(len(tokens))
@@ -131,7 +131,7 @@ def route_one(command: RouteCommand, load: Callable[[], Backend], progress: Prog
 
 
 def _weights(
-    command: RouteCommand, checkpoint: Checkpoint, backend: Backend, stack: ExitStack, progress: Progress
+    command: RouteCommand, checkpoint: ModelSource, backend: Backend, stack: ExitStack, progress: Progress
 ) -> Weights:
     if command.adapted is None:
         return checkpoint

@@ -15,10 +15,10 @@ from stages.files import bundle as bundles
 from stages.files import dump
 from stages.files.aprt import is_aprt, is_aprt_tree
 from stages.files.bundle import stages_in
-from stages.files.checkpoint import Checkpoint, open_checkpoint
 from stages.files.forward_dump import Place, forward_key, is_forward_dump
 from stages.files.replay_recorded import SideTensor, open_side
 from stages.files.selection import layer_of
+from stages.files.source import ModelSource, open_model
 from stages.files.tensorfile import TensorFile
 from stages.files.tokens import token_ids
 from stages.judge import document as diff
@@ -140,7 +140,7 @@ def _open_forward(
         return run
     if named.model is None or not named.ids:
         raise UsageError(f"{path}: {NEEDS}")
-    checkpoint = stack.enter_context(open_checkpoint(named.model))
+    checkpoint = stack.enter_context(open_model(named.model))
     checkpoint.check()
     tokens = token_ids(named, checkpoint).tolist()
     if adapted is None:
@@ -250,7 +250,7 @@ def _audit_replay(
         raise InputError(
             f"{path}: '{shown(min(side.unknown))}' is no stage of the replay; there are {', '.join(REPLAY)}"
         )
-    checkpoint = None if model is None else stack.enter_context(open_checkpoint(model))
+    checkpoint = None if model is None else stack.enter_context(open_model(model))
     lambdas = lambdas_of(side.facts, str(path))
     audits = [_TensorAudit(k, tensor, checkpoint, top, lambdas, side.precision) for k, tensor in side.tensors.items()]
     for number, tensor in enumerate(audits):
@@ -275,7 +275,7 @@ class _TensorAudit:
         self,
         key: str,
         tensor: SideTensor,
-        checkpoint: Checkpoint | None,
+        checkpoint: ModelSource | None,
         top: int,
         lambdas: Lambdas,
         precision: str | None,

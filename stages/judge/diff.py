@@ -10,12 +10,13 @@ from typing import Any
 from stages.errors import InputError, NotFoundError, UsageError
 from stages.files import bundle as bundles
 from stages.files.aprt import AprtFile, is_aprt, is_aprt_tree, tree_of
-from stages.files.checkpoint import CONFIG, open_checkpoint
+from stages.files.checkpoint import CONFIG
 from stages.files.dump import MANIFEST_FILE
 from stages.files.folders import RUN_FILE
 from stages.files.forward_dump import is_forward_dump, parse_key
 from stages.files.replay_recorded import Side, SideTensor, check_comparable, open_side, pair_samples
 from stages.files.selection import layer_of
+from stages.files.source import open_model
 from stages.files.tensorfile import TensorFile
 from stages.judge import document as diff
 from stages.judge.aprt import compare_files
@@ -183,7 +184,7 @@ def diff_any(command: DiffCommand, progress: Progress) -> dict[str, Any]:
     if kinds == {"report"}:
         return diff_reports(a, b, command.gates, top=top)
     if kinds == {"checkpoint"}:
-        with open_checkpoint(a) as one, open_checkpoint(b) as other:
+        with open_model(a) as one, open_model(b) as other:
             return diff_checkpoints(one, other, top=top, progress=progress)
     if kinds == {"aprt"}:
         return diff_aprt_files(a, b, command.named, top=top, gates=command.gates, progress=progress)

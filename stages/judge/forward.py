@@ -15,9 +15,9 @@ import numpy as np
 
 from stages.errors import InputError, NotFoundError, UsageError, shown
 from stages.files.aprt import is_aprt_tree
-from stages.files.checkpoint import Checkpoint, open_checkpoint, open_recorded
 from stages.files.dump import Dump, changed
 from stages.files.forward_dump import AprtSide, ForwardSide, Place, advice, forward_key
+from stages.files.source import ModelSource, open_model
 from stages.files.tensorfile import TensorFile
 from stages.judge.alternatives import LEFT_OUT, Wrong, wrong_values
 from stages.judge.culprit import Piece
@@ -84,7 +84,7 @@ class ForwardRun:
     tokens: list[int]
     positions: str
     weights: Weights | None  # None: not to be had
-    checkpoint: Checkpoint | None = None  # what `weights` come from, adapted or not
+    checkpoint: ModelSource | None = None  # what `weights` come from, adapted or not
     adapted: TensorFile | None = None  # the adapted ones among them
     misshapen: set[Place] = field(default_factory=set)  # nothing can be said of a stage that reads one of these
     lambdas: Lambdas = field(default_factory=lambda: LAMBDA)
@@ -177,10 +177,10 @@ def _check_manifest(folder: Path, manifest: Mapping[str, Any], config: ModelConf
             raise InputError(f"{folder}: the manifest's '{name}' is {shown(manifest.get(name))}, not a forward's")
 
 
-def _checkpoint(folder: Path, recorded: Mapping[str, Any], model: str | None, stack: ExitStack) -> Checkpoint | None:
+def _checkpoint(folder: Path, recorded: Mapping[str, Any], model: str | None, stack: ExitStack) -> ModelSource | None:
     """The model a dump was made from: the given one, or the recorded one if it is on this disk and still the same."""
     try:
-        found = open_recorded(str(recorded.get("source"))) if model is None else open_checkpoint(model)
+        found = open_model(str(recorded.get("source")), recorded=True) if model is None else open_model(model)
         checkpoint = stack.enter_context(found)
     except (InputError, NotFoundError):
         if model is not None:

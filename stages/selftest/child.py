@@ -7,8 +7,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from stages.files.checkpoint import open_checkpoint
 from stages.files.jsonio import read_object
+from stages.files.source import open_model
 from stages.jobs.forward_one import ForwardCommand, forward_one
 from stages.jobs.replay_one import ReplayJob, ReplayOptions
 from stages.progress import Progress
@@ -87,5 +87,5 @@ def _forward(run: Mapping[str, Any], backend: PlantedBackend, plant: Plant | Non
 
 
 def _layers(source: str) -> int:
-    with open_checkpoint(source) as checkpoint:
+    with open_model(source) as checkpoint:
         return checkpoint.config.num_hidden_layers

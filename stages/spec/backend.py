@@ -19,7 +19,7 @@ def check_device(device: str) -> None:
 
 
 class Weights(Protocol):
-    """Where parameters come from: a `Checkpoint`, or something that reads like one."""
+    """Where parameters come from: a model that was opened (`files.source.ModelSource`), adapted or not."""
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows `[start:stop]` of parameter `name`; the caller does not change the array."""
