@@ -16,8 +16,8 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from stages.commands import child, compare, look, make, prove, route
-from stages.commands.program import COMMANDS, STATE, emit
+from stages.commands import child, compare, look, make, prove, route, skill
+from stages.commands.program import COMMANDS, STATE, emit, with_next
 
 
 class App(typer.Typer):
@@ -97,7 +97,7 @@ def _fail(line: str, code: int) -> int:
         print(f"svf: {line}", file=sys.stderr)
     if STATE.json:
         with contextlib.suppress(OSError):  # that nobody reads it is no second error
-            emit(error_document(line, code, shlex.join(["svf", *STATE.words])))
+            emit(with_next(error_document(line, code, shlex.join(["svf", *STATE.words])), json=True))
             sys.stdout.flush()
     return code
 
@@ -147,7 +147,7 @@ app = App(
     rich_markup_mode="rich",
 )
 # Modules of commands, each panel of --help in its turn.
-PANELS = (compare, make, look, prove, route, child)
+PANELS = (compare, make, look, skill, prove, route, child)
 for declared in (one for panel in PANELS for one in COMMANDS if one.function.__module__ == panel.__name__):
     app.command(declared.name, hidden=declared.panel is None, rich_help_panel=declared.panel)(declared.function)
 

@@ -182,12 +182,11 @@ def _silent(_label: str, _done: float) -> None:
 
 def _declared() -> dict[str, Stage]:
     """Every stage by name, each in the fullest family that has it."""
-    from stages.spec.forward import declare
+    from stages.spec.forward import DECLARED
     from stages.spec.replay import REPLAY
     from stages.spec.router import ROUTER
 
-    forward = declare(qk_norm=True, qkv_bias=True, o_bias=True)
-    return {**{s.name: s for s in forward}, **REPLAY, **ROUTER}
+    return {**DECLARED, **REPLAY, **ROUTER}
 
 
 def _stage(name: str, arguments: Sequence[Any], options: Mapping[str, Any]) -> Stage:

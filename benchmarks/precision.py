@@ -24,7 +24,8 @@ from stages.jobs.synth import config_json
 from stages.run.forward import Forwarder, LoadedWeights
 from stages.run.precision import MODES, precision_fields
 from stages.run.replay import Replayer
-from stages.spec.qwen import LM_HEAD, QwenConfig, parameter_shapes, parse_config
+from stages.spec.config import LM_HEAD, ModelConfig
+from stages.spec.families import parameter_shapes, parse_config
 from stages.spec.values import ReplayTask
 
 BACKENDS = ("torch", "jax")
@@ -34,7 +35,7 @@ WORKLOADS = ("replay", "tiny", "0.6b")
 class RandomWeights:
     """Weights of `config`, normal with a standard deviation of 1/sqrt(width); norms about 1."""
 
-    def __init__(self, config: QwenConfig):
+    def __init__(self, config: ModelConfig):
         rng = np.random.default_rng(0)
         self.arrays = {}
         for name, shape in parameter_shapes(config).items():
@@ -58,7 +59,7 @@ def replay_task(rows: int, cols: int) -> ReplayTask:
     return ReplayTask("weight", (rows, cols), lambda a, z: u[a:z], s, v, offsets, lambda a, z: source[a:z], "torch_v")
 
 
-def config_of(workload: str, dtype: str) -> QwenConfig:
+def config_of(workload: str, dtype: str) -> ModelConfig:
     """The tiny model, or two layers of the 0.6B one with its whole LM head."""
     config = parse_config(config_json("tiny" if workload == "tiny" else "qwen3-0.6b"), workload)
     layers = config.num_hidden_layers if workload == "tiny" else 2

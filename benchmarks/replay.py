@@ -68,7 +68,7 @@ def write_manifest(preset: str, layer: int, folder: Path) -> None:
     from stages.files.selection import select_by_rule
     from stages.jobs.builtin import router_vector, write_vector
     from stages.jobs.synth import config_json
-    from stages.spec.qwen import parameter_shapes, parse_config
+    from stages.spec.families import parameter_shapes, parse_config
 
     selection = select_by_rule(parameter_shapes(parse_config(config_json(preset), preset)), (layer,))
     write_vector(folder / "vector.npy", router_vector(preset, (layer,)))

@@ -14,11 +14,11 @@ from jax import Array
 from stages.errors import UsageError
 from stages.spec import environment
 from stages.spec.backend import Production, Weights
-from stages.spec.qwen import QwenConfig
+from stages.spec.config import ModelConfig, RawConfig
 from svf_jax.components import REPLAY_STAGES
+from svf_jax.decoder import FORWARD_STAGES
 from svf_jax.order import ORDERED
 from svf_jax.probe import flags
-from svf_jax.qwen import FORWARD_STAGES
 from svf_jax.router import ROUTER_STAGES
 from svf_jax.svd import svd
 from svf_jax.wide import WIDE_STAGES
@@ -98,7 +98,7 @@ class JaxBackend:
         return call
 
     def production(
-        self, config: QwenConfig, weights: Weights, *, dtype: str = "model", raw_config: Mapping[str, Any] | None = None
+        self, config: ModelConfig, weights: Weights, *, dtype: str = "model", raw_config: RawConfig | None = None
     ) -> Production:
         """The flax.nnx model of `config`, whole under jit; `raw_config` is for its twin."""
         from svf_jax.production import production  # flax takes a second to import

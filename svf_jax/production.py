@@ -1,8 +1,9 @@
-"""A Qwen3 and Qwen2/2.5 in `flax.nnx`: the production model of the JAX side. Twin of svf_torch/production.py.
+"""A decoder in `flax.nnx`, of every family here: the production model of the JAX side. Twin of svf_torch/production.py.
 
-Written for itself, from `transformers` 5's eager modules (models/qwen{2,3}/modeling_*.py), and not from the traced
-stages in svf_jax/qwen.py: agreeing with them shows something. Module and parameter names are the checkpoint's, so
-the paths of the nnx state are its tensor names. The only function shared is `inv_freq`, see `RotaryEmbedding`.
+Written for itself, from `transformers` 5's eager modules (models/{qwen2,qwen3,llama}/modeling_*.py), and not from the
+traced stages in svf_jax/decoder.py: agreeing with them shows something. Module and parameter names are the
+checkpoint's, so the paths of the nnx state are its tensor names. The only function shared is `inv_freq`, see
+`RotaryEmbedding`.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from jax import Array, lax
 
 from stages.run.production import bucket, check_names, checked_tokens, greedy, parameters_of, with_stored_head
 from stages.spec.backend import Weights
-from stages.spec.qwen import QwenConfig
-from svf_jax.qwen import inv_freq
+from stages.spec.config import ModelConfig
+from svf_jax.decoder import inv_freq
 
 
 class Buffer(nnx.Variable):
@@ -64,7 +65,7 @@ class RMSNorm(nnx.Module):
 class RotaryEmbedding(nnx.Module):
     """cos and sin of every position's angles, `[tokens, head_dim]` each, in the activations' dtype."""
 
-    def __init__(self, config: QwenConfig, dtype: str):
+    def __init__(self, config: ModelConfig, dtype: str):
         # The traced path's own: one ulp here is 3e-5 in the angle at position 500, which would drown all other
         # rounding. The stage is judged by its oracle. A variable, not a constant, lest XLA fold cos and sin.
         self.inv_freq = Buffer(frequencies(config, 1))
@@ -84,7 +85,7 @@ class RotaryEmbedding(nnx.Module):
 class Attention(nnx.Module):
     """Causal self-attention with grouped key and value heads, and head norms where the family has them."""
 
-    def __init__(self, config: QwenConfig, rngs: nnx.Rngs, dtype: str):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype: str):
         c = config
         queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
         self.q_proj = Linear(c.hidden_size, queries, rngs, dtype, bias=c.qkv_bias)
@@ -120,7 +121,7 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """SwiGLU: `down(silu(gate(x)) * up(x))`."""
 
-    def __init__(self, config: QwenConfig, rngs: nnx.Rngs, dtype: str):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype: str):
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size, rngs, dtype)
         self.up_proj = Linear(config.hidden_size, config.intermediate_size, rngs, dtype)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, rngs, dtype)
@@ -134,7 +135,7 @@ class MLP(nnx.Module):
 class DecoderLayer(nnx.Module):
     """Attention and MLP, each behind a norm and added to what came in."""
 
-    def __init__(self, config: QwenConfig, rngs: nnx.Rngs, dtype: str):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype: str):
         self.self_attn = Attention(config, rngs, dtype)
         self.mlp = MLP(config, rngs, dtype)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
@@ -148,7 +149,7 @@ class DecoderLayer(nnx.Module):
 class Decoder(nnx.Module):
     """From token ids to the final norm, `[tokens, hidden]`."""
 
-    def __init__(self, config: QwenConfig, rngs: nnx.Rngs, dtype: str):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype: str):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, rngs, dtype)
         self.layers = nnx.List([DecoderLayer(config, rngs, dtype) for _ in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
@@ -162,14 +163,14 @@ class Decoder(nnx.Module):
         return self.norm(x)
 
 
-class QwenModel(nnx.Module):
-    """A Qwen3 or Qwen2/2.5 for causal language modelling, one sequence at a time, without a cache.
+class CausalLM(nnx.Module):
+    """A model for causal language modelling, one sequence at a time, without a cache.
 
     Randomly initialised; `load_model` gives one with a checkpoint's weights. `dtype`: of weights and activations,
     `model` for the config's. A tied model has no `lm_head`: the embedding serves.
     """
 
-    def __init__(self, config: QwenConfig, rngs: nnx.Rngs, *, dtype: str = "model"):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, *, dtype: str = "model"):
         dtype = config.dtype if dtype == "model" else dtype
         self.model = Decoder(config, rngs, dtype)
         tied = config.tie_word_embeddings
@@ -186,8 +187,8 @@ class QwenModel(nnx.Module):
         return _linear(hidden, self.model.embed_tokens.weight[...]) if self.lm_head is None else self.lm_head(hidden)
 
 
-def load_model(config: QwenConfig, weights: Weights, dtype: str = "model", device: str = "cpu") -> QwenModel:
-    """A `QwenModel` whose every parameter was read from `weights`, one tensor at a time.
+def load_model(config: ModelConfig, weights: Weights, dtype: str = "model", device: str = "cpu") -> CausalLM:
+    """A `CausalLM` whose every parameter was read from `weights`, one tensor at a time.
 
     `dtype`: what weights are cast to and activations computed in, `model` for the config's. The model has an LM head
     of its own where the weights have one, whatever the config ties. `InputError` for a tensor that is missing,
@@ -196,7 +197,7 @@ def load_model(config: QwenConfig, weights: Weights, dtype: str = "model", devic
     config = with_stored_head(config, weights)
     dtype = config.dtype if dtype == "model" else dtype
     place = _device(device)
-    model = nnx.eval_shape(lambda: QwenModel(config, nnx.Rngs(0), dtype=dtype))
+    model = nnx.eval_shape(lambda: CausalLM(config, nnx.Rngs(0), dtype=dtype))
     with jax.default_device(place):
         model.model.rotary_emb = RotaryEmbedding(config, dtype)
     parameters = {".".join(map(str, path)): v for path, v in nnx.iter_graph(model) if isinstance(v, nnx.Param)}
@@ -208,14 +209,14 @@ def load_model(config: QwenConfig, weights: Weights, dtype: str = "model", devic
 
 
 class JaxProduction:
-    """A `QwenModel` compiled whole, in numpy terms; see `stages.run.production.Production`.
+    """A `CausalLM` compiled whole, in numpy terms; see `stages.run.production.Production`.
 
     `precision` is that of products. XLA may not keep bfloat16 values in float32 between operations
     (`xla_allow_excess_precision`): the model prescribes those roundings, and without them a bfloat16 model cannot
     be told from one with a changed constant (docs/findings/production.md).
     """
 
-    def __init__(self, model: QwenModel, config: QwenConfig, device: str, precision: str):
+    def __init__(self, model: CausalLM, config: ModelConfig, device: str, precision: str):
         self.model, self.config = model, config
         self._place, self._precision = _device(device), precision
         graph, self._state = nnx.split(model)
@@ -262,7 +263,7 @@ class JaxProduction:
 
 
 def production(
-    config: QwenConfig, weights: Weights, *, dtype: str = "model", device: str = "cpu", precision: str = "highest"
+    config: ModelConfig, weights: Weights, *, dtype: str = "model", device: str = "cpu", precision: str = "highest"
 ) -> JaxProduction:
     """The production model of `config`, with all `weights` loaded."""
     return JaxProduction(load_model(config, weights, dtype, device), config, device, precision)
@@ -274,7 +275,7 @@ def _device(device: str) -> jax.Device:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _inv_freq(config: QwenConfig, positions: Array) -> Array:
+def _inv_freq(config: ModelConfig, positions: Array) -> Array:
     c = config
     return inv_freq(
         positions,
@@ -285,7 +286,7 @@ def _inv_freq(config: QwenConfig, positions: Array) -> Array:
     )
 
 
-def frequencies(config: QwenConfig, length: int) -> Array:
+def frequencies(config: ModelConfig, length: int) -> Array:
     """RoPE's inverse frequencies for a sequence of `length` tokens, `[head_dim / 2]`."""
     # The last position alone: it gives the length, and one compilation serves all.
     return _inv_freq(config, np.array([length - 1], np.int32))

@@ -1,14 +1,13 @@
 """Stages in float64, before their final rounding. Twin of svf_torch/wide.py.
 
 A stage of neither table below is its native function, which computes in its arguments' dtype. Those here have a cast
-in it, or a rounding inside that float64 has to perform itself, as stages/oracle/components.py and reference_qwen.py do.
+in it, or a rounding inside that float64 has to perform itself, as stages/oracle/{components,decoder}.py do.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -16,35 +15,47 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from stages.spec.qwen import RopeParameters
-from svf_jax import components, qwen, router
+from stages.spec.rope import RopeParameters
+from stages.spec.stage import Functions
+from svf_jax import components, decoder, router
+
+# What differs in float64 takes the place of the native function.
+WIDE_STAGES: Functions[Callable[..., Array]] = Functions(
+    {**components.REPLAY_STAGES, **decoder.FORWARD_STAGES, **router.ROUTER_STAGES}
+)
 
 
+@WIDE_STAGES
 def source_f32(source: Array) -> Array:
     """The weight as stored, `[rows, cols]`."""
     return source
 
 
+@WIDE_STAGES
 def offsets_f32(offsets: Array) -> Array:
     """One scale offset per singular value, `[rank]`."""
     return offsets
 
 
+@WIDE_STAGES
 def scaled_s(offsets_f32: Array, s: Array) -> Array:
     """Singular values after the SVF step, S * (1 + offsets), `[rank]`; the sum rounded to float32."""
     return s * _rounded(1 + offsets_f32, "float32")
 
 
+@WIDE_STAGES
 def zero_source_f32(u: Array, s: Array, v: Array, *, layout: str) -> Array:
     """(U * S) @ V^T, `[rows, cols]`: the replay with zero offsets; U * S rounded to float32."""
     return components.matmul_pre_norm(_rounded(u * s, "float32"), v, layout=layout)
 
 
+@WIDE_STAGES
 def final_bf16(final_f32: Array) -> Array:
     """final_f32; the boundary rounds it to bfloat16."""
     return final_f32
 
 
+@WIDE_STAGES
 def inv_freq(
     positions: Array, *, head_dim: int, rope_theta: float, rope_type: str, rope_parameters: RopeParameters
 ) -> Array:
@@ -59,10 +70,10 @@ def inv_freq(
     if rope_type == "linear":
         return frequencies / float(np.float32(rope["factor"]))
     if rope_type == "yarn":
-        kept = qwen._yarn_kept(head_dim, rope_theta, rope).astype(np.float64)
+        kept = decoder._yarn_kept(head_dim, rope_theta, rope).astype(np.float64)
         return frequencies / rope["factor"] * (1 - kept) + frequencies * kept
     if rope_type == "longrope":
-        return frequencies / qwen._longrope_factors(positions, rope).astype(np.float64)
+        return frequencies / decoder._longrope_factors(positions, rope).astype(np.float64)
     if rope_type == "llama3":
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         share = (rope["original_max_position_embeddings"] * frequencies / (2 * math.pi) - low) / (high - low)
@@ -71,72 +82,84 @@ def inv_freq(
     return frequencies
 
 
+@WIDE_STAGES
 def rope_cos(rope_angle: Array, *, attention_scaling: float, dtype: str) -> Array:
     """cos(rope_angle) times the attention factor, `[tokens, head_dim]`."""
     return jnp.cos(rope_angle) * attention_scaling
 
 
+@WIDE_STAGES
 def rope_sin(rope_angle: Array, *, attention_scaling: float, dtype: str) -> Array:
     """sin(rope_angle) times the attention factor, `[tokens, head_dim]`."""
     return jnp.sin(rope_angle) * attention_scaling
 
 
+@WIDE_STAGES
 def attn_norm(layer_input: Array, weight: Array, *, eps: float, dtype: str) -> Array:
     """RMSNorm of the layer's input, `[tokens, hidden]`."""
     return _rms_norm(layer_input, weight, eps, dtype)
 
 
+@WIDE_STAGES
 def q_norm(
     qkv_bias: Array, weight: Array, *, heads: int, kv_heads: int, head_dim: int, eps: float, dtype: str
 ) -> Array:
     """RMSNorm of the queries, head by head, `[tokens, heads, head_dim]`."""
-    return _rms_norm(qwen._queries(qkv_bias, heads, head_dim), weight, eps, dtype)
+    return _rms_norm(decoder._queries(qkv_bias, heads, head_dim), weight, eps, dtype)
 
 
+@WIDE_STAGES
 def k_norm(
     qkv_bias: Array, weight: Array, *, heads: int, kv_heads: int, head_dim: int, eps: float, dtype: str
 ) -> Array:
     """RMSNorm of the keys, head by head, `[tokens, kv_heads, head_dim]`."""
-    return _rms_norm(qwen._keys(qkv_bias, heads, kv_heads, head_dim), weight, eps, dtype)
+    return _rms_norm(decoder._keys(qkv_bias, heads, kv_heads, head_dim), weight, eps, dtype)
 
 
+@WIDE_STAGES
 def q_post_rope(
     q: Array, rope_cos: Array, rope_sin: Array, *, heads: int, kv_heads: int, head_dim: int, dtype: str
 ) -> Array:
     """Queries turned by RoPE, `[tokens, heads, head_dim]`; from q_norm, or from qkv_bias where there is none."""
-    return _turned(qwen._queries(q, heads, head_dim), rope_cos, rope_sin, dtype)
+    return _turned(decoder._queries(q, heads, head_dim), rope_cos, rope_sin, dtype)
 
 
+@WIDE_STAGES
 def k_post_rope(
     k: Array, rope_cos: Array, rope_sin: Array, *, heads: int, kv_heads: int, head_dim: int, dtype: str
 ) -> Array:
     """Keys turned by RoPE, `[tokens, kv_heads, head_dim]`; from k_norm, or from qkv_bias where there is none."""
-    return _turned(qwen._keys(k, heads, kv_heads, head_dim), rope_cos, rope_sin, dtype)
+    return _turned(decoder._keys(k, heads, kv_heads, head_dim), rope_cos, rope_sin, dtype)
 
 
+@WIDE_STAGES
 def attn_scores(q_post_rope: Array, k_post_rope: Array, *, scaling: float, dtype: str) -> Array:
     """q k^T * scaling, not masked, `[heads, queries, keys]`."""
-    keys = qwen._repeated(k_post_rope, q_post_rope.shape[1])
+    keys = decoder._repeated(k_post_rope, q_post_rope.shape[1])
     scores = jnp.einsum("qhd,hkd->hqk", q_post_rope, keys)
     return _prescribed(scores, dtype) * float(np.float32(scaling))
 
 
+@WIDE_STAGES
 def attn_softmax(attn_scores: Array) -> Array:
     """Softmax over the keys up to each query, `[heads, queries, keys]`."""
-    return jax.nn.softmax(qwen._masked(attn_scores), axis=-1)
+    return jax.nn.softmax(decoder._masked(attn_scores), axis=-1)
 
 
+@WIDE_STAGES
 def ffn_silu(ffn_gate: Array) -> Array:
     """ffn_gate * sigmoid(ffn_gate), `[tokens, intermediate]`."""
     # not jax.nn.silu, whose sigmoid XLA may take from tanh: all digits cancel far below 0
     return ffn_gate / (1 + jnp.exp(-ffn_gate))
 
 
+@WIDE_STAGES
 def ffn_norm(post_attn_residual: Array, weight: Array, *, eps: float, dtype: str) -> Array:
     """RMSNorm of post_attn_residual, `[tokens, hidden]`."""
     return _rms_norm(post_attn_residual, weight, eps, dtype)
 
 
+@WIDE_STAGES
 def final_norm(post_ffn_residual: Array, weight: Array, *, eps: float, dtype: str) -> Array:
     """RMSNorm of the last layer's output, `[tokens, hidden]`."""
     return _rms_norm(post_ffn_residual, weight, eps, dtype)
@@ -166,34 +189,4 @@ def _prescribed(x: Array, dtype: str) -> Array:
 
 def _rounded(x: Array, dtype: str) -> Array:
     # not astype there and back, which XLA may leave out; one rounding from float64, that flushes below 2^-126
-    return qwen._reduced(x, jnp.dtype(dtype))
-
-
-_CHANGED: Mapping[str, Callable[..., Array]] = MappingProxyType(
-    {
-        f.__name__: f
-        for f in (
-            source_f32,
-            offsets_f32,
-            scaled_s,
-            zero_source_f32,
-            final_bf16,
-            inv_freq,
-            rope_cos,
-            rope_sin,
-            attn_norm,
-            q_norm,
-            k_norm,
-            q_post_rope,
-            k_post_rope,
-            attn_scores,
-            attn_softmax,
-            ffn_silu,
-            ffn_norm,
-            final_norm,
-        )
-    }
-)
-WIDE_STAGES: Mapping[str, Callable[..., Array]] = MappingProxyType(
-    {**components.REPLAY_STAGES, **qwen.FORWARD_STAGES, **router.ROUTER_STAGES, **_CHANGED}
-)
+    return decoder._reduced(x, jnp.dtype(dtype))

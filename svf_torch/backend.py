@@ -16,11 +16,11 @@ from stages.errors import UsageError
 from stages.run.memory import aligned_copy, is_aligned
 from stages.spec import environment
 from stages.spec.backend import Production, Weights
-from stages.spec.qwen import QwenConfig
+from stages.spec.config import ModelConfig, RawConfig
 from svf_torch.components import REPLAY_STAGES
+from svf_torch.decoder import FORWARD_STAGES
 from svf_torch.order import ORDERED
 from svf_torch.probe import flags, set_flag
-from svf_torch.qwen import FORWARD_STAGES
 from svf_torch.router import ROUTER_STAGES
 from svf_torch.svd import svd
 from svf_torch.wide import WIDE_STAGES
@@ -112,7 +112,7 @@ class TorchBackend:
                 set_flag(name, True)
 
     def production(
-        self, config: QwenConfig, weights: Weights, *, dtype: str = "model", raw_config: Mapping[str, Any] | None = None
+        self, config: ModelConfig, weights: Weights, *, dtype: str = "model", raw_config: RawConfig | None = None
     ) -> Production:
         """The transformers model of `config`, eager attention; `raw_config` is the checkpoint's own config.json."""
         from svf_torch.production import production  # transformers takes seconds to import

@@ -1,4 +1,4 @@
-"""`transformers`' own Qwen3 and Qwen2/2.5: the production model of the torch side. Twin of svf_jax/production.py.
+"""`transformers`' own models: the production model of the torch side. Twin of svf_jax/production.py.
 
 The classes are taken by family, never by what a checkpoint's folder names, and nothing in the folder is executed.
 Weights come through the same reader as the traced path's, so adapted ones work too.
@@ -6,7 +6,7 @@ Weights come through the same reader as the traced path's, so adapted ones work 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -14,20 +14,35 @@ import ml_dtypes
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from stages.run.memory import ALIGNMENT, aligned_copy
 from stages.run.production import check_names, checked_tokens, greedy, parameters_of, with_stored_head
 from stages.spec.backend import Weights
-from stages.spec.qwen import QwenConfig
+from stages.spec.config import ModelConfig
 
-CLASSES: Mapping[str, tuple[Any, Any]] = MappingProxyType(
-    {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}
+# Sequences that a window could cut are refused, so full attention is the same and always right.
+_NO_WINDOW = {"use_sliding_window": False}
+# A family's config, its model, and what its config has beside the fields of all.
+CLASSES: Mapping[str, tuple[Any, Any, Callable[[ModelConfig], dict[str, Any]]]] = MappingProxyType(
+    {
+        "qwen3": (Qwen3Config, Qwen3ForCausalLM, lambda c: {"attention_bias": c.qkv_bias, **_NO_WINDOW}),
+        "qwen2": (Qwen2Config, Qwen2ForCausalLM, lambda _: _NO_WINDOW),
+        "llama": (LlamaConfig, LlamaForCausalLM, lambda c: {"attention_bias": c.qkv_bias}),
+    }
 )
 
 
 def load_model(
-    config: QwenConfig,
+    config: ModelConfig,
     weights: Weights,
     dtype: str = "model",
     device: str = "cpu",
@@ -54,9 +69,9 @@ def load_model(
     return model.to(device).eval().requires_grad_(False)
 
 
-def transformers_config(config: QwenConfig, raw_config: Mapping[str, Any] | None = None) -> Any:
+def transformers_config(config: ModelConfig, raw_config: Mapping[str, Any] | None = None) -> Any:
     """`config` as `transformers` has it, or its own reading of `raw_config`; tied as `config` is."""
-    c, kind = config, CLASSES[config.family][0]
+    c, (kind, _, own) = config, CLASSES[config.family]
     if raw_config is not None:
         return kind.from_dict({**raw_config, "tie_word_embeddings": c.tie_word_embeddings})
     return kind(
@@ -71,14 +86,11 @@ def transformers_config(config: QwenConfig, raw_config: Mapping[str, Any] | None
         rms_norm_eps=c.rms_norm_eps,
         rope_parameters=_rope_parameters(c),
         tie_word_embeddings=c.tie_word_embeddings,
-        # Sequences that a window could cut are refused, so full attention is the same and always right.
-        use_sliding_window=False,
-        layer_types=["full_attention"] * c.num_hidden_layers,
-        **({"attention_bias": c.qkv_bias} if c.family == "qwen3" else {}),
+        **own(c),
     )
 
 
-def _rope_parameters(config: QwenConfig) -> dict[str, Any]:
+def _rope_parameters(config: ModelConfig) -> dict[str, Any]:
     rope = {name: list(value) if isinstance(value, tuple) else value for name, value in config.rope.items()}
     if config.rope_type == "dynamic":  # its length is max_position_embeddings
         del rope["original_max_position_embeddings"]
@@ -88,7 +100,7 @@ def _rope_parameters(config: QwenConfig) -> dict[str, Any]:
 class TorchProduction:
     """`transformers`' model in numpy terms; see `stages.run.production.Production`."""
 
-    def __init__(self, model: PreTrainedModel, config: QwenConfig):
+    def __init__(self, model: PreTrainedModel, config: ModelConfig):
         self.model, self.config = model, config
 
     def __call__(self, tokens: Sequence[int] | np.ndarray, *, last_only: bool = False) -> np.ndarray:
@@ -130,7 +142,7 @@ class TorchProduction:
 
 
 def production(
-    config: QwenConfig,
+    config: ModelConfig,
     weights: Weights,
     *,
     dtype: str = "model",

@@ -18,7 +18,7 @@ from stages.jobs.decompose import FLOAT64, decompose
 from stages.jobs.decompose_options import DecomposeOptions
 from stages.jobs.synth import config_json, synthesize
 from stages.spec.backend import Backend
-from stages.spec.qwen import parameter_shapes, parse_config
+from stages.spec.families import parameter_shapes, parse_config
 
 # Before a framework is imported: threads of OpenMP that spin while they wait take the processor from the other worker
 # of `pytest -n 2` (a loop of small products on two busy cores: 81 s, and 15 s without spinning). They change no bit.

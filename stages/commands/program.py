@@ -62,8 +62,23 @@ def emit(document: Any) -> None:
 def answer(document: Any, json: bool, show: Callable[[Any], None]) -> None:
     """Print a document as JSON, or as text with no character in it that a terminal would obey."""
     from stages.errors import all_shown
+    from stages.show.console import next_lines
 
-    emit(document) if json else show(all_shown(document))
+    document = with_next(document, json)
+    if json:
+        emit(document)
+    else:
+        document = all_shown(document)
+        show(document)
+        next_lines(document)
+
+
+def with_next(document: Any, json: bool) -> Any:
+    """The document with the commands that would tell more, these as machine-readable as it is."""
+    from stages.judge.next_steps import next_steps
+
+    steps = next_steps(document)
+    return {**document, "next": [f"{step} --json" if json and "--help" not in step else step for step in steps]}
 
 
 def say(text: str) -> None:

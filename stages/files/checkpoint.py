@@ -1,4 +1,4 @@
-"""A Qwen checkpoint in Hugging Face layout, opened by its headers and read by tensor and row range.
+"""A checkpoint in Hugging Face layout, opened by its headers and read by tensor and row range.
 
 Nothing in the folder is executed, and only `config.json`, `*.safetensors` and their index are opened; pickled
 weights (`.bin`, `.pt`) never are, since unpickling runs code.
@@ -21,8 +21,9 @@ import numpy as np
 from stages.errors import InputError, NotFoundError, shown
 from stages.files.jsonio import MAX_JSON_BYTES, parse_json, read_bytes, read_object
 from stages.files.tensorfile import TensorFile, TensorInfo
+from stages.spec.config import DTYPES, EMBEDDING, LM_HEAD, ModelConfig
 from stages.spec.dtypes import dtype_name
-from stages.spec.qwen import DTYPES, EMBEDDING, LM_HEAD, QwenConfig, parameter_shapes, parse_config
+from stages.spec.families import parameter_shapes, parse_config
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -78,7 +79,7 @@ class Checkpoint:
         self.close()
 
     @cached_property
-    def config(self) -> QwenConfig:
+    def config(self) -> ModelConfig:
         """The checked meaning of `config.json`; `InputError` naming what is refused."""
         return parse_config(self.raw_config, str(self.path / CONFIG))
 
@@ -117,6 +118,11 @@ class Checkpoint:
         if shape and not 0 <= start <= (shape[0] if stop is None else stop) <= shape[0]:
             raise ValueError(f"{name}: rows {start}:{stop} of {shape[0]}")
         return self._holder[stored].read(stored, start, stop)
+
+    def columns(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Columns `[start:stop]` of the matrix that `name` resolves to, gathered row by row."""
+        stored = self.resolve(name)
+        return self._holder[stored].read(stored, start, stop, axis=1)
 
     def check(self) -> None:
         """`InputError`, naming tensors, unless names, shapes and dtypes are what the config asks for.

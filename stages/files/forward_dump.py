@@ -12,10 +12,10 @@ import numpy as np
 
 from stages.errors import InputError, shown
 from stages.files.aprt import AprtTree
-from stages.files.checkpoint import Checkpoint
 from stages.files.dump import MANIFEST_FILE, SCHEMA, Dump, changed
 from stages.files.folders import new_folder
 from stages.files.jsonio import write_json
+from stages.files.source import ModelSource
 from stages.files.tensorfile import sha256, write_tensors
 from stages.spec.values import StageResult
 
@@ -71,7 +71,7 @@ def layer_file(layer: int | None) -> str:
     return MODEL_FILE if layer is None else f"layer-{layer}.safetensors"
 
 
-def run_fields(checkpoint: Checkpoint, source: str, tokens: Sequence[int]) -> dict[str, Any]:
+def run_fields(checkpoint: ModelSource, source: str, tokens: Sequence[int]) -> dict[str, Any]:
     """What a manifest says of the model and the tokens: by these two dumps are comparable. `source`: as named."""
     return {
         "model": {

@@ -11,9 +11,9 @@ from typing import Protocol
 import numpy as np
 
 from stages.errors import InputError, NotFoundError, UsageError, shown
-from stages.files.checkpoint import Checkpoint
 from stages.files.confined import Limits, ask
 from stages.files.jsonio import read_bytes
+from stages.files.source import ModelSource
 
 # The built-in run: long enough for attention to matter, and no two ids alike.
 DEFAULT_TOKENS = (3, 141, 59, 26, 53, 58, 97, 93)
@@ -96,7 +96,7 @@ class TokenOptions(Protocol):
     def prompt(self) -> str | None: ...
 
 
-def token_ids(command: TokenOptions, checkpoint: Checkpoint) -> np.ndarray:
+def token_ids(command: TokenOptions, checkpoint: ModelSource) -> np.ndarray:
     """The run's token ids, from whichever option gave them; a default list when none did."""
     given = [x for x in (command.tokens, command.tokens_file, command.prompt) if x is not None]
     if len(given) > 1:

@@ -25,8 +25,8 @@ from stages.run.adapted import Adapted, adapt, final_stage
 from stages.run.precision import precision_fields
 from stages.run.production import with_stored_head
 from stages.spec.backend import Backend, Weights
+from stages.spec.config import EMBEDDING, LM_HEAD
 from stages.spec.dtypes import stored_dtype
-from stages.spec.qwen import EMBEDDING, LM_HEAD
 
 UNTIE, LAST = "untie", "last"
 # Weights in other formats are the unadapted model's, so they are left out.

@@ -17,7 +17,7 @@ from stages.files.selection import select_by_rule
 from stages.jobs.decompose_options import DecomposeOptions
 from stages.jobs.synth import config_json, synthesize
 from stages.run.children import document_of, run_child
-from stages.spec.qwen import parameter_shapes, parse_config
+from stages.spec.families import parameter_shapes, parse_config
 
 # Raise it when the default's bytes change: the cache of an older version is then left alone.
 _VERSION = "1"

@@ -19,8 +19,9 @@ from stages.run.children import run_sides
 from stages.run.forward import Forwarder, oracles, recorded_inputs
 from stages.run.replay import Replayer
 from stages.spec.backend import BOTH, SIDES, Backend, Loader
+from stages.spec.config import ModelConfig
+from stages.spec.families import parse_config
 from stages.spec.noise import Noise
-from stages.spec.qwen import QwenConfig, parse_config
 from stages.spec.replay import REPLAY
 from stages.spec.values import ReplayTask
 
@@ -43,7 +44,7 @@ REPLAYS = ((192, 64, 0), (64, 64, 1), (64, 192, 2), (2048, 1024, 0))
 class _Random:
     """The weights of a synthesized model, each made when first read."""
 
-    def __init__(self, config: QwenConfig, seed: int):
+    def __init__(self, config: ModelConfig, seed: int):
         self._make = functools.cache(lambda name: random_tensor(config, name, seed))
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
@@ -126,7 +127,7 @@ def measure_forward(backend: Backend, preset: str, tokens: int, seed: int, measu
     ids = np.random.default_rng((seed, tokens)).integers(0, _VOCAB, tokens).tolist()
     recorded = {(r.layer, r.stage): r.array for r in forwarder.run(ids)}
     for (layer, name), observed in recorded.items():
-        stage = forwarder.path[name]
+        stage = forwarder.path.at((layer, name))
         inputs = recorded_inputs(forwarder.path, stage, recorded, ids, layer, config.num_hidden_layers)
         assert inputs is not None
         parts = oracles(forwarder.path, config, stage, inputs, weights, layer, _ONE)

@@ -20,7 +20,6 @@ import numpy as np
 from stages.errors import InputError, UsageError
 from stages.files import bundle as bundles
 from stages.files.bundle import Components, component_keys, offsets_key, sample_stage_key, tensor_stage_key
-from stages.files.checkpoint import Checkpoint, open_checkpoint
 from stages.files.folders import ensure_space, new_folder
 from stages.files.jsonio import write_json
 from stages.files.scratch import scratch_folder
@@ -32,6 +31,7 @@ from stages.files.selection import (
     load_router_vector,
     select_by_rule,
 )
+from stages.files.source import ModelSource, open_model
 from stages.files.tensorfile import TensorFile, TensorWriter, sha256, write_tensors
 from stages.jobs.decompose_options import DecomposeOptions
 from stages.jobs.decompose_report import BASELINE_LABEL, BundleReport, Hashes, is_turned, variant
@@ -41,8 +41,8 @@ from stages.run.replay import Replayer, default_chunk_rows
 from stages.spec.backend import Backend
 from stages.spec.dtypes import stored_dtype
 from stages.spec.factors import Decomposer, Factors, Method
+from stages.spec.families import parameter_shapes
 from stages.spec.layouts import LAYOUTS
-from stages.spec.qwen import parameter_shapes
 from stages.spec.replay import REPLAY
 from stages.spec.values import ReplayTask
 
@@ -108,7 +108,7 @@ def stored_weights(file: TensorFile) -> Method:
     )
 
 
-def select(options: DecomposeOptions, checkpoint: Checkpoint) -> Selection:
+def select(options: DecomposeOptions, checkpoint: ModelSource) -> Selection:
     """The manifest's selection, checked against the model, or the selection rule's."""
     shapes = parameter_shapes(checkpoint.config)
     if options.manifest is None:
@@ -132,7 +132,7 @@ def decompose(
     `backend` computes the recorded stages and variants: PyTorch, as the reference side.
     """
     with ExitStack() as stack:
-        opened = stack.enter_context(open_checkpoint(options.model))
+        opened = stack.enter_context(open_model(options.model))
         opened.check()
         checkpoint = LoadedWeights(opened, options.model_dtype)
         selection = select(options, opened)
@@ -191,7 +191,7 @@ def decompose_stored(
 ) -> dict[str, Any]:
     """`decompose` with the components of an original `svd_weights.pt`, which `load` reads in a child process."""
     assert options.svd_weights is not None
-    with open_checkpoint(options.model) as checkpoint:
+    with open_model(options.model) as checkpoint:
         selection = select(options, checkpoint)
     chosen = [t.source_name for t in selection.tensors]
     names = chosen if options.all_selected else [selection.sample.source_name]
@@ -230,7 +230,7 @@ def _output_bytes(tensors: Sequence[SelectedTensor]) -> int:
 class LoadedWeights:
     """A checkpoint's weights as a model of another dtype holds them; `auto` is the dtype that its config names."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: str):
+    def __init__(self, checkpoint: ModelSource, dtype: str):
         self._checkpoint, self.source = checkpoint, checkpoint.source
         self.dtype = checkpoint.config.dtype if dtype == "auto" else dtype
 

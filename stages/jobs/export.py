@@ -11,13 +11,13 @@ import numpy as np
 
 from stages.errors import InputError, UsageError, shown
 from stages.files.aprt import HELD, AprtTree, is_aprt_tree, write_tree
-from stages.files.checkpoint import Checkpoint, open_checkpoint
 from stages.files.folders import ensure_space, new_folder
 from stages.files.forward_dump import ForwardDump, ForwardSide, Place, forward_key, is_forward_dump, run_fields
+from stages.files.source import ModelSource, open_model
 from stages.files.tensorfile import TensorWriter
 from stages.files.tokens import check_tokens, parse_tokens
 from stages.judge.foreign import open_foreign, open_side
-from stages.judge.forward import ForwardRun, order_of, stage_of
+from stages.judge.forward import ForwardRun, order_of
 from stages.progress import Progress
 from stages.spec.forward import recorded_shape
 from stages.spec.values import StageResult
@@ -139,7 +139,7 @@ def _flat(tree: AprtTree, out: Path, progress: Progress) -> dict[str, str]:
 def _dump(source: Path, out: Path, model: str, tokens: str, progress: Progress) -> dict[str, Any]:
     """A committed forward dump: every stage in the shape and dtype that the model declares."""
     with ExitStack() as stack:
-        checkpoint = stack.enter_context(open_checkpoint(model))
+        checkpoint = stack.enter_context(open_model(model))
         ids = check_tokens(parse_tokens(tokens), checkpoint.config.vocab_size)
         run = open_foreign(source, checkpoint.config, checkpoint, ids.tolist(), stack)
         _check_sizes(run, source)
@@ -154,7 +154,7 @@ def _dump(source: Path, out: Path, model: str, tokens: str, progress: Progress) 
         }
 
 
-def _manifest(run: ForwardRun, checkpoint: Checkpoint, model: str, source: Path) -> dict[str, Any]:
+def _manifest(run: ForwardRun, checkpoint: ModelSource, model: str, source: Path) -> dict[str, Any]:
     places = run.side.places
     return {
         "backend": "aprt",
@@ -175,7 +175,7 @@ def _check_sizes(run: ForwardRun, source: Path) -> None:
     assert run.path is not None
     assert run.config is not None
     for place in run.side.places:
-        shape = list(recorded_shape(run.config, stage_of(run.path, place), len(run.tokens), run.positions))
+        shape = list(recorded_shape(run.config, run.path.at(place), len(run.tokens), run.positions))
         if place[1] == "lm_head":
             shape[0] = 1
         found = run.side.shape(place)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from stages.errors import UsageError
-from stages.files.checkpoint import open_checkpoint
 from stages.files.folders import check_folder, claimed
 from stages.files.scratch import scratch_folder
+from stages.files.source import open_model
 from stages.files.tokens import token_ids
 from stages.jobs.forward_one import ForwardCommand, check_forward, forward_one, with_model
 from stages.judge.adapted import STAGE
@@ -38,7 +38,7 @@ def forward_both(command: ForwardCommand, progress: Progress) -> dict[str, Any]:
         raise UsageError("--backend both compares safetensors dumps; write APRT trees one backend at a time")
     check_device(command.device)
     command = with_model(command, progress)
-    with open_checkpoint(str(command.model)) as checkpoint:
+    with open_model(str(command.model)) as checkpoint:
         tokens = check_forward(command, checkpoint)
     with ExitStack() as stack:
         run = None
@@ -80,7 +80,7 @@ def forward_alone(command: ForwardCommand, backend: Callable[[], Backend], progr
     if command.out is not None and not command.resume:
         check_folder(command.out)  # before the other backend runs
     command = with_model(command, progress)
-    with open_checkpoint(str(command.model)) as checkpoint:
+    with open_model(str(command.model)) as checkpoint:
         tokens = token_ids(command, checkpoint).tolist()
     with scratch_folder("order") as work:
         native = replace(command, order=None, layers="all", stages="all", positions="all", repeat=1, generate=0)

@@ -15,11 +15,11 @@ import numpy as np
 from stages.errors import UsageError
 from stages.files.aprt import write_tree
 from stages.files.bundle import Bundle
-from stages.files.checkpoint import Checkpoint, open_checkpoint
 from stages.files.folders import check_folder
 from stages.files.forward_dump import ForwardDump, ForwardSide, Place, forward_key, run_fields
 from stages.files.jsonio import copy_atomic
 from stages.files.scratch import scratch_folder
+from stages.files.source import ModelSource, open_model
 from stages.files.tokens import token_ids
 from stages.jobs.builtin import default_source
 from stages.judge import stats
@@ -35,12 +35,12 @@ from stages.run.memory import available_bytes
 from stages.run.precision import NATIVE, precision_fields
 from stages.run.production import compare_production, greedy, with_stored_head
 from stages.spec.backend import BOTH, Backend, Production, Weights
+from stages.spec.config import LM_HEAD, ModelConfig
 from stages.spec.dtypes import stored_dtype
-from stages.spec.forward import forward_path, producers
-from stages.spec.qwen import LM_HEAD, QwenConfig, parameter_shapes
+from stages.spec.families import parameter_shapes
+from stages.spec.forward import forward_pipeline, producers
 from stages.spec.selectors import resolve_layers, resolve_stages
-from stages.spec.stage import Path as StagePath
-from stages.spec.stage import Scope
+from stages.spec.stage import Pipeline, Scope
 from stages.spec.values import StageResult
 
 FORMATS = ("safetensors", "aprt")
@@ -108,7 +108,7 @@ def forward_one(
     command = with_model(command, progress)
     assert command.model is not None
     with ExitStack() as stack:
-        checkpoint = stack.enter_context(open_checkpoint(command.model))
+        checkpoint = stack.enter_context(open_model(command.model))
         job = _Job(command, checkpoint, stack, progress)
         if command.out is not None and not command.resume:
             check_folder(command.out)
@@ -117,7 +117,7 @@ def forward_one(
         return job.run(with_order(backend(), orders, command.order or NATIVE), reading)
 
 
-def check_forward(command: ForwardCommand, checkpoint: Checkpoint) -> list[int]:
+def check_forward(command: ForwardCommand, checkpoint: ModelSource) -> list[int]:
     """The run's token ids; refuses what a side would refuse before it computes, so that it is said once."""
     with ExitStack() as stack:
         job = _Job(command, checkpoint, stack, Progress(False))
@@ -130,13 +130,13 @@ def check_forward(command: ForwardCommand, checkpoint: Checkpoint) -> list[int]:
 class _Job:
     """One forward: what was asked for, resolved against the model."""
 
-    def __init__(self, command: ForwardCommand, checkpoint: Checkpoint, stack: ExitStack, progress: Progress):
+    def __init__(self, command: ForwardCommand, checkpoint: ModelSource, stack: ExitStack, progress: Progress):
         self.command, self.checkpoint, self.stack, self.progress = command, checkpoint, stack, progress
         checkpoint.check()
         self.config = checkpoint.config
         self.tokens = token_ids(command, checkpoint)
         self.config.check_length(len(self.tokens))
-        path = forward_path(self.config, command.dtype)
+        path = forward_pipeline(self.config, command.dtype)
         self.layers = resolve_layers(command.layers, self.config.num_hidden_layers)
         self.stages = resolve_stages(command.stages, path)
         if command.adapted is None and command.layout != "declared":
@@ -163,7 +163,7 @@ class _Job:
             "model": command.model,
             "tokens": self.tokens.tolist(),
             "positions": command.positions,
-            "dtype": forwarder.path["embedding"].dtype,
+            "dtype": forwarder.path.activations,
             "layers": list(self.layers),
             "stages": list(self.stages),
             "next_token": greedy(logits),
@@ -181,12 +181,13 @@ class _Job:
             "out": str(command.out) if command.out else None,
         }
 
-    def _inputs(self, path: StagePath) -> frozenset[Place]:
+    def _inputs(self, path: Pipeline) -> frozenset[Place]:
         """What the asked stages of the asked layers read and are not themselves."""
         places = [
-            (layer, path[name])
+            (layer, path.at((layer, name)))
             for name in self.stages
             for layer in (self.layers if path[name].scope is Scope.LAYER else (None,))
+            if name in path.of(layer)
         ]
         layers = self.config.num_hidden_layers
         found = {source for layer, stage in places for source in producers(path, stage, layer, layers).values()}
@@ -259,7 +260,7 @@ class _Job:
             "facts": {**facts_of(backend), "jit": command.jit},
             "precision": command.precision,
             **run_fields(self.checkpoint, str(command.model), self.tokens.tolist()),
-            "dtype": forwarder.path["embedding"].dtype,
+            "dtype": forwarder.path.activations,
             "positions": command.positions,
             "layers": list(self.layers),
             "stages": list(self.stages),
@@ -366,7 +367,7 @@ class _Job:
         return None
 
 
-def production_bytes(config: QwenConfig, dtype: str) -> int:
+def production_bytes(config: ModelConfig, dtype: str) -> int:
     """Memory that the production model of `config` takes."""
     size = stored_dtype(config.dtype if dtype == "model" else dtype).itemsize
     shapes = parameter_shapes(config)

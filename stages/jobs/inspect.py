@@ -21,8 +21,8 @@ from stages.files.kinds import Kind, kind_of_source
 from stages.files.npy import read_npy_header
 from stages.files.pickle_listing import list_pickle, record_faults
 from stages.files.tensorfile import TensorFile, TensorInfo
+from stages.spec.config import EMBEDDING, LM_HEAD
 from stages.spec.dtypes import DTYPES, dtype_name
-from stages.spec.qwen import EMBEDDING, LM_HEAD
 
 SCHEMA = "svf.inspect/1"
 # A float32 SVD moves singular values by a few u s_max (u = 2^-24), so the vectors of two closer than this

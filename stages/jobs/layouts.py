@@ -14,7 +14,7 @@ import numpy as np
 
 from stages.errors import InputError
 from stages.files.bundle import Bundle, BundleEntry, RecordedStages, component_keys
-from stages.files.checkpoint import Checkpoint, open_checkpoint
+from stages.files.source import ModelSource, open_model
 from stages.jobs.builtin import default_source
 from stages.judge.arrangements import Parts, StoredRows, units_of, why_none_fits
 from stages.progress import Progress
@@ -31,7 +31,7 @@ def diagnose(components: Path | None, model: str | None, progress: Progress) -> 
         progress.say(f"no bundle given: using the built-in tiny one {'made now ' if fresh else ''}in {components}")
     with ExitStack() as stack:
         bundle = stack.enter_context(Bundle(components))
-        checkpoint = None if model is None else stack.enter_context(open_checkpoint(model))
+        checkpoint = None if model is None else stack.enter_context(open_model(model))
         recorded = [r for r in (bundle.recorded(all_selected=True), bundle.recorded(all_selected=False)) if r]
         for one in recorded:
             stack.callback(one.close)
@@ -44,7 +44,7 @@ def diagnose(components: Path | None, model: str | None, progress: Progress) -> 
 
 
 def _parts(
-    bundle: Bundle, entry: BundleEntry, recorded: list[RecordedStages], checkpoint: Checkpoint | None
+    bundle: Bundle, entry: BundleEntry, recorded: list[RecordedStages], checkpoint: ModelSource | None
 ) -> Parts | None:
     """The tensor's components unchecked, since what is wrong with them is the question; None without a source."""
     keys = component_keys(entry.source_name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -17,7 +18,8 @@ from stages.jobs.builtin import default_source
 from stages.jobs.replay_one import ReplayCommand, ReplayJob
 from stages.jobs.trinity_report import replay_report
 from stages.judge.diff import diff_recorded
-from stages.judge.document import Gates, sum_alike
+from stages.judge.document import Gates
+from stages.judge.next_steps import Step, sum_alike
 from stages.judge.reports import reference_hashes
 from stages.oracle.verdict import Verdict
 from stages.order.ordered_backend import with_order
@@ -66,15 +68,17 @@ def _gates(command: ReplayCommand) -> Gates:
     )
 
 
-def _next_step(command: ReplayCommand) -> str | None:
+def _next_step(command: ReplayCommand) -> Step | None:
     """What leads to the reference side's bytes, unless it was tried or another layout was asked for."""
     if command.order != NATIVE or command.layout not in ("declared", "all") or command.native_components:
         return None
+    words = ["svf", "replay", str(command.components)]
+    words += ["--backend", "jax" if command.backend == "both" else command.backend, "--order", "inferred"]
+    words += ["--reference-report", str(command.reference_report)] if command.reference_report else []
     if command.precision != NATIVE:
-        return "The recorded hash is of native arithmetic: leave --precision out and take its order, --order inferred."
-    report = f" --reference-report {command.reference_report}" if command.reference_report else ""
-    backend = "jax" if command.backend == BOTH else command.backend
-    return sum_alike(f"svf replay {command.components} --backend {backend} --order inferred{report}")
+        why = "The recorded hash is of native arithmetic: leave --precision out and take its order"
+        return Step(why, shlex.join(words))
+    return sum_alike(shlex.join(words))
 
 
 def _check(command: ReplayCommand) -> None:
@@ -159,6 +163,7 @@ def replay_both(command: ReplayCommand, progress: Progress) -> dict[str, Any]:
     document["precision"] = command.precision
     document["recorded_hash"] = runs[0]["recorded_hash"]
     document["native_components"] = command.native_components
+    document["components"] = str(command.components)
     document["out"] = str(out) if out is not None else None
     return document
 

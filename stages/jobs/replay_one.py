@@ -12,11 +12,11 @@ import numpy as np
 
 from stages.errors import InputError, UsageError, shown
 from stages.files.bundle import Bundle, BundleEntry, RecordedStages
-from stages.files.checkpoint import Checkpoint, open_checkpoint
 from stages.files.dump import COMPONENTS_FOLDER, ReplayDump, dump_file
 from stages.files.folders import new_folder
 from stages.files.replay_recorded import SideTensor
 from stages.files.selection import safe_key
+from stages.files.source import ModelSource, open_model
 from stages.files.stage_files import StageFiles
 from stages.files.summaries import FinalSummaries
 from stages.judge import document as diff
@@ -120,9 +120,9 @@ class ReplayJob:
         self.bundle = Bundle(self.folder)
         stack.callback(self.bundle.close)
         self.recorded = self._open_recorded(stack)
-        self.checkpoint: Checkpoint | None = None
+        self.checkpoint: ModelSource | None = None
         if options.model is not None:
-            self.checkpoint = stack.enter_context(open_checkpoint(options.model))
+            self.checkpoint = stack.enter_context(open_model(options.model))
         self.entries = self._select()
         self._given = {e.source_name: self.bundle.load(e) for e in self.entries}
         self._components = self._given  # what is replayed

@@ -12,10 +12,10 @@ import numpy as np
 
 from stages.errors import UsageError
 from stages.files.bundle import Bundle
-from stages.files.checkpoint import Checkpoint, open_checkpoint
 from stages.files.router_head import RouterHead, load_head
 from stages.files.scratch import scratch_folder
 from stages.files.selection import select_by_rule
+from stages.files.source import ModelSource, open_model
 from stages.files.tensorfile import TensorFile, write_tensors
 from stages.files.tokens import token_ids
 from stages.judge.metrics import Difference
@@ -27,8 +27,9 @@ from stages.run.children import run_sides
 from stages.run.forward import Forwarder
 from stages.run.precision import precision_fields
 from stages.spec.backend import BOTH, SIDES, Backend, Loader, Weights
+from stages.spec.config import ModelConfig
 from stages.spec.dtypes import stored_dtype
-from stages.spec.qwen import QwenConfig, parameter_shapes
+from stages.spec.families import parameter_shapes
 from stages.spec.router import HIDDEN_POSITION, ROUTER
 from stages.spec.selectors import parse_layers
 
@@ -71,7 +72,7 @@ def route(command: RouteCommand, load: Loader, progress: Progress) -> dict[str, 
 class _Given:
     """What a route starts from, whichever backend computes it."""
 
-    checkpoint: Checkpoint
+    checkpoint: ModelSource
     tokens: list[int]
     head: RouterHead
 
@@ -87,7 +88,7 @@ class _Given:
 
 
 def _given(command: RouteCommand, stack: ExitStack) -> _Given:
-    checkpoint = stack.enter_context(open_checkpoint(command.model))
+    checkpoint = stack.enter_context(open_model(command.model))
     checkpoint.check()
     tokens = token_ids(command, checkpoint)
     checkpoint.config.check_length(len(tokens))
@@ -140,7 +141,7 @@ def route_one(command: RouteCommand, load: Callable[[], Backend], progress: Prog
 
 
 def _weights(
-    command: RouteCommand, checkpoint: Checkpoint, backend: Backend, stack: ExitStack, progress: Progress
+    command: RouteCommand, checkpoint: ModelSource, backend: Backend, stack: ExitStack, progress: Progress
 ) -> Weights:
     if command.adapted is None:
         return checkpoint
@@ -263,7 +264,7 @@ def compare(a: _Side, b: _Side, given: _Given, dtype: str) -> dict[str, Any]:
     }
 
 
-def hidden_noise(hidden: np.ndarray, config: QwenConfig, dtype: np.dtype) -> float:
+def hidden_noise(hidden: np.ndarray, config: ModelConfig, dtype: np.dtype) -> float:
     """RMS error that rounding alone leaves in an element of a hidden state, `[1, hidden]`, computed in `dtype`.
 
     Two additions per layer to the residual stream, the embedding and the final norm, each with one rounding to `dtype`

@@ -1,4 +1,4 @@
-"""Random Qwen checkpoints: seeded, reproducible to the byte, shaped like real ones and never downloaded.
+"""Random checkpoints: seeded, reproducible to the byte, shaped like real ones and never downloaded.
 
 Every value comes from PCG64 and operations that IEEE 754 rounds in one way (multiply, divide, square root, cast),
 never from BLAS; the one `exp`, in the norms, goes through a rounding to bfloat16 that hides its last bits. So the
@@ -24,8 +24,9 @@ from stages.files.checkpoint import CONFIG, LM_HEAD, WEIGHTS
 from stages.files.folders import ensure_space, prepare_folder
 from stages.files.jsonio import write_all, write_atomic, write_json
 from stages.files.tensorfile import TensorWriter
-from stages.spec.qwen import DTYPES as DTYPE_NAMES
-from stages.spec.qwen import EMBEDDING, QwenConfig, parameter_shapes, parse_config
+from stages.spec.config import DTYPES as DTYPE_NAMES
+from stages.spec.config import EMBEDDING, ModelConfig
+from stages.spec.families import parameter_shapes, parse_config
 
 DTYPES: dict[str, np.dtype] = {
     name: np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name) for name in DTYPE_NAMES
@@ -155,7 +156,7 @@ def config_json(preset: str, dtype: str = "bfloat16") -> dict[str, Any]:
 
 def _write_weights(
     path: Path,
-    config: QwenConfig,
+    config: ModelConfig,
     shapes: Mapping[str, tuple[int, ...]],
     seed: int,
     dtype: np.dtype,
@@ -174,7 +175,7 @@ def _write_weights(
         writer.commit()
 
 
-def random_tensor(config: QwenConfig, name: str, seed: int = 0) -> np.ndarray:
+def random_tensor(config: ModelConfig, name: str, seed: int = 0) -> np.ndarray:
     """One parameter as `synthesize` writes it in float32, in memory; a tied LM head is the embedding."""
     stored = EMBEDDING if name == LM_HEAD and config.tie_word_embeddings else name
     shape = parameter_shapes(config)[stored]
@@ -182,7 +183,7 @@ def random_tensor(config: QwenConfig, name: str, seed: int = 0) -> np.ndarray:
 
 
 def _blocks(
-    name: str, shape: tuple[int, ...], config: QwenConfig, rng: np.random.Generator
+    name: str, shape: tuple[int, ...], config: ModelConfig, rng: np.random.Generator
 ) -> Iterator[tuple[int, np.ndarray]]:
     """First row and float32 values of each block of rows of tensor `name`; the values do not depend on the cut."""
     if len(shape) == 1:
@@ -213,7 +214,7 @@ def _vector(name: str, size: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _scales(
-    name: str, rows: int, columns: int, config: QwenConfig, rng: np.random.Generator
+    name: str, rows: int, columns: int, config: ModelConfig, rng: np.random.Generator
 ) -> tuple[np.ndarray, list[int]]:
     """What to multiply a normal matrix with: float32 `[columns]`, and the rows that are outliers.
 

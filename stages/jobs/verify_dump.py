@@ -16,8 +16,8 @@ from stages.files.dump import Dump
 from stages.files.forward_dump import Place, forward_key, parse_key
 from stages.jobs.verify_values import Check
 from stages.progress import Progress
-from stages.spec.forward import forward_path, stage_shape
-from stages.spec.qwen import parse_config
+from stages.spec.families import parse_config
+from stages.spec.forward import forward_pipeline, recorded_shape
 from stages.spec.replay import REPLAY
 from stages.spec.stage import Scope
 
@@ -78,18 +78,17 @@ def _forward_stages(dump: Dump) -> Iterator[str]:
         yield f"{dump.folder}: the manifest does not say which layers, stages and dtype were recorded"
         return
     config = parse_config(manifest["model"]["config"], f"{dump.folder}: the manifest's model.config")
-    path = forward_path(config, manifest["dtype"])
-    expected = {place: path[place[1]] for place in _places(path, manifest["layers"], manifest["stages"])}
+    path = forward_pipeline(config, manifest["dtype"])
+    expected = {place: path.at(place) for place in _places(path, manifest["layers"], manifest["stages"])}
     # What the asked stages read may be there too: it is recorded so that they can be judged.
     inputs = [place for key in manifest.get("inputs") or () if (place := parse_key(key))]
-    expected |= {place: path[place[1]] for place in inputs if place[1] in path}
+    expected |= {place: path.at(place) for place in inputs if place[1] in path.of(place[0])}
     yield from _key_faults(dump, {forward_key(place) for place in expected} | {"lm_head"} & set(dump.tensors))
     for place, stage in expected.items():
         entry = dump.tensors.get(forward_key(place))
         if entry is None:
             continue
-        full = stage_shape(config, stage, len(manifest["tokens"]))
-        shape = _recorded_shape(stage.shape, full, manifest.get("positions") == "last")
+        shape = [*recorded_shape(config, stage, len(manifest["tokens"]), manifest.get("positions", "all"))]
         if entry["shape"] != shape or entry["dtype"] != stage.dtype:
             yield (
                 f"{dump.folder}: '{forward_key(place)}' is {entry['dtype']} {shown(entry['shape'])}, "
@@ -100,10 +99,8 @@ def _forward_stages(dump: Dump) -> Iterator[str]:
 def _places(path: Any, layers: list[Any], stages: list[Any]) -> Iterator[Place]:
     for name in path:
         if name in stages:
-            yield from (((n, name) for n in layers) if path[name].scope is Scope.LAYER else ((None, name),))
-
-
-def _recorded_shape(axes: str, shape: tuple[int, ...], last: bool) -> list[int]:
-    """The whole shape, or with the last position alone on the axis of queries."""
-    names = axes.split()
-    return [1 if last and axis in ("tokens", "queries") else size for axis, size in zip(names, shape, strict=True)]
+            yield from (
+                ((n, name) for n in layers if name in path.of(n))
+                if path[name].scope is Scope.LAYER
+                else ((None, name),)
+            )

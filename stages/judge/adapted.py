@@ -20,8 +20,8 @@ import numpy as np
 
 from stages.errors import InputError, NotFoundError
 from stages.files.bundle import Bundle, Components
-from stages.files.checkpoint import Checkpoint
 from stages.files.forward_dump import ForwardSide
+from stages.files.source import ModelSource
 from stages.files.tensorfile import TensorFile, TensorInfo
 from stages.judge.culprit import Piece
 from stages.judge.forward import ForwardRun
@@ -54,7 +54,7 @@ class Adaptation:
 
     letter: str
     file: TensorFile | None  # of adapted weights; None: it ran on the model's own, or they were not kept
-    checkpoint: Checkpoint | None
+    checkpoint: ModelSource | None
     layouts: Mapping[str, str]  # tensor -> layout
     components: Mapping[str, Any]
     precision: str | None

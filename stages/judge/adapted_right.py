@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from stages.files.bundle import Bundle
-from stages.files.checkpoint import Checkpoint
+from stages.files.source import ModelSource
 from stages.judge.adapted import Chain, chain_of
 from stages.oracle.bounds import U32, Lambdas, after_prescribed
 from stages.oracle.components import ReferenceBackend
@@ -27,7 +27,7 @@ _F32 = np.dtype(np.float32)
 
 @dataclass(frozen=True)
 class RightWeights:
-    """Adapted weights and how far a right program's may lie from them; `read` and `info` as a `Checkpoint`'s."""
+    """Adapted weights and how far a right program's may lie from them; `read` and `info` as a `ModelSource`'s."""
 
     weights: AdaptedWeights
     chains: dict[str, Chain]
@@ -60,7 +60,7 @@ class _Doubt:
 
 
 def right_weights(
-    components: Path, layout: str, checkpoint: Checkpoint, lambdas: Lambdas, stack: ExitStack, progress: Progress
+    components: Path, layout: str, checkpoint: ModelSource, lambdas: Lambdas, stack: ExitStack, progress: Progress
 ) -> tuple[RightWeights, Adapted]:
     """The bundle applied in float64, rounded once a stage; `InputError` as `adapt` has it. Kept until `stack` ends."""
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="svf-audit-")))

@@ -1,7 +1,7 @@
 """Other functions that a wrong stage is often found to be: what it would give without a term, or with parts rearranged.
 
 Each table maps a stage to a function of its arguments and options that yields (what is wrong, the value that gives).
-They are mistakes, in words and in numpy; the right functions are in reference.py and reference_qwen.py.
+They are mistakes, in words and in numpy; the right functions are in stages/oracle/components.py and decoder.py.
 """
 
 from __future__ import annotations
@@ -193,8 +193,8 @@ _UNSEEN: Mapping[str, Alternatives] = MappingProxyType({"attn_softmax": _masked_
 def wrong_values(stage: Stage, arguments: Arguments, options: Mapping[str, Any]) -> Iterator[Wrong]:
     """What every wrong function that is known gives in the place of a stage that was not recorded."""
     for table in (MISSING, REARRANGED, _UNSEEN):
-        if stage.name in table:
-            yield from table[stage.name](*arguments, **options)
+        if stage.function in table:
+            yield from table[stage.function](*arguments, **options)
     yield from without_a_parameter(stage, arguments, options)
     yield from with_parameters_rearranged(stage, arguments, options)
 
@@ -207,12 +207,12 @@ def without_a_parameter(stage: Stage, arguments: Arguments, options: Mapping[str
     for chosen in [*sets, *([i] for i in biases)]:
         names = " and ".join(params[i - inputs] for i in chosen)
         changed = [np.zeros_like(a) if i in chosen else a for i, a in enumerate(arguments)]
-        yield f"without {names}", STAGES[stage.name](*changed, **options)
+        yield f"without {names}", STAGES[stage.function](*changed, **options)
     for i, name in enumerate(params, inputs):
         if name.endswith("norm.weight"):
             for text, weight in (("the norm's weight is missing", 0), ("the norm's weight is 1 + what is stored", 1)):
                 other = (1 + weight * arguments[i].astype(np.float32)).astype(np.float32)
-                yield text, STAGES[stage.name](*arguments[:i], other, *arguments[i + 1 :], **options)
+                yield text, STAGES[stage.function](*arguments[:i], other, *arguments[i + 1 :], **options)
 
 
 # -- parts rearranged -------------------------------------------------------------------------------------------
@@ -319,10 +319,10 @@ def with_parameters_rearranged(stage: Stage, arguments: Arguments, options: Mapp
     for i in weights:
         if arguments[i].shape == arguments[i].shape[::-1]:
             other = (*arguments[:i], arguments[i].T, *arguments[i + 1 :])
-            yield f"{stage.params[i - inputs]} is transposed", STAGES[stage.name](*other, **options)
+            yield f"{stage.params[i - inputs]} is transposed", STAGES[stage.function](*other, **options)
     for i, j in itertools.combinations(weights, 2):
         if arguments[i].shape == arguments[j].shape:
             swapped = list(arguments)
             swapped[i], swapped[j] = swapped[j], swapped[i]
             names = f"{stage.params[i - inputs]} and {stage.params[j - inputs]}"
-            yield f"{names} are swapped", STAGES[stage.name](*swapped, **options)
+            yield f"{names} are swapped", STAGES[stage.function](*swapped, **options)

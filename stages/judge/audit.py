@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from stages.errors import InputError, UsageError, shown
-from stages.files.checkpoint import Checkpoint, open_checkpoint
 from stages.files.forward_dump import Place, forward_key
 from stages.files.kinds import Recording, one_recording, recording_at
 from stages.files.replay_recorded import SideTensor, open_side
+from stages.files.source import ModelSource, open_model
 from stages.files.tokens import token_ids
 from stages.judge import document as diff
 from stages.judge import stats
@@ -37,7 +37,6 @@ from stages.judge.forward import (
     reread,
     rope_cause,
     span_of,
-    stage_of,
     through_words,
     why_unjudged,
 )
@@ -123,7 +122,7 @@ def _open_forward(
         return run
     if named.model is None or not named.ids:
         raise UsageError(f"{path}: {NEEDS}")
-    checkpoint = stack.enter_context(open_checkpoint(named.model))
+    checkpoint = stack.enter_context(open_model(named.model))
     checkpoint.check()
     tokens = token_ids(named, checkpoint).tolist()
     if adapted is None:
@@ -176,14 +175,14 @@ def _forward_data(result: Mapping[str, Any], run: ForwardRun) -> dict[str, Any] 
     if chosen is None or place not in run.side.places or why_unjudged(place, run) is not None:
         return None
     assert run.path is not None
-    observed, axes = run.read(place), stage_of(run.path, place).shape
+    observed, axes = run.read(place), run.path.at(place).shape
     pieces = pieces_of(place, run, observed)
     return culprit_data(*chosen, pieces, shape=observed.shape, axes=axes, labels=(ORACLE, "recorded"))
 
 
 def _forward_row(place: Place, run: ForwardRun, top: int) -> Row:
     assert run.path is not None
-    stage = stage_of(run.path, place)
+    stage = run.path.at(place)
     row = alone_row(in_forward(place, stage.required))
     if place not in run.side.places:
         return {**row, "verdict": Verdict.MISSING.value, "note": "the manifest says it was recorded"}
@@ -209,7 +208,7 @@ def _forward_row(place: Place, run: ForwardRun, top: int) -> Row:
 
 def _forward_judged(place: Place, run: ForwardRun, observed: np.ndarray, top: int) -> _Judged:
     assert run.path is not None
-    judged = _Judged(stage_of(run.path, place), top, run.side.facts.get("precision"))
+    judged = _Judged(run.path.at(place), top, run.side.facts.get("precision"))
     for columns, oracle in oracles_of(place, run, observed):
         judged.add(oracle, part(observed, columns), columns.start or 0, observed.ndim - 1)
     return judged
@@ -233,7 +232,7 @@ def _audit_replay(
         raise InputError(
             f"{path}: '{shown(min(side.unknown))}' is no stage of the replay; there are {', '.join(REPLAY)}"
         )
-    checkpoint = None if model is None else stack.enter_context(open_checkpoint(model))
+    checkpoint = None if model is None else stack.enter_context(open_model(model))
     lambdas = lambdas_of(side.facts, str(path))
     audits = [_TensorAudit(k, tensor, checkpoint, top, lambdas, side.precision) for k, tensor in side.tensors.items()]
     for number, tensor in enumerate(audits):
@@ -258,7 +257,7 @@ class _TensorAudit:
         self,
         key: str,
         tensor: SideTensor,
-        checkpoint: Checkpoint | None,
+        checkpoint: ModelSource | None,
         top: int,
         lambdas: Lambdas,
         precision: str | None,

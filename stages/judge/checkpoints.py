@@ -16,12 +16,13 @@ import ml_dtypes
 import numpy as np
 
 from stages.errors import InputError, shown
-from stages.files.checkpoint import EMBEDDING, LM_HEAD, Checkpoint
+from stages.files.checkpoint import EMBEDDING, LM_HEAD
 from stages.files.selection import layer_of
+from stages.files.source import ModelSource
 from stages.files.tensorfile import TensorInfo
 from stages.judge.metrics import Difference, same_bits
 from stages.spec.dtypes import dtype_name
-from stages.spec.qwen import parameter_shapes
+from stages.spec.families import parameter_shapes
 
 SCHEMA = "svf.checkpoints/1"
 
@@ -58,15 +59,14 @@ class Status(StrEnum):
 class _Stored:
     """One tensor of one side, under the name that it is stored by."""
 
-    checkpoint: Checkpoint
+    checkpoint: ModelSource
     info: TensorInfo
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         return self.checkpoint.read(self.info.name, start, stop) if self.info.shape else self.whole()
 
     def columns(self, start: int, stop: int) -> np.ndarray:
-        """Columns of a matrix, gathered row by row: `Checkpoint.read` knows rows alone."""
-        return self.checkpoint._holder[self.info.name].read(self.info.name, start, stop, axis=1)
+        return self.checkpoint.columns(self.info.name, start, stop)
 
     def whole(self) -> np.ndarray:
         return self.checkpoint.read(self.info.name)
@@ -76,7 +76,7 @@ class _Stored:
 
 
 def diff_checkpoints(
-    a: Checkpoint, b: Checkpoint, *, top: int = 5, progress: Progress = lambda _label, _done: None
+    a: ModelSource, b: ModelSource, *, top: int = 5, progress: Progress = lambda _label, _done: None
 ) -> dict[str, Any]:
     """The `svf.checkpoints/1` document: how each tensor, and each config field, of `b` differs from `a`'s.
 
@@ -109,7 +109,7 @@ def diff_checkpoints(
     }
 
 
-def _side(checkpoint: Checkpoint) -> dict[str, Any]:
+def _side(checkpoint: ModelSource) -> dict[str, Any]:
     return {
         "source": checkpoint.source,
         "path": str(checkpoint.path),
@@ -118,7 +118,7 @@ def _side(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _names(a: Checkpoint, b: Checkpoint) -> list[str]:
+def _names(a: ModelSource, b: ModelSource) -> list[str]:
     """Every name to compare: in state-dict order where a's config tells it, then as the files have them."""
     there = [*a.tensors, *(name for name in b.tensors if name not in a.tensors)]
     if _tied(a) != _tied(b) and any(_stored(side, LM_HEAD) for side in (a, b)) and LM_HEAD not in there:
@@ -134,7 +134,7 @@ def _nbytes(pair: tuple[_Stored | None, _Stored | None]) -> int:
     return sum(stored.info.nbytes for stored in pair if stored is not None)
 
 
-def _stored(checkpoint: Checkpoint, name: str) -> _Stored | None:
+def _stored(checkpoint: ModelSource, name: str) -> _Stored | None:
     """The tensor called `name`, or the embedding for an LM head that is tied to it; None when it is not there."""
     tied = _tied(checkpoint) and name == LM_HEAD and EMBEDDING in checkpoint.tensors
     if name not in checkpoint.tensors and not tied:
@@ -142,7 +142,7 @@ def _stored(checkpoint: Checkpoint, name: str) -> _Stored | None:
     return _Stored(checkpoint, checkpoint.tensors[name if name in checkpoint.tensors else EMBEDDING])
 
 
-def _tied(checkpoint: Checkpoint) -> bool:
+def _tied(checkpoint: ModelSource) -> bool:
     return checkpoint.raw_config.get("tie_word_embeddings") is True
 
 
@@ -170,7 +170,7 @@ def _row(name: str, a: _Stored | None, b: _Stored | None, top: int) -> dict[str,
     return {**row, "status": status.value, **found}
 
 
-def _check_stored_head(checkpoint: Checkpoint, flags_differ: bool) -> None:
+def _check_stored_head(checkpoint: ModelSource, flags_differ: bool) -> None:
     """`InputError` for a stored LM head that a loader would replace by the embedding, where only one side ties."""
     if flags_differ and _tied(checkpoint) and EMBEDDING in checkpoint.tensors:
         head, embedding = _Stored(checkpoint, checkpoint.tensors[LM_HEAD]), _stored(checkpoint, EMBEDDING)
@@ -290,7 +290,7 @@ def _difference(blocks: Blocks, wide: np.dtype, top: int) -> Difference:
     return whole
 
 
-def _config_document(a: Checkpoint, b: Checkpoint) -> dict[str, Any]:
+def _config_document(a: ModelSource, b: ModelSource) -> dict[str, Any]:
     """Fields of the checked configs that differ; `understood` is false, with the `reason`, when one is refused."""
     try:
         both = a.config, b.config

@@ -9,12 +9,12 @@ from typing import Any
 
 from stages.errors import InputError, UsageError
 from stages.files.aprt import AprtFile, tree_of
-from stages.files.checkpoint import open_checkpoint
 from stages.files.dump import MANIFEST_FILE
 from stages.files.forward_dump import parse_key
 from stages.files.kinds import Recording, dumps_in, recording_at
 from stages.files.replay_recorded import Side, SideTensor, check_comparable, open_side, pair_samples
 from stages.files.selection import layer_of
+from stages.files.source import open_model
 from stages.files.tensorfile import TensorFile
 from stages.judge import document as diff
 from stages.judge.aprt import compare_files
@@ -24,6 +24,7 @@ from stages.judge.decomposition import parts_of
 from stages.judge.forward_diff import diff_forward
 from stages.judge.forward_pair import Named
 from stages.judge.guarantees import require_precision
+from stages.judge.next_steps import sum_alike
 from stages.judge.replay import TensorComparison
 from stages.judge.report_diff import diff_reports
 from stages.judge.rerun import Recorded, settle
@@ -33,7 +34,7 @@ from stages.oracle.bounds import Lambdas
 from stages.oracle.verdict import Verdict
 from stages.run.calibration import lambdas_of
 from stages.run.replay import chunk_plan, default_chunk_rows
-from stages.spec.forward import ALIASES, DTYPES
+from stages.spec.forward import ANY_MODEL
 from stages.spec.replay import REPLAY
 from stages.spec.stage import Stage
 
@@ -84,7 +85,7 @@ def diff_recorded(
                 comparisons.append(comparison)
         if gates is not None and gates.current_python and gates.current is None:
             gates = _gates_of_pair(gates, [row for c in comparisons for row in c.rows()] + hash_rows)
-            step = diff.sum_alike(f"svf replay COMPONENTS --order {path_a}")
+            step = sum_alike(f"svf replay COMPONENTS --order {path_a}")
             gates = replace(gates, next_step=gates.next_step or step)
         document = diff.document(
             comparisons,
@@ -173,7 +174,7 @@ def diff_any(command: DiffCommand, progress: Progress) -> dict[str, Any]:
     if kinds == {Recording.REPORT}:
         return diff_reports(a, b, command.gates, top=top)
     if kinds == {Recording.CHECKPOINT}:
-        with open_checkpoint(a) as one, open_checkpoint(b) as other:
+        with open_model(a) as one, open_model(b) as other:
             return diff_checkpoints(one, other, top=top, progress=progress)
     if kinds == {Recording.APRT}:
         return diff_aprt_files(a, b, command.named, top=top, gates=command.gates, progress=progress)
@@ -248,7 +249,7 @@ def _is_foreign(path: Path) -> bool:
     """Whether a safetensors file has keys of a forward, one that is a stage at least, and of nothing else."""
     with TensorFile(path) as file:
         places = [parse_key(key) for key in file.tensors]
-    return None not in places and any(place[1] in {*DTYPES, *ALIASES} for place in places if place)
+    return None not in places and any(place[1] in {*ANY_MODEL, *ANY_MODEL.aliases} for place in places if place)
 
 
 def diff_aprt_files(

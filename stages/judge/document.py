@@ -14,6 +14,7 @@ from stages.judge.basis import of_basis, unexplained
 from stages.judge.decomposition import in_words, with_faults
 from stages.judge.guarantees import RULES
 from stages.judge.metrics import walk
+from stages.judge.next_steps import Step
 from stages.judge.replay import TensorComparison
 from stages.judge.wanted import Wanted
 from stages.judge.wording import how_far, times
@@ -45,7 +46,7 @@ class Gates:
     reference_hashes: tuple[str, ...] = ()
     replayed_hashes: tuple[str, ...] = ()
     std_ratio: tuple[float, float] | None = None
-    next_step: str | None = None
+    next_step: Step | None = None
 
     def results(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, bool]:
         """Gate name -> passed, for the gates asked for. No check found is a failure, as in the original."""
@@ -186,7 +187,8 @@ def finish(
     culprits = with_faults(decomposition, find_culprits(rows, explain))
     verdict = _of_components(decomposition, a, b)
     verdict = verdict or sentence(rows, zero_offset, culprits, gate_results, a, b, coverage, lacks, decomposition)
-    step = gates.next_step if gates and not culprits else None
+    step = gates.next_step if gates and not culprits and gate_results.get(STRICT_CURRENT_PYTHON) is False else None
+    step = None if basis else step
     return {
         "schema": "svf.diff/1",
         "outcome": "diverged"
@@ -202,7 +204,8 @@ def finish(
                     about_precision(a, b),
                     words,
                     of_basis(basis),
-                    of_gates(basis, gate_results, step),
+                    of_gates(basis, gate_results),
+                    str(step) if step else None,
                 ],
             )
         ),
@@ -215,6 +218,7 @@ def finish(
         "coverage": coverage,
         "lacks": {letter: list(lacks.get(letter, ())) for letter in "ab"},
         "gates": gate_results,
+        "next": [step.command] if step else [],
         **spread,
         "a": dict(a),
         "b": dict(b),
@@ -361,16 +365,11 @@ def about_precision(a: Mapping[str, Any], b: Mapping[str, Any]) -> str | None:
     return f"The sides differ in precision: a was computed in {one}, b in {other}."
 
 
-def of_gates(basis: Sequence[Mapping[str, Any]], gates: Mapping[str, bool], next_step: str | None = None) -> str | None:
-    """A sentence when a gate failed: on sides with a decomposition each, what it was made for; else the next step."""
-    if basis and not all(gates.values()):
-        return "The gates compare the numbers of one decomposition, and here each side has its own U, S, V."
-    return next_step if gates.get(STRICT_CURRENT_PYTHON) is False else None
-
-
-def sum_alike(command: str) -> str:
-    """The next step when bytes differ by rounding alone: `command` sums in the order of the other side."""
-    return f"Bytes that differ by rounding alone were summed in another order; take the reference side's: {command}"
+def of_gates(basis: Sequence[Mapping[str, Any]], gates: Mapping[str, bool]) -> str | None:
+    """A sentence when a gate failed on sides with a decomposition each: what it was made for."""
+    if not basis or all(gates.values()):
+        return None
+    return "The gates compare the numbers of one decomposition, and here each side has its own U, S, V."
 
 
 def place_of(row: Mapping[str, Any]) -> str:

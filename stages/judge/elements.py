@@ -392,7 +392,7 @@ def clear_of_one(least: float, most: float) -> bool:
 
 def _of_norm(oracle: Oracle, observed: np.ndarray) -> Explanation | None:
     """Elements of a norm's weight: each gives one column by itself, y = normed * weight."""
-    operands: Any = OPERANDS[oracle.stage.name](*oracle.arguments, **oracle.options)
+    operands: Any = OPERANDS[oracle.stage.function](*oracle.arguments, **oracle.options)
     normed, weight, dtype = operands
     wide = weight.shape[-1]
     y, n = observed.reshape(-1, wide), normed.reshape(-1, wide)

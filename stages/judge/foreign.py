@@ -20,13 +20,12 @@ from stages.errors import InputError, NotFoundError, shown
 from stages.files.aprt import AprtTree, is_aprt_tree
 from stages.files.forward_dump import Place, advice, forward_key, parse_key
 from stages.files.tensorfile import TensorFile, sha256
-from stages.judge.forward import ForwardRun, Turn, order_of, stage_of
+from stages.judge.forward import ForwardRun, Turn, order_of
 from stages.spec.backend import Weights
+from stages.spec.config import ModelConfig
 from stages.spec.dtypes import stored_dtype
-from stages.spec.forward import DTYPES, forward_path, recorded_shape
-from stages.spec.qwen import QwenConfig
-from stages.spec.stage import Path as StagePath
-from stages.spec.stage import Stage
+from stages.spec.forward import DECLARED, forward_pipeline, recorded_shape
+from stages.spec.stage import Pipeline, Stage
 
 Reader = Callable[[], np.ndarray]
 # Narrower ones first: what a value fits into is the first that holds it.
@@ -85,12 +84,14 @@ class ForeignSide:
         self._forms: dict[Place, Form] = {}
         self._values: dict[Place, Values] = {}
         self._run_dtype = np.dtype(np.float32)
+        self._fixed: frozenset[Place] = frozenset()  # float32 whatever the activations are
 
-    def interpret(self, path: StagePath, config: QwenConfig, tokens: int, positions: str) -> None:
+    def interpret(self, path: Pipeline, config: ModelConfig, tokens: int, positions: str) -> None:
         """Say what the values mean, from now on."""
-        self._run_dtype = stored_dtype(path["embedding"].dtype)
+        self._run_dtype = stored_dtype(path.activations)
+        self._fixed = frozenset(at for at in self.places if DECLARED[path.at(at).function].dtype == "float32")
         for place in self.places:
-            stage = stage_of(path, place)
+            stage = path.at(place)
             expected = recorded_shape(config, stage, tokens, positions)
             full = recorded_shape(config, stage, tokens, positions, joined=False)
             self._forms[place] = _form(stage, self._shapes[place], expected, full)
@@ -120,7 +121,7 @@ class ForeignSide:
 
     def read(self, place: Place) -> np.ndarray:
         """A stage as declared, if it fits, in the dtype that its values have."""
-        array, fixed = self._forms[place].declared(self.raw(place)), DTYPES.get(place[1]) == "float32"
+        array, fixed = self._forms[place].declared(self.raw(place)), place in self._fixed
         if fixed and array.dtype in _NARROW:
             return array.astype(np.float32)
         return array.astype(self.values(place).taken(_WIDE[0] if fixed else self._run_dtype), copy=False)
@@ -169,20 +170,20 @@ def _form(stage: Stage, stored: tuple[int, ...], expected: tuple[int, ...], full
 
 
 def open_foreign(
-    path: Path, config: QwenConfig, weights: Weights, tokens: Sequence[int], stack: ExitStack
+    path: Path, config: ModelConfig, weights: Weights, tokens: Sequence[int], stack: ExitStack
 ) -> ForwardRun:
     """The forward of another program at `path`; `InputError` naming a key that is no stage of this model."""
     side = open_side(path, stack)
-    order_of(forward_path(config), side.places)
     for layer, stage in side.places:
         if layer is not None and layer >= config.num_hidden_layers:
             key = forward_key((layer, stage))
             raise InputError(f"{path}: '{key}': the model has layers 0 to {config.num_hidden_layers - 1}")
+    order_of(forward_pipeline(config), side.places)
     config.check_length(len(tokens))
-    positions = _positions(side, forward_path(config), config, len(tokens))
+    positions = _positions(side, forward_pipeline(config), config, len(tokens))
     dtype, why = _activations(side, config.dtype)
     side.facts = {"dtype": dtype, "dtype taken": why, "tokens": str(len(tokens))}
-    declared = forward_path(config, dtype)
+    declared = forward_pipeline(config, dtype)
     side.interpret(declared, config, len(tokens), positions)
     return ForwardRun(side, config, declared, list(tokens), positions, weights, read_as=side.notes, orders=side.orders)
 
@@ -229,11 +230,11 @@ def _check_dtype(file: TensorFile, key: str) -> None:
         raise InputError(f"{file.path}: '{shown(key)}' is {dtype.name}, expected {names}")
 
 
-def _positions(side: ForeignSide, path: StagePath, config: QwenConfig, tokens: int) -> str:
+def _positions(side: ForeignSide, path: Pipeline, config: ModelConfig, tokens: int) -> str:
     """Which positions were recorded, all or the last; `InputError` for another number of them than of tokens."""
     counts: Counter[int] = Counter()
     for place in side.places:
-        stage = stage_of(path, place)
+        stage = path.at(place)
         if stage.shape.startswith("tokens") and not stage.by_vocab:
             each = int(np.prod(recorded_shape(config, stage, 1), dtype=object))
             size = int(np.prod(side.stored_shape(place), dtype=object))

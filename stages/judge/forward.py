@@ -15,9 +15,9 @@ import numpy as np
 
 from stages.errors import InputError, NotFoundError, UsageError, shown
 from stages.files.aprt import is_aprt_tree
-from stages.files.checkpoint import Checkpoint, open_checkpoint, open_recorded
 from stages.files.dump import Dump, changed
 from stages.files.forward_dump import AprtSide, ForwardSide, Place, advice, forward_key
+from stages.files.source import ModelSource, open_model
 from stages.files.tensorfile import TensorFile
 from stages.judge.alternatives import LEFT_OUT, Wrong, wrong_values
 from stages.judge.culprit import Piece
@@ -34,21 +34,20 @@ from stages.run.adapted import ADAPTED_FILE, AdaptedWeights
 from stages.run.calibration import lambdas_of
 from stages.run.forward import POSITIONS, oracles, parameters, vocabulary_plan
 from stages.spec.backend import Weights
+from stages.spec.config import EMBEDDING, LM_HEAD, ModelConfig
 from stages.spec.dtypes import stored_dtype
+from stages.spec.families import parse_config
 from stages.spec.forward import (
-    ALIASES,
-    DTYPES,
+    ANY_MODEL,
+    DECLARED,
     RUN_PARAMS,
-    declare,
-    forward_path,
+    forward_pipeline,
     parameter_name,
     producers,
     recorded_shape,
     stage_options,
 )
-from stages.spec.qwen import EMBEDDING, LM_HEAD, QwenConfig, parse_config
-from stages.spec.stage import Path as StagePath
-from stages.spec.stage import Scope, Stage
+from stages.spec.stage import Pipeline, Scope, Stage
 
 # What a stage may be stored in.
 FLOATS = ("bfloat16", "float16", "float32", "float64")
@@ -80,12 +79,12 @@ class ForwardRun:
     """One side: its recorded stages, and its config, path, weights and tokens as far as they are known."""
 
     side: Recorded
-    config: QwenConfig | None  # None: an APRT tree, which says nothing of its model
-    path: StagePath | None
+    config: ModelConfig | None  # None: an APRT tree, which says nothing of its model
+    path: Pipeline | None
     tokens: list[int]
     positions: str
     weights: Weights | None  # None: not to be had
-    checkpoint: Checkpoint | None = None  # what `weights` come from, adapted or not
+    checkpoint: ModelSource | None = None  # what `weights` come from, adapted or not
     adapted: TensorFile | None = None  # the adapted ones among them
     misshapen: set[Place] = field(default_factory=set)  # nothing can be said of a stage that reads one of these
     lambdas: Lambdas = field(default_factory=lambda: LAMBDA)
@@ -147,7 +146,7 @@ def open_run(folder: Path, model: str | None, stack: ExitStack) -> ForwardRun:
     manifest = side.dump.manifest
     recorded = manifest["model"]
     config = parse_config(recorded["config"], f"{folder}: model config")
-    path = forward_path(config, _checked_dtype(folder, manifest))
+    path = forward_pipeline(config, _checked_dtype(folder, manifest))
     _check_manifest(folder, manifest, config, path)
     tokens: list[int] = manifest["tokens"]
     checkpoint = _checkpoint(folder, recorded, model, stack)
@@ -164,7 +163,7 @@ def _checked_dtype(folder: Path, manifest: Mapping[str, Any]) -> str:
     return str(dtype)
 
 
-def _check_manifest(folder: Path, manifest: Mapping[str, Any], config: QwenConfig, path: StagePath) -> None:
+def _check_manifest(folder: Path, manifest: Mapping[str, Any], config: ModelConfig, path: Pipeline) -> None:
     """`InputError` naming the first field of a forward's manifest that is not of this model."""
     layers, stages = manifest.get("layers"), manifest.get("stages")
     known = {*path, *path.aliases}
@@ -178,10 +177,10 @@ def _check_manifest(folder: Path, manifest: Mapping[str, Any], config: QwenConfi
             raise InputError(f"{folder}: the manifest's '{name}' is {shown(manifest.get(name))}, not a forward's")
 
 
-def _checkpoint(folder: Path, recorded: Mapping[str, Any], model: str | None, stack: ExitStack) -> Checkpoint | None:
+def _checkpoint(folder: Path, recorded: Mapping[str, Any], model: str | None, stack: ExitStack) -> ModelSource | None:
     """The model a dump was made from: the given one, or the recorded one if it is on this disk and still the same."""
     try:
-        found = open_recorded(str(recorded.get("source"))) if model is None else open_checkpoint(model)
+        found = open_model(str(recorded.get("source")), recorded=True) if model is None else open_model(model)
         checkpoint = stack.enter_context(found)
     except (InputError, NotFoundError):
         if model is not None:
@@ -213,29 +212,30 @@ def about(run: ForwardRun, model: str | None = None) -> dict[str, Any]:
     manifest = run.side.dump.manifest if isinstance(run.side, ForwardSide) else {}
     named = model or (manifest.get("model") or {}).get("source")
     layers = {layer for layer, _ in run.side.places if layer is not None}
+    components = manifest.get("components") or {}
     return {
         "model": named,
         "dtype": manifest.get("dtype") or run.side.facts.get("dtype"),
         "tokens": len(run.tokens) or None,
         "layers": len(layers),
+        "components": components.get("source"),
     }
 
 
-def order_of(path: StagePath | None, have: Iterable[Place]) -> list[Place]:
-    """The places that are there, in execution order; `InputError` naming one that no Qwen, or not this one, has."""
+def order_of(path: Pipeline | None, have: Iterable[Place]) -> list[Place]:
+    """The places that are there, in execution order; `InputError` naming one that the model, or any model, has not."""
     have = set(have)
-    # Of an APRT tree nothing is known: the fullest family's order serves for any.
-    stages = list(path.values()) if path else list(declare(qk_norm=True, qkv_bias=True, o_bias=True))
-    first = next(i for i, stage in enumerate(stages) if stage.scope is Scope.LAYER)
-    order: list[Place] = [(None, s.name) for s in stages[:first]]
-    in_layer = [*(s.name for s in stages if s.scope is Scope.LAYER), *ALIASES]
-    layers = sorted({layer for layer, _ in have if layer is not None})
-    order += [(layer, name) for layer in layers for name in in_layer]
-    order += [(None, s.name) for s in stages[first:] if s.scope is Scope.MODEL]
+    # Of an APRT tree nothing is known: the order of every stage that there is serves for any.
+    path = path or ANY_MODEL
+    before, after = path.of_model()
+    order: list[Place] = [(None, s.name) for s in before]
+    for layer in sorted({layer for layer, _ in have if layer is not None}):
+        order += [(layer, name) for name in (*(s.name for s in path.of_layer(layer)), *path.aliases)]
+    order += [(None, s.name) for s in after]
     unknown = sorted(have - set(order), key=str)
     if unknown:
-        key, names = forward_key(unknown[0]), ", ".join(stage.name for stage in stages)
-        raise InputError(f"'{key}' is no stage of a Qwen model{advice(key) or f'; there are {names}'}")
+        key, names = forward_key(unknown[0]), ", ".join(path)
+        raise InputError(f"'{key}' is no stage of this model{advice(key) or f'; there are {names}'}")
     return [place for place in order if place in have]
 
 
@@ -244,9 +244,10 @@ def promised(run: ForwardRun) -> set[Place]:
     if not isinstance(run.side, ForwardSide) or run.path is None:
         return set()
     manifest, path = run.side.dump.manifest, run.path
-    stages = [stage_of(path, (None, name)) for name in manifest.get("stages") or []]
+    stages = [path.at((None, name)) for name in manifest.get("stages") or []]
     layers: list[int] = manifest.get("layers") or []
-    return {(n, s.name) for s in stages for n in (layers if s.scope is Scope.LAYER else [None])}
+    places = {(n, s.name) for s in stages for n in (layers if s.scope is Scope.LAYER else [None])}
+    return {(n, name) for n, name in places if name in path.of(n)}
 
 
 def why_unjudged(place: Place, run: ForwardRun) -> str | None:
@@ -254,11 +255,11 @@ def why_unjudged(place: Place, run: ForwardRun) -> str | None:
     if run.path is None or run.config is None:
         return "the model is not known; give --model and --tokens"
     span = span_of(place, run)
-    stages = [stage_of(run.path, at) for at in (span.acting, *span.hidden)]
+    stages = [run.path.at(at) for at in (span.acting, *span.hidden)]
     params = [param for stage in stages for param in stage.params if param not in RUN_PARAMS]
     if run.weights is None and params:
         return f"the weights {', '.join(params)} are not to be had; give --model"
-    if run.positions == "last" and any(_mixes_positions(run.path, stage) for stage in stages):
+    if run.positions == "last" and any(map(functools.partial(_mixes_positions, run.path), (span.acting, *span.hidden))):
         return "the dump holds the last position alone, and this stage needs them all"
     missing = f"not recorded: {', '.join(map(forward_key, span.missing))}"
     between = sum(layer is not None for layer, _ in span.hidden)
@@ -300,7 +301,7 @@ def span_of(place: Place, run: ForwardRun) -> Span:
     """From what, and through what, a recorded stage is to be judged."""
     assert run.path is not None
     acting = place
-    while stage_of(run.path, acting).identity and _find(run, _only(sources_of(acting, run))) is None:
+    while run.path.at(acting).identity and _find(run, _only(sources_of(acting, run))) is None:
         acting = _only(sources_of(acting, run))
     sources = sources_of(acting, run)
     hidden: dict[Place, None] = {}
@@ -352,7 +353,7 @@ def fits(run: ForwardRun, place: Place) -> bool:
     """Whether a recorded stage has the shape that the model and the tokens give it."""
     assert run.path is not None
     assert run.config is not None
-    stage = stage_of(run.path, place)
+    stage = run.path.at(place)
     return run.side.shape(place) == list(recorded_shape(run.config, stage, len(run.tokens), run.positions))
 
 
@@ -361,7 +362,7 @@ def oracles_of(place: Place, run: ForwardRun, observed: np.ndarray) -> Iterator[
     assert run.path is not None
     assert run.config is not None
     span = span_of(place, run)
-    stage = _as_stored(run, stage_of(run.path, span.acting), observed)
+    stage = _as_stored(run, run.path.at(span.acting), observed)
     of_rope = stage.name in rope.STAGES and all(name in rope.TABLES for _, name in span.hidden)
     with np.errstate(all="ignore"):  # a NaN among the inputs is their own row's verdict
         if of_rope:
@@ -420,8 +421,8 @@ def _readings(
     roundings inside are still to the run's dtype. None: it had more bits than were stored.
     """
     assert run.path is not None
-    dtype, own = stored_dtype(run.path["embedding"].dtype), stored_dtype(stage.dtype)
-    flow = [name for name, (_, source) in sources_of(place, run).items() if DTYPES[source] == "model"]
+    dtype, own = stored_dtype(run.path.activations), stored_dtype(stage.dtype)
+    flow = [name for name, source in sources_of(place, run).items() if _flows(run, source)]
 
     def promoted(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         common = _widest([own, *(arrays[name].dtype for name in flow)])
@@ -437,6 +438,12 @@ def _readings(
     lossy = [name for name in flow if inputs[name].dtype.itemsize < dtype.itemsize]
     if lossy:
         yield f"right from {', '.join(lossy)} before it was stored in fewer bits", None
+
+
+def _flows(run: ForwardRun, place: Place) -> bool:
+    """Whether a stage is stored in the activations' dtype, whatever that is."""
+    assert run.path is not None
+    return DECLARED[run.path.at(place).function].dtype == "model"
 
 
 def _widest(dtypes: Sequence[np.dtype]) -> np.dtype:
@@ -463,7 +470,7 @@ def reread(place: Place, run: ForwardRun, observed: np.ndarray) -> Reread | None
     span = span_of(place, run)
     for text, fault, turn in [(None, False, None), *_turns(place, run, observed)]:
         array = observed if turn is None else turn(observed)
-        stage = _as_stored(run, stage_of(run.path, span.acting), array)
+        stage = _as_stored(run, run.path.at(span.acting), array)
         # Where inputs were computed, all ways to read them are within the bound.
         ways = (
             [None]
@@ -515,7 +522,7 @@ def _oracles_through(
     values = [_value(run, source) for source in sources_of(place, run).values()]
     if stage.by_vocab and observed.ndim == 2:
         values = [value.last(len(observed)) for value in values]
-    options, dtype = stage_options(run.config, stage), stored_dtype(run.path["embedding"].dtype)
+    options, dtype = stage_options(run.config, stage), stored_dtype(run.path.activations)
     weights, given = _weights_of(run), _given(run)
     plan = vocabulary_plan(run.config.vocab_size) if stage.by_vocab else [(0, None)]
     with np.errstate(all="ignore"):
@@ -538,10 +545,10 @@ def _value(run: ForwardRun, source: Place, instead: Mapping[Place, np.ndarray] =
     if source in instead:
         return Value(instead[source])
     found = _find(run, source)
-    stage, dtype = run.path[source[1]], stored_dtype(run.path["embedding"].dtype)
+    stage, dtype = run.path.at(source), stored_dtype(run.path.activations)
     if found is not None:
         array = run.read(found)
-        lossy = DTYPES[source[1]] == "model" and array.dtype.itemsize < dtype.itemsize
+        lossy = _flows(run, source) and array.dtype.itemsize < dtype.itemsize
         lost = exact_bound(array.astype(np.float64), array.dtype) if lossy else 0.0
         return Value(array, lost, lost)
     inputs = [_value(run, at, instead) for at in sources_of(source, run).values()]
@@ -619,7 +626,7 @@ def explain_place(place: Place, run: ForwardRun, observed: np.ndarray) -> str | 
     return None
 
 
-def _sizes(config: QwenConfig | None) -> dict[str, int]:
+def _sizes(config: ModelConfig | None) -> dict[str, int]:
     """Sizes of a model that stand in the place of another one, by name."""
     names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
     return {name: getattr(config, name) for name in names} if config else {}
@@ -646,18 +653,19 @@ def _of_hidden(place: Place, run: ForwardRun, oracle: Oracle) -> Iterator[Wrong]
         arrays = [_value(run, source, instead).array for source in sources.values()]
         if stage.by_vocab:
             arrays = [array[-len(oracle.value) :] for array in arrays]
-        return STAGES[stage.name](*(array.astype(np.float64) for array in arrays), *params, **oracle.options)
+        return STAGES[stage.function](*(array.astype(np.float64) for array in arrays), *params, **oracle.options)
 
     for at in span.hidden:
-        hidden, options = run.path[at[1]], stage_options(run.config, run.path[at[1]])
+        hidden = run.path.at(at)
+        options = stage_options(run.config, hidden)
         if hidden.identity or not hidden.inputs:
             continue
         inputs = [_value(run, source).array.astype(np.float64) for source in sources_of(at, run).values()]
-        own = parameters(hidden, _given(run), _weights_of(run), at[0], stored_dtype(run.path["embedding"].dtype))
+        own = parameters(hidden, _given(run), _weights_of(run), at[0], stored_dtype(run.path.activations))
         if inputs[0].shape == _value(run, at).array.shape:
             yield f"as if {forward_key(at)} were left out", result({at: inputs[0]})
         if at in span.missing and len(inputs) == 1 and not own and not params and inputs[0].shape == oracle.value.shape:
-            swapped = STAGES[hidden.name](result({at: inputs[0]}), **options)
+            swapped = STAGES[hidden.function](result({at: inputs[0]}), **options)
             yield f"as if {forward_key(at)} came after {stage.name}, not before it", swapped
         for text, value, *_ in wrong_values(hidden, (*inputs, *own), options):
             left_out = f"as if {forward_key(at)} were left out"
@@ -731,26 +739,21 @@ def _of_other_weights(place: Place, run: ForwardRun, oracle: Oracle, columns: sl
     layer, stage, weights = place[0], oracle.stage, run.weights
     if weights is None or stage.params[:1] == ("tokens",):
         return
-    inputs, dtype = oracle.arguments[: len(stage.inputs)], stored_dtype(run.path["embedding"].dtype)
+    inputs, dtype = oracle.arguments[: len(stage.inputs)], stored_dtype(run.path.activations)
     for one, other in (*_ALIKE, *(pair[::-1] for pair in _ALIKE)):
         if stage.params == (one,):
             weight = weights.read(parameter_name(stage, other, layer)).astype(dtype)
-            yield f"{other} in the place of {one}", STAGES[stage.name](*inputs, weight, **oracle.options)
+            yield f"{other} in the place of {one}", STAGES[stage.function](*inputs, weight, **oracle.options)
     if stage.by_vocab and not run.config.tie_word_embeddings:
         weight = weights.read(EMBEDDING, columns.start or 0, columns.stop).astype(dtype)
-        yield f"the embedding in the place of {LM_HEAD}", STAGES[stage.name](*inputs, weight)
+        yield f"the embedding in the place of {LM_HEAD}", STAGES[stage.function](*inputs, weight)
     if layer is None or not stage.params:
         return
     for step in (-1, 1):
         if 0 <= layer + step < run.config.num_hidden_layers:
             others = parameters(stage, {}, weights, layer + step, dtype)
-            value = STAGES[stage.name](*inputs, *others, **oracle.options)
+            value = STAGES[stage.function](*inputs, *others, **oracle.options)
             yield f"the weights of layer {layer + step} in the place of layer {layer}'s", value
-
-
-def stage_of(path: StagePath, place: Place) -> Stage:
-    """The declared stage of a place, which may go by an alias."""
-    return path[path.aliases.get(place[1], place[1])]
 
 
 def _find(run: ForwardRun, source: Place) -> Place | None:
@@ -758,15 +761,15 @@ def _find(run: ForwardRun, source: Place) -> Place | None:
     assert run.path is not None
     names = (source[1], *(alias for alias, name in run.path.aliases.items() if name == source[1]))
     found = next(((source[0], name) for name in names if (source[0], name) in run.side.places), None)
-    copied = found is None and run.path[source[1]].identity
-    return _find(run, (source[0], run.path[source[1]].inputs[0])) if copied else found
+    copied = found is None and run.path.at(source).identity
+    return _find(run, (source[0], run.path.at(source).inputs[0])) if copied else found
 
 
 def sources_of(place: Place, run: ForwardRun) -> dict[str, Place]:
     """Where each input of a stage would be recorded."""
     assert run.path is not None
     assert run.config is not None
-    return producers(run.path, stage_of(run.path, place), place[0], run.config.num_hidden_layers)
+    return producers(run.path, run.path.at(place), place[0], run.config.num_hidden_layers)
 
 
 def inputs_of(place: Place, run: ForwardRun) -> dict[str, np.ndarray]:
@@ -795,6 +798,7 @@ class _NoWeights:
         raise UsageError(f"{name}: the weights are not to be had")
 
 
-def _mixes_positions(path: StagePath, stage: Stage) -> bool:
+def _mixes_positions(path: Pipeline, place: Place) -> bool:
     """Whether one position's result needs another's: attention, whose axes are queries and keys."""
-    return any("keys" in path[name].shape.split() for name in (stage.name, *stage.inputs) if name in path)
+    stage, own = path.at(place), path.of(place[0])
+    return any("keys" in own[name].shape.split() for name in (stage.name, *stage.inputs) if name in own)

@@ -24,7 +24,6 @@ from stages.judge.forward import (
     order_of,
     pieces_of,
     promised,
-    stage_of,
     through_words,
     why_unjudged,
 )
@@ -99,7 +98,7 @@ def diff_forward(
             words=of_dtypes(rows, a, b),
             extra={
                 "kind": "forward",
-                "about": about(a if a.config else b, named.model),
+                "about": _about(a, b, named.model),
                 "tokens": len(a.tokens) or len(b.tokens) or None,
                 "flat": a.config is None or b.config is None,
                 "logits": logits,
@@ -108,6 +107,12 @@ def diff_forward(
             },
         )
         return {**document, "culprit_data": _culprit_data(document, a, b, adapted)}
+
+
+def _about(a: ForwardRun, b: ForwardRun, model: str | None) -> dict[str, Any]:
+    """What was run: as the first side that tells of its model has it, and the components that either ran on."""
+    one, other = about(a if a.config else b, model), about(b)
+    return {**one, "components": one["components"] or other["components"]}
 
 
 def _chosen(a: ForwardRun, b: ForwardRun, wanted: Wanted) -> list[Place]:
@@ -154,7 +159,7 @@ def _row(place: Place, a: ForwardRun, b: ForwardRun, top: int) -> dict[str, Any]
         if (side is None and not alike) or (side is not None and side.verdict is Verdict.SHAPE):
             run.misshapen.add(at)
     if not alike:
-        expected = a.path[name].shape if a.path and name in a.path else "as many elements"
+        expected = a.path.at(place).shape if a.path and name in a.path else "as many elements"
         note = f'a has {x.dtype} {list(x.shape)}, b has {y.dtype} {list(y.shape)}; expected "{expected}"'
         if same_bytes(x, y):
             note += "; both hold the same bytes, in the same order: only the label of the shape differs"
@@ -162,7 +167,7 @@ def _row(place: Place, a: ForwardRun, b: ForwardRun, top: int) -> dict[str, Any]
             note += ". Is one dump head-first?"
         return {**row(Verdict.SHAPE, side_a, side_b), "note": note}
     d = Difference(top)
-    stage = stage_of(a.path, place) if a.path and b.path else None
+    stage = a.path.at(place) if a.path and b.path else None
     wide = np.promote_types(x.dtype, y.dtype)
     one, other = (array.astype(wide, copy=False) for array in (x, y))
     d.add(*((judged_part(stage, one), judged_part(stage, other)) if stage else (one, other)))
@@ -223,10 +228,10 @@ def split(x: np.ndarray, y: np.ndarray) -> dict[str, Any]:
 
 def of_dtypes(rows: Sequence[Mapping[str, Any]], a: ForwardRun, b: ForwardRun) -> str | None:
     """A sentence on two runs in two dtypes: how much of the last stage's difference storing it explains."""
-    if a.path is None or b.path is None or a.path["embedding"].dtype == b.path["embedding"].dtype:
+    if a.path is None or b.path is None or a.path.activations == b.path.activations:
         return None
     last = next((row for row in reversed(rows) if "dtypes" in row and row["rms"]), None)
-    said = f"a was computed in {a.path['embedding'].dtype}, b in {b.path['embedding'].dtype}; each is judged by its own"
+    said = f"a was computed in {a.path.activations}, b in {b.path.activations}; each is judged by its own"
     if last is None:
         return f"{said}."
     of = last["dtypes"]
@@ -252,7 +257,7 @@ def _culprit_data(
     assert at_a is not None
     assert at_b is not None
     x, y = a.read(at_a), b.read(at_b)
-    axes = stage_of(a.path, place).shape if a.path and b.path else ""
+    axes = a.path.at(place).shape if a.path and b.path else ""
     if side is not None:
         run, array, at = {"a": (a, x, at_a), "b": (b, y, at_b)}[side]
         pieces = pieces_of(at, run, array)

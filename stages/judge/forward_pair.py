@@ -8,10 +8,10 @@ from pathlib import Path
 
 from stages.errors import InputError, UsageError
 from stages.files.aprt import is_aprt_tree
-from stages.files.checkpoint import open_checkpoint
 from stages.files.dump import MANIFEST_FILE
 from stages.files.forward_dump import ForwardSide
 from stages.files.kinds import Recording, recording_at
+from stages.files.source import open_model
 from stages.files.tokens import token_ids
 from stages.judge.foreign import open_foreign
 from stages.judge.forward import ForwardRun, open_run
@@ -67,7 +67,7 @@ def _other(path: Path, named: Named, known: ForwardRun | None, stack: ExitStack)
             "program's needs --model and --tokens"
         )
     if named.model is not None and (named.ids or known is not None):
-        checkpoint = stack.enter_context(open_checkpoint(named.model))
+        checkpoint = stack.enter_context(open_model(named.model))
         checkpoint.check()
         tokens = token_ids(named, checkpoint) if named.ids else None
         ids = tokens.tolist() if tokens is not None else known.tokens if known is not None else []

@@ -41,9 +41,9 @@ def breaches(precision: str, oracle: Oracle, observed: np.ndarray) -> int:
     if stage.identity:
         return _differing(observed, oracle.rounded)
     if precision == EXACT:
-        decided = decide(stage.name, oracle.value, oracle.arguments, oracle.options, dtype).array
+        decided = decide(stage.function, oracle.value, oracle.arguments, oracle.options, dtype).array
         return _differing(observed, judged_part(stage, decided))
-    band = tie_band(stage.name, oracle.value, oracle.arguments, oracle.options, dtype)
+    band = tie_band(stage.function, oracle.value, oracle.arguments, oracle.options, dtype)
     low, high = (judged_part(stage, end) for end in band)
     inside = (low <= observed) & (observed <= high)
     return int(np.count_nonzero(~inside & ~(np.isnan(observed) & np.isnan(low))))

@@ -33,7 +33,7 @@ def beyond(oracle: Oracle, observed: np.ndarray) -> np.ndarray:
 
 def is_product(oracle: Oracle, observed: np.ndarray) -> bool:
     """Whether a stage can be taken apart so."""
-    return oracle.stage.noise is Noise.PRODUCT and oracle.stage.name in OPERANDS and observed.ndim == 2
+    return oracle.stage.noise is Noise.PRODUCT and oracle.stage.function in OPERANDS and observed.ndim == 2
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Product:
 
     def __init__(self, oracle: Oracle, observed: np.ndarray, start: int = 0):
         self.oracle, self.observed, self.start = oracle, observed, start
-        operands: Any = OPERANDS[oracle.stage.name](*oracle.arguments, **oracle.options)
+        operands: Any = OPERANDS[oracle.stage.function](*oracle.arguments, **oracle.options)
         self.narrow, self.b = operands
         self.a = self.narrow.astype(np.float64)
         params, arguments = oracle.stage.params, oracle.arguments[len(oracle.stage.inputs) :]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -21,9 +22,9 @@ from stages.judge.document import (
     Gates,
     culprits_of,
     place_of,
-    sum_alike,
 )
 from stages.judge.metrics import Difference
+from stages.judge.next_steps import Step, sum_alike
 from stages.judge.reports import REFERENCE_SCHEMA, REPLAY_SCHEMA, items_of, variants_of
 from stages.judge.rows import in_replay, pair_row
 from stages.oracle.verdict import Verdict
@@ -31,7 +32,6 @@ from stages.spec.replay import REPLAY
 from stages.spec.stage import Stage
 
 Report = Mapping[str, Any]
-IN_ITS_ORDER = "svf replay COMPONENTS --backend jax --order inferred --reference-report REFERENCE.json"
 _WORST = 5  # as many as the original's comparator prints
 
 
@@ -201,7 +201,14 @@ def diff_reports(path_a: Path, path_b: Path, gates: Gates, *, top: int = 5) -> d
             "stage_files": _elements(a, b, (path_a, path_b), top),
         },
     }
-    return {**document, "verdict": _sentence(document, failed, len(required))}
+    step = _in_its_order(path_a) if results.get(STRICT_CURRENT_PYTHON) is False and not failed else None
+    sentence = " ".join(filter(None, [_sentence(document, failed, len(required)), str(step) if step else None]))
+    return {**document, "verdict": sentence, "next": [step.command] if step else []}
+
+
+def _in_its_order(reference: Path) -> Step:
+    words = ["svf", "replay", "COMPONENTS", "--backend", "jax", "--order", "inferred"]
+    return sum_alike(shlex.join([*words, "--reference-report", str(reference)]))
 
 
 def _variants(report: Report, stored: str | None, current: str | None) -> list[dict[str, Any]]:
@@ -319,10 +326,7 @@ def _sentence(document: Report, failed: Sequence[Check], required: int) -> str:
     if STRICT_CURRENT_PYTHON in refused:
         current = document["reports"]["current"]["sha256"]
         told = f"the reference side's final bf16 hash is {current[:12]}" if current else "a names no current hash"
-        return (
-            f"{_passed(required)}The gate {' and '.join(refused)} failed: {told}, and no variant of b has it. "
-            f"{sum_alike(IN_ITS_ORDER)}"
-        )
+        return f"{_passed(required)}The gate {' and '.join(refused)} failed: {told}, and no variant of b has it."
     if refused:
         return f"{_passed(required)}The gate {' and '.join(refused)} failed."
     if document["outcome"] == "incomplete":

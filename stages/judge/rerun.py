@@ -18,7 +18,7 @@ import numpy as np
 from stages.errors import InputError
 from stages.files.forward_dump import ForwardSide, parse_key
 from stages.files.replay_recorded import open_side
-from stages.judge.forward import ForwardRun, inputs_of, oracles_of, part, stage_of
+from stages.judge.forward import ForwardRun, inputs_of, oracles_of, part
 from stages.judge.forward import open_run as open_forward_run
 from stages.judge.metrics import same_bits
 from stages.judge.rows import Row
@@ -221,14 +221,14 @@ def _forward_parts(
     run = open_forward_run(path, model, stack)
     if run.path is None or run.config is None or run.weights is None:
         raise InputError(f"{path}: the model it was made from is not to be had; give --model")
-    dtype = run.path["embedding"].dtype
+    dtype = run.path.activations
     both = [Forwarder(backend, run.config, run.weights, dtype=dtype) for backend in (native, reference)]
 
     def parts(key: str) -> Iterator[Part]:
         place = parse_key(key)
         assert place is not None
         assert run.path is not None
-        stage, inputs = stage_of(run.path, place), inputs_of(place, run)
+        stage, inputs = run.path.at(place), inputs_of(place, run)
         observed = run.side.read(place)
         one, other = (forwarder.isolate(stage.name, inputs, place[0]) for forwarder in both)
         for columns, oracle in oracles_of(place, run, observed):

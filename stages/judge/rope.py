@@ -15,11 +15,11 @@ import ml_dtypes
 import numpy as np
 
 from stages.oracle.bounds import Lambdas
-from stages.oracle.qwen import _keys, _queries
+from stages.oracle.decoder import _keys, _queries
 from stages.oracle.rope import STAGES, TABLES, TURNED, Rounding, Table, Tables
 from stages.oracle.verdict import Oracle, measure
-from stages.spec.qwen import QwenConfig
-from stages.spec.stage import Path, Stage
+from stages.spec.config import ModelConfig
+from stages.spec.stage import Pipeline, Stage
 
 Place = tuple[int | None, str]
 
@@ -41,8 +41,8 @@ class RopeRun:
     an angle is then that of the recorded frequencies, to the bit; else each may be the model's own too.
     """
 
-    config: QwenConfig
-    path: Path
+    config: ModelConfig
+    path: Pipeline
     lambdas: Lambdas
     numbers: np.ndarray  # of the recorded tokens, from 0
     places: frozenset[Place]
@@ -108,14 +108,14 @@ class RopeRun:
             yield dataclasses.replace(tables, waves="float32").oracle(stage, x.astype(np.float32))
 
     def _turned_input(self, place: Place) -> np.ndarray | None:
-        return self.read((place[0], self.path[place[1]].inputs[0]))
+        return self.read((place[0], self.path.at(place).inputs[0]))
 
     def _explains(self, tables: Tables, place: Place, observed: np.ndarray) -> bool:
         if place[1] in tables.rounded or place[1] in tables.recorded:
             table: Table = getattr(tables, place[1])
             error = np.abs(observed.astype(np.float64) - table.value)
             return bool((error <= table.near).all())
-        stage = self.as_stored(self.path[place[1]], observed)
+        stage = self.as_stored(self.path.at(place), observed)
         return any(measure(oracle, observed).verdict.passes for oracle in self._oracles(place, stage, tables))
 
     @property
@@ -130,7 +130,7 @@ class RopeRun:
 
     def _read_tables(self) -> set[str]:
         """The tables that recorded stages are computed from."""
-        return {name for _, stage in self.places if stage in STAGES for name in self.path[stage].inputs} & {*TABLES}
+        return {name for place in self.places if place[1] in STAGES for name in self.path.at(place).inputs} & {*TABLES}
 
     # -- positions ------------------------------------------------------------------------------------------------
 
@@ -262,7 +262,7 @@ class RopeRun:
         """Why a stage of RoPE fails, if positions, fewer bits or another config of the tables explain it."""
         if place[1] in TURNED and self._turned_input(place) is None:
             return None
-        stage = self.as_stored(self.path[place[1]], observed)
+        stage = self.as_stored(self.path.at(place), observed)
         right = next(self._oracles(place, stage, self.model)).value
         if not np.isfinite(observed).all() or observed.shape != right.shape:
             return None
@@ -330,7 +330,7 @@ _NARROW: Mapping[str, Rounding] = {
 }
 
 
-def _made_in(narrow: Rounding, config: QwenConfig) -> Iterator[np.ndarray]:
+def _made_in(narrow: Rounding, config: ModelConfig) -> Iterator[np.ndarray]:
     """Frequencies without scaling whose exponents, power and reciprocal are each rounded."""
     numbers = narrow(np.arange(0, config.head_dim, 2, dtype=np.float64))
     exponents = narrow(numbers / config.head_dim)
@@ -339,7 +339,7 @@ def _made_in(narrow: Rounding, config: QwenConfig) -> Iterator[np.ndarray]:
         yield narrow(config.rope_theta**-exponents)
 
 
-def _other_configs(config: QwenConfig) -> Iterator[tuple[str, QwenConfig]]:
+def _other_configs(config: ModelConfig) -> Iterator[tuple[str, ModelConfig]]:
     """What a config becomes when a setting of RoPE is lost on the way, in words."""
     rope = config.rope
     if config.rope_type != "default":
@@ -368,7 +368,7 @@ def _other_configs(config: QwenConfig) -> Iterator[tuple[str, QwenConfig]]:
             yield f"as if the {other} factors stood in the place of the {one} ones", swapped
 
 
-def _with(config: QwenConfig, **changes: object) -> QwenConfig:
+def _with(config: ModelConfig, **changes: object) -> ModelConfig:
     return dataclasses.replace(config, rope_parameters=tuple(sorted((config.rope | changes).items())))  # type: ignore[arg-type]
 
 

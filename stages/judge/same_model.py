@@ -7,12 +7,13 @@ from dataclasses import fields
 from typing import Any
 
 from stages.errors import InputError, shown
-from stages.files.checkpoint import Checkpoint
-from stages.spec.qwen import QwenConfig, parse_config
+from stages.files.source import ModelSource
+from stages.spec.config import ModelConfig
+from stages.spec.families import parse_config
 
 
 def other_model(
-    one: Mapping[str, Any], other: Mapping[str, Any], a: Checkpoint | None = None, b: Checkpoint | None = None
+    one: Mapping[str, Any], other: Mapping[str, Any], a: ModelSource | None = None, b: ModelSource | None = None
 ) -> str | None:
     """What makes two recorded models (fingerprint, config) two, in words; None when they are one.
 
@@ -39,13 +40,13 @@ def _config_fields(one: Any, other: Any) -> Iterator[str]:
         if one != other:
             yield "fields that are not understood"
         return
-    for field in fields(QwenConfig):
+    for field in fields(ModelConfig):
         x, y = (getattr(config, field.name) for config in both)
         if x != y:
             yield f"{field.name} ({shown(x)} and {shown(y)})"
 
 
-def _other_tensor(a: Checkpoint, b: Checkpoint) -> str | None:
+def _other_tensor(a: ModelSource, b: ModelSource) -> str | None:
     """The first tensor in which two checkpoints differ: a name, a shape, a dtype, or values.
 
     A fingerprint is the same for two fine-tunes: each stage would be right on its own weights, and all would agree.

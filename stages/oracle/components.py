@@ -15,65 +15,79 @@ from typing import Any
 import numpy as np
 
 from stages.oracle import svd
-from stages.oracle.qwen import FORWARD_STAGES
+from stages.oracle.decoder import FORWARD_STAGES
 from stages.oracle.rounding import round_once
 from stages.oracle.router import ROUTER_STAGES
 from stages.spec import environment
 from stages.spec.backend import Weights
+from stages.spec.config import ModelConfig
 from stages.spec.dtypes import stored_dtype
-from stages.spec.forward import DTYPES, ROUNDED_INSIDE
+from stages.spec.forward import DECLARED, ROUNDED_INSIDE
 from stages.spec.layouts import LAYOUTS
-from stages.spec.qwen import QwenConfig
 from stages.spec.replay import REPLAY
 from stages.spec.router import ROUTER
+from stages.spec.stage import Functions
+
+# The declaration names the stages; a function has its stage's name.
+REPLAY_STAGES: Functions[Callable[..., np.ndarray]] = Functions()
 
 
+@REPLAY_STAGES
 def source_f32(source: np.ndarray) -> np.ndarray:
     """The weight as stored, `[rows, cols]`."""
     return source.astype(np.float64)
 
 
+@REPLAY_STAGES
 def offsets_f32(offsets: np.ndarray) -> np.ndarray:
     """One scale offset per singular value, `[rank]`."""
     return offsets.astype(np.float64)
 
 
+@REPLAY_STAGES
 def scaled_s(offsets_f32: np.ndarray, s: np.ndarray) -> np.ndarray:
     """Singular values after the SVF step, S * (1 + offsets), `[rank]`."""
     one_plus = np.float32(1) + offsets_f32  # the model rounds 1 + z to float32 before the product
     return s.astype(np.float64) * one_plus
 
 
+@REPLAY_STAGES
 def normalization(scaled_s: np.ndarray, s: np.ndarray) -> np.ndarray:
     """sum(S) / sum(scaled_s), shape `[1]`."""
     return (np.sum(s, dtype=np.float64) / np.sum(scaled_s, dtype=np.float64)).reshape(1)
 
 
+@REPLAY_STAGES
 def u_scaled(scaled_s: np.ndarray, u: np.ndarray) -> np.ndarray:
     """U with column j times scaled_s[j], `[rows, rank]`."""
     return u.astype(np.float64) * scaled_s
 
 
+@REPLAY_STAGES
 def matmul_pre_norm(u_scaled: np.ndarray, v: np.ndarray, *, layout: str) -> np.ndarray:
     """u_scaled @ V^T, `[rows, cols]`; V contracted as the layout says."""
     return u_scaled.astype(np.float64) @ _v_transposed(v, layout).astype(np.float64)
 
 
+@REPLAY_STAGES
 def zero_source_f32(u: np.ndarray, s: np.ndarray, v: np.ndarray, *, layout: str) -> np.ndarray:
     """(U * S) @ V^T, `[rows, cols]`: the replay with zero offsets."""
     return matmul_pre_norm(u * s, v, layout=layout)  # the model rounds U * S to float32
 
 
+@REPLAY_STAGES
 def adapted_source_f32(matmul_pre_norm: np.ndarray, normalization: np.ndarray) -> np.ndarray:
     """matmul_pre_norm * normalization, `[rows, cols]`."""
     return matmul_pre_norm.astype(np.float64) * normalization
 
 
+@REPLAY_STAGES
 def final_f32(adapted_source_f32: np.ndarray, *, transpose: bool) -> np.ndarray:
     """The adapted weight in the target's orientation."""
     return (adapted_source_f32.T if transpose else adapted_source_f32).astype(np.float64)
 
 
+@REPLAY_STAGES
 def final_bf16(final_f32: np.ndarray) -> np.ndarray:
     """final_f32; the boundary rounds it to bfloat16."""
     return final_f32.astype(np.float64)
@@ -92,9 +106,6 @@ OPERANDS: Mapping[str, Callable[..., tuple[np.ndarray, ...]]] = MappingProxyType
         "zero_source_f32": lambda u, s, v, *, layout: (u * s, _v_transposed(v, layout)),
     }
 )
-
-# The declaration names the stages; a function has its stage's name.
-REPLAY_STAGES: Mapping[str, Callable[..., np.ndarray]] = MappingProxyType({name: globals()[name] for name in REPLAY})
 
 
 def _rounded(fn: Callable[..., np.ndarray], dtype: np.dtype) -> Callable[..., np.ndarray]:
@@ -133,7 +144,7 @@ class ReferenceBackend:
 
     @property
     def forward(self) -> Mapping[str, Callable[..., np.ndarray]]:
-        return {name: _rounded_forward(fn, DTYPES[name]) for name, fn in FORWARD_STAGES.items()}
+        return {name: _rounded_forward(fn, DECLARED[name].dtype) for name, fn in FORWARD_STAGES.items()}
 
     @property
     def router(self) -> Mapping[str, Callable[..., np.ndarray]]:
@@ -165,7 +176,7 @@ class ReferenceBackend:
     def compile(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         return fn
 
-    def production(self, config: QwenConfig, weights: Weights, **_options: Any) -> None:
+    def production(self, config: ModelConfig, weights: Weights, **_options: Any) -> None:
         """There is none: the reference is a specification, not what anybody runs."""
 
     def facts(self) -> dict[str, str]:

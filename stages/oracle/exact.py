@@ -23,11 +23,11 @@ import numpy as np
 
 from stages.oracle import bounds as noise
 from stages.oracle import components as reference
-from stages.oracle import qwen as reference_qwen
+from stages.oracle import decoder
 from stages.oracle import router as reference_router
 from stages.oracle.bounds import TINY
 from stages.oracle.rounding import round_once
-from stages.spec.forward import declare
+from stages.spec.forward import DECLARED
 from stages.spec.noise import Noise
 from stages.spec.replay import REPLAY
 from stages.spec.router import ROUTER
@@ -43,7 +43,7 @@ _BITS = (128, 256, 512, 1024, 2048)
 Places = tuple[np.ndarray, ...]  # as np.nonzero gives them
 
 NOISE: Mapping[str, Noise] = MappingProxyType(
-    {s.name: s.noise for s in (*REPLAY.values(), *ROUTER.values(), *declare(qk_norm=True, qkv_bias=True, o_bias=True))}
+    {s.function: s.noise for s in (*REPLAY.values(), *ROUTER.values(), *DECLARED.values())}
 )
 
 
@@ -116,7 +116,7 @@ def plain(array: np.ndarray) -> np.ndarray:
 
 def _operands(name: str, arguments: Sequence[np.ndarray], options: Mapping[str, Any]) -> tuple[Any, ...]:
     """What the bound and the exact result of a stage are computed from."""
-    tables = (OPERANDS, reference.OPERANDS, reference_qwen.OPERANDS, reference_router.OPERANDS)
+    tables = (OPERANDS, reference.OPERANDS, decoder.OPERANDS, reference_router.OPERANDS)
     table = next((found[name] for found in tables if name in found), None)
     return tuple(arguments) if table is None else table(*arguments, **options)
 
@@ -130,12 +130,12 @@ OPERANDS: Mapping[str, Callable[..., tuple[Any, ...]]] = MappingProxyType(
         "ffn_norm": lambda x, weight, *, eps: (x, weight, eps),
         "final_norm": lambda x, weight, *, eps: (x, weight, eps),
         "q_norm": lambda qkv, weight, *, heads, kv_heads, head_dim, eps: (
-            reference_qwen._queries(qkv, heads, head_dim),
+            decoder._queries(qkv, heads, head_dim),
             weight,
             eps,
         ),
         "k_norm": lambda qkv, weight, *, heads, kv_heads, head_dim, eps: (
-            reference_qwen._keys(qkv, heads, kv_heads, head_dim),
+            decoder._keys(qkv, heads, kv_heads, head_dim),
             weight,
             eps,
         ),
@@ -278,7 +278,7 @@ def norm_error(value: np.ndarray, dtype: np.dtype, x: np.ndarray, weight: np.nda
     unit = (x.shape[-1] / 2 + 24) * U64
     if dtype == np.float32:
         return unit * np.abs(value)
-    normed = reference_qwen._normed(x, eps)
+    normed = decoder._normed(x, eps)
     return _undecided(normed, unit * np.abs(normed), dtype)
 
 
@@ -403,16 +403,16 @@ def inv_freq_error(value: np.ndarray, dtype: np.dtype, positions: np.ndarray, op
 
 
 def inv_freq_exact(places: Places, dtype: np.dtype, positions: np.ndarray, options: Mapping[str, Any]) -> np.ndarray:
-    """Elements of `reference_qwen.inv_freq`, whose float32 exponents, theta and factors are part of its meaning."""
+    """Elements of `decoder.inv_freq`, whose float32 exponents, theta and factors are part of its meaning."""
     rope, head_dim = dict(options["rope_parameters"]), options["head_dim"]
     exponents = (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)).astype(np.float64)
     theta, rope_type = float(np.float32(options["rope_theta"])), options["rope_type"]
     factor = mpmath.mpf(rope.get("factor", 1.0))
     kept, divisors = np.zeros(exponents.size), np.ones(exponents.size)
     if rope_type == "yarn":
-        kept = reference_qwen._yarn_kept(head_dim, options["rope_theta"], rope).astype(np.float64)
+        kept = decoder._yarn_kept(head_dim, options["rope_theta"], rope).astype(np.float64)
     if rope_type == "longrope":
-        divisors = reference_qwen._longrope_factors(positions, rope).astype(np.float64)
+        divisors = decoder._longrope_factors(positions, rope).astype(np.float64)
 
     def base() -> Any:
         if rope_type != "dynamic":

@@ -16,13 +16,13 @@ import numpy as np
 
 from stages.oracle import bounds as noise
 from stages.oracle.bounds import U32, Lambdas
-from stages.oracle.qwen import OPERANDS
+from stages.oracle.decoder import OPERANDS
 from stages.oracle.rounding import round_once
 from stages.oracle.verdict import Oracle, Unsure, consult
+from stages.spec.config import ModelConfig
 from stages.spec.dtypes import stored_dtype
 from stages.spec.forward import stage_options
-from stages.spec.qwen import QwenConfig
-from stages.spec.stage import Path, Stage
+from stages.spec.stage import Pipeline, Stage
 
 TABLES = ("inv_freq", "rope_angle", "rope_cos", "rope_sin")
 TURNED = ("q_post_rope", "k_post_rope")
@@ -49,8 +49,8 @@ class Tables:
     would have computed.
     """
 
-    config: QwenConfig
-    path: Path
+    config: ModelConfig
+    path: Pipeline
     positions: np.ndarray
     lambdas: Lambdas
     recorded: Mapping[str, np.ndarray] = field(default_factory=dict)
@@ -161,11 +161,11 @@ def _turned_unsure(stage: Stage, options: Mapping[str, int], cos: Table, sin: Ta
 
     def added(arguments: tuple[np.ndarray, ...]) -> tuple[np.ndarray, np.ndarray]:
         x, shape = arguments[0], arguments[1].shape
-        products = OPERANDS[stage.name](x, *arguments[1:3], **options)
+        products = OPERANDS[stage.function](x, *arguments[1:3], **options)
 
         def of(*errors: np.ndarray | float) -> np.ndarray:
             wide = [np.broadcast_to(np.asarray(error, np.float64), shape) for error in errors]
-            moved = OPERANDS[stage.name](x, *wide, **options)
+            moved = OPERANDS[stage.function](x, *wide, **options)
             pairs = zip(map(np.asarray, products), map(np.asarray, moved), strict=True)
             direct, turned = (noise.after_prescribed(product, np.abs(error), x.dtype) for product, error in pairs)
             return direct + turned

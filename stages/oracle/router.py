@@ -7,9 +7,13 @@ from types import MappingProxyType
 
 import numpy as np
 
-from stages.spec.router import ROUTER
+from stages.spec.stage import Functions
+
+# The declaration names the stages; a function has its stage's name.
+ROUTER_STAGES: Functions[Callable[..., np.ndarray]] = Functions()
 
 
+@ROUTER_STAGES
 def router_logits(router_hidden: np.ndarray, router_head: np.ndarray) -> np.ndarray:
     """router_hidden `[1, hidden]` @ router_head^T, `[1, agents + roles]`."""
     return router_hidden.astype(np.float64) @ router_head.astype(np.float64).T
@@ -18,6 +22,3 @@ def router_logits(router_hidden: np.ndarray, router_head: np.ndarray) -> np.ndar
 OPERANDS: Mapping[str, Callable[..., tuple[np.ndarray, ...]]] = MappingProxyType(
     {"router_logits": lambda hidden, head: (hidden, head.T)}
 )
-
-# The declaration names the stages; a function has its stage's name.
-ROUTER_STAGES: Mapping[str, Callable[..., np.ndarray]] = MappingProxyType({name: globals()[name] for name in ROUTER})

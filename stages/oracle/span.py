@@ -98,7 +98,7 @@ def carried(stage: Stage, arguments: Sequence[np.ndarray], errors: Errors, optio
     """
     count = len(stage.inputs)
     with np.errstate(all="ignore"):  # an error too large for its stage is infinite
-        moved = CARRIED[stage.name](arguments[:count], errors, arguments[count:], options, unit)
+        moved = CARRIED[stage.function](arguments[:count], errors, arguments[count:], options, unit)
     return np.where(np.isnan(moved), np.inf, moved)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from stages.oracle import bounds as noise
 from stages.oracle import components as reference
-from stages.oracle import qwen as reference_qwen
+from stages.oracle import decoder
 from stages.oracle import router as reference_router
 from stages.oracle.narrow import FLOAT16, NARROW, TF32, Narrow
 from stages.oracle.rounding import round_once
@@ -25,8 +25,8 @@ from stages.spec.noise import Noise
 from stages.spec.stage import Stage
 
 # Every path's stages: the float64 value of each, and what its noise bound is computed from.
-STAGES = {**reference.REPLAY_STAGES, **reference_qwen.FORWARD_STAGES, **reference_router.ROUTER_STAGES}
-OPERANDS = {**reference.OPERANDS, **reference_qwen.OPERANDS, **reference_router.OPERANDS}
+STAGES = {**reference.REPLAY_STAGES, **decoder.FORWARD_STAGES, **reference_router.ROUTER_STAGES}
+OPERANDS = {**reference.OPERANDS, **decoder.OPERANDS, **reference_router.OPERANDS}
 
 
 # Elements judged at a time: their float64 copies stay in the cache, and a dot product of fewer than 10,000 wakes no
@@ -128,10 +128,10 @@ def consult(
     if stage.identity:
         value = arguments[0].astype(np.float64)
     else:
-        value = judged_part(stage, np.asarray(STAGES[stage.name](*arguments, **options), np.float64))
+        value = judged_part(stage, np.asarray(STAGES[stage.function](*arguments, **options), np.float64))
     operands: tuple[Any, ...] = arguments
-    if stage.noise is not Noise.EXACT and stage.name in OPERANDS:
-        operands = OPERANDS[stage.name](*arguments, **options)
+    if stage.noise is not Noise.EXACT and stage.function in OPERANDS:
+        operands = OPERANDS[stage.function](*arguments, **options)
     return Oracle(
         stage,
         value,

@@ -10,7 +10,7 @@ import numpy as np
 
 from stages.errors import InputError
 from stages.files.forward_dump import Place, forward_key
-from stages.judge.forward import ForwardRun, fits, open_run, oracles_of, order_of, span_of, stage_of, why_unjudged
+from stages.judge.forward import ForwardRun, fits, open_run, oracles_of, order_of, span_of, why_unjudged
 from stages.oracle.verdict import Oracle
 from stages.order.candidates import family
 from stages.order.findings import Found, known_first
@@ -31,9 +31,9 @@ def infer_forward(
     """
     with ExitStack() as stack:
         run = open_run(folder, model, stack)
-        if run.path is None or run.path["embedding"].dtype != "float32":
+        if run.path is None or run.path.activations != "float32":
             raise InputError(f"{folder}: orders show in a float32 dump of known weights; run with --dtype float32")
-        places = [place for place in order_of(run.path, run.side.places) if _is_product(stage_of(run.path, place))]
+        places = [place for place in order_of(run.path, run.side.places) if _is_product(run.path.at(place))]
         found: list[Found] = []
         for number, place in enumerate(places):
             progress(forward_key(place), number / len(places))
@@ -61,7 +61,7 @@ def _infer_place(place: Place, run: ForwardRun, before: list[Found], columns: in
 def _evidence(place: Place, run: ForwardRun, recorded: np.ndarray) -> Iterator[ProductEvidence]:
     """The products that a recorded stage is made of: one a weight, or one a head."""
     assert run.path is not None
-    stage, start = stage_of(run.path, place), 0
+    stage, start = run.path.at(place), 0
     for chosen, oracle in oracles_of(place, run, recorded):
         if stage.noise is Noise.PRODUCT:
             x, *weights = oracle.arguments

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from stages.spec.forward import declare
+from stages.spec.forward import DECLARED
 from stages.spec.noise import Noise
 
 
@@ -21,7 +21,7 @@ class Products(Protocol):
 
 def forward_stages(backend: Products) -> dict[str, Callable[..., Any]]:
     """Stage name -> function that gives None where it knows no order for what it is given."""
-    kinds = {stage.name: stage.noise for stage in declare(qk_norm=True, qkv_bias=False, o_bias=False)}
+    kinds = {name: stage.noise for name, stage in DECLARED.items()}
     makers: dict[Noise, Callable[..., Callable[..., Any]]] = {
         Noise.PRODUCT: _Linear,
         Noise.SCORES: _Scores,

@@ -16,7 +16,7 @@ import numpy as np
 
 from stages.errors import InputError
 from stages.files.bundle import Bundle, BundleEntry
-from stages.files.checkpoint import Checkpoint
+from stages.files.source import ModelSource
 from stages.files.tensorfile import TensorFile, TensorInfo, TensorWriter, sha256
 from stages.oracle.bounds import U32, rounding_unit
 from stages.oracle.contraction import Told, look, zero_offset
@@ -32,9 +32,9 @@ ADAPTED_FILE = "adapted.safetensors"
 
 
 class AdaptedWeights:
-    """A checkpoint whose selected tensors are read from an adapted file; `read` and `info` as a `Checkpoint`'s."""
+    """A checkpoint whose selected tensors are read from an adapted file; `read` and `info` as a `ModelSource`'s."""
 
-    def __init__(self, checkpoint: Checkpoint, file: TensorFile):
+    def __init__(self, checkpoint: ModelSource, file: TensorFile):
         self._checkpoint, self._file = checkpoint, file
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
@@ -64,7 +64,7 @@ class Adapted:
 def adapt(
     components: Path,
     layout: str,
-    checkpoint: Checkpoint,
+    checkpoint: ModelSource,
     backend: Backend,
     folder: Path,
     stack: ExitStack,
@@ -129,7 +129,7 @@ def _named(chosen: Sequence[Chosen]) -> str:
 
 def write_adapted(
     chosen: Sequence[Chosen],
-    checkpoint: Checkpoint,
+    checkpoint: ModelSource,
     backend: Backend,
     path: Path,
     progress: Progress,
@@ -183,7 +183,7 @@ def final_stage(dtype: np.dtype) -> str:
     return "final_bf16" if dtype.name == "bfloat16" else "final_f32"
 
 
-def _choose(bundle: Bundle, index: int, layout: str, checkpoint: Checkpoint) -> Chosen:
+def _choose(bundle: Bundle, index: int, layout: str, checkpoint: ModelSource) -> Chosen:
     """The operands of one tensor under `layout`, or the right one where V's shape forbids that."""
     entry = bundle.entries[index]
     name = checkpoint.resolve(entry.source_name)

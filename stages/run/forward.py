@@ -1,4 +1,4 @@
-"""Running the Qwen forward on any backend: one layer at a time, and the LM head one chunk of the vocabulary."""
+"""Running the forward on any backend: one layer at a time, and the LM head one chunk of the vocabulary."""
 
 from __future__ import annotations
 
@@ -15,10 +15,17 @@ from stages.oracle.verdict import Oracle, SideVerdict, consult
 from stages.run.memory import aligned_copy, is_aligned
 from stages.run.watch import at
 from stages.spec.backend import Backend, Weights
+from stages.spec.config import EMBEDDING, LM_HEAD, ModelConfig
 from stages.spec.dtypes import stored_dtype
-from stages.spec.forward import EMBEDDING, LM_HEAD, RUN_PARAMS, forward_path, parameter_name, producers, stage_options
-from stages.spec.qwen import QwenConfig, parameter_shapes
-from stages.spec.stage import Path, Scope, Stage
+from stages.spec.families import layer_param, parameter_shapes
+from stages.spec.forward import (
+    RUN_PARAMS,
+    forward_pipeline,
+    parameter_name,
+    producers,
+    stage_options,
+)
+from stages.spec.stage import Pipeline, Scope, Stage
 from stages.spec.values import StageResult
 
 POSITIONS = ("all", "last")
@@ -35,7 +42,7 @@ _Loaded = TypeVar("_Loaded")
 class LoadedWeights:
     """All weights of a model in memory, in `dtype`: for many runs, or to time one without the reading."""
 
-    def __init__(self, weights: Weights, config: QwenConfig, dtype: str = "model"):
+    def __init__(self, weights: Weights, config: ModelConfig, dtype: str = "model"):
         wanted = stored_dtype(config.dtype if dtype == "model" else dtype)
         self._arrays = {name: _cast(weights.read(name), wanted) for name in parameter_shapes(config)}
         head, embedding = self._arrays[LM_HEAD], self._arrays[EMBEDDING]
@@ -70,7 +77,7 @@ class Forwarder:
     def __init__(
         self,
         backend: Backend,
-        config: QwenConfig,
+        config: ModelConfig,
         weights: Weights,
         *,
         dtype: str = "model",
@@ -78,10 +85,10 @@ class Forwarder:
     ):
         self.fuse_layers = fuse_layers
         self.backend, self.config, self.weights = backend, config, weights
-        self.path = forward_path(config, dtype)
-        self.dtype = stored_dtype(config.dtype if dtype == "model" else dtype)
-        self._compiled: dict[str, Callable[..., Any]] = {}
-        self._needed: frozenset[str] = frozenset()
+        self.path = forward_pipeline(config, dtype)
+        self.dtype = stored_dtype(self.path.activations)
+        self._compiled: dict[Any, Callable[..., Any]] = {}
+        self._needed: dict[int, frozenset[str]] = {}  # by the identity of a layer's pipeline
         self._where = ""  # layers.<n>. within a layer
 
     def run(
@@ -102,24 +109,26 @@ class Forwarder:
         Computes no further than the last thing asked for.
         """
         captured = frozenset(self.path if stages is None else stages)
+        before, after = self.path.of_model()
         chosen = frozenset(range(self.config.num_hidden_layers) if layers is None else layers)
         self._check(tokens, captured, chosen, positions)
-        self._needed = self._ancestors(captured)
+        kinds = {id(kind): kind for kind in self.path.layers}
+        self._needed = {key: self._ancestors(kind, captured) for key, kind in kinds.items()}
         shared = {"positions": np.arange(len(tokens), dtype=np.int32)}
         model: dict[str, Any] = {}
-        for stage in self._scoped(Scope.MODEL, before=True):
+        for stage in before:
             model[stage.name] = self._call(stage, model, self._model_params(stage, tokens, shared))
             if stage.name in captured or (None, stage.name) in also:
                 yield self._result(None, stage, model[stage.name], positions)
-        after = [stage for stage in self._scoped(Scope.MODEL, before=False) if stage.name in self._needed]
-        in_layer = captured & {stage.name for stage in self._scoped(Scope.LAYER)}
+        after = [stage for stage in after if any(stage.name in needed for needed in self._needed.values())]
+        in_layer = captured & {stage.name for stage in self.path.of_layer(None)}
         count = self.config.num_hidden_layers if after else 1 + max(chosen, default=-1) if in_layer else 0
         output: Any = None
         for layer, params in _ahead(self._layer_params, range(count)):
             self._where = f"layers.{layer}."
             values = self._layer(layer, output, model, params)
             output = values[self.path.carried["layer_input"][1]]
-            for stage in self._scoped(Scope.LAYER):
+            for stage in self.path.of_layer(layer):
                 if (layer in chosen and stage.name in captured) or (layer, stage.name) in also:
                     yield self._result(layer, stage, values[stage.name], positions)
         self._where = ""
@@ -136,7 +145,7 @@ class Forwarder:
 
     def isolate(self, stage_name: str, inputs: Mapping[str, np.ndarray], layer: int | None = None) -> np.ndarray:
         """One stage from recorded inputs, by declared name (`producers` says which; also `tokens`, `positions`)."""
-        stage = self.path[stage_name]
+        stage = self.path.at((layer, stage_name))
         put = {name: self.backend.put(inputs[name]) for name in stage.inputs}
         if stage.by_vocab:
             return self._by_vocab(stage, put[stage.inputs[0]], None)
@@ -156,18 +165,12 @@ class Forwarder:
         if positions not in POSITIONS:
             raise UsageError(f"--positions {shown(positions)}: there are {', '.join(POSITIONS)}")
 
-    def _scoped(self, scope: Scope, before: bool | None = None) -> list[Stage]:
-        """The stages of a scope; those of the model before or after the layers."""
-        stages = list(self.path.values())
-        first = next(i for i, stage in enumerate(stages) if stage.scope is Scope.LAYER)
-        return [s for i, s in enumerate(stages) if s.scope is scope and before in (None, i < first)]
-
-    def _ancestors(self, captured: Iterable[str]) -> frozenset[str]:
-        """The stages without which none of `captured` can be computed: a side branch is left out."""
-        needed, carried = set(captured), self.path.carried
+    def _ancestors(self, kind: Pipeline, captured: Iterable[str]) -> frozenset[str]:
+        """The stages of a kind without which none of `captured` can be computed: a side branch is left out."""
+        needed, carried = set(captured), kind.carried
         if any(self.path[name].scope is Scope.LAYER for name in needed):
             needed.update(last for _, last in carried.values())  # a layer needs the one before it, whole
-        for stage in reversed(tuple(self.path.values())):
+        for stage in reversed(tuple(kind.values())):
             if stage.name in needed:
                 needed.update(carried[name][0] if name in carried else name for name in stage.inputs)
         return frozenset(needed)
@@ -176,50 +179,60 @@ class Forwarder:
         first, _ = self.path.carried["layer_input"]
         values = {**model, "layer_input": model[first] if layer == 0 else previous}
         put = {name: self.backend.put(array) for name, array in params.items()}
-        return self._fused_layer(values, put) if self.fuse_layers else self._layer_values(values, put, self._call)
+        stages = self._stages(layer)
+        return (self._fused_layer if self.fuse_layers else self._layer_values)(stages, values, put)
+
+    def _stages(self, layer: int) -> tuple[Stage, ...]:
+        """What is to be computed of a layer."""
+        needed = self._needed[id(self.path.of(layer))]
+        return tuple(stage for stage in self.path.of_layer(layer) if stage.name in needed)
 
     def _layer_values(
-        self, values: Mapping[str, Any], params: Mapping[str, Any], call: Callable[..., Any]
+        self,
+        stages: Iterable[Stage],
+        values: Mapping[str, Any],
+        params: Mapping[str, Any],
+        call: Callable[..., Any] | None = None,
     ) -> dict[str, Any]:
-        values = dict(values)
-        for stage in self._scoped(Scope.LAYER):
-            if stage.name in self._needed:
-                values[stage.name] = call(stage, values, [params[name] for name in stage.params])
+        values, call = dict(values), call or self._call
+        for stage in stages:
+            values[stage.name] = call(stage, values, [params[name] for name in stage.params])
         return values
 
-    def _fused_layer(self, values: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
+    def _fused_layer(
+        self, stages: tuple[Stage, ...], values: Mapping[str, Any], params: Mapping[str, Any]
+    ) -> dict[str, Any]:
         """All stages of a layer in one compiled function, which may compute them in another order and precision."""
-        key = f"layer of {','.join(sorted(self._needed))}"
-        if key not in self._compiled:
-            self._compiled[key] = self.backend.compile(lambda v, p: self._layer_values(v, p, self._uncompiled))
-        result: dict[str, Any] = self._compiled[key](dict(values), dict(params))
+        if stages not in self._compiled:
+            self._compiled[stages] = self.backend.compile(
+                lambda v, p: self._layer_values(stages, v, p, self._uncompiled)
+            )
+        result: dict[str, Any] = self._compiled[stages](dict(values), dict(params))
         return result
 
     def _uncompiled(self, stage: Stage, values: Mapping[str, Any], params: Sequence[Any]) -> Any:
         inputs = [values[name] for name in stage.inputs]
         if stage.identity:
             return inputs[0]
-        return self.backend.forward[stage.name](*inputs, *params, **stage_options(self.config, stage))
+        return self.backend.forward[stage.function](*inputs, *params, **stage_options(self.config, stage))
 
     def _call(self, stage: Stage, values: Mapping[str, Any], params: Sequence[Any]) -> Any:
         inputs = [values[name] for name in stage.inputs]
         if stage.identity:
             return inputs[0]
         at(self._where + stage.name)
-        if stage.name not in self._compiled:
-            function = functools.partial(self.backend.forward[stage.name], **stage_options(self.config, stage))
-            self._compiled[stage.name] = self.backend.compile(function)
-        return self._compiled[stage.name](*inputs, *params)
+        if stage not in self._compiled:
+            function = functools.partial(self.backend.forward[stage.function], **stage_options(self.config, stage))
+            self._compiled[stage] = self.backend.compile(function)
+        return self._compiled[stage](*inputs, *params)
 
     def _model_params(self, stage: Stage, tokens: Sequence[int], shared: Mapping[str, np.ndarray]) -> list[Any]:
         given = {"tokens": np.asarray(tokens, np.int32), **shared}
         return [self.backend.put(array) for array in parameters(stage, given, self.weights, None, self.dtype)]
 
     def _layer_params(self, layer: int) -> dict[str, np.ndarray]:
-        names = dict.fromkeys(
-            name for stage in self._scoped(Scope.LAYER) if stage.name in self._needed for name in stage.params
-        )
-        return {name: _cast(self.weights.read(f"model.layers.{layer}.{name}"), self.dtype) for name in names}
+        names = dict.fromkeys(name for stage in self._stages(layer) for name in stage.params)
+        return {name: _cast(self.weights.read(layer_param(layer, name)), self.dtype) for name in names}
 
     def _by_vocab(self, stage: Stage, rows: Any, chunk: int | None) -> np.ndarray:
         """A stage whose columns are computed from chunks of its weight's rows; the same bits as from the whole."""
@@ -249,7 +262,7 @@ class Forwarder:
 def run_forward(
     backend: Backend,
     weights: Weights,
-    config: QwenConfig,
+    config: ModelConfig,
     tokens: Sequence[int],
     *,
     layers: Iterable[int] | None = None,
@@ -265,7 +278,7 @@ def run_forward(
 
 def isolate(
     backend: Backend,
-    config: QwenConfig,
+    config: ModelConfig,
     stage: str,
     inputs: Mapping[str, np.ndarray],
     weights: Weights,
@@ -295,8 +308,8 @@ def parameters(
 
 
 def oracles(
-    path: Path,
-    config: QwenConfig,
+    path: Pipeline,
+    config: ModelConfig,
     stage: Stage,
     inputs: Mapping[str, np.ndarray],
     weights: Weights,
@@ -307,7 +320,7 @@ def oracles(
 
     One for the whole result; one per chunk of the vocabulary for the LM head, whose float64 weight is 1.2 GB.
     """
-    given, dtype = [inputs[name] for name in stage.inputs], _activations(path)
+    given, dtype = [inputs[name] for name in stage.inputs], stored_dtype(path.activations)
     options = stage_options(config, stage)
     if not stage.by_vocab:
         params = parameters(stage, inputs, weights, layer, dtype)
@@ -319,8 +332,8 @@ def oracles(
 
 
 def judge_stage(
-    path: Path,
-    config: QwenConfig,
+    path: Pipeline,
+    config: ModelConfig,
     stage: Stage,
     inputs: Mapping[str, np.ndarray],
     weights: Weights,
@@ -336,7 +349,7 @@ def judge_stage(
 
 
 def recorded_inputs(
-    path: Path,
+    path: Pipeline,
     stage: Stage,
     recorded: Mapping[tuple[int | None, str], np.ndarray],
     tokens: Sequence[int],
@@ -349,10 +362,6 @@ def recorded_inputs(
         return None
     given = {name: recorded[key] for name, key in sources.items()}
     return {**given, "tokens": np.asarray(tokens, np.int32), "positions": np.arange(len(tokens), dtype=np.int32)}
-
-
-def _activations(path: Path) -> np.dtype:
-    return stored_dtype(path["embedding"].dtype)
 
 
 def _cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray:

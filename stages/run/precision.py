@@ -15,7 +15,7 @@ from stages.oracle.rounding import round_once
 from stages.run.memory import aligned_copy, aligned_empty
 from stages.spec.backend import Backend, Delegate
 from stages.spec.dtypes import stored_dtype
-from stages.spec.forward import DTYPES, ROUNDED_INSIDE
+from stages.spec.forward import DECLARED, ROUNDED_INSIDE
 from stages.spec.noise import Noise
 from stages.spec.replay import REPLAY
 from stages.spec.router import ROUTER
@@ -23,7 +23,7 @@ from stages.spec.router import ROUTER
 NATIVE, REFERENCE, EXACT = "native", "reference", "exact"
 MODES = (NATIVE, REFERENCE, EXACT)
 # Stages `x @ weight.T`, one weight or several joined: a row of a weight, and of its bias, gives a column.
-LINEAR = frozenset(name for name in DTYPES if NOISE[name] is Noise.PRODUCT)
+LINEAR = frozenset(name for name in DECLARED if NOISE[name] is Noise.PRODUCT)
 # Bytes of weights in float64 at a time. They stay in the cache and in memory that is used again: clearing the pages
 # of a whole weight's copy takes longer than the product with 16 tokens (docs/findings/precision.md).
 BLOCK_BYTES = 16 << 20
@@ -83,7 +83,7 @@ class PreciseBackend(Delegate):
         self._compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
         self._scratch: list[np.ndarray] = []
         self.replay = {name: functools.partial(self._stage, name) for name in REPLAY}
-        self.forward = {name: functools.partial(self._stage, name) for name in DTYPES if name in self.inside.forward}
+        self.forward = {name: functools.partial(self._stage, name) for name in DECLARED if name in self.inside.forward}
         self.router = {name: functools.partial(self._stage, name) for name in ROUTER}
         self.svd = inside.svd  # a decomposition is native in every precision: it is an input of the stages
 
@@ -190,7 +190,7 @@ def _cut(length: int, block: int, count: int) -> int:
 def boundary_dtype(name: str, arguments: Sequence[np.ndarray], options: Mapping[str, Any]) -> np.dtype:
     """What a stage is stored in: as declared, or as the activations are, by its option or its last argument."""
     fixed = REPLAY if name in REPLAY else ROUTER
-    declared = fixed[name].dtype if name in fixed else DTYPES[name]
+    declared = fixed[name].dtype if name in fixed else DECLARED[name].dtype
     return stored_dtype(declared if declared != "model" else options.get("dtype") or arguments[-1].dtype.name)
 
 

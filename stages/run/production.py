@@ -16,7 +16,8 @@ from stages.errors import InputError, shown
 from stages.oracle.bounds import rounding_unit
 from stages.oracle.verdict import Verdict
 from stages.spec.backend import Weights
-from stages.spec.qwen import EMBEDDING, LM_HEAD, QwenConfig, parameter_shapes
+from stages.spec.config import EMBEDDING, LM_HEAD, ModelConfig
+from stages.spec.families import parameter_shapes
 
 # Largest RMS difference in units of the noise that is still rounding: over all rows, and in the worst row. Seen on
 # right models: 1.5 and 4.4; on the mildest planted fault: 2,600 (float32).
@@ -28,7 +29,7 @@ _HEAD_ROWS = 4096
 _SHORTEST_BUCKET = 16
 
 
-def with_stored_head(config: QwenConfig, weights: Weights) -> QwenConfig:
+def with_stored_head(config: ModelConfig, weights: Weights) -> ModelConfig:
     """`config`, untied when the weights have an LM head of their own after all.
 
     Weights adapted tensor by tensor do; copied into a tied model, one of the two would silently win.
@@ -43,7 +44,7 @@ def with_stored_head(config: QwenConfig, weights: Weights) -> QwenConfig:
     return config
 
 
-def parameters_of(config: QwenConfig, weights: Weights) -> Iterator[tuple[str, np.ndarray]]:
+def parameters_of(config: ModelConfig, weights: Weights) -> Iterator[tuple[str, np.ndarray]]:
     """Every parameter's name and value, read one at a time; the LM head last, and only when it is not tied.
 
     `InputError` for one that is missing or of another shape, and, where `weights` lists its `tensors`, for one that
@@ -68,7 +69,7 @@ def parameters_of(config: QwenConfig, weights: Weights) -> Iterator[tuple[str, n
         yield name, array
 
 
-def check_names(config: QwenConfig, names: Sequence[str]) -> None:
+def check_names(config: ModelConfig, names: Sequence[str]) -> None:
     """`InputError` unless a model's own parameter names are the checkpoint's, so that none keeps an initial value."""
     wanted = set(parameter_shapes(config)) - ({LM_HEAD} if config.tie_word_embeddings else set())
     odd = sorted(wanted ^ set(names))
@@ -77,7 +78,7 @@ def check_names(config: QwenConfig, names: Sequence[str]) -> None:
         raise InputError(f"the production model and the config disagree on '{odd[0]}' (similar: {', '.join(near)})")
 
 
-def checked_tokens(config: QwenConfig, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+def checked_tokens(config: ModelConfig, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
     """Token ids as int32; `InputError` for none, too many, or one outside the vocabulary."""
     ids = np.asarray(tokens)
     if ids.ndim != 1:

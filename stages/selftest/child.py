@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from stages.files.checkpoint import open_checkpoint
+from stages.files.source import open_model
 from stages.jobs.forward_one import ForwardCommand, forward_one
 from stages.jobs.replay_one import ReplayCommand, ReplayJob
 from stages.progress import Progress
@@ -83,5 +83,5 @@ def _forward(run: Mapping[str, Any], backend: PlantedBackend, plant: Plant | Non
 
 
 def _layers(source: str) -> int:
-    with open_checkpoint(source) as checkpoint:
+    with open_model(source) as checkpoint:
         return checkpoint.config.num_hidden_layers

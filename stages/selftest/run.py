@@ -34,7 +34,7 @@ from stages.selftest.recorded import plan_recordings, rows_of, runs_of
 from stages.selftest.specimens import SPECIMENS, Specimen
 from stages.selftest.trials import DECOMPOSED, TENSORS, Trial, plan
 from stages.spec.backend import SIDES
-from stages.spec.qwen import parameter_shapes
+from stages.spec.families import parameter_shapes
 
 # Runs of one process: XLA keeps every program that it compiled, a few memory maps each.
 _BATCH = 60

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from stages.files.tensorfile import write_tensors
+from stages.spec.config import EMBEDDING, LM_HEAD, ModelConfig
 from stages.spec.dtypes import stored_dtype
-from stages.spec.qwen import EMBEDDING, LM_HEAD, QwenConfig, parameter_shapes, parse_config
+from stages.spec.families import parameter_shapes, parse_config
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Specimen:
     def _rope(self) -> dict[str, Any]:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in self.rope}
 
-    def config(self) -> QwenConfig:
+    def config(self) -> ModelConfig:
         return parse_config(self.raw(), "specimen")
 
     def token_ids(self) -> list[int]:

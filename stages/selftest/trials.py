@@ -14,9 +14,9 @@ import numpy as np
 from stages.selftest.fault import BUNDLE, Fault
 from stages.selftest.fault import REPLAY as REPLAYED
 from stages.selftest.specimens import SPECIMENS
-from stages.spec.forward import forward_path
+from stages.spec.forward import forward_pipeline
 from stages.spec.replay import REPLAY
-from stages.spec.stage import Path, Scope
+from stages.spec.stage import Pipeline, Scope
 
 # The decomposed tensors that a fault of the replay is planted in: tall, square and wide.
 TALL, SQUARE, WIDE = (
@@ -29,9 +29,9 @@ DECOMPOSED = 1
 
 
 @functools.cache
-def path_of(specimen: str) -> Path:
+def path_of(specimen: str) -> Pipeline:
     """The stages of a specimen's forward."""
-    return forward_path(SPECIMENS[specimen].config())
+    return forward_pipeline(SPECIMENS[specimen].config())
 
 
 @dataclass(frozen=True)

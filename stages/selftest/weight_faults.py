@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from stages.selftest.fault import EVERYWHERE, FLOAT32, Fault, Load, bfloat16, float16, float32, next_value, typical
-from stages.spec.qwen import EMBEDDING, LM_HEAD
+from stages.spec.config import EMBEDDING, LM_HEAD
 
 GATE, UP, DOWN = (f"mlp.{name}_proj.weight" for name in ("gate", "up", "down"))
 Q, K, V, O = (f"self_attn.{name}_proj.weight" for name in "qkvo")  # noqa: E741

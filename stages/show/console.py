@@ -62,6 +62,13 @@ def diff_document(document: Mapping[str, Any], *, top: bool = False) -> None:
     out.print(f"[{style}]{document['outcome'].upper()}[/]  {escape(document['verdict'])}", soft_wrap=True)
 
 
+def next_lines(document: Mapping[str, Any]) -> None:
+    """The commands that would tell more, but for those that the verdict names already."""
+    for command in document["next"]:
+        if command not in str(document.get("verdict")):
+            console().print(f"Next: {command}", markup=False, soft_wrap=True)
+
+
 def audit_document(document: Mapping[str, Any]) -> None:
     """A `svf.audit/1` document: one line per stage, what needs a look, the sentence."""
     out = console()

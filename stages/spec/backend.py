@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from stages.errors import UsageError, shown
-from stages.spec.qwen import QwenConfig
+from stages.spec.config import ModelConfig, RawConfig
 
 # The two sides of every comparison: a is the first, b the second; and how a command names both.
 SIDES = ("torch", "jax")
@@ -23,7 +23,7 @@ def check_device(device: str) -> None:
 
 
 class Weights(Protocol):
-    """Where parameters come from: a `Checkpoint`, or something that reads like one."""
+    """Where parameters come from: a model that was opened (`files.source.ModelSource`), adapted or not."""
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows `[start:stop]` of parameter `name`; the caller does not change the array."""
@@ -58,7 +58,7 @@ class Backend(Protocol):
 
     @property
     def forward(self) -> Mapping[str, Callable[..., Any]]:
-        """Stage name -> function, for the Qwen forward; identity stages have none."""
+        """Stage name -> function, for the forward; identity stages have none."""
 
     @property
     def router(self) -> Mapping[str, Callable[..., Any]]:
@@ -98,7 +98,7 @@ class Backend(Protocol):
         """`fn` compiled once per shape of its arguments, where the framework compiles."""
 
     def production(
-        self, config: QwenConfig, weights: Weights, *, dtype: str = "model", raw_config: Mapping[str, Any] | None = None
+        self, config: ModelConfig, weights: Weights, *, dtype: str = "model", raw_config: RawConfig | None = None
     ) -> Production | None:
         """The uninstrumented model, all weights loaded; None where there is no such thing."""
 
@@ -134,7 +134,7 @@ class Delegate:
         return fn
 
     def production(
-        self, config: QwenConfig, weights: Weights, *, dtype: str = "model", raw_config: Mapping[str, Any] | None = None
+        self, config: ModelConfig, weights: Weights, *, dtype: str = "model", raw_config: RawConfig | None = None
     ) -> Production | None:
         """There is none: production is the backend's own, unchanged."""
 

@@ -5,9 +5,9 @@ tolerances are those of the original parity tool.
 """
 
 from stages.spec.noise import Noise
-from stages.spec.stage import Path, Stage, Tolerance
+from stages.spec.stage import Pipeline, Stage, Tolerance
 
-REPLAY = Path(
+REPLAY = Pipeline(
     name="replay",
     params=("source", "offsets", "u", "s", "v"),
     stages=(

@@ -5,13 +5,13 @@ final norm; the head is float32 without bias, agents first, then the roles; each
 """
 
 from stages.spec.noise import Noise
-from stages.spec.stage import Path, Scope, Stage
+from stages.spec.stage import Pipeline, Scope, Stage
 
 # Rows of the head behind the agents', in this order.
 ROLES = ("solver", "thinker", "verifier")
 HIDDEN_POSITION = -2
 
-ROUTER = Path(
+ROUTER = Pipeline(
     name="router",
     params=("router_hidden", "router_head"),
     stages=(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from stages.errors import UsageError, shown
-from stages.spec.stage import Path
+from stages.spec.stage import Pipeline
 
 ALL = "all"
 
@@ -36,7 +36,7 @@ def resolve_layers(text: str, count: int) -> tuple[int, ...]:
     return parse_layers(text, count)
 
 
-def resolve_stages(text: str, path: Path) -> tuple[str, ...]:
+def resolve_stages(text: str, path: Pipeline) -> tuple[str, ...]:
     """The stages that `text` names (`ffn_gate,ffn_swigl`, or `all`), in execution order; aliases are resolved."""
     if text.strip() == ALL:
         return tuple(path)

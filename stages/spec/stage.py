@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any, TypeVar
 
 from stages.spec.noise import Noise
 
@@ -34,6 +35,7 @@ class Stage:
     the stage stores, `model` meaning that of the activations. An `identity` stage is a copy of its one input, not
     computed; an `absent` one is a step that this family lacks. Of a `causal` stage, `.. queries keys`, the causal mask
     throws away what belongs to keys after their query: any value may stand there, and a decode computes none.
+    `function` names what computes it, in every backend and in the oracle, where that is not the stage's own name.
     """
 
     name: str
@@ -49,7 +51,11 @@ class Stage:
     absent: bool = False
     causal: bool = False
     tolerance: Tolerance = Tolerance(0.0, 0.0)
+    function: str = ""
     doc: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "function", self.function or self.name)
 
     @property
     def by_rows(self) -> bool:
@@ -62,13 +68,33 @@ class Stage:
         return "vocab" in self.shape.split()
 
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class Functions(dict[str, Function]):
+    """Functions by name; as a decorator it adds one. What computes a stage has the name of its `function`."""
+
+    def __call__(self, function: Function) -> Function:
+        self[function.__name__] = function
+        return function
+
+
 @dataclass(frozen=True)
-class Path(Mapping[str, Stage]):
+class Block:
+    """Stages in execution order, and the parameters that they read: name -> axes, in the checkpoint's order."""
+
+    stages: tuple[Stage, ...]
+    params: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Pipeline(Mapping[str, Stage]):
     """Stages in execution order, addressed by name; wrong wiring is an error at construction.
 
     `carried` are inputs that a layer has from the one before: name -> (the stage that layer 0 has it from, the
     stage of layer n - 1 that layer n has it from). `aliases` are other names of stages. `stages` holds the absent
-    ones too; the mapping does not.
+    ones too; the mapping does not. `activations` is the dtype that activations are stored in. `layers` are the
+    pipelines of a model's layers, each as its kind has them; the stages here are then those of all kinds.
     """
 
     name: str
@@ -76,6 +102,8 @@ class Path(Mapping[str, Stage]):
     stages: tuple[Stage, ...]
     carried: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
+    activations: str = "float32"
+    layers: tuple[Pipeline, ...] = ()
 
     def __post_init__(self) -> None:
         seen: set[str] = set()
@@ -109,6 +137,25 @@ class Path(Mapping[str, Stage]):
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
+
+    def of(self, layer: int | None) -> Pipeline:
+        """The pipeline that a layer runs through; the whole for stages of the model, None."""
+        return self if layer is None or not self.layers else self.layers[layer]
+
+    def at(self, place: tuple[int | None, str]) -> Stage:
+        """The stage of a layer and a name, which may be an alias; `KeyError` where that layer has none."""
+        layer, name = place
+        return self.of(layer)[self.aliases.get(name, name)]
+
+    def of_model(self) -> tuple[list[Stage], list[Stage]]:
+        """The stages of the whole model: those before the layers, and those after."""
+        stages = list(self.values())
+        first = next(i for i, stage in enumerate(stages) if stage.scope is Scope.LAYER)
+        return stages[:first], [stage for stage in stages[first:] if stage.scope is Scope.MODEL]
+
+    def of_layer(self, layer: int | None) -> list[Stage]:
+        """The stages of a layer; of a layer of any kind, None."""
+        return [stage for stage in self.of(layer).values() if stage.scope is Scope.LAYER]
 
     @property
     def absent(self) -> tuple[str, ...]:

@@ -43,7 +43,7 @@ def test_the_version_is_printed_without_a_command(flag: str) -> None:
     "SVF_VERSION", "SVF_HELP", "SVF_INSPECT_HELP", "SVF_SHOW_COMPLETION",
 ])  # fmt: skip
 def test_what_acts_and_exits_or_is_hidden_is_no_setting(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(name, "0.1.0")
+    monkeypatch.setenv(name, "some text")
     done = svf("inspect", "nowhere")
     assert (done.code, done.out) == (4, "")
     command = name.split("_")[1].lower()
@@ -102,7 +102,7 @@ def test_with_json_an_error_is_a_document_too(words: tuple[object, ...], code: i
     done = svf(*words, "--json")
     assert done.code == code
     document = done.json
-    assert document.keys() == {"schema", "exit_code", "error", "message", "command"}
+    assert document.keys() == {"schema", "exit_code", "error", "message", "command", "next"}
     assert (document["schema"], document["exit_code"], document["error"]) == (errors.SCHEMA, code, kind)
     assert done.error == f"svf: {document['message']}"
     assert document["command"].endswith("--json")
@@ -120,6 +120,12 @@ def test_an_internal_error_is_a_document(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("stages.jobs.inspect.inspect", lambda _source: 1 / 0)
     done = svf("inspect", "x", "--json")
     assert (done.code, done.json["error"], done.json["exit_code"]) == (70, "internal", 70)
+    assert done.json["next"] == ["svf --debug --no-progress inspect x --json"]
+
+
+def test_next_of_an_error_is_what_its_message_quotes() -> None:
+    assert svf("inspect", "--other", "--json").json["next"] == ["svf inspect --help"]
+    assert svf("inspect", "nowhere", "--json").json["next"] == []
 
 
 def test_every_error_has_a_kind() -> None:

@@ -21,7 +21,7 @@ from stages.files import tensorfile
 from stages.files.checkpoint import Checkpoint, open_checkpoint
 from stages.files.tensorfile import TensorFile, write_tensors
 from stages.jobs.synth import synthesize
-from stages.spec.qwen import parameter_shapes
+from stages.spec.families import parameter_shapes
 
 EMBED, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 Q_NORM = "model.layers.0.self_attn.q_norm.weight"

@@ -29,7 +29,7 @@ from stages.jobs.decompose import FLOAT64, decompose
 from stages.jobs.decompose_options import DecomposeOptions
 from stages.progress import Progress
 from stages.spec.backend import Backend
-from stages.spec.qwen import parameter_shapes
+from stages.spec.families import parameter_shapes
 
 TOKENS = [3, 141, 59, 26, 53]  # what `trace` runs on
 Case = tuple[Path, Path]  # a checkpoint and components of it

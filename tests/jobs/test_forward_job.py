@@ -726,7 +726,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "code": ({"auto_map": {"AutoModel": "x.Y"}}, "auto_map"),
     "quantised": ({"quantization_config": {"bits": 4}}, "quantization_config"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act"),
-    "family": ({"model_type": "llama"}, "model_type"),
+    "family": ({"model_type": "mistral"}, "model_type"),
     "no theta": ({"rope_parameters": {"rope_type": "default"}}, "rope_theta"),
     "rope_type": ({"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e6}}, "rope_type"),
     "old rope type": ({"rope_parameters": None, "rope_theta": 1e6, "rope_scaling": {"type": "su"}}, "type"),

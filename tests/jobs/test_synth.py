@@ -16,7 +16,7 @@ from stages.errors import OutputError, ResourceError, UsageError
 from stages.files.checkpoint import open_checkpoint
 from stages.jobs import synth
 from stages.jobs.synth import PRESETS, Preset, config_json, synthesize
-from stages.spec.qwen import parameter_shapes, parse_config
+from stages.spec.families import parameter_shapes, parse_config
 
 # A Qwen2 as small as `tiny`; the table's own is a gigabyte.
 SMALL_QWEN2 = Preset("qwen2", 64, 2, 4, 2, 16, 192, 512, 512)

@@ -19,7 +19,7 @@ from stages.oracle.rounding import round_once
 from stages.oracle.verdict import STAGES, Oracle, consult, judge
 from stages.run.forward import Forwarder, oracles, recorded_inputs
 from stages.spec.dtypes import stored_dtype
-from stages.spec.forward import forward_path
+from stages.spec.forward import forward_pipeline
 from stages.spec.replay import REPLAY
 
 DTYPES = ["float32", "bfloat16", "float16"]
@@ -32,7 +32,7 @@ Change = Callable[[np.ndarray], None]
 def oracle_of(model: str, dtype: str, stage_name: str, count: int = 24) -> Oracle:
     """The oracle of a stage, of layer 1 where it has one, in a random model; of the first part of the vocabulary."""
     config = MODELS[model].config(dtype)
-    path, weights, tokens = forward_path(config), MemoryWeights(random_weights(config)), tokens_of(count)
+    path, weights, tokens = forward_pipeline(config), MemoryWeights(random_weights(config)), tokens_of(count)
     recorded = {(r.layer, r.stage): r.array for r in Forwarder(ReferenceBackend(), config, weights).run(tokens)}
     stage = path[stage_name]
     layer = 1 if stage.scope.value == "layer" else None

@@ -18,13 +18,13 @@ from stages.judge.hints import Case, explain
 from stages.judge.replay import judge_chunk
 from stages.oracle.bounds import rounding_unit
 from stages.oracle.components import ReferenceBackend
+from stages.oracle.decoder import FORWARD_STAGES
 from stages.oracle.narrow import NARROW, keep_bits
-from stages.oracle.qwen import FORWARD_STAGES
 from stages.oracle.rounding import round_once
 from stages.oracle.verdict import Oracle, SideVerdict, Verdict, consult, judge
 from stages.run.forward import Forwarder, oracles, recorded_inputs
 from stages.spec.dtypes import stored_dtype
-from stages.spec.forward import forward_path, stage_options
+from stages.spec.forward import forward_pipeline, stage_options
 from stages.spec.noise import Noise
 from stages.spec.replay import REPLAY
 
@@ -43,7 +43,7 @@ def recorded(name: str) -> dict[tuple[int | None, str], np.ndarray]:
 def oracle_of(stage_name: str, model: str = "qwen3-gqa4") -> Oracle:
     """The oracle of a stage of layer 1 in a random model."""
     config = MODELS[model].config("float32")
-    path, weights = forward_path(config), MemoryWeights(random_weights(config))
+    path, weights = forward_pipeline(config), MemoryWeights(random_weights(config))
     stage = path[stage_name]
     layer = 1 if stage.scope.value == "layer" else None
     inputs = recorded_inputs(path, stage, recorded(model), tokens_of(COUNT), layer, 2)
@@ -319,7 +319,7 @@ ERRORS: dict[str, Change] = {
 @pytest.mark.parametrize("error", ERRORS)
 @pytest.mark.parametrize("model", ["qwen3-gqa4", "qwen2"])
 def test_no_hint_names_a_step_that_the_stage_does_not_have(error: str, model: str) -> None:
-    for name, stage in forward_path(MODELS[model].config("float32")).items():
+    for name, stage in forward_pipeline(MODELS[model].config("float32")).items():
         if name == "embedding" or stage.identity or len(stage.shape.split()) < 2:
             continue
         oracle = oracle_of(name, model)
@@ -590,4 +590,4 @@ def test_keeping_bits_is_idempotent_and_as_near_as_it_says(bits: int, rounding: 
 
 def test_options_of_the_models_are_what_the_faults_change() -> None:
     config = MODELS["qwen3-gqa4"].config("float32")
-    assert stage_options(config, forward_path(config)["attn_norm"]) == {"eps": 1e-6}
+    assert stage_options(config, forward_pipeline(config)["attn_norm"]) == {"eps": 1e-6}

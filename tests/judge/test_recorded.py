@@ -18,7 +18,7 @@ from stages.files.forward_dump import forward_key, parse_key
 from stages.files.tensorfile import write_tensors
 from stages.judge.forward import order_of
 from stages.run.forward import oracles
-from stages.spec.forward import forward_path, producers
+from stages.spec.forward import forward_pipeline, producers
 
 TOKENS = tokens_of(9)
 IDS = ",".join(map(str, TOKENS))
@@ -354,7 +354,7 @@ def in_float64(made: Path, wrong: str | None = None) -> Callable[[Tensors], None
     def change(t: Tensors) -> None:
         config = MODELS["qwen3"].config("float32")
         weights = MemoryWeights(model_tensors(made, "float32"))
-        path = forward_path(config, "float64")
+        path = forward_pipeline(config, "float64")
         given = {"tokens": np.asarray(TOKENS, np.int32), "positions": np.arange(len(TOKENS), dtype=np.int32)}
         for place in order_of(path, [parse_key(key) for key in t]):
             stage = path[place[1]]

@@ -12,13 +12,13 @@ from forward_models import DYNAMIC, LINEAR, LLAMA3, LONGROPE, YARN
 
 from stages.oracle import bounds as noise
 from stages.oracle.verdict import SideVerdict, Verdict, consult
-from stages.spec.forward import declare
+from stages.spec.forward import DECLARED
 from stages.spec.stage import Stage
 from svf_jax.backend import JaxBackend
 from svf_torch.backend import TorchBackend
 
 F32 = np.float32
-STAGE: Stage = next(s for s in declare(qk_norm=True, qkv_bias=True, o_bias=True) if s.name == "inv_freq")
+STAGE: Stage = DECLARED["inv_freq"]
 DEFAULT = {"rope_type": "default", "rope_theta": 1e6}
 TYPES = [DEFAULT, LINEAR, YARN, YARN | {"truncate": False}, DYNAMIC, LONGROPE, LLAMA3]
 LENGTHS = (7, 65, 66, 700, 40_000)

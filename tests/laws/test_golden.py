@@ -132,7 +132,7 @@ def test_the_field_comparer_can_fail(tiny: Path, tmp_path: Path) -> None:
 def test_the_rule_selects_what_the_published_manifest_selects(golden: Path) -> None:
     from stages.files.selection import load_manifest, load_router_vector, select_by_rule
     from stages.jobs.synth import config_json
-    from stages.spec.qwen import parameter_shapes, parse_config
+    from stages.spec.families import parameter_shapes, parse_config
 
     published = load_manifest(golden / "trinity-qwen3-0.6b" / "reference_manifest.json")
     rule = select_by_rule(parameter_shapes(parse_config(config_json("qwen3-0.6b"), "qwen3-0.6b")), (26,))

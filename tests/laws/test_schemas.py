@@ -11,9 +11,9 @@ from helpers import ROOT, svf
 PAGE = (ROOT / "docs" / "schemas.md").read_text()
 
 
-def fields(schema: str) -> set[str]:
-    """The fields that the page lists for a schema."""
-    section = PAGE.partition(f"## {schema}\n")[2].partition("\n## ")[0]
+def fields(heading: str) -> set[str]:
+    """The fields that the page lists under a heading."""
+    section = PAGE.partition(f"## {heading}\n")[2].partition("\n## ")[0]
     return set(re.findall(r"^\| `(\w+)` ", section, re.MULTILINE))
 
 
@@ -27,6 +27,7 @@ def fields(schema: str) -> set[str]:
         ("inspect", "{c}"),
         ("stats", "{c}"),
         ("selftest", "--list"),
+        ("skill",),
         ("audit", "nowhere"),
     ],
     ids=" ".join,
@@ -35,7 +36,10 @@ def test_every_field_of_a_document_is_on_the_page(words: tuple[str, ...], made: 
     document = svf(*(word.format(c=made / "components") for word in words), "--json").json
     listed = fields(document["schema"])
     assert listed
-    assert set(document) - {"schema"} - listed == set()
+    everywhere = fields("Every document")
+    assert everywhere == {"schema", "next"}
+    assert everywhere <= set(document)
+    assert set(document) - everywhere - listed == set()
 
 
 def test_every_schema_is_named() -> None:

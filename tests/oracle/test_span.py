@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from forward_models import MODELS, random_weights
 
-from stages.oracle.qwen import FORWARD_STAGES
+from stages.oracle.decoder import FORWARD_STAGES
 from stages.oracle.span import CARRIED, carried
-from stages.spec.forward import RUN_PARAMS, forward_path, parameter_name, stage_options, stage_shape
+from stages.spec.forward import RUN_PARAMS, forward_pipeline, parameter_name, stage_options, stage_shape
 
 RNG = np.random.default_rng(7)
 TOKENS = 6
@@ -16,7 +16,7 @@ TOKENS = 6
 CASES = [
     (model, stage.name)
     for model in ("qwen3", "qwen2")
-    for stage in forward_path(MODELS[model].config("float32")).values()
+    for stage in forward_pipeline(MODELS[model].config("float32")).values()
     if stage.inputs and not stage.identity
 ]
 
@@ -30,7 +30,7 @@ def test_every_stage_with_inputs_has_its_rule() -> None:
 def test_no_error_of_the_inputs_becomes_more(model: str, name: str, size: float) -> None:
     """Random errors, all of one sign, or of the value's own: none is beyond, and some are not far below."""
     config = MODELS[model].config("float32")
-    path, weights = forward_path(config), random_weights(MODELS[model].config("float32"))
+    path, weights = forward_pipeline(config), random_weights(MODELS[model].config("float32"))
     stage = path[name]
     sources = [path.carried[at][1] if at in path.carried else at for at in stage.inputs]
     inputs = [RNG.standard_normal(stage_shape(config, path[source], TOKENS)) for source in sources]
@@ -63,14 +63,14 @@ def test_no_error_of_the_inputs_becomes_more(model: str, name: str, size: float)
 @pytest.mark.parametrize("name", ["attn_norm", "q_post_rope", "attn_scores"])
 def test_a_rounding_inside_is_allowed_where_it_may_have_been_done(name: str) -> None:
     config = MODELS["qwen3"].config("bfloat16")
-    path = forward_path(config)
+    path = forward_pipeline(config)
     stage = path[name]
     sources = [path.carried[at][1] if at in path.carried else at for at in stage.inputs]
     inputs = [RNG.standard_normal(stage_shape(config, path[source], TOKENS)) for source in sources]
     params = [np.exp(RNG.standard_normal(64)) for _ in stage.params]
     errors, options = [np.zeros_like(array) for array in inputs], stage_options(config, stage)
     assert not carried(stage, [*inputs, *params], errors, options, 0.0).any()
-    narrow = [array.astype(np.float32).astype(path["embedding"].dtype) for array in inputs]
+    narrow = [array.astype(np.float32).astype(path.activations) for array in inputs]
     assert all(n.dtype.itemsize == 2 for n in narrow)
     exact = FORWARD_STAGES[name](*(n.astype(np.float64) for n in narrow), *params, **options)
     rounded = FORWARD_STAGES[name](*narrow, *params, **options)

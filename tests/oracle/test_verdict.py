@@ -16,7 +16,7 @@ from replays import factors, make_offsets
 from stages.oracle import bounds as noise
 from stages.oracle.verdict import Oracle, SideVerdict, Verdict, canonical, consult, judge, worst
 from stages.spec.backend import Backend
-from stages.spec.forward import declare
+from stages.spec.forward import DECLARED
 from stages.spec.noise import Noise
 from stages.spec.replay import REPLAY
 
@@ -305,7 +305,7 @@ def test_no_right_product_is_suspect_by_its_rms(backend: Backend, kind: str, k: 
 
 # -- float16 ------------------------------------------------------------------------------------------------------
 
-F16 = {s.name: dataclasses.replace(s, dtype="float16") for s in declare(qk_norm=True, qkv_bias=False, o_bias=False)}
+F16 = {name: dataclasses.replace(stage, dtype="float16") for name, stage in DECLARED.items()}
 HALF = np.float16
 HEADS = {"heads": 2, "kv_heads": 2, "head_dim": 8}
 
@@ -389,7 +389,7 @@ def test_float16_overflow_is_not_finite_even_where_it_is_right() -> None:
 
 def test_a_number_where_the_inputs_give_none_is_never_right() -> None:
     """A NaN in the oracle compares with nothing, and must not hide what stands beside it."""
-    declared = next(s for s in declare(qk_norm=True, qkv_bias=False, o_bias=False) if s.name == "ffn_silu")
+    declared = DECLARED["ffn_silu"]
     stage = dataclasses.replace(declared, dtype="float32")
     gate = np.ones((3, 8), np.float32)
     gate[1, 2] = np.nan

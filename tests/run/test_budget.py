@@ -13,8 +13,8 @@ from helpers import ROOT, one_line, svf
 from stages.errors import ResourceError, UsageError
 from stages.jobs.synth import config_json
 from stages.run.budget import forward_bytes, hold_memory, parse_size, replay_bytes
-from stages.spec.forward import forward_path
-from stages.spec.qwen import parse_config
+from stages.spec.families import parse_config
+from stages.spec.forward import forward_pipeline
 
 pytestmark = pytest.mark.faults
 
@@ -36,8 +36,8 @@ def test_what_is_no_size(text: str) -> None:
 def test_estimates_follow_what_is_asked() -> None:
     """More tokens, wider dtypes and larger chunks take more; the 0.6B shape is near what was measured (README)."""
     config = parse_config(config_json("qwen3-0.6b"), "x")
-    one, two = (forward_bytes(config, forward_path(config, dtype), 64) for dtype in ("bfloat16", "float32"))
-    assert one < two < forward_bytes(config, forward_path(config, "float32"), 4096)
+    one, two = (forward_bytes(config, forward_pipeline(config, dtype), 64) for dtype in ("bfloat16", "float32"))
+    assert one < two < forward_bytes(config, forward_pipeline(config, "float32"), 4096)
     assert 0.72e9 < two < 1.1e9  # `svf forward`, torch: 0.72 GB peak
     assert 1.3e9 < replay_bytes([(151_936, 1024)], None) < 2.5e9  # judged replays: 1.42 and 1.82 GB peak
     assert replay_bytes([(151_936, 1024)], 256) < replay_bytes([(151_936, 1024)], None)

@@ -42,7 +42,7 @@ def test_jax_rounds_to_float16_once_and_keeps_its_subnormals(dtype: type) -> Non
     import jax
     import jax.numpy as jnp
 
-    from svf_jax.qwen import _reduced
+    from svf_jax.decoder import _reduced
 
     rng = np.random.default_rng(0)
     x = (rng.standard_normal(20_000) * 2.0 ** rng.integers(-30, 16, 20_000)).astype(dtype)

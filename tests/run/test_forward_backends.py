@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from stages.errors import InputError, UsageError
 from stages.files.checkpoint import open_checkpoint
 from stages.oracle import bounds as noise
-from stages.oracle import qwen as reference_qwen
+from stages.oracle import decoder as reference_decoder
 from stages.oracle.components import ReferenceBackend
 from stages.oracle.rounding import round_once
 from stages.oracle.verdict import Verdict
@@ -35,18 +35,17 @@ from stages.run.forward import (
     run_forward,
     vocabulary_plan,
 )
-from stages.spec.forward import DTYPES, declare, forward_path, producers, stage_options
+from stages.spec.forward import DECLARED, forward_pipeline, producers, stage_options
 from stages.spec.noise import Noise
 from stages.spec.selectors import resolve_layers, resolve_stages
-from stages.spec.stage import Path as StagePath
-from stages.spec.stage import Scope, Stage
-from svf_jax import qwen as jax_qwen
+from stages.spec.stage import Pipeline, Scope, Stage
+from svf_jax import decoder as jax_decoder
 from svf_jax.backend import JaxBackend
-from svf_torch import qwen as torch_qwen
+from svf_torch import decoder as torch_decoder
 from svf_torch.backend import TorchBackend
 
 BACKENDS = {"torch": TorchBackend, "jax": JaxBackend, "reference": ReferenceBackend}
-TWINS = {"torch": torch_qwen, "jax": jax_qwen, "reference": reference_qwen}
+TWINS = {"torch": torch_decoder, "jax": jax_decoder, "reference": reference_decoder}
 # fmt: off
 ORIGINAL = [
     "embedding", "attn_norm", "qkv_matmul", "qkv_bias", "q_post_rope", "k_post_rope", "attention", "attn_out",
@@ -105,12 +104,12 @@ def failing(runner: Forwarder, recorded: Recorded, tokens: list[int]) -> dict[st
 
 def test_there_are_nineteen_original_stages() -> None:
     assert len(set(ORIGINAL)) == 19
-    assert {*ORIGINAL, *ADDED} == {*DTYPES, "layer_output"}
+    assert {*ORIGINAL, *ADDED} == {*DECLARED, "layer_output"}
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_original_and_added_stage_can_be_asked_for_by_name(name: str) -> None:
-    path = forward_path(MODELS[name].config("float32"))
+    path = forward_pipeline(MODELS[name].config("float32"))
     present = [stage for stage in ORIGINAL + ADDED if stage not in path.absent]
     assert set(resolve_stages(",".join(present), path)) == set(path)
     assert resolve_stages("layer_output", path) == ("post_ffn_residual",)
@@ -119,14 +118,14 @@ def test_every_original_and_added_stage_can_be_asked_for_by_name(name: str) -> N
 
 
 def test_what_a_family_lacks_is_declared() -> None:
-    qwen3, qwen2 = (forward_path(MODELS[name].config("float32")) for name in ("qwen3", "qwen2"))
+    qwen3, qwen2 = (forward_pipeline(MODELS[name].config("float32")) for name in ("qwen3", "qwen2"))
     assert (qwen3.absent, qwen2.absent) == ((), ("q_norm", "k_norm"))
     assert qwen3["qkv_bias"].identity
     assert qwen3["qkv_bias"].inputs == ("qkv_matmul",)
     assert not qwen2["qkv_bias"].identity
     assert qwen2["qkv_bias"].inputs == ("attn_norm",)  # product and bias in one call, as production has it
     assert "qkv_matmul" not in {name for stage in qwen2.values() for name in stage.inputs}
-    assert forward_path(MODELS["qwen3-bias"].config("float32"))["attn_out"].params[-1] == "self_attn.o_proj.bias"
+    assert forward_pipeline(MODELS["qwen3-bias"].config("float32"))["attn_out"].params[-1] == "self_attn.o_proj.bias"
     with pytest.raises(KeyError):
         qwen2["q_norm"]
 
@@ -134,7 +133,7 @@ def test_what_a_family_lacks_is_declared() -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_stages_follow_their_inputs_and_parameters_exist(name: str) -> None:
     config = MODELS[name].config("float32")
-    path = forward_path(config)
+    path = forward_pipeline(config)
     weights = random_weights(config) | {"lm_head.weight": np.empty(0)}
     for stage in path.values():
         layer = 1 if stage.scope is Scope.LAYER else None
@@ -149,9 +148,9 @@ def test_stages_follow_their_inputs_and_parameters_exist(name: str) -> None:
 
 
 def test_only_the_frequencies_and_angles_are_always_float32() -> None:
-    path = forward_path(MODELS["qwen3"].config("bfloat16"))
+    path = forward_pipeline(MODELS["qwen3"].config("bfloat16"))
     assert {name for name, stage in path.items() if stage.dtype == "float32"} == {"inv_freq", "rope_angle"}
-    assert {s.dtype for s in forward_path(MODELS["qwen3"].config("bfloat16"), "float32").values()} == {"float32"}
+    assert {s.dtype for s in forward_pipeline(MODELS["qwen3"].config("bfloat16"), "float32").values()} == {"float32"}
 
 
 @pytest.mark.parametrize(
@@ -172,7 +171,7 @@ def test_only_the_frequencies_and_angles_are_always_float32() -> None:
 )
 def test_wrong_wiring_is_an_error_at_construction(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        StagePath(**{"name": "p", "params": (), **changes})
+        Pipeline(**{"name": "p", "params": (), **changes})
 
 
 # -- the three implementations ---------------------------------------------------------------------------------
@@ -193,17 +192,17 @@ def functions(module: Any) -> list[tuple[str, list[str], str]]:
 
 
 def test_twins_have_the_same_functions_in_the_same_order_with_the_same_first_lines() -> None:
-    expected = functions(torch_qwen)
-    assert [name for name, _, _ in expected] == list(DTYPES)
+    expected = functions(torch_decoder)
+    assert [name for name, _, _ in expected] == list(DECLARED)
     for module in TWINS.values():
         assert functions(module) == expected
-        assert list(module.FORWARD_STAGES) == list(DTYPES)
+        assert list(module.FORWARD_STAGES) == list(DECLARED)
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_functions_take_what_the_declaration_says(bias: bool) -> None:
-    for stage in declare(qk_norm=True, qkv_bias=bias, o_bias=bias):
-        signature = inspect.signature(torch_qwen.FORWARD_STAGES[stage.name]).parameters.values()
+@pytest.mark.parametrize("name", MODELS)
+def test_functions_take_what_the_declaration_says(name: str) -> None:
+    for stage in forward_pipeline(MODELS[name].config("float32")).stages:
+        signature = inspect.signature(torch_decoder.FORWARD_STAGES[stage.name]).parameters.values()
         options = [p.name for p in signature if p.kind is p.KEYWORD_ONLY]
         positional = [p for p in signature if p.kind is not p.KEYWORD_ONLY]
         assert options == list(stage.options)
@@ -274,7 +273,7 @@ class Mutant:
         return getattr(self.inner, name)
 
 
-STAGES = torch_qwen.FORWARD_STAGES
+STAGES = torch_decoder.FORWARD_STAGES
 
 
 def interleaved(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, **_: int) -> torch.Tensor:
@@ -475,7 +474,7 @@ def test_an_adapted_head_of_a_tied_model_stays_its_own() -> None:
 )
 def test_an_unknown_stage_is_refused_with_what_there_is(text: str, message: str) -> None:
     with pytest.raises(UsageError, match=message) as caught:
-        resolve_stages(text, forward_path(MODELS["qwen2"].config("float32")))
+        resolve_stages(text, forward_pipeline(MODELS["qwen2"].config("float32")))
     assert caught.value.exit_code == 2
 
 
@@ -535,22 +534,22 @@ def test_no_order_of_summation_exceeds_the_rigorous_bounds(seed: int, k: int, or
         rng.standard_normal(k).astype(np.float32) * np.float32(10.0) ** rng.integers(-3, 4, k).astype(np.float32)
         for _ in range(2)
     )
-    exact = reference_qwen._linear(x[None], w[None])
+    exact = reference_decoder._linear(x[None], w[None])
     assert abs(total(x * w) - exact) <= noise.rigorous(Noise.PRODUCT, (x[None], w[:, None]), exact, np.dtype("f4"))
-    value = reference_qwen._rms_norm(x[None], w, 1e-6)
+    value = reference_decoder._rms_norm(x[None], w, 1e-6)
     mean = total(x * x) / np.float32(k) + np.float32(1e-6)
     norm = w * (x * (np.float32(1) / np.sqrt(mean)))
-    operands = reference_qwen.OPERANDS["attn_norm"](x[None], w, eps=1e-6)
+    operands = reference_decoder.OPERANDS["attn_norm"](x[None], w, eps=1e-6)
     assert (abs(norm - value) <= noise.rigorous(Noise.RMS_NORM, operands, value, np.dtype("f4"))).all()
     scores = np.clip(x, -80, 80)[None, None]
-    p = reference_qwen.attn_softmax(scores)
+    p = reference_decoder.attn_softmax(scores)
     e = np.exp(scores - scores.max())
-    operands = reference_qwen.OPERANDS["attn_softmax"](scores)
+    operands = reference_decoder.OPERANDS["attn_softmax"](scores)
     assert (abs(e / total(e[0, 0]) - p) <= noise.rigorous(Noise.SOFTMAX, operands, p, np.dtype("f4"))).all()
 
 
 def test_every_kind_of_the_path_has_bounds_and_they_grow_from_calibrated_to_rigorous_where_sums_are_long() -> None:
-    kinds = {stage.noise for stage in forward_path(MODELS["qwen3"].config("float32")).values()}
+    kinds = {stage.noise for stage in forward_pipeline(MODELS["qwen3"].config("float32")).values()}
     assert kinds - {Noise.EXACT} <= set(noise.BOUNDS)
     assert set(noise.LAMBDA) == set(Noise)
     rng = np.random.default_rng(0)
@@ -571,7 +570,7 @@ def test_an_element_on_a_prescribed_rounding_boundary_may_flip() -> None:
 
 
 def test_options_are_those_of_the_config() -> None:
-    path, config = forward_path(MODELS["qwen3-yarn"].config("bfloat16")), MODELS["qwen3-yarn"].config("bfloat16")
+    path, config = forward_pipeline(MODELS["qwen3-yarn"].config("bfloat16")), MODELS["qwen3-yarn"].config("bfloat16")
     assert stage_options(config, path["attn_scores"]) == {"scaling": 32**-0.5}
     assert stage_options(config, path["rope_cos"]) == {
         "attention_scaling": config.rope["attention_factor"],

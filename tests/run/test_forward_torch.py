@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,12 +15,10 @@ from forward_models import MODELS, Model, tokens_of
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.models.qwen2 import modeling_qwen2
-from transformers.models.qwen3 import modeling_qwen3
 
 from stages.files.checkpoint import open_checkpoint
 from stages.run.forward import Forwarder
-from stages.spec.forward import forward_path
+from stages.spec.forward import forward_pipeline
 from stages.spec.stage import Scope
 from svf_torch.backend import TorchBackend
 
@@ -90,7 +89,7 @@ def record(model: Any, tokens: list[int], monkeypatch: pytest.MonkeyPatch, **opt
         output(body.norm, None, "final_norm")
         output(model.lm_head, None, "lm_head")
         turned: list[tuple[Tensor, Tensor]] = []
-        module = modeling_qwen3 if model.config.model_type == "qwen3" else modeling_qwen2
+        module: Any = sys.modules[type(model).__module__]
         rotate = module.apply_rotary_pos_emb
 
         def rotated(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -237,5 +236,5 @@ def test_hooks_reach_every_stage_but_the_side_branch(
 ) -> None:
     production = make(tmp_path, MODELS[name], "float32")
     recorded = {stage for _, stage in record(production, tokens_of(2), monkeypatch)}
-    path = forward_path(MODELS[name].config("float32"))
+    path = forward_pipeline(MODELS[name].config("float32"))
     assert {s.name for s in path.values() if s.scope is Scope.LAYER or s.name} - recorded == {"qkv_matmul"}

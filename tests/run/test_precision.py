@@ -42,7 +42,7 @@ from stages.oracle.exact import KINDS, NOISE, U64, Kind
 from stages.oracle.rounding import round_once
 from stages.run.forward import Forwarder
 from stages.run.precision import LINEAR, PreciseBackend, linear_blocks, precision_fields, with_precision
-from stages.spec.forward import DTYPES, ROUNDED_INSIDE
+from stages.spec.forward import DECLARED, ROUNDED_INSIDE
 from stages.spec.noise import Noise
 from stages.spec.replay import REPLAY
 
@@ -145,10 +145,10 @@ def rope_options(seed: int) -> dict[str, Any]:
 
 
 def dtypes_of(name: str) -> tuple[np.dtype, ...]:
-    return (F32, BF16) if DTYPES.get(name) == "model" else (F32,)
+    return (F32, BF16) if name in DECLARED and DECLARED[name].dtype == "model" else (F32,)
 
 
-EVERY = [pytest.param(name, dtype, id=f"{name}-{dtype}") for name in [*REPLAY, *DTYPES] for dtype in dtypes_of(name)]
+EVERY = [pytest.param(name, dtype, id=f"{name}-{dtype}") for name in [*REPLAY, *DECLARED] for dtype in dtypes_of(name)]
 NUMBERS = {"seed": st.integers(0, 10_000), "regime": st.sampled_from(list(REGIMES))}
 
 
@@ -420,7 +420,7 @@ def test_the_wide_twins_are_alike_and_complete() -> None:
     one, other = (twin_functions(ROOT / package / "wide.py") for package in ("svf_torch", "svf_jax"))
     assert one == other
     for backend in BACKENDS:
-        assert {*REPLAY, *DTYPES} <= precise(backend).wide.keys()
+        assert {*REPLAY, *DECLARED} <= precise(backend).wide.keys()
     assert {name for name, arguments, _ in one if "dtype" in arguments} >= ROUNDED_INSIDE
 
 

@@ -23,8 +23,8 @@ from stages.errors import InputError
 from stages.files.checkpoint import open_checkpoint
 from stages.run.forward import Forwarder
 from stages.run.production import bucket, compare_production
-from stages.spec.forward import EMBEDDING, LM_HEAD
-from stages.spec.qwen import QwenConfig, parameter_shapes
+from stages.spec.config import EMBEDDING, LM_HEAD, ModelConfig
+from stages.spec.families import parameter_shapes
 from svf_jax.backend import JaxBackend
 from svf_torch.backend import TorchBackend
 
@@ -34,7 +34,7 @@ SIDES: dict[str, tuple[ModuleType, Any]] = {
 }
 
 
-def traced(side: str, config: QwenConfig, weights: MemoryWeights, tokens: list[int]) -> np.ndarray:
+def traced(side: str, config: ModelConfig, weights: MemoryWeights, tokens: list[int]) -> np.ndarray:
     (result,) = Forwarder(SIDES[side][1](), config, weights).run(tokens, stages=["lm_head"])
     return result.array
 
@@ -45,16 +45,16 @@ def traced_once(side: str, name: str, seed: int, count: int) -> np.ndarray:
     return traced(side, config, MemoryWeights(random_weights(config, seed)), tokens_of(count))
 
 
-def compared(side: str, config: QwenConfig, weights: MemoryWeights, tokens: list[int], production: Any) -> dict:
+def compared(side: str, config: ModelConfig, weights: MemoryWeights, tokens: list[int], production: Any) -> dict:
     return judged(traced(side, config, weights, tokens), config, tokens, production)
 
 
-def judged(logits: np.ndarray, config: QwenConfig, tokens: list[int], production: Any) -> dict:
+def judged(logits: np.ndarray, config: ModelConfig, tokens: list[int], production: Any) -> dict:
     reordered = functools.partial(production.reordered, tokens)
     return compare_production(logits, production(tokens), layers=config.num_hidden_layers, reordered=reordered)
 
 
-def loaded(side: str, config: QwenConfig, weights: MemoryWeights, edit: Callable[[Any], None] | None = None) -> Any:
+def loaded(side: str, config: ModelConfig, weights: MemoryWeights, edit: Callable[[Any], None] | None = None) -> Any:
     """A production model whose loaded modules `edit` changed, as an edit of its source would."""
     module = SIDES[side][0]
     production = module.production(config, weights)
@@ -173,7 +173,7 @@ def test_in_bfloat16_a_mild_edit_is_suspect_and_float32_decides(side: str) -> No
 @pytest.mark.parametrize("name", ["qwen3", "qwen3-untied", "qwen3-bias", "qwen2"])
 def test_paths_of_the_nnx_state_are_the_checkpoints_names(name: str) -> None:
     config = MODELS[name].config("float32")
-    model = svf_jax.production.QwenModel(config, nnx.Rngs(0))
+    model = svf_jax.production.CausalLM(config, nnx.Rngs(0))
     state = nnx.to_flat_state(nnx.state(model, nnx.Param))
     shapes = {".".join(map(str, path)): parameter.shape for path, parameter in state}
     wanted = parameter_shapes(config)
@@ -185,11 +185,11 @@ def test_paths_of_the_nnx_state_are_the_checkpoints_names(name: str) -> None:
 def test_a_fresh_model_is_a_function_of_its_seed_and_runs_under_nnx_jit() -> None:
     config = MODELS["qwen3"].config("float32")
     jitted, tokens = nnx.jit(lambda model, tokens: model(tokens)), jnp.arange(5)
-    one, same, other = (jitted(svf_jax.production.QwenModel(config, nnx.Rngs(seed)), tokens) for seed in (0, 0, 1))
+    one, same, other = (jitted(svf_jax.production.CausalLM(config, nnx.Rngs(seed)), tokens) for seed in (0, 0, 1))
     assert one.shape == (5, config.vocab_size)
     assert jnp.array_equal(one, same)
     assert not jnp.allclose(one, other, atol=1e-2)
-    last = svf_jax.production.QwenModel(config, nnx.Rngs(0))(tokens, jnp.array([4]))
+    last = svf_jax.production.CausalLM(config, nnx.Rngs(0))(tokens, jnp.array([4]))
     assert jnp.allclose(last, one[4:], atol=1e-5)
 
 

@@ -41,10 +41,10 @@ from stages.judge.culprit import (
     chosen_row,
     signed_ulps,
 )
+from stages.judge.next_steps import closer
 from stages.oracle.verdict import Verdict
 from stages.show.html import document as documents
 from stages.show.html import page as pages
-from stages.show.html.closer import closer
 from stages.show.html.figures import histogram, residual_map, scatter
 from stages.show.html.grid import Cell, grid
 from stages.show.html.page import embedded_json, render_page
@@ -249,7 +249,7 @@ def test_the_command_that_looks_closer_is_one(
     monkeypatch.chdir(tmp_path)
     row = next(row for row in diverged["rows"] if row["key"] == "layers.1.ffn_silu")
     for document in (diverged, svf("audit", dumps[1], "--json").json):
-        done = svf(*shlex.split(closer(document, row) or "")[2:])
+        done = svf(*shlex.split(closer(document, row, "--html", "closer.html")[0])[2:])
         assert done.code == 1, done.err
         page = Page((tmp_path / "closer.html").read_text())
         assert "The culprit: ffn_silu of layer 1" in page.heads
@@ -272,7 +272,8 @@ def test_a_closer_look_starts_from_the_command(command: Any, expected: str | Non
     sides = {letter: {"facts": {"backend": name}} for letter, name in (("a", "torch"), ("b", "jax"))}
     row = {"stage": "s", "layer": 3, "tensor": None}
     look = "--stages s --layers 3 --top 20 --html closer.html"
-    assert closer({"command": command, **sides}, row) == (expected and expected.replace("LOOK", look))
+    commands = closer({"command": command, **sides}, row, "--html", "closer.html")
+    assert " && ".join(commands) == (expected or "").replace("LOOK", look)
 
 
 def test_the_finding_as_markdown_is_code_alone(diverged: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from stages.run import replay as replay_run
 from stages.spec.backend import Backend
 from stages.spec.noise import Noise
 from stages.spec.replay import REPLAY
-from stages.spec.stage import Path, Stage
+from stages.spec.stage import Pipeline, Stage
 
 ORDER = [
     "source_f32",
@@ -84,12 +84,12 @@ def stage(name: str, *inputs: str, params: tuple[str, ...] = ()) -> Stage:
     return Stage(name, inputs=inputs, params=params, shape="rank")
 
 
-WRONG: dict[str, tuple[Callable[[], Path], str]] = {
-    "an input that nobody produces": (lambda: Path("p", (), (stage("b", "a"),)), "'a'"),
-    "an input that is produced later": (lambda: Path("p", (), (stage("b", "a"), stage("a"))), "'a'"),
-    "an input that is the stage itself": (lambda: Path("p", (), (stage("a", "a"),)), "'a'"),
-    "an unknown parameter": (lambda: Path("p", ("s",), (stage("a", params=("u",)),)), "'u'"),
-    "the same name twice": (lambda: Path("p", (), (stage("a"), stage("a"))), "twice"),
+WRONG: dict[str, tuple[Callable[[], Pipeline], str]] = {
+    "an input that nobody produces": (lambda: Pipeline("p", (), (stage("b", "a"),)), "'a'"),
+    "an input that is produced later": (lambda: Pipeline("p", (), (stage("b", "a"), stage("a"))), "'a'"),
+    "an input that is the stage itself": (lambda: Pipeline("p", (), (stage("a", "a"),)), "'a'"),
+    "an unknown parameter": (lambda: Pipeline("p", ("s",), (stage("a", params=("u",)),)), "'u'"),
+    "the same name twice": (lambda: Pipeline("p", (), (stage("a"), stage("a"))), "twice"),
 }
 
 
@@ -101,7 +101,7 @@ def test_wrong_wiring_is_an_error_at_construction(kind: str) -> None:
 
 
 def test_right_wiring_is_none() -> None:
-    path = Path("p", ("s",), (stage("a", params=("s",)), stage("b", "a")))
+    path = Pipeline("p", ("s",), (stage("a", params=("s",)), stage("b", "a")))
     assert list(path) == ["a", "b"]
     with pytest.raises(KeyError):
         path["c"]

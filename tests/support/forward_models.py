@@ -1,4 +1,4 @@
-"""Tiny random Qwen models in memory or on disk, and the one table of shapes that forward tests derive from."""
+"""Tiny random models in memory or on disk, and the one table of shapes that forward tests derive from."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from stages.jobs.forward_one import ForwardCommand, forward_one
 from stages.progress import Progress
 from stages.run.adapted import ADAPTED_FILE
 from stages.spec.backend import Backend
-from stages.spec.qwen import EMBEDDING, LM_HEAD, QwenConfig, parameter_shapes, parse_config
+from stages.spec.config import EMBEDDING, LM_HEAD, ModelConfig
+from stages.spec.families import parameter_shapes, parse_config
 
 YARN = {
     "rope_type": "yarn",
@@ -69,7 +70,7 @@ class Model:
 
     def raw(self, dtype: str) -> dict[str, Any]:
         """The `config.json` of this model."""
-        qwen3 = {"attention_bias": self.attention_bias} if self.family == "qwen3" else {}
+        bias = {"attention_bias": self.attention_bias} if self.family != "qwen2" else {}
         return {
             "model_type": self.family,
             "dtype": dtype,
@@ -88,14 +89,14 @@ class Model:
             "tie_word_embeddings": self.tied,
             "use_sliding_window": False,
             "vocab_size": self.vocab,
-            **qwen3,
+            **bias,
         }
 
-    def config(self, dtype: str) -> QwenConfig:
+    def config(self, dtype: str) -> ModelConfig:
         return parse_config(self.raw(dtype), "config.json")
 
 
-# Every shape that the forward must handle: both families, GQA ratios 1, 2, 4 and 7, head_dim unlike hidden / heads,
+# Every shape that the forward must handle: all families, GQA ratios 1, 2, 4 and 7, head_dim unlike hidden / heads,
 # tied and untied, with and without each bias, and the six RoPE types.
 MODELS = {
     "qwen3": Model(),
@@ -119,6 +120,10 @@ MODELS = {
     "qwen2-dynamic": Model("qwen2", rope=DYNAMIC, positions=64),
     "qwen2-longrope": Model("qwen2", rope=LONGROPE),
     "qwen2-llama3": Model("qwen2", rope=LLAMA3),
+    "llama": Model("llama", tied=False, heads=4, kv_heads=4, head_dim=16, hidden=64),
+    "llama-tied": Model("llama", rope=LLAMA3),
+    "llama-gqa4": Model("llama", tied=False, heads=8, kv_heads=2, head_dim=24),
+    "llama-bias": Model("llama", attention_bias=True, eps=1e-5),
 }
 
 
@@ -127,7 +132,7 @@ def tokens_of(count: int, vocab: int = 300) -> list[int]:
     return [int(t) for t in np.random.default_rng(count).integers(0, vocab, count)]
 
 
-def random_weights(config: QwenConfig, seed: int = 0) -> dict[str, np.ndarray]:
+def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
     """Every parameter, biases and norms too, in the config's dtype; no LM head when it is tied."""
     rng = np.random.default_rng(seed)
     dtype = np.dtype(ml_dtypes.bfloat16 if config.dtype == "bfloat16" else config.dtype)

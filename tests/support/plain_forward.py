@@ -294,3 +294,26 @@ MISTAKES: dict[str, Mistake] = {
     "softmax in bfloat16": step("softmax", _softmax_in(ml_dtypes.bfloat16)),
     "silu in bfloat16": step("silu", _silu_in(ml_dtypes.bfloat16)),
 }
+
+# Mistake -> the stage that is wrong first, and words of the cause.
+NAMED: dict[str, tuple[str, str]] = {
+    "tiled heads": ("attn_scores", "key heads are dealt out in turn"),
+    "scale by hidden": ("attn_scores", "the scale is 1/sqrt(hidden_size), 64, not 1/sqrt(head_dim)"),
+    "no scale": ("attn_scores", "the scale 1/sqrt(head_dim) is missing"),
+    "scale twice": ("attn_scores", "the scale 1/sqrt(head_dim) is there twice"),
+    "temperature": ("attn_softmax", "as if the scores were divided by 1.3 before the softmax"),
+    "no mask": ("attn_softmax", "the causal mask is missing"),
+    "strict mask": ("attn_softmax", "the mask hides a query's own position"),
+    "strict mask, lowest": ("attn_softmax", "the mask hides a query's own position"),
+    "strict mask, infinite": ("attn_softmax", "the mask hides a query's own position"),
+    "mask one too many": ("attn_softmax", "the mask shows one position too many"),
+    "window": ("attn_softmax", "the mask shows the last 6 keys alone: a window"),
+    "fused rows": ("qkv_matmul", "joined as all of q, k, v and read key head by key head"),
+    "low rank": ("qkv_matmul", "q_proj.weight and self_attn.v_proj.weight each lacked a matrix of low rank (8, 8)"),
+    "gelu tanh": ("ffn_silu", "gelu (by tanh) instead of silu"),
+    "gelu erf": ("ffn_silu", "gelu (by erf) instead of silu"),
+    "silu of up": ("ffn_silu", "silu of ffn_up, not of ffn_gate"),
+    "silu(up) gate": ("ffn_swigl", "silu of ffn_up, times ffn_gate"),
+    "silu of up, times gate": ("ffn_silu", "silu of ffn_up, not of ffn_gate"),
+    "head is the embedding": ("lm_head", "the embedding in the place of lm_head.weight"),
+}

@@ -11,10 +11,10 @@ from typing import Any
 from stages.judge import wording
 from stages.judge.culprit import chosen_row
 from stages.judge.document import place_of
+from stages.judge.next_steps import closer
 from stages.judge.production import sound
 from stages.judge.wording import number
 from stages.show.console import production_line
-from stages.show.html.closer import closer
 from stages.show.html.document import AUDIT, FORWARD
 from stages.show.html.grid import BOTH, SHADES, Grid, Row, grid, is_culprit
 
@@ -186,7 +186,7 @@ def _detail(row: Row, document: Document, *, audit: bool) -> dict[str, Any]:
             [_index(x["index"]), *wording.apart(x["a"], x["b"]), number(float(x["abs"]))]
             for x in (row.get("top") or [])[:_WORST]
         ],
-        "command": closer(document, row),
+        "command": " && ".join(closer(document, row, "--html", "closer.html")) or None,
     }
 
 

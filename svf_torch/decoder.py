@@ -1,24 +1,27 @@
-"""The Qwen forward's stages in PyTorch. Twin of svf_jax/qwen.py and stages/oracle/qwen.py.
+"""The forward's stages in PyTorch. Twin of svf_jax/decoder.py and stages/oracle/decoder.py.
 
 Operation by operation what the eager modules of `transformers` 5 do, in the same memory layout, so that every
-stage has the same bits: models/qwen{2,3}/modeling_*.py and modeling_rope_utils.py.
+stage has the same bits: models/{qwen2,qwen3,llama}/modeling_*.py and modeling_rope_utils.py.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stages.spec.forward import DTYPES
-from stages.spec.qwen import RopeParameters
+from stages.spec.rope import RopeParameters
+from stages.spec.stage import Functions
+
+# The declaration names the stages; a function has its stage's name.
+FORWARD_STAGES: Functions[Callable[..., Tensor]] = Functions()
 
 
+@FORWARD_STAGES
 def inv_freq(
     positions: Tensor, *, head_dim: int, rope_theta: float, rope_type: str, rope_parameters: RopeParameters
 ) -> Tensor:
@@ -44,37 +47,44 @@ def inv_freq(
     return 1.0 / powers
 
 
+@FORWARD_STAGES
 def rope_angle(inv_freq: Tensor, positions: Tensor) -> Tensor:
     """position * inv_freq, `[tokens, head_dim]`: the frequencies twice over."""
     angle = positions[:, None].float() * inv_freq.to(positions.device)
     return torch.cat((angle, angle), dim=-1)
 
 
+@FORWARD_STAGES
 def rope_cos(rope_angle: Tensor, *, attention_scaling: float, dtype: str) -> Tensor:
     """cos(rope_angle) times the attention factor in float32, `[tokens, head_dim]`, cast to `dtype`."""
     return (rope_angle.cos() * attention_scaling).to(getattr(torch, dtype))
 
 
+@FORWARD_STAGES
 def rope_sin(rope_angle: Tensor, *, attention_scaling: float, dtype: str) -> Tensor:
     """sin(rope_angle) times the attention factor in float32, `[tokens, head_dim]`, cast to `dtype`."""
     return (rope_angle.sin() * attention_scaling).to(getattr(torch, dtype))
 
 
+@FORWARD_STAGES
 def embedding(tokens: Tensor, weight: Tensor) -> Tensor:
     """Rows of the embedding, `[tokens, hidden]`."""
     return F.embedding(tokens, weight)
 
 
+@FORWARD_STAGES
 def attn_norm(layer_input: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     """RMSNorm of the layer's input, `[tokens, hidden]`."""
     return _rms_norm(layer_input, weight, eps)
 
 
+@FORWARD_STAGES
 def qkv_matmul(attn_norm: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """q, k and v without bias, joined on the last axis, `[tokens, qkv]`."""
     return torch.cat([F.linear(attn_norm, w) for w in (q, k, v)], dim=-1)
 
 
+@FORWARD_STAGES
 def qkv_bias(
     attn_norm: Tensor, q: Tensor, k: Tensor, v: Tensor, q_bias: Tensor, k_bias: Tensor, v_bias: Tensor
 ) -> Tensor:
@@ -83,93 +93,111 @@ def qkv_bias(
     return torch.cat([F.linear(attn_norm, w, b) for w, b in pairs], dim=-1)
 
 
+@FORWARD_STAGES
 def q_norm(qkv_bias: Tensor, weight: Tensor, *, heads: int, kv_heads: int, head_dim: int, eps: float) -> Tensor:
     """RMSNorm of the queries, head by head, `[tokens, heads, head_dim]`."""
     return _rms_norm(_queries(qkv_bias, heads, head_dim), weight, eps)
 
 
+@FORWARD_STAGES
 def k_norm(qkv_bias: Tensor, weight: Tensor, *, heads: int, kv_heads: int, head_dim: int, eps: float) -> Tensor:
     """RMSNorm of the keys, head by head, `[tokens, kv_heads, head_dim]`."""
     return _rms_norm(_keys(qkv_bias, heads, kv_heads, head_dim), weight, eps)
 
 
+@FORWARD_STAGES
 def q_post_rope(q: Tensor, rope_cos: Tensor, rope_sin: Tensor, *, heads: int, kv_heads: int, head_dim: int) -> Tensor:
     """Queries turned by RoPE, `[tokens, heads, head_dim]`; from q_norm, or from qkv_bias where there is none."""
     return _turned(_queries(q, heads, head_dim), rope_cos, rope_sin)
 
 
+@FORWARD_STAGES
 def k_post_rope(k: Tensor, rope_cos: Tensor, rope_sin: Tensor, *, heads: int, kv_heads: int, head_dim: int) -> Tensor:
     """Keys turned by RoPE, `[tokens, kv_heads, head_dim]`; from k_norm, or from qkv_bias where there is none."""
     return _turned(_keys(k, heads, kv_heads, head_dim), rope_cos, rope_sin)
 
 
+@FORWARD_STAGES
 def attn_scores(q_post_rope: Tensor, k_post_rope: Tensor, *, scaling: float) -> Tensor:
     """q k^T * scaling, not masked, `[heads, queries, keys]`."""
     keys = _repeated(k_post_rope, q_post_rope.shape[1])
     return torch.matmul(q_post_rope.transpose(0, 1), keys.transpose(1, 2)) * scaling
 
 
+@FORWARD_STAGES
 def attn_softmax(attn_scores: Tensor) -> Tensor:
     """Softmax over the keys up to each query, in float32 and cast, `[heads, queries, keys]`."""
     return F.softmax(attn_scores + _mask(attn_scores), dim=-1, dtype=torch.float32).to(attn_scores.dtype)
 
 
+@FORWARD_STAGES
 def attention(attn_softmax: Tensor, qkv_bias: Tensor, *, heads: int, kv_heads: int, head_dim: int) -> Tensor:
     """attn_softmax @ v, heads joined, `[tokens, heads * head_dim]`."""
     values = _repeated(_values(qkv_bias, heads, kv_heads, head_dim), heads)
     return _joined(torch.matmul(attn_softmax, values))
 
 
+@FORWARD_STAGES
 def attn_out(attention: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """o_proj of attention, `[tokens, hidden]`."""
     return F.linear(attention, weight, bias)
 
 
+@FORWARD_STAGES
 def post_attn_residual(layer_input: Tensor, attn_out: Tensor) -> Tensor:
     """The layer's input + attn_out, `[tokens, hidden]`."""
     return layer_input + attn_out
 
 
+@FORWARD_STAGES
 def ffn_norm(post_attn_residual: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     """RMSNorm of post_attn_residual, `[tokens, hidden]`."""
     return _rms_norm(post_attn_residual, weight, eps)
 
 
+@FORWARD_STAGES
 def ffn_gate(ffn_norm: Tensor, weight: Tensor) -> Tensor:
     """gate_proj of ffn_norm, `[tokens, intermediate]`."""
     return F.linear(ffn_norm, weight)
 
 
+@FORWARD_STAGES
 def ffn_up(ffn_norm: Tensor, weight: Tensor) -> Tensor:
     """up_proj of ffn_norm, `[tokens, intermediate]`."""
     return F.linear(ffn_norm, weight)
 
 
+@FORWARD_STAGES
 def ffn_silu(ffn_gate: Tensor) -> Tensor:
     """ffn_gate * sigmoid(ffn_gate), `[tokens, intermediate]`."""
     return F.silu(ffn_gate)
 
 
+@FORWARD_STAGES
 def ffn_swigl(ffn_silu: Tensor, ffn_up: Tensor) -> Tensor:
     """ffn_silu * ffn_up, `[tokens, intermediate]`."""
     return ffn_silu * ffn_up
 
 
+@FORWARD_STAGES
 def ffn_out(ffn_swigl: Tensor, weight: Tensor) -> Tensor:
     """down_proj of ffn_swigl, `[tokens, hidden]`."""
     return F.linear(ffn_swigl, weight)
 
 
+@FORWARD_STAGES
 def post_ffn_residual(post_attn_residual: Tensor, ffn_out: Tensor) -> Tensor:
     """post_attn_residual + ffn_out, `[tokens, hidden]`: the layer's output."""
     return post_attn_residual + ffn_out
 
 
+@FORWARD_STAGES
 def final_norm(post_ffn_residual: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     """RMSNorm of the last layer's output, `[tokens, hidden]`."""
     return _rms_norm(post_ffn_residual, weight, eps)
 
 
+@FORWARD_STAGES
 def lm_head(final_norm: Tensor, weight: Tensor) -> Tensor:
     """Logits, `[tokens, vocab]`; a chunk of the weight's rows gives those columns."""
     return F.linear(final_norm, weight)
@@ -271,7 +299,3 @@ def _repeated(x: Tensor, heads: int) -> Tensor:
 
 def _joined(x: Tensor) -> Tensor:
     return x.transpose(0, 1).reshape(x.shape[1], -1)
-
-
-# The declaration names the stages; a function has its stage's name.
-FORWARD_STAGES: Mapping[str, Callable[..., Tensor]] = MappingProxyType({name: globals()[name] for name in DTYPES})

@@ -12,7 +12,8 @@ import torch
 from helpers import ROOT
 
 from stages.errors import InputError
-from stages.spec.qwen import MAX_TOKENS, QwenConfig, parameter_shapes, parse_config
+from stages.spec.config import MAX_TOKENS, ModelConfig
+from stages.spec.families import parameter_shapes, parse_config
 
 QWEN3: dict[str, Any] = {
     "model_type": "qwen3",
@@ -61,7 +62,7 @@ def changed(base: dict[str, Any], **changes: Any) -> dict[str, Any]:
     return {key: value for key, value in (base | changes).items() if value is not ABSENT}
 
 
-def parse(base: dict[str, Any] = QWEN3, **changes: Any) -> QwenConfig:
+def parse(base: dict[str, Any] = QWEN3, **changes: Any) -> ModelConfig:
     return parse_config(changed(base, **changes), "x/config.json")
 
 
@@ -73,7 +74,7 @@ def rope(**parameters: Any) -> dict[str, Any]:
 
 
 def test_qwen3_is_read_field_by_field() -> None:
-    assert parse() == QwenConfig(
+    assert parse() == ModelConfig(
         family="qwen3",
         hidden_size=64,
         num_hidden_layers=2,
@@ -192,7 +193,7 @@ ROPE_CASES = {
 }
 
 
-def reference_rope(config: QwenConfig, tokens: int) -> tuple[list[float], float]:
+def reference_rope(config: ModelConfig, tokens: int) -> tuple[list[float], float]:
     """inv_freq and cos/sin factor from nothing but the parsed config, by the formulas of the papers."""
     dim, theta = config.head_dim, config.rope_theta
     r: dict[str, Any] = dict(config.rope)

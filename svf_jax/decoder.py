@@ -1,4 +1,4 @@
-"""The Qwen forward's stages in JAX. Twin of svf_torch/qwen.py and stages/oracle/qwen.py.
+"""The forward's stages in JAX. Twin of svf_torch/decoder.py and stages/oracle/decoder.py.
 
 Each function is compiled by itself: fused over a stage boundary, XLA would drop the rounding there. Inside a
 stage it may still contract x*y+z to one rounding and skip a cast to bfloat16 and back; the first lies within the
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -17,10 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from stages.spec.forward import DTYPES
-from stages.spec.qwen import RopeParameters
+from stages.spec.rope import RopeParameters
+from stages.spec.stage import Functions
+
+# The declaration names the stages; a function has its stage's name.
+FORWARD_STAGES: Functions[Callable[..., Array]] = Functions()
 
 
+@FORWARD_STAGES
 def inv_freq(
     positions: Array, *, head_dim: int, rope_theta: float, rope_type: str, rope_parameters: RopeParameters
 ) -> Array:
@@ -44,63 +47,75 @@ def inv_freq(
     return 1.0 / powers
 
 
+@FORWARD_STAGES
 def rope_angle(inv_freq: Array, positions: Array) -> Array:
     """position * inv_freq, `[tokens, head_dim]`: the frequencies twice over."""
     angle = positions[:, None].astype(jnp.float32) * inv_freq
     return jnp.concatenate((angle, angle), axis=-1)
 
 
+@FORWARD_STAGES
 def rope_cos(rope_angle: Array, *, attention_scaling: float, dtype: str) -> Array:
     """cos(rope_angle) times the attention factor in float32, `[tokens, head_dim]`, cast to `dtype`."""
     return (jnp.cos(rope_angle) * attention_scaling).astype(dtype)
 
 
+@FORWARD_STAGES
 def rope_sin(rope_angle: Array, *, attention_scaling: float, dtype: str) -> Array:
     """sin(rope_angle) times the attention factor in float32, `[tokens, head_dim]`, cast to `dtype`."""
     return (jnp.sin(rope_angle) * attention_scaling).astype(dtype)
 
 
+@FORWARD_STAGES
 def embedding(tokens: Array, weight: Array) -> Array:
     """Rows of the embedding, `[tokens, hidden]`."""
     return weight[tokens]
 
 
+@FORWARD_STAGES
 def attn_norm(layer_input: Array, weight: Array, *, eps: float) -> Array:
     """RMSNorm of the layer's input, `[tokens, hidden]`."""
     return _rms_norm(layer_input, weight, eps)
 
 
+@FORWARD_STAGES
 def qkv_matmul(attn_norm: Array, q: Array, k: Array, v: Array) -> Array:
     """q, k and v without bias, joined on the last axis, `[tokens, qkv]`."""
     return jnp.concatenate([_linear(attn_norm, w) for w in (q, k, v)], axis=-1)
 
 
+@FORWARD_STAGES
 def qkv_bias(attn_norm: Array, q: Array, k: Array, v: Array, q_bias: Array, k_bias: Array, v_bias: Array) -> Array:
     """q, k and v with bias, product and bias in one call, joined on the last axis, `[tokens, qkv]`."""
     pairs = ((q, q_bias), (k, k_bias), (v, v_bias))
     return jnp.concatenate([_linear(attn_norm, w, b) for w, b in pairs], axis=-1)
 
 
+@FORWARD_STAGES
 def q_norm(qkv_bias: Array, weight: Array, *, heads: int, kv_heads: int, head_dim: int, eps: float) -> Array:
     """RMSNorm of the queries, head by head, `[tokens, heads, head_dim]`."""
     return _rms_norm(_queries(qkv_bias, heads, head_dim), weight, eps)
 
 
+@FORWARD_STAGES
 def k_norm(qkv_bias: Array, weight: Array, *, heads: int, kv_heads: int, head_dim: int, eps: float) -> Array:
     """RMSNorm of the keys, head by head, `[tokens, kv_heads, head_dim]`."""
     return _rms_norm(_keys(qkv_bias, heads, kv_heads, head_dim), weight, eps)
 
 
+@FORWARD_STAGES
 def q_post_rope(q: Array, rope_cos: Array, rope_sin: Array, *, heads: int, kv_heads: int, head_dim: int) -> Array:
     """Queries turned by RoPE, `[tokens, heads, head_dim]`; from q_norm, or from qkv_bias where there is none."""
     return _turned(_queries(q, heads, head_dim), rope_cos, rope_sin)
 
 
+@FORWARD_STAGES
 def k_post_rope(k: Array, rope_cos: Array, rope_sin: Array, *, heads: int, kv_heads: int, head_dim: int) -> Array:
     """Keys turned by RoPE, `[tokens, kv_heads, head_dim]`; from k_norm, or from qkv_bias where there is none."""
     return _turned(_keys(k, heads, kv_heads, head_dim), rope_cos, rope_sin)
 
 
+@FORWARD_STAGES
 def attn_scores(q_post_rope: Array, k_post_rope: Array, *, scaling: float) -> Array:
     """q k^T * scaling, not masked, `[heads, queries, keys]`."""
     keys = _repeated(k_post_rope, q_post_rope.shape[1])
@@ -109,11 +124,13 @@ def attn_scores(q_post_rope: Array, k_post_rope: Array, *, scaling: float) -> Ar
     return (_prescribed(scores, q_post_rope.dtype) * np.float32(scaling)).astype(q_post_rope.dtype)
 
 
+@FORWARD_STAGES
 def attn_softmax(attn_scores: Array) -> Array:
     """Softmax over the keys up to each query, in float32 and cast, `[heads, queries, keys]`."""
     return jax.nn.softmax(_masked(attn_scores).astype(jnp.float32), axis=-1).astype(attn_scores.dtype)
 
 
+@FORWARD_STAGES
 def attention(attn_softmax: Array, qkv_bias: Array, *, heads: int, kv_heads: int, head_dim: int) -> Array:
     """attn_softmax @ v, heads joined, `[tokens, heads * head_dim]`."""
     values = _repeated(_values(qkv_bias, heads, kv_heads, head_dim), heads)
@@ -121,57 +138,68 @@ def attention(attn_softmax: Array, qkv_bias: Array, *, heads: int, kv_heads: int
     return _joined(product).astype(qkv_bias.dtype)
 
 
+@FORWARD_STAGES
 def attn_out(attention: Array, weight: Array, bias: Array | None = None) -> Array:
     """o_proj of attention, `[tokens, hidden]`."""
     return _linear(attention, weight, bias)
 
 
+@FORWARD_STAGES
 def post_attn_residual(layer_input: Array, attn_out: Array) -> Array:
     """The layer's input + attn_out, `[tokens, hidden]`."""
     return layer_input + attn_out
 
 
+@FORWARD_STAGES
 def ffn_norm(post_attn_residual: Array, weight: Array, *, eps: float) -> Array:
     """RMSNorm of post_attn_residual, `[tokens, hidden]`."""
     return _rms_norm(post_attn_residual, weight, eps)
 
 
+@FORWARD_STAGES
 def ffn_gate(ffn_norm: Array, weight: Array) -> Array:
     """gate_proj of ffn_norm, `[tokens, intermediate]`."""
     return _linear(ffn_norm, weight)
 
 
+@FORWARD_STAGES
 def ffn_up(ffn_norm: Array, weight: Array) -> Array:
     """up_proj of ffn_norm, `[tokens, intermediate]`."""
     return _linear(ffn_norm, weight)
 
 
+@FORWARD_STAGES
 def ffn_silu(ffn_gate: Array) -> Array:
     """ffn_gate * sigmoid(ffn_gate), `[tokens, intermediate]`."""
     # float32: in bfloat16 the sigmoid would be rounded before the product
     return jax.nn.silu(ffn_gate.astype(jnp.float32)).astype(ffn_gate.dtype)
 
 
+@FORWARD_STAGES
 def ffn_swigl(ffn_silu: Array, ffn_up: Array) -> Array:
     """ffn_silu * ffn_up, `[tokens, intermediate]`."""
     return ffn_silu * ffn_up
 
 
+@FORWARD_STAGES
 def ffn_out(ffn_swigl: Array, weight: Array) -> Array:
     """down_proj of ffn_swigl, `[tokens, hidden]`."""
     return _linear(ffn_swigl, weight)
 
 
+@FORWARD_STAGES
 def post_ffn_residual(post_attn_residual: Array, ffn_out: Array) -> Array:
     """post_attn_residual + ffn_out, `[tokens, hidden]`: the layer's output."""
     return post_attn_residual + ffn_out
 
 
+@FORWARD_STAGES
 def final_norm(post_ffn_residual: Array, weight: Array, *, eps: float) -> Array:
     """RMSNorm of the last layer's output, `[tokens, hidden]`."""
     return _rms_norm(post_ffn_residual, weight, eps)
 
 
+@FORWARD_STAGES
 def lm_head(final_norm: Array, weight: Array) -> Array:
     """Logits, `[tokens, vocab]`; a chunk of the weight's rows gives those columns."""
     return _linear(final_norm, weight)
@@ -286,7 +314,3 @@ def _repeated(x: Array, heads: int) -> Array:
 
 def _joined(x: Array) -> Array:
     return x.swapaxes(0, 1).reshape(x.shape[1], -1)
-
-
-# The declaration names the stages; a function has its stage's name.
-FORWARD_STAGES: Mapping[str, Callable[..., Array]] = MappingProxyType({name: globals()[name] for name in DTYPES})

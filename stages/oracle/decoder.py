@@ -1,4 +1,4 @@
-"""The Qwen forward's stages in numpy float64: reference and oracle. Twin of svf_torch/qwen.py and svf_jax/qwen.py.
+"""The forward's stages in numpy float64: reference and oracle. Twin of svf_torch/decoder.py and svf_jax/decoder.py.
 
 A function takes stage values as stored and returns the float64 value before its final rounding. Roundings that the
 model prescribes *inside* a stage are performed, those to a dtype narrower than float32 (noise.prescribed).
@@ -15,10 +15,14 @@ import numpy as np
 
 from stages.oracle.bounds import U32, prescribed
 from stages.spec.causal import up_to_query
-from stages.spec.forward import DTYPES
-from stages.spec.qwen import RopeParameters
+from stages.spec.rope import RopeParameters
+from stages.spec.stage import Functions
+
+# The declaration names the stages; a function has its stage's name.
+FORWARD_STAGES: Functions[Callable[..., np.ndarray]] = Functions()
 
 
+@FORWARD_STAGES
 def inv_freq(
     positions: np.ndarray, *, head_dim: int, rope_theta: float, rope_type: str, rope_parameters: RopeParameters
 ) -> np.ndarray:
@@ -41,37 +45,44 @@ def inv_freq(
     return frequencies
 
 
+@FORWARD_STAGES
 def rope_angle(inv_freq: np.ndarray, positions: np.ndarray) -> np.ndarray:
     """position * inv_freq, `[tokens, head_dim]`: the frequencies twice over."""
     angle = positions.astype(np.float64)[:, None] * inv_freq
     return np.concatenate((angle, angle), axis=-1)
 
 
+@FORWARD_STAGES
 def rope_cos(rope_angle: np.ndarray, *, attention_scaling: float, dtype: str) -> np.ndarray:
     """cos(rope_angle) times the attention factor in float32, `[tokens, head_dim]`, cast to `dtype`."""
     return np.cos(rope_angle.astype(np.float64)) * attention_scaling
 
 
+@FORWARD_STAGES
 def rope_sin(rope_angle: np.ndarray, *, attention_scaling: float, dtype: str) -> np.ndarray:
     """sin(rope_angle) times the attention factor in float32, `[tokens, head_dim]`, cast to `dtype`."""
     return np.sin(rope_angle.astype(np.float64)) * attention_scaling
 
 
+@FORWARD_STAGES
 def embedding(tokens: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """Rows of the embedding, `[tokens, hidden]`."""
     return weight[tokens].astype(np.float64)
 
 
+@FORWARD_STAGES
 def attn_norm(layer_input: np.ndarray, weight: np.ndarray, *, eps: float) -> np.ndarray:
     """RMSNorm of the layer's input, `[tokens, hidden]`."""
     return _rms_norm(layer_input, weight, eps)
 
 
+@FORWARD_STAGES
 def qkv_matmul(attn_norm: np.ndarray, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
     """q, k and v without bias, joined on the last axis, `[tokens, qkv]`."""
     return np.concatenate([_linear(attn_norm, w) for w in (q, k, v)], axis=-1)
 
 
+@FORWARD_STAGES
 def qkv_bias(
     attn_norm: np.ndarray,
     q: np.ndarray,
@@ -86,6 +97,7 @@ def qkv_bias(
     return np.concatenate([_linear(attn_norm, w, b) for w, b in pairs], axis=-1)
 
 
+@FORWARD_STAGES
 def q_norm(
     qkv_bias: np.ndarray, weight: np.ndarray, *, heads: int, kv_heads: int, head_dim: int, eps: float
 ) -> np.ndarray:
@@ -93,6 +105,7 @@ def q_norm(
     return _rms_norm(_queries(qkv_bias, heads, head_dim), weight, eps)
 
 
+@FORWARD_STAGES
 def k_norm(
     qkv_bias: np.ndarray, weight: np.ndarray, *, heads: int, kv_heads: int, head_dim: int, eps: float
 ) -> np.ndarray:
@@ -100,6 +113,7 @@ def k_norm(
     return _rms_norm(_keys(qkv_bias, heads, kv_heads, head_dim), weight, eps)
 
 
+@FORWARD_STAGES
 def q_post_rope(
     q: np.ndarray, rope_cos: np.ndarray, rope_sin: np.ndarray, *, heads: int, kv_heads: int, head_dim: int
 ) -> np.ndarray:
@@ -107,6 +121,7 @@ def q_post_rope(
     return _turned(_queries(q, heads, head_dim), rope_cos, rope_sin)
 
 
+@FORWARD_STAGES
 def k_post_rope(
     k: np.ndarray, rope_cos: np.ndarray, rope_sin: np.ndarray, *, heads: int, kv_heads: int, head_dim: int
 ) -> np.ndarray:
@@ -114,12 +129,14 @@ def k_post_rope(
     return _turned(_keys(k, heads, kv_heads, head_dim), rope_cos, rope_sin)
 
 
+@FORWARD_STAGES
 def attn_scores(q_post_rope: np.ndarray, k_post_rope: np.ndarray, *, scaling: float) -> np.ndarray:
     """q k^T * scaling, not masked, `[heads, queries, keys]`."""
     q, k = _score_factors(q_post_rope, k_post_rope)
     return prescribed(q.astype(np.float64) @ k.astype(np.float64), q_post_rope.dtype) * np.float32(scaling)
 
 
+@FORWARD_STAGES
 def attn_softmax(attn_scores: np.ndarray) -> np.ndarray:
     """Softmax over the keys up to each query, in float32 and cast, `[heads, queries, keys]`."""
     scores = _masked(attn_scores)
@@ -127,6 +144,7 @@ def attn_softmax(attn_scores: np.ndarray) -> np.ndarray:
     return exponentials / exponentials.sum(axis=-1, keepdims=True)
 
 
+@FORWARD_STAGES
 def attention(
     attn_softmax: np.ndarray, qkv_bias: np.ndarray, *, heads: int, kv_heads: int, head_dim: int
 ) -> np.ndarray:
@@ -135,31 +153,37 @@ def attention(
     return _joined(attn_softmax.astype(np.float64) @ values.astype(np.float64))
 
 
+@FORWARD_STAGES
 def attn_out(attention: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
     """o_proj of attention, `[tokens, hidden]`."""
     return _linear(attention, weight, bias)
 
 
+@FORWARD_STAGES
 def post_attn_residual(layer_input: np.ndarray, attn_out: np.ndarray) -> np.ndarray:
     """The layer's input + attn_out, `[tokens, hidden]`."""
     return layer_input.astype(np.float64) + attn_out.astype(np.float64)
 
 
+@FORWARD_STAGES
 def ffn_norm(post_attn_residual: np.ndarray, weight: np.ndarray, *, eps: float) -> np.ndarray:
     """RMSNorm of post_attn_residual, `[tokens, hidden]`."""
     return _rms_norm(post_attn_residual, weight, eps)
 
 
+@FORWARD_STAGES
 def ffn_gate(ffn_norm: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """gate_proj of ffn_norm, `[tokens, intermediate]`."""
     return _linear(ffn_norm, weight)
 
 
+@FORWARD_STAGES
 def ffn_up(ffn_norm: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """up_proj of ffn_norm, `[tokens, intermediate]`."""
     return _linear(ffn_norm, weight)
 
 
+@FORWARD_STAGES
 def ffn_silu(ffn_gate: np.ndarray) -> np.ndarray:
     """ffn_gate * sigmoid(ffn_gate), `[tokens, intermediate]`."""
     gate = ffn_gate.astype(np.float64)
@@ -167,26 +191,31 @@ def ffn_silu(ffn_gate: np.ndarray) -> np.ndarray:
         return gate / (1 + np.exp(-gate))
 
 
+@FORWARD_STAGES
 def ffn_swigl(ffn_silu: np.ndarray, ffn_up: np.ndarray) -> np.ndarray:
     """ffn_silu * ffn_up, `[tokens, intermediate]`."""
     return ffn_silu.astype(np.float64) * ffn_up.astype(np.float64)
 
 
+@FORWARD_STAGES
 def ffn_out(ffn_swigl: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """down_proj of ffn_swigl, `[tokens, hidden]`."""
     return _linear(ffn_swigl, weight)
 
 
+@FORWARD_STAGES
 def post_ffn_residual(post_attn_residual: np.ndarray, ffn_out: np.ndarray) -> np.ndarray:
     """post_attn_residual + ffn_out, `[tokens, hidden]`: the layer's output."""
     return post_attn_residual.astype(np.float64) + ffn_out.astype(np.float64)
 
 
+@FORWARD_STAGES
 def final_norm(post_ffn_residual: np.ndarray, weight: np.ndarray, *, eps: float) -> np.ndarray:
     """RMSNorm of the last layer's output, `[tokens, hidden]`."""
     return _rms_norm(post_ffn_residual, weight, eps)
 
 
+@FORWARD_STAGES
 def lm_head(final_norm: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """Logits, `[tokens, vocab]`; a chunk of the weight's rows gives those columns."""
     return _linear(final_norm, weight)
@@ -403,6 +432,3 @@ OPERANDS: Mapping[str, Callable[..., Operands]] = MappingProxyType(
         "lm_head": _linear_operands,
     }
 )
-
-# The declaration names the stages; a function has its stage's name.
-FORWARD_STAGES: Mapping[str, Callable[..., np.ndarray]] = MappingProxyType({name: globals()[name] for name in DTYPES})
