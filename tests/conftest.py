@@ -31,14 +31,22 @@ for variable, value in (("GOMP_SPINCOUNT", "0"), ("KMP_BLOCKTIME", "0"), ("OPENB
     os.environ.setdefault(variable, value)
 
 
+MEMORY = Path("/dev/shm")
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """What XLA compiles is kept for the session, for all workers and the processes that they start."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        kept = tempfile.TemporaryDirectory(prefix="svf-tests-")
-        config.add_cleanup(kept.cleanup)
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = kept.name
-        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-        os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    """Temporary files in memory where there is room: no test waits for a disk. What XLA compiles is kept for the
+    session, for all workers and the processes that they start."""
+    if hasattr(config, "workerinput"):
+        return
+    if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 4 * 2**30:  # the tests need less than 2 GiB
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
+        os.environ.setdefault("TMPDIR", str(MEMORY))
+    kept = tempfile.TemporaryDirectory(prefix="svf-tests-")
+    config.add_cleanup(kept.cleanup)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = kept.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 
 # A machine under load is slow, not wrong.
