@@ -8,7 +8,7 @@ demo: .venv/installed
 	.venv/bin/svf demo
 
 test: .venv/dev
-	.venv/bin/pytest -n 2
+	.venv/bin/pytest -n 2 --dist worksteal
 
 faults: .venv/dev
 	.venv/bin/pytest -n 2 -m faults

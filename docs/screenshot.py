@@ -1,11 +1,10 @@
-"""Take the pictures of the pages: docs/report.png of `svf demo`'s report; docs/guides/diverged.png of the report of a
-forward on JAX whose SiLU was ported as x * sigmoid(1.702 x), against torch.
+"""Take the picture of README and guides, docs/found.png: the report of a forward on JAX whose SiLU was ported as
+x * sigmoid(1.702 x), against torch.
 
 python docs/screenshot.py [CHROMIUM]     (or make screenshot; Debian's chromium is at /usr/bin/chromium)
 """
 
 import contextlib
-import os
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -36,13 +35,6 @@ def svf(*words: str) -> None:
         cli.app(list(words))
 
 
-def demo() -> Path:
-    """The report that `svf demo` ends with."""
-    os.environ["SVF_CACHE"] = str(Path("cache").resolve())
-    svf("--no-progress", "demo")
-    return Path("cache/demo.html").resolve()
-
-
 def diverged() -> Path:
     """The report of a port that is wrong."""
     svf(*RUN, "--backend", "torch", "--out", "torch")
@@ -66,8 +58,7 @@ def photograph(chromium: str, report: Path, target: Path, height: int) -> None:
 def main() -> None:
     chromium = sys.argv[1] if len(sys.argv) > 1 else "/usr/bin/chromium"
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        photograph(chromium, demo(), DOCS / "report.png", 985)
-        photograph(chromium, diverged(), DOCS / "guides" / "diverged.png", 1560)
+        photograph(chromium, diverged(), DOCS / "found.png", 955)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -89,7 +90,7 @@ class JaxBackend:
 
     def compile(self, fn: Callable[..., Any]) -> Callable[..., Any]:
         """`fn` under jit, one stage at a time: jitting stages together would let XLA fuse and change bits."""
-        jitted, device = jax.jit(fn) if self.jit else fn, self._device()
+        jitted, device = _jitted(fn) if self.jit else fn, self._device()
 
         def call(*arrays: Array | np.ndarray) -> Array:
             with jax.default_matmul_precision(self.precision), jax.enable_x64(self.x64), jax.default_device(device):
@@ -119,3 +120,11 @@ class JaxBackend:
             **flags(),
             **environment.facts(),
         }
+
+
+def _jitted(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn` under jit. JAX keeps what it compiled by function and static arguments, so a stage and its options are told
+    it apart: every partial would be a new function, and each run in a process would compile its stages anew."""
+    if not isinstance(fn, functools.partial) or fn.args:
+        return jax.jit(fn)
+    return functools.partial(jax.jit(fn.func, static_argnames=tuple(fn.keywords)), **fn.keywords)

@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
+import forked
 import hypothesis
 import pytest
 from helpers import GATE, ROOT
@@ -20,9 +24,29 @@ from stages.jobs.synth import config_json, synthesize
 from stages.spec.backend import Backend
 from stages.spec.families import parameter_shapes, parse_config
 
-# Before a framework is imported: threads of OpenMP that spin while they wait take the processor from the other worker
-# of `pytest -n 2` (a loop of small products on two busy cores: 81 s, and 15 s without spinning). They change no bit.
-os.environ.setdefault("GOMP_SPINCOUNT", "0")
+# Before a library is imported: threads of OpenMP and OpenBLAS that spin while they wait take the processor from the
+# other worker of `pytest -n 2` (a loop of small products on two busy cores: 81 s, and 15 s without spinning). They
+# change no bit.
+for variable, value in (("GOMP_SPINCOUNT", "0"), ("KMP_BLOCKTIME", "0"), ("OPENBLAS_THREAD_TIMEOUT", "4")):
+    os.environ.setdefault(variable, value)
+
+
+MEMORY = Path("/dev/shm")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Temporary files in memory where there is room: no test waits for a disk. What XLA compiles is kept for the
+    session, for all workers and the processes that they start."""
+    if hasattr(config, "workerinput"):
+        return
+    if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 4 * 2**30:  # the tests need less than 2 GiB
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
+        os.environ.setdefault("TMPDIR", str(MEMORY))
+    kept = tempfile.TemporaryDirectory(prefix="svf-tests-")
+    config.add_cleanup(kept.cleanup)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = kept.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 
 # A machine under load is slow, not wrong.
@@ -48,6 +72,20 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """No test writes into the user's cache."""
     os.environ["SVF_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def _forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    program, server = forked.start(tmp_path_factory.mktemp("forked"))
+    yield program
+    server.communicate()
+
+
+@pytest.fixture(autouse=True)
+def _quick_children(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands' child processes are forked, but in tests marked `processes`, which are about processes."""
+    if request.node.get_closest_marker("processes") is None:
+        monkeypatch.setattr(sys, "executable", str(request.getfixturevalue("_forked")))
 
 
 @pytest.fixture(scope="session", params=list(BACKENDS))

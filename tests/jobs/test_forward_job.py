@@ -27,6 +27,7 @@ from stages.files.forward_dump import ForwardSide
 from stages.files.tensorfile import sha256, write_tensors
 from stages.jobs import forward_one as forward_job
 from stages.judge.forward_diff import diff_forward
+from stages.judge.production import sound
 from stages.judge.stats import top_tokens
 from stages.oracle.components import ReferenceBackend
 from stages.progress import Progress
@@ -307,7 +308,7 @@ def test_repeated_runs_are_byte_identical(backend: Backend, qwen2: Path) -> None
     found = document["deterministic"]
     elements = 2 * sum(a.size for a in record(qwen2, backend).values())
     assert found == {"runs": 3, "identical": True, "different_elements": 0, "elements": elements, "first": None}
-    assert forward_job.sound(document)
+    assert sound(document)
 
 
 def record(folder: Path, backend: Backend) -> dict[str, np.ndarray]:
@@ -335,7 +336,7 @@ def test_noise_in_a_side_branch_is_counted_to_the_element(
     document = trace(qwen2, backend, repeat=2, out=tmp_path / "out" if out else None)
     found = document["deterministic"]
     assert (found["identical"], found["different_elements"], found["first"]) == (False, 1, "layers.1.qkv_matmul")
-    assert not forward_job.sound(document)
+    assert not sound(document)
 
 
 def test_noise_that_spreads_is_named_where_it_began(qwen2: Path, torch_backend: Backend) -> None:
@@ -386,7 +387,7 @@ def test_the_traced_path_is_what_production_runs(name: str, which: str, request:
     assert document["generated"] == production["generated"]
     assert (len(document["generated"]), production["generated_agrees"]) == (2, True)
     assert document["generated"][0] == document["next_token"] == production["next_token"]
-    assert forward_job.sound(document)
+    assert sound(document)
 
 
 def test_generated_tokens_are_each_the_next_of_all_before_it(qwen2: Path, reference: Backend) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -158,7 +159,13 @@ def weights() -> Iterator[np.ndarray]:
     yield np.eye(64)
 
 
-def decompositions(w: np.ndarray) -> Iterator[tuple[str, np.ndarray, np.ndarray, np.ndarray]]:
+@functools.cache
+def decompositions() -> list[tuple[str, np.ndarray, Parts]]:
+    """Name, float32 weight and parts of every weight by every method, made once."""
+    return [(name, w.astype(np.float32), parts(*usv)) for w in weights() for name, *usv in decompositions_of(w)]
+
+
+def decompositions_of(w: np.ndarray) -> Iterator[tuple[str, np.ndarray, np.ndarray, np.ndarray]]:
     import torch
 
     f32 = w.astype(np.float32)
@@ -171,12 +178,11 @@ def decompositions(w: np.ndarray) -> Iterator[tuple[str, np.ndarray, np.ndarray,
 
 
 def test_right_decompositions_of_any_kind_have_no_fault() -> None:
-    for w in weights():
-        for name, u, s, v in decompositions(w):
-            found = list(own_faults(parts(u, s, v)))
-            assert found == [], (name, w.shape, found)
-            entry = BundleEntry("x", "", w.shape, "torch_v", "", None, None, {})
-            assert fault_of(parts(u, s, v, w.astype(np.float32)), entry, "torch_v", fits=True) is None
+    for name, w, own in decompositions():
+        found = list(own_faults(own))
+        assert found == [], (name, w.shape, found)
+        entry = BundleEntry("x", "", w.shape, "torch_v", "", None, None, {})
+        assert fault_of(parts(own.u, own.s, own.v, w), entry, "torch_v", fits=True) is None
 
 
 @pytest.mark.parametrize("size", [64, 257, 512])
@@ -199,9 +205,8 @@ def test_the_probe_saves_the_product_for_right_matrices(monkeypatch: pytest.Monk
         raise AssertionError("a right matrix was multiplied out")
 
     monkeypatch.setattr(decomposition, "_deviation", never)
-    for w in weights():
-        for _, u, s, v in decompositions(w):
-            assert list(own_faults(parts(u, s, v))) == []
+    for _, _, own in decompositions():
+        assert list(own_faults(own)) == []
 
 
 def test_blocks_of_rows_give_what_the_whole_gives(monkeypatch: pytest.MonkeyPatch) -> None:

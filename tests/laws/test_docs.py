@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 import shlex
 import subprocess
@@ -9,14 +11,17 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import typer.main
 from helpers import ROOT, fresh, svf
+from plain_forward import gelu_tanh
 
 import cli
 
 # The two commands that make what the pages take for granted are shown in guides/README.md.
 SETUP = ROOT / "docs" / "guides" / "README.md"
+README = (ROOT / "README.md").read_text()
 # Python, not commands: tests/laws/test_library.py runs it.
 LIBRARY = ROOT / "docs" / "guides" / "library.md"
 PAGES = [
@@ -67,7 +72,9 @@ def set_up(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for shown in commands(SETUP.read_text()):
             assert svf(*shown.words).code == shown.code, shown.line
     program = [sys.executable, str(ROOT / "tests" / "support" / "foreign_program.py"), "1,2,3,4,5"]
-    subprocess.run([*program, "MODEL", "float32", "port.safetensors", "none"], cwd=folder, check=True)
+    ports = {"port.safetensors": "none", "my-port.safetensors": "gate and up swapped"}
+    runs = [word for out, fault in ports.items() for word in ("MODEL", "float32", out, fault)]
+    subprocess.run([*program, *runs], cwd=folder, check=True)
     return folder
 
 
@@ -77,9 +84,8 @@ def test_every_command_of_a_page_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     shown = commands(page.read_text())
-    if not any(command.words[0] == "synth" for command in shown):  # the README starts from nothing
-        for source in set_up.iterdir():
-            (tmp_path / source.name).symlink_to(source)
+    for source in set_up.iterdir():
+        (tmp_path / source.name).symlink_to(source)
     assert shown, "no command found"
     for command in shown:
         done = svf(*command.words)
@@ -91,10 +97,58 @@ def test_every_command_of_a_page_runs(
             Path(command.target).write_text(done.out)
 
 
-def test_the_readme_names_every_command() -> None:
+def test_the_readme_is_a_page_and_leads_to_every_command() -> None:
+    assert len(README.splitlines()) <= 140
     group = typer.main.get_command(cli.app)
-    named = set(re.findall(r"`svf ([a-z]+)", (ROOT / "README.md").read_text()))
-    assert {name for name, command in group.commands.items() if not command.hidden} <= named  # type: ignore[attr-defined]
+    named = set(re.findall(r"^## svf ([a-z]+)$", (ROOT / "docs" / "cli.md").read_text(), re.MULTILINE))
+    assert named == {name for name, command in group.commands.items() if not command.hidden}  # type: ignore[attr-defined]
+    assert "(docs/cli.md)" in README
+
+
+def test_the_session_of_the_readme_is_what_happens(set_up: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every line shown is printed, in this order; rows with the columns that a narrow terminal has."""
+    monkeypatch.chdir(set_up)
+    shown = README.partition("## A session")[2].partition("\n## ")[0]
+    (command,) = commands(shown)
+    lines = [line.strip() for line in shown.partition(command.comment)[2].splitlines() if line.startswith("    ")]
+    printed = svf(*command.words).out.replace("svf --no-progress", "svf").splitlines()
+    for line in lines:
+        cells = [cell.strip() for cell in re.split("[│┃]", line.removesuffix("..."))]
+        while not all(cell in printed[0] for cell in cells):
+            printed.pop(0)  # IndexError: the line is nowhere after those before
+    assert len(lines) > 8
+
+
+def test_the_library_of_the_readme_is_what_happens(set_up: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(set_up)
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(block.splitlines()) <= 10
+    gate = np.random.default_rng(0).standard_normal((5, 64)).astype(np.float32)
+    wrong = gelu_tanh(gate).astype(np.float32)
+
+    def norm(x: np.ndarray, weight: np.ndarray, *, eps: float) -> np.ndarray:
+        return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + np.float32(eps)) * weight
+
+    given = {"x": gate, "weight": gate[0], "torch_norm": norm, "jax_norm": norm, "gate": gate, "y": wrong}
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(block, given)
+    told = re.findall(r"print\(found\)  # (.*)", block)[0].split("...")
+    assert [part in out.getvalue() for part in told] == [True, True]
+    assert "faulty" in out.getvalue()
+
+
+def test_links_lead_somewhere() -> None:
+    """Every relative link of every page, and nothing that a page names lies outside the project."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "stages").rglob("*.md")]
+    assert len(pages) > 20
+    for page in pages:
+        text = page.read_text()
+        for target in re.findall(r"\]\(([^)\s]+)\)", text.replace("\n", " ")):
+            if not target.startswith(("http://", "https://", "#")):
+                place = (page.parent / target.partition("#")[0]).resolve()
+                assert place.exists(), f"{page}: {target}"
+                assert place.is_relative_to(ROOT), f"{page}: {target}"
 
 
 def test_commands_are_found() -> None:

@@ -34,7 +34,7 @@ def test_what_is_no_size(text: str) -> None:
 
 
 def test_estimates_follow_what_is_asked() -> None:
-    """More tokens, wider dtypes and larger chunks take more; the 0.6B shape is near what was measured (README)."""
+    """More tokens, wider dtypes and larger chunks take more; the 0.6B shape is near what was measured."""
     config = parse_config(config_json("qwen3-0.6b"), "x")
     one, two = (forward_bytes(config, forward_pipeline(config, dtype), 64) for dtype in ("bfloat16", "float32"))
     assert one < two < forward_bytes(config, forward_pipeline(config, "float32"), 4096)

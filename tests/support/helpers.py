@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -15,10 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import typer
 
 import cli
 from stages.files.tensorfile import TensorFile, sha256, write_tensors
 
+# Typer makes its commands anew at every call, from 24 signatures; the program does not change between two of them.
+typer.main.get_command = functools.cache(typer.main.get_command)
 ROOT = Path(cli.__file__).resolve().parent
 # Every module of the rooms, by its dotted name.
 MODULES = sorted(".".join(p.relative_to(ROOT).with_suffix("").parts) for p in (ROOT / "stages").rglob("*.py"))
