@@ -44,6 +44,7 @@ from stages.commands.options import (
     comparing,
     compute,
     gate,
+    of_run,
     original,
     output,
 )
@@ -362,7 +363,7 @@ def diff(
     ],
     b: Annotated[Path | None, typer.Argument(help="The other one; without it, the two dumps inside the first.")] = None,
     components: Operands = None,
-    model: Annotated[str | None, comparing(help="Weights, to judge forwards; default as recorded.")] = None,
+    model: Annotated[str | None, of_run(help="Weights, to judge forwards; default as recorded.")] = None,
     tokens: Tokens = None,
     tokens_file: TokensFile = None,
     prompt: Prompt = None,
@@ -443,13 +444,13 @@ def audit(
     dump: Annotated[
         Path, typer.Argument(help="Dump, bundle or stage file; or another program's: safetensors, folder, APRT tree.")
     ],
-    model: Annotated[str | None, comparing(help="Weights; another program's dump does not name them.")] = None,
+    model: Annotated[str | None, of_run(help="Weights; another program's dump does not name them.")] = None,
     tokens: Tokens = None,
     tokens_file: TokensFile = None,
     prompt: Prompt = None,
     adapted: Annotated[
         Path | None,
-        comparing(help="Components whose adapted weights another program ran on."),
+        of_run(help="Components whose adapted weights another program ran on."),
     ] = None,
     layout: AdaptedLayout = OneLayout.declared,
     components: Operands = None,

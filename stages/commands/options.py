@@ -19,6 +19,7 @@ def _panel(title: str) -> Callable[..., Any]:
 
 
 # Panels of a command's help.
+of_run = _panel("Model and tokens")
 compute = _panel("What to compute")
 comparing = _panel("What to compare")
 gate = _panel("Gates")
@@ -63,11 +64,11 @@ InPrecision = Annotated[
     ),
 ]
 ComputeDtype = Annotated[RunDtype, compute(help="What activations and weights are computed in.")]
-Tokens = Annotated[str | None, compute(help="Token ids, such as 1,2,3.")]
-TokensFile = Annotated[Path | None, compute(help="File of token ids, as text or a JSON list.")]
-Prompt = Annotated[str | None, compute(help="Text, through the checkpoint's own tokenizer.")]
-Adapted = Annotated[Path | None, compute(help="Component bundle whose weights replace the model's.")]
-AdaptedLayout = Annotated[OneLayout, compute(help="How V of --adapted is contracted.")]
+Tokens = Annotated[str | None, of_run(help="Token ids, such as 1,2,3.")]
+TokensFile = Annotated[Path | None, of_run(help="File of token ids, as text or a JSON list.")]
+Prompt = Annotated[str | None, of_run(help="Text, through the checkpoint's own tokenizer.")]
+Adapted = Annotated[Path | None, of_run(help="Component bundle whose weights replace the model's.")]
+AdaptedLayout = Annotated[OneLayout, of_run(help="How V of --adapted is contracted.")]
 SelectedLayers = Annotated[str | None, compute(help="Layers the selection rule takes, such as 26 or 0,3-5.")]
 JudgedLayers = Annotated[str | None, comparing(help="Judge only these layers: 0,3-5.")]
 JudgedStages = Annotated[str | None, comparing(help="Judge only these stages: ffn_gate,ffn_swigl.")]
