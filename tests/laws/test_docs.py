@@ -163,7 +163,8 @@ def test_examples_of_help_are_understood(name: str) -> None:
     """Options and arguments of every example exist; nothing is run."""
     group = typer.main.get_command(cli.app)
     command = group.commands[name]  # type: ignore[attr-defined]
-    examples = commands((command.epilog or "").replace("  svf", "    svf"))
+    shown = (command.help or "").partition("Examples:\n")[2].replace(r"\[", "[")
+    examples = commands("".join(f"    {line}\n" for line in shown.splitlines()))
     assert examples or command.hidden, f"svf {name} --help has no example"
     for shown in examples:
         assert shown.words[0] == name
