@@ -22,7 +22,7 @@ from stages.files.summaries import FinalSummaries
 from stages.judge import document as diff
 from stages.judge.culprit import ORACLE, Piece, against_oracle, chosen_row, culprit_data, oracle_pieces
 from stages.judge.decomposition import parts_of
-from stages.judge.final_hash import FINAL, FinalHash, Native, account
+from stages.judge.final_hash import FINAL, FinalHash, Native, explain_unreached_hash
 from stages.judge.replay import TensorComparison
 from stages.judge.rows import in_replay, pair_row
 from stages.oracle.bounds import LAMBDA
@@ -386,7 +386,7 @@ class ReplayJob:
         task = self.task(entry, main.layout)
         rows = main.chunk_rows[entry.source_name]
         again = with_precision(backend.plain, backend.mode)  # with counts of its own
-        return account(
+        return explain_unreached_hash(
             recorded,
             self._natives(backend, entry, task, rows),
             lambda: Replayer(again).run(task, rows),

@@ -43,7 +43,7 @@ from stages.judge.forward import (
 from stages.judge.forward_pair import NEEDS, Named
 from stages.judge.metrics import Difference
 from stages.judge.replay import judge_chunk
-from stages.judge.rerun import Recorded, recorded_of, settle
+from stages.judge.rerun import Recorded, recorded_of, resolve_suspects
 from stages.judge.rows import Row, alone_row, in_forward, in_replay
 from stages.judge.spread import Spread
 from stages.judge.wanted import Wanted
@@ -153,7 +153,7 @@ def _audit_forward(
         if (row["layer"], row["stage"]) in given:
             row |= {"verdict": Verdict.GIVEN.value, "note": f"taken as given, {row['note']}"}
     if rerun:
-        settle(rows, recorded_of(run, model))
+        resolve_suspects(rows, recorded_of(run, model))
     with ExitStack() as stack:
         of_weights = AdaptedPair.alone(adaptation("", run), stack) if wanted == Wanted() else ()
         rows = [*of_weights, *rows]
@@ -241,7 +241,7 @@ def _audit_replay(
     wanted.check(REPLAY, {}, {row["layer"] for row in rows if row["layer"] is not None})
     rows = [row for row in rows if wanted.has_tensor(row["layer"], row["stage"])]
     if rerun:
-        settle(rows, Recorded(path, side.backend, side.facts, source=components))
+        resolve_suspects(rows, Recorded(path, side.backend, side.facts, source=components))
     zero_offset = [t.zero_offset() for t in audits]
     faults = [row for t in audits for row in t.decomposition()]
     result = document(rows, side.label, side.facts, kind="replay", zero_offset=zero_offset, decomposition=faults)

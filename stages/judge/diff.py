@@ -27,7 +27,7 @@ from stages.judge.guarantees import require_precision
 from stages.judge.next_steps import sum_alike
 from stages.judge.replay import TensorComparison
 from stages.judge.report_diff import diff_reports
-from stages.judge.rerun import Recorded, settle
+from stages.judge.rerun import Recorded, resolve_suspects
 from stages.judge.rows import in_replay, pair_row
 from stages.judge.wanted import Wanted
 from stages.oracle.bounds import Lambdas
@@ -96,14 +96,14 @@ def diff_recorded(
             more_rows=hash_rows,
             lacks=lacks,
             wanted=wanted,
-            settle=lambda rows: _settle(rows, {"a": a, "b": b}, components) if rerun else None,
+            resolve_suspects=lambda rows: _resolve_suspects(rows, {"a": a, "b": b}, components) if rerun else None,
         )
         return {**document, "culprit_data": _culprit_data(document, a, b)}
 
 
-def _settle(rows: Sequence[dict[str, Any]], sides: Mapping[str, Side], components: Path | None) -> None:
+def _resolve_suspects(rows: Sequence[dict[str, Any]], sides: Mapping[str, Side], components: Path | None) -> None:
     for letter, side in sides.items():
-        settle(rows, Recorded(Path(side.label), side.backend, side.facts, source=components), letter)
+        resolve_suspects(rows, Recorded(Path(side.label), side.backend, side.facts, source=components), letter)
 
 
 @dataclass(frozen=True)

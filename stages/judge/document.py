@@ -121,15 +121,15 @@ def document(
     more_rows: Sequence[dict[str, Any]] = (),
     lacks: Mapping[str, Sequence[str]] = MappingProxyType({}),
     wanted: Wanted | None = None,
-    settle: Callable[[Sequence[dict[str, Any]]], None] = lambda _rows: None,
+    resolve_suspects: Callable[[Sequence[dict[str, Any]]], None] = lambda _rows: None,
     extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The whole `svf.diff/1` document of a finished comparison of replays; `settle` may change suspect rows."""
+    """The whole `svf.diff/1` document of a finished comparison of replays; suspect rows may change."""
     wanted = wanted or Wanted()
     comparisons = list(comparisons)
     rows = [*(row for comparison in comparisons for row in comparison.rows()), *more_rows]
     rows = [row for row in rows if wanted.has_tensor(row["layer"], row["stage"])]
-    settle(rows)
+    resolve_suspects(rows)
     own = {
         letter: [
             f"tensor.{c.key}.{stage}"

@@ -108,7 +108,7 @@ def _arguments(chunk: Chunk, stage: str) -> tuple[np.ndarray, ...]:
 Native = tuple[str, Callable[[], Iterator[np.ndarray]]]
 
 
-def account(
+def explain_unreached_hash(
     recorded: str,
     natives: Iterator[Native],
     precise: Callable[[], Iterator[Chunk]],

@@ -22,7 +22,7 @@ from stages.files.tensorfile import TensorFile
 from stages.judge.alternatives import LEFT_OUT, Wrong, wrong_values
 from stages.judge.culprit import Piece
 from stages.judge.elements import explain_rows
-from stages.judge.guarantees import hold_to
+from stages.judge.guarantees import enforce_precision
 from stages.judge.hints import Case, explain, first_fitting
 from stages.judge.rope import RopeRun
 from stages.judge.same_model import other_model
@@ -600,7 +600,7 @@ def _judged(place: Place, run: ForwardRun, observed: np.ndarray) -> SideVerdict:
     verdict = SideVerdict()
     for columns, oracle in oracles_of(place, run, observed):
         verdict.add(oracle, part(observed, columns))
-        hold_to(verdict, run.side.facts.get("precision"), oracle, part(observed, columns))
+        enforce_precision(verdict, run.side.facts.get("precision"), oracle, part(observed, columns))
     return verdict
 
 

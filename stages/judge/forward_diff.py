@@ -30,7 +30,7 @@ from stages.judge.forward import (
 from stages.judge.forward_pair import Named, check_comparable, open_pair
 from stages.judge.metrics import Difference, same_bits
 from stages.judge.replay import holds_nan, row_verdict, same_bytes
-from stages.judge.rerun import recorded_of, settle
+from stages.judge.rerun import recorded_of, resolve_suspects
 from stages.judge.rows import in_forward, pair_row
 from stages.judge.wanted import Wanted
 from stages.oracle.verdict import SideVerdict, Verdict, judged_part
@@ -83,7 +83,7 @@ def diff_forward(
                 x, y = (np.atleast_2d(run.read(place)) for run in (a, b))
                 logits = stats.logits(x[-len(y) :], y[-len(x) :])
         for letter, run in (("a", a), ("b", b)) if rerun else ():
-            settle(rows, recorded_of(run, named.model), letter)
+            resolve_suspects(rows, recorded_of(run, named.model), letter)
         progress("comparing adapted weights", 1.0)
         weights = adapted.rows() if adapted.comparable else ()
         rows = [*(row for row in weights if wanted.has(row["layer"], row["stage"], ALIASES)), *rows]

@@ -20,7 +20,7 @@ RULES = {
 }
 
 
-def hold_to(verdict: SideVerdict, precision: str | None, oracle: Oracle, observed: np.ndarray) -> None:
+def enforce_precision(verdict: SideVerdict, precision: str | None, oracle: Oracle, observed: np.ndarray) -> None:
     """Make `verdict` a bug where `observed` breaks what a side's `precision` promises; native promises nothing.
 
     It promises bits of recorded inputs: of those that had to be computed nothing follows.

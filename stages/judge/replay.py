@@ -12,7 +12,7 @@ from stages.files.bundle import BundleEntry
 from stages.judge.arrangements import Parts
 from stages.judge.basis import BasisComparison
 from stages.judge.decomposition import SHOWN_BY, Fault, fault_of, not_known
-from stages.judge.guarantees import hold_to
+from stages.judge.guarantees import enforce_precision
 from stages.judge.hints import Case, explain
 from stages.judge.metrics import Difference, PairHash, same_bits
 from stages.judge.rows import Row, in_replay, pair_row
@@ -293,7 +293,7 @@ def judge_chunk(
     failed = verdict.add(oracle, observed) in (Verdict.BUG, Verdict.SUSPECT)
     if failed and explained and verdict.reason is None:
         verdict.reason = explain(Case(oracle, observed, start=start))
-    hold_to(verdict, precision, oracle, observed)
+    enforce_precision(verdict, precision, oracle, observed)
     return verdict
 
 

@@ -57,13 +57,13 @@ class Recorded:
 
 
 def recorded_of(run: ForwardRun, model: str | None) -> Recorded:
-    """A forward as `settle` takes it; `model` is where the weights are, if not where the dump says."""
+    """A forward as `resolve_suspects` takes it; `model` is where the weights are, if not where the dump says."""
     backend = run.side.dump.backend if isinstance(run.side, ForwardSide) else None
     return Recorded(Path(run.side.label), backend, run.side.facts, run.positions, model)
 
 
 @dataclass(frozen=True)
-class Again:
+class RerunResult:
     """What running a stage again gave: whether the recorded bytes, and how reference precision is judged."""
 
     reproduced: bool
@@ -72,7 +72,7 @@ class Again:
     bits: float  # -log2 of the recorded values' relative error
 
 
-def settle(rows: Sequence[Row], dump: Recorded, letter: str = "") -> None:
+def resolve_suspects(rows: Sequence[Row], dump: Recorded, letter: str = "") -> None:
     """Settle the suspect rows of one side (`a`, `b`; of an audit, ``), in place; without a reason to, nothing runs."""
     end = f"_{letter}" if letter else ""
     suspects = [row for row in rows if row.get(f"verdict{end}") == Verdict.SUSPECT]
@@ -93,7 +93,7 @@ def settle(rows: Sequence[Row], dump: Recorded, letter: str = "") -> None:
             why = child.error or f"it ended with {child.returncode}; its message stands above"
             _add_hint(row, end, f"the {dump.backend} backend could not run it again: {why}")
             continue
-        again = Again(**document["stages"][row["key"]])
+        again = RerunResult(**document["stages"][row["key"]])
         verdict, hint = decide(again, dump.facts, document["facts"])
         row[f"verdict{end}"] = verdict.value
         _add_hint(row, end, hint)
@@ -106,7 +106,7 @@ def _add_hint(row: Row, end: str, hint: str) -> None:
     row[f"hint{end}"] = "; ".join(filter(None, (row.get(f"hint{end}"), hint)))
 
 
-def decide(again: Again, recorded: Mapping[str, str], now: Mapping[str, str]) -> tuple[Verdict, str]:
+def decide(again: RerunResult, recorded: Mapping[str, str], now: Mapping[str, str]) -> tuple[Verdict, str]:
     """What a suspect is, and why.
 
     Other versions, threads or settings than recorded may rightly give other bytes, and so may a GPU, whose kernels
@@ -202,7 +202,7 @@ def run_again(request: RerunRequest, load: Loader, _progress: Progress) -> dict[
         }
 
 
-def compared(parts: Iterator[Part]) -> Again:
+def compared(parts: Iterator[Part]) -> RerunResult:
     """Sum up the parts of one stage."""
     reproduced, verdict, squares, total = True, SideVerdict(), 0.0, 0.0
     for oracle, observed, native, reference in parts:
@@ -212,7 +212,7 @@ def compared(parts: Iterator[Part]) -> Again:
         value = oracle.value.reshape(-1)
         squares, total = squares + float(error @ error), total + float(value @ value)
     bits = float(-0.5 * np.log2(max(squares, 2.0**-1000) / max(total, 2.0**-1000)))
-    return Again(reproduced, verdict.verdict.value, verdict.ratio, bits)
+    return RerunResult(reproduced, verdict.verdict.value, verdict.ratio, bits)
 
 
 def _forward_parts(

@@ -13,7 +13,6 @@ from stages.errors import InputError, UsageError, shown
 from stages.oracle.bounds import LAMBDA, Lambdas
 from stages.oracle.verdict import Oracle, SideVerdict, consult
 from stages.run.memory import aligned_copy, is_aligned
-from stages.run.watch import at
 from stages.spec.backend import Backend, Weights
 from stages.spec.config import EMBEDDING, LM_HEAD, ModelConfig
 from stages.spec.dtypes import stored_dtype
@@ -220,7 +219,7 @@ class Forwarder:
         inputs = [values[name] for name in stage.inputs]
         if stage.identity:
             return inputs[0]
-        at(self._where + stage.name)
+        entering(self._where + stage.name)
         if stage not in self._compiled:
             function = functools.partial(self.backend.forward[stage.function], **stage_options(self.config, stage))
             self._compiled[stage] = self.backend.compile(function)

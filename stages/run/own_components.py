@@ -13,7 +13,7 @@ from stages.files.folders import ensure_space, prepare_folder
 from stages.files.jsonio import write_json
 from stages.files.scratch import scratch_folder
 from stages.files.tensorfile import TensorWriter, sha256, write_tensors
-from stages.run.watch import at
+from stages.run.watch import entering
 from stages.spec.backend import Backend
 from stages.spec.layouts import LAYOUTS
 from stages.spec.values import ReplayTask
@@ -64,7 +64,7 @@ def _write(
 def _decomposed(entry: BundleEntry, task: ReplayTask, backend: Backend, writer: TensorWriter) -> BundleEntry:
     """The entry of one weight's components, written."""
     source = finite(task.source(0, entry.shape[0]), f"source of '{entry.source_name}'")
-    at(f"{entry.source_name} svd")
+    entering(f"{entry.source_name} svd")
     u, s, v = backend.svd(source)
     turned = v if LAYOUTS[entry.layout].transposed else v.T
     for part, array in {"u": u, "s": s, "v": turned}.items():

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from stages.errors import UsageError
-from stages.run.watch import at
+from stages.run.watch import entering
 from stages.spec.backend import Backend
 from stages.spec.dtypes import stored_dtype
 from stages.spec.replay import REPLAY
@@ -77,7 +77,7 @@ class Replayer:
                     continue
                 where = values if stage.by_rows else shared
                 inputs = [values.get(name, shared.get(name)) for name in stage.inputs]
-                at(f"{task.source_name} {stage.name}")
+                entering(f"{task.source_name} {stage.name}")
                 out = self._function(stage, task.options)(*inputs, *(params[name] for name in stage.params))
                 where[stage.name] = out
                 results[stage.name] = self._checked(stage, out)

@@ -21,7 +21,7 @@ class _Watch:
     fd = -1
 
 
-def at(place: str) -> None:
+def entering(place: str) -> None:
     """Say that `place` (a stage, its layer or tensor) is about to be computed; about a microsecond."""
     if _Watch.fd == -1:
         path = os.environ.get(FILE_VARIABLE)

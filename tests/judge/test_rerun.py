@@ -16,13 +16,14 @@ from helpers import svf, with_json
 from stages.commands.backends import load_backend
 from stages.files.dump import MANIFEST_FILE
 from stages.judge import rerun
-from stages.judge.rerun import Again, Recorded, decide
+from stages.judge.rerun import Recorded, RerunResult, decide
 from stages.oracle.verdict import Verdict
 from stages.spec.backend import Backend
 
 KEY = "layers.1.ffn_out"
 FACTS = {"torch": "2.13.0", "threads": "2", "environment": ""}
 ON_GPU = {"device": "gpu:0: NVIDIA H200", "jax": "0.12", "xla_gpu_autotune_level": "default"}
+H200 = {"device": "cuda: H200"}
 NOT_TUNED = {**ON_GPU, "xla_gpu_autotune_level": "0"}
 
 
@@ -64,35 +65,40 @@ def row_of(document: Any, key: str = KEY) -> dict[str, Any]:
 
 AGAIN = {
     # reproduced, reference, ratio, bits
-    "lost bits": (Again(True, "rounding", 0.2, 17.3), FACTS, Verdict.PRECISION, "about 17.3 significant bits"),
+    "lost bits": (RerunResult(True, "rounding", 0.2, 17.3), FACTS, Verdict.PRECISION, "about 17.3 significant bits"),
     "exact reference": (
-        Again(True, "exact", 0.0, 17.3),
+        RerunResult(True, "exact", 0.0, 17.3),
         FACTS,
         Verdict.PRECISION,
         "in reference precision the oracle's",
     ),
-    "another function": (Again(True, "suspect", 2.5, 17.3), FACTS, Verdict.BUG, "2.5 times the bound from the oracle"),
-    "not this code": (Again(False, "exact", 0.0, 17.3), FACTS, Verdict.BUG, "was not this code"),
+    "another function": (
+        RerunResult(True, "suspect", 2.5, 17.3),
+        FACTS,
+        Verdict.BUG,
+        "2.5 times the bound from the oracle",
+    ),
+    "not this code": (RerunResult(False, "exact", 0.0, 17.3), FACTS, Verdict.BUG, "was not this code"),
     "another version": (
-        Again(False, "exact", 0.0, 17.3),
+        RerunResult(False, "exact", 0.0, 17.3),
         {**FACTS, "torch": "2.14.0"},
         Verdict.SUSPECT,
         "torch 2.13.0 then, 2.14.0 now",
     ),
     "another version and function": (
-        Again(False, "bug", 9.0, 17.3),
+        RerunResult(False, "bug", 9.0, 17.3),
         {**FACTS, "torch": "2.14.0"},
         Verdict.BUG,
         "another function",
     ),
     "another setting": (
-        Again(False, "exact", 0.0, 17.3),
+        RerunResult(False, "exact", 0.0, 17.3),
         {**FACTS, "environment": "MKL_CBWR=COMPATIBLE"},
         Verdict.SUSPECT,
         "environment none then, MKL_CBWR=COMPATIBLE now",
     ),
     "another calibration is no other code": (
-        Again(False, "exact", 0.0, 17.3),
+        RerunResult(False, "exact", 0.0, 17.3),
         {**FACTS, "calibration": "shipped"},
         Verdict.BUG,
         "was not this code",
@@ -109,15 +115,15 @@ def test_what_a_suspect_becomes(case: str) -> None:
 
 
 @pytest.mark.parametrize(("again", "recorded", "now", "verdict", "words"), [
-    (Again(False, "exact", 0.0, 17.3), ON_GPU, ON_GPU, Verdict.SUSPECT, "--xla_gpu_autotune_level=0 to know"),
-    (Again(False, "exact", 0.0, 17.3), NOT_TUNED, ON_GPU, Verdict.SUSPECT, "elsewhere"),
-    (Again(False, "exact", 0.0, 17.3), NOT_TUNED, NOT_TUNED, Verdict.BUG, "both without autotuning"),
-    (Again(False, "exact", 0.0, 17.3), {"device": "cuda: H200"}, {"device": "cuda: H200"}, Verdict.SUSPECT, "nothing"),
-    (Again(False, "bug", 9.0, 17.3), ON_GPU, ON_GPU, Verdict.BUG, "another function"),
-    (Again(True, "exact", 0.0, 9.0), ON_GPU, ON_GPU, Verdict.PRECISION, "about 9.0 significant bits"),
+    (RerunResult(False, "exact", 0.0, 17.3), ON_GPU, ON_GPU, Verdict.SUSPECT, "--xla_gpu_autotune_level=0 to know"),
+    (RerunResult(False, "exact", 0.0, 17.3), NOT_TUNED, ON_GPU, Verdict.SUSPECT, "elsewhere"),
+    (RerunResult(False, "exact", 0.0, 17.3), NOT_TUNED, NOT_TUNED, Verdict.BUG, "both without autotuning"),
+    (RerunResult(False, "exact", 0.0, 17.3), H200, H200, Verdict.SUSPECT, "nothing"),
+    (RerunResult(False, "bug", 9.0, 17.3), ON_GPU, ON_GPU, Verdict.BUG, "another function"),
+    (RerunResult(True, "exact", 0.0, 9.0), ON_GPU, ON_GPU, Verdict.PRECISION, "about 9.0 significant bits"),
 ])  # fmt: skip
 def test_other_bytes_of_a_gpu_are_no_proof(
-    again: Again, recorded: dict[str, str], now: dict[str, str], verdict: Verdict, words: str
+    again: RerunResult, recorded: dict[str, str], now: dict[str, str], verdict: Verdict, words: str
 ) -> None:
     found, hint = decide(again, recorded, now)
     assert found is verdict
@@ -170,7 +176,7 @@ def test_a_dump_of_other_versions_stays_suspect(dump: Path, tmp_path: Path) -> N
     manifest = json.loads((dump / MANIFEST_FILE).read_text())
     recorded = Recorded(dump, "torch", {**manifest["facts"], "torch": "1.0"})
     rows = [{"key": KEY, "verdict": "suspect", "hint": None}]
-    rerun.settle(rows, recorded)
+    rerun.resolve_suspects(rows, recorded)
     assert rows[0]["verdict"] == "suspect"
     assert "torch 1.0 then" in str(rows[0]["hint"])
 
@@ -185,7 +191,7 @@ def test_a_dump_of_other_versions_stays_suspect(dump: Path, tmp_path: Path) -> N
 )
 def test_what_cannot_be_run_again_stays_suspect(recorded: Recorded, words: str) -> None:
     rows = [{"key": KEY, "verdict": "suspect", "hint": "why"}, {"key": "other", "verdict": "bug", "hint": None}]
-    rerun.settle(rows, recorded)
+    rerun.resolve_suspects(rows, recorded)
     assert rows[0] == {"key": KEY, "verdict": "suspect", "hint": f"why; not run again: {recorded.why_not}"}
     assert words in rows[0]["hint"]
     assert rows[1] == {"key": "other", "verdict": "bug", "hint": None}
@@ -225,7 +231,7 @@ def test_the_child_tells_lost_bits_from_another_function(
     dump: Path, tmp_path: Path, load: Callable[..., Backend], expected: Verdict
 ) -> None:
     document = rerun.answer(request(dump, tmp_path / "request.json", KEY), load)
-    again = Again(**document["stages"][KEY])
+    again = RerunResult(**document["stages"][KEY])
     assert decide(again, {}, document["facts"])[0] is expected
     assert 18 < again.bits < 20  # off by 2^-19
 

@@ -18,7 +18,7 @@ from stages.errors import InputError, OutputError, ResourceError, SvfError
 from stages.files.folders import RUN_FILE, claimed, new_folder
 from stages.jobs.forward_one import ForwardCommand
 from stages.run.children import ChildResult, document_of, run_child
-from stages.run.watch import at, last_place
+from stages.run.watch import last_place
 
 pytestmark = pytest.mark.faults
 COMMANDS = {
@@ -187,8 +187,8 @@ def test_the_watch_says_the_last_place(tmp_path: Path, monkeypatch: pytest.Monke
     assert last_place(str(tmp_path / "w")) is None
     monkeypatch.setattr("stages.run.watch._Watch.fd", -1)
     monkeypatch.setenv("SVF_WATCH_FILE", str(tmp_path / "w"))
-    at("a longer name")
-    at("b")
+    entering("a longer name")
+    entering("b")
     assert last_place(str(tmp_path / "w")) == "b"
     monkeypatch.setattr("stages.run.watch._Watch.fd", -1)
 
