@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -19,15 +19,23 @@ from jax import Array, lax
 from stages.spec.rope import RopeParameters
 from stages.spec.stage import Functions
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int, Real
+
 # The declaration names the stages; a function has its stage's name.
 FORWARD_STAGES: Functions[Callable[..., Array]] = Functions()
 
 
 @FORWARD_STAGES
 def inv_freq(
-    positions: Array, *, head_dim: int, rope_theta: float, rope_type: str, rope_parameters: RopeParameters
-) -> Array:
-    """Inverse frequencies of RoPE, theta^(-2i/head_dim), `[head_dim / 2]`; scaled as the rope_type says.
+    positions: Real[Array, " tokens"],
+    *,
+    head_dim: int,
+    rope_theta: float,
+    rope_type: str,
+    rope_parameters: RopeParameters,
+) -> Float[Array, " frequencies"]:
+    """Inverse frequencies of RoPE, theta^(-2i/head_dim); scaled as the rope_type says.
 
     The sequence's length, by which dynamic and longrope go, is one more than its last position.
     """
@@ -48,76 +56,134 @@ def inv_freq(
 
 
 @FORWARD_STAGES
-def rope_angle(inv_freq: Array, positions: Array) -> Array:
-    """position * inv_freq, `[tokens, head_dim]`: the frequencies twice over."""
+def rope_angle(
+    inv_freq: Float[Array, " frequencies"], positions: Real[Array, " tokens"]
+) -> Float[Array, "tokens head_dim"]:
+    """position * inv_freq: the frequencies twice over."""
     angle = positions[:, None].astype(jnp.float32) * inv_freq
     return jnp.concatenate((angle, angle), axis=-1)
 
 
 @FORWARD_STAGES
-def rope_cos(rope_angle: Array, *, attention_scaling: float, dtype: str) -> Array:
-    """cos(rope_angle) times the attention factor in float32, `[tokens, head_dim]`, cast to `dtype`."""
+def rope_cos(
+    rope_angle: Float[Array, "tokens head_dim"], *, attention_scaling: float, dtype: str
+) -> Float[Array, "tokens head_dim"]:
+    """cos(rope_angle) times the attention factor in float32, cast to `dtype`."""
     return (jnp.cos(rope_angle) * attention_scaling).astype(dtype)
 
 
 @FORWARD_STAGES
-def rope_sin(rope_angle: Array, *, attention_scaling: float, dtype: str) -> Array:
-    """sin(rope_angle) times the attention factor in float32, `[tokens, head_dim]`, cast to `dtype`."""
+def rope_sin(
+    rope_angle: Float[Array, "tokens head_dim"], *, attention_scaling: float, dtype: str
+) -> Float[Array, "tokens head_dim"]:
+    """sin(rope_angle) times the attention factor in float32, cast to `dtype`."""
     return (jnp.sin(rope_angle) * attention_scaling).astype(dtype)
 
 
 @FORWARD_STAGES
-def embedding(tokens: Array, weight: Array) -> Array:
-    """Rows of the embedding, `[tokens, hidden]`."""
+def embedding(tokens: Int[Array, " tokens"], weight: Float[Array, "vocab hidden"]) -> Float[Array, "tokens hidden"]:
+    """Rows of the embedding."""
     return weight[tokens]
 
 
 @FORWARD_STAGES
-def attn_norm(layer_input: Array, weight: Array, *, eps: float) -> Array:
-    """RMSNorm of the layer's input, `[tokens, hidden]`."""
+def attn_norm(
+    layer_input: Float[Array, "tokens hidden"], weight: Float[Array, " hidden"], *, eps: float
+) -> Float[Array, "tokens hidden"]:
+    """RMSNorm of the layer's input."""
     return _rms_norm(layer_input, weight, eps)
 
 
 @FORWARD_STAGES
-def qkv_matmul(attn_norm: Array, q: Array, k: Array, v: Array) -> Array:
-    """q, k and v without bias, joined on the last axis, `[tokens, qkv]`."""
+def qkv_matmul(
+    attn_norm: Float[Array, "tokens hidden"],
+    q: Float[Array, "heads_head_dim hidden"],
+    k: Float[Array, "kv_heads_head_dim hidden"],
+    v: Float[Array, "kv_heads_head_dim hidden"],
+) -> Float[Array, "tokens qkv"]:
+    """q, k and v without bias, joined on the last axis."""
     return jnp.concatenate([_linear(attn_norm, w) for w in (q, k, v)], axis=-1)
 
 
 @FORWARD_STAGES
-def qkv_bias(attn_norm: Array, q: Array, k: Array, v: Array, q_bias: Array, k_bias: Array, v_bias: Array) -> Array:
-    """q, k and v with bias, product and bias in one call, joined on the last axis, `[tokens, qkv]`."""
+def qkv_bias(
+    attn_norm: Float[Array, "tokens hidden"],
+    q: Float[Array, "heads_head_dim hidden"],
+    k: Float[Array, "kv_heads_head_dim hidden"],
+    v: Float[Array, "kv_heads_head_dim hidden"],
+    q_bias: Float[Array, " heads_head_dim"],
+    k_bias: Float[Array, " kv_heads_head_dim"],
+    v_bias: Float[Array, " kv_heads_head_dim"],
+) -> Float[Array, "tokens qkv"]:
+    """q, k and v with bias, product and bias in one call, joined on the last axis."""
     pairs = ((q, q_bias), (k, k_bias), (v, v_bias))
     return jnp.concatenate([_linear(attn_norm, w, b) for w, b in pairs], axis=-1)
 
 
 @FORWARD_STAGES
-def q_norm(qkv_bias: Array, weight: Array, *, heads: int, kv_heads: int, head_dim: int, eps: float) -> Array:
-    """RMSNorm of the queries, head by head, `[tokens, heads, head_dim]`."""
+def q_norm(
+    qkv_bias: Float[Array, "tokens qkv"],
+    weight: Float[Array, " head_dim"],
+    *,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    eps: float,
+) -> Float[Array, "tokens {heads} {head_dim}"]:
+    """RMSNorm of the queries, head by head."""
     return _rms_norm(_queries(qkv_bias, heads, head_dim), weight, eps)
 
 
 @FORWARD_STAGES
-def k_norm(qkv_bias: Array, weight: Array, *, heads: int, kv_heads: int, head_dim: int, eps: float) -> Array:
-    """RMSNorm of the keys, head by head, `[tokens, kv_heads, head_dim]`."""
+def k_norm(
+    qkv_bias: Float[Array, "tokens qkv"],
+    weight: Float[Array, " head_dim"],
+    *,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    eps: float,
+) -> Float[Array, "tokens {kv_heads} {head_dim}"]:
+    """RMSNorm of the keys, head by head."""
     return _rms_norm(_keys(qkv_bias, heads, kv_heads, head_dim), weight, eps)
 
 
 @FORWARD_STAGES
-def q_post_rope(q: Array, rope_cos: Array, rope_sin: Array, *, heads: int, kv_heads: int, head_dim: int) -> Array:
-    """Queries turned by RoPE, `[tokens, heads, head_dim]`; from q_norm, or from qkv_bias where there is none."""
+def q_post_rope(
+    q: Float[Array, "tokens heads head_dim"] | Float[Array, "tokens qkv"],
+    rope_cos: Float[Array, "tokens head_dim"],
+    rope_sin: Float[Array, "tokens head_dim"],
+    *,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+) -> Float[Array, "tokens {heads} {head_dim}"]:
+    """Queries turned by RoPE; from q_norm, or from qkv_bias where there is none."""
     return _turned(_queries(q, heads, head_dim), rope_cos, rope_sin)
 
 
 @FORWARD_STAGES
-def k_post_rope(k: Array, rope_cos: Array, rope_sin: Array, *, heads: int, kv_heads: int, head_dim: int) -> Array:
-    """Keys turned by RoPE, `[tokens, kv_heads, head_dim]`; from k_norm, or from qkv_bias where there is none."""
+def k_post_rope(
+    k: Float[Array, "tokens kv_heads head_dim"] | Float[Array, "tokens qkv"],
+    rope_cos: Float[Array, "tokens head_dim"],
+    rope_sin: Float[Array, "tokens head_dim"],
+    *,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+) -> Float[Array, "tokens {kv_heads} {head_dim}"]:
+    """Keys turned by RoPE; from k_norm, or from qkv_bias where there is none."""
     return _turned(_keys(k, heads, kv_heads, head_dim), rope_cos, rope_sin)
 
 
 @FORWARD_STAGES
-def attn_scores(q_post_rope: Array, k_post_rope: Array, *, scaling: float) -> Array:
-    """q k^T * scaling, not masked, `[heads, queries, keys]`."""
+def attn_scores(
+    q_post_rope: Float[Array, "queries heads head_dim"],
+    k_post_rope: Float[Array, "keys kv_heads head_dim"],
+    *,
+    scaling: float,
+) -> Float[Array, "heads queries keys"]:
+    """q k^T * scaling, not masked."""
     keys = _repeated(k_post_rope, q_post_rope.shape[1])
     scores = jnp.einsum("qhd,hkd->hqk", q_post_rope, keys, preferred_element_type=jnp.float32)
     # float32: a scale of the activations' dtype would be rounded to bfloat16 first
@@ -125,83 +191,112 @@ def attn_scores(q_post_rope: Array, k_post_rope: Array, *, scaling: float) -> Ar
 
 
 @FORWARD_STAGES
-def attn_softmax(attn_scores: Array) -> Array:
-    """Softmax over the keys up to each query, in float32 and cast, `[heads, queries, keys]`."""
+def attn_softmax(attn_scores: Float[Array, "heads queries keys"]) -> Float[Array, "heads queries keys"]:
+    """Softmax over the keys up to each query, in float32 and cast."""
     return jax.nn.softmax(_masked(attn_scores).astype(jnp.float32), axis=-1).astype(attn_scores.dtype)
 
 
 @FORWARD_STAGES
-def attention(attn_softmax: Array, qkv_bias: Array, *, heads: int, kv_heads: int, head_dim: int) -> Array:
-    """attn_softmax @ v, heads joined, `[tokens, heads * head_dim]`."""
+def attention(
+    attn_softmax: Float[Array, "heads queries keys"],
+    qkv_bias: Float[Array, "keys qkv"],
+    *,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+) -> Float[Array, "queries {heads}*{head_dim}"]:
+    """attn_softmax @ v, heads joined."""
     values = _repeated(_values(qkv_bias, heads, kv_heads, head_dim), heads)
     product = jnp.matmul(attn_softmax, values, preferred_element_type=_accumulator(values.dtype))
     return _joined(product).astype(qkv_bias.dtype)
 
 
 @FORWARD_STAGES
-def attn_out(attention: Array, weight: Array, bias: Array | None = None) -> Array:
-    """o_proj of attention, `[tokens, hidden]`."""
+def attn_out(
+    attention: Float[Array, "tokens heads_head_dim"],
+    weight: Float[Array, "hidden heads_head_dim"],
+    bias: Float[Array, " hidden"] | None = None,
+) -> Float[Array, "tokens hidden"]:
+    """o_proj of attention."""
     return _linear(attention, weight, bias)
 
 
 @FORWARD_STAGES
-def post_attn_residual(layer_input: Array, attn_out: Array) -> Array:
-    """The layer's input + attn_out, `[tokens, hidden]`."""
+def post_attn_residual(
+    layer_input: Float[Array, "tokens hidden"], attn_out: Float[Array, "tokens hidden"]
+) -> Float[Array, "tokens hidden"]:
+    """The layer's input + attn_out."""
     return layer_input + attn_out
 
 
 @FORWARD_STAGES
-def ffn_norm(post_attn_residual: Array, weight: Array, *, eps: float) -> Array:
-    """RMSNorm of post_attn_residual, `[tokens, hidden]`."""
+def ffn_norm(
+    post_attn_residual: Float[Array, "tokens hidden"], weight: Float[Array, " hidden"], *, eps: float
+) -> Float[Array, "tokens hidden"]:
+    """RMSNorm of post_attn_residual."""
     return _rms_norm(post_attn_residual, weight, eps)
 
 
 @FORWARD_STAGES
-def ffn_gate(ffn_norm: Array, weight: Array) -> Array:
-    """gate_proj of ffn_norm, `[tokens, intermediate]`."""
+def ffn_gate(
+    ffn_norm: Float[Array, "tokens hidden"], weight: Float[Array, "intermediate hidden"]
+) -> Float[Array, "tokens intermediate"]:
+    """gate_proj of ffn_norm."""
     return _linear(ffn_norm, weight)
 
 
 @FORWARD_STAGES
-def ffn_up(ffn_norm: Array, weight: Array) -> Array:
-    """up_proj of ffn_norm, `[tokens, intermediate]`."""
+def ffn_up(
+    ffn_norm: Float[Array, "tokens hidden"], weight: Float[Array, "intermediate hidden"]
+) -> Float[Array, "tokens intermediate"]:
+    """up_proj of ffn_norm."""
     return _linear(ffn_norm, weight)
 
 
 @FORWARD_STAGES
-def ffn_silu(ffn_gate: Array) -> Array:
-    """ffn_gate * sigmoid(ffn_gate), `[tokens, intermediate]`."""
+def ffn_silu(ffn_gate: Float[Array, "tokens intermediate"]) -> Float[Array, "tokens intermediate"]:
+    """ffn_gate * sigmoid(ffn_gate)."""
     # float32: in bfloat16 the sigmoid would be rounded before the product
     return jax.nn.silu(ffn_gate.astype(jnp.float32)).astype(ffn_gate.dtype)
 
 
 @FORWARD_STAGES
-def ffn_swigl(ffn_silu: Array, ffn_up: Array) -> Array:
-    """ffn_silu * ffn_up, `[tokens, intermediate]`."""
+def ffn_swigl(
+    ffn_silu: Float[Array, "tokens intermediate"], ffn_up: Float[Array, "tokens intermediate"]
+) -> Float[Array, "tokens intermediate"]:
+    """ffn_silu * ffn_up."""
     return ffn_silu * ffn_up
 
 
 @FORWARD_STAGES
-def ffn_out(ffn_swigl: Array, weight: Array) -> Array:
-    """down_proj of ffn_swigl, `[tokens, hidden]`."""
+def ffn_out(
+    ffn_swigl: Float[Array, "tokens intermediate"], weight: Float[Array, "hidden intermediate"]
+) -> Float[Array, "tokens hidden"]:
+    """down_proj of ffn_swigl."""
     return _linear(ffn_swigl, weight)
 
 
 @FORWARD_STAGES
-def post_ffn_residual(post_attn_residual: Array, ffn_out: Array) -> Array:
-    """post_attn_residual + ffn_out, `[tokens, hidden]`: the layer's output."""
+def post_ffn_residual(
+    post_attn_residual: Float[Array, "tokens hidden"], ffn_out: Float[Array, "tokens hidden"]
+) -> Float[Array, "tokens hidden"]:
+    """post_attn_residual + ffn_out: the layer's output."""
     return post_attn_residual + ffn_out
 
 
 @FORWARD_STAGES
-def final_norm(post_ffn_residual: Array, weight: Array, *, eps: float) -> Array:
-    """RMSNorm of the last layer's output, `[tokens, hidden]`."""
+def final_norm(
+    post_ffn_residual: Float[Array, "tokens hidden"], weight: Float[Array, " hidden"], *, eps: float
+) -> Float[Array, "tokens hidden"]:
+    """RMSNorm of the last layer's output."""
     return _rms_norm(post_ffn_residual, weight, eps)
 
 
 @FORWARD_STAGES
-def lm_head(final_norm: Array, weight: Array) -> Array:
-    """Logits, `[tokens, vocab]`; a chunk of the weight's rows gives those columns."""
+def lm_head(
+    final_norm: Float[Array, "tokens hidden"], weight: Float[Array, "vocab hidden"]
+) -> Float[Array, "tokens vocab"]:
+    """Logits; a chunk of the weight's rows gives those columns."""
     return _linear(final_norm, weight)
 
 

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from jax import Array
 
 from stages.spec.stage import Functions
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 # The declaration names the stages; a function has its stage's name.
 ROUTER_STAGES: Functions[Callable[..., Array]] = Functions()
 
 
 @ROUTER_STAGES
-def router_logits(router_hidden: Array, router_head: Array) -> Array:
-    """router_hidden `[1, hidden]` @ router_head^T, `[1, agents + roles]`."""
+def router_logits(
+    router_hidden: Float[Array, "one hidden"], router_head: Float[Array, "outputs hidden"]
+) -> Float[Array, "one outputs"]:
+    """router_hidden @ router_head^T."""
     return router_hidden @ router_head.T

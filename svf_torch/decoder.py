@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,15 +17,23 @@ from torch.nn import functional as F
 from stages.spec.rope import RopeParameters
 from stages.spec.stage import Functions
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int, Real
+
 # The declaration names the stages; a function has its stage's name.
 FORWARD_STAGES: Functions[Callable[..., Tensor]] = Functions()
 
 
 @FORWARD_STAGES
 def inv_freq(
-    positions: Tensor, *, head_dim: int, rope_theta: float, rope_type: str, rope_parameters: RopeParameters
-) -> Tensor:
-    """Inverse frequencies of RoPE, theta^(-2i/head_dim), `[head_dim / 2]`; scaled as the rope_type says.
+    positions: Real[Tensor, " tokens"],
+    *,
+    head_dim: int,
+    rope_theta: float,
+    rope_type: str,
+    rope_parameters: RopeParameters,
+) -> Float[Tensor, " frequencies"]:
+    """Inverse frequencies of RoPE, theta^(-2i/head_dim); scaled as the rope_type says.
 
     The sequence's length, by which dynamic and longrope go, is one more than its last position.
     """
@@ -48,158 +56,243 @@ def inv_freq(
 
 
 @FORWARD_STAGES
-def rope_angle(inv_freq: Tensor, positions: Tensor) -> Tensor:
-    """position * inv_freq, `[tokens, head_dim]`: the frequencies twice over."""
+def rope_angle(
+    inv_freq: Float[Tensor, " frequencies"], positions: Real[Tensor, " tokens"]
+) -> Float[Tensor, "tokens head_dim"]:
+    """position * inv_freq: the frequencies twice over."""
     angle = positions[:, None].float() * inv_freq.to(positions.device)
     return torch.cat((angle, angle), dim=-1)
 
 
 @FORWARD_STAGES
-def rope_cos(rope_angle: Tensor, *, attention_scaling: float, dtype: str) -> Tensor:
-    """cos(rope_angle) times the attention factor in float32, `[tokens, head_dim]`, cast to `dtype`."""
+def rope_cos(
+    rope_angle: Float[Tensor, "tokens head_dim"], *, attention_scaling: float, dtype: str
+) -> Float[Tensor, "tokens head_dim"]:
+    """cos(rope_angle) times the attention factor in float32, cast to `dtype`."""
     return (rope_angle.cos() * attention_scaling).to(getattr(torch, dtype))
 
 
 @FORWARD_STAGES
-def rope_sin(rope_angle: Tensor, *, attention_scaling: float, dtype: str) -> Tensor:
-    """sin(rope_angle) times the attention factor in float32, `[tokens, head_dim]`, cast to `dtype`."""
+def rope_sin(
+    rope_angle: Float[Tensor, "tokens head_dim"], *, attention_scaling: float, dtype: str
+) -> Float[Tensor, "tokens head_dim"]:
+    """sin(rope_angle) times the attention factor in float32, cast to `dtype`."""
     return (rope_angle.sin() * attention_scaling).to(getattr(torch, dtype))
 
 
 @FORWARD_STAGES
-def embedding(tokens: Tensor, weight: Tensor) -> Tensor:
-    """Rows of the embedding, `[tokens, hidden]`."""
+def embedding(tokens: Int[Tensor, " tokens"], weight: Float[Tensor, "vocab hidden"]) -> Float[Tensor, "tokens hidden"]:
+    """Rows of the embedding."""
     return F.embedding(tokens, weight)
 
 
 @FORWARD_STAGES
-def attn_norm(layer_input: Tensor, weight: Tensor, *, eps: float) -> Tensor:
-    """RMSNorm of the layer's input, `[tokens, hidden]`."""
+def attn_norm(
+    layer_input: Float[Tensor, "tokens hidden"], weight: Float[Tensor, " hidden"], *, eps: float
+) -> Float[Tensor, "tokens hidden"]:
+    """RMSNorm of the layer's input."""
     return _rms_norm(layer_input, weight, eps)
 
 
 @FORWARD_STAGES
-def qkv_matmul(attn_norm: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """q, k and v without bias, joined on the last axis, `[tokens, qkv]`."""
+def qkv_matmul(
+    attn_norm: Float[Tensor, "tokens hidden"],
+    q: Float[Tensor, "heads_head_dim hidden"],
+    k: Float[Tensor, "kv_heads_head_dim hidden"],
+    v: Float[Tensor, "kv_heads_head_dim hidden"],
+) -> Float[Tensor, "tokens qkv"]:
+    """q, k and v without bias, joined on the last axis."""
     return torch.cat([F.linear(attn_norm, w) for w in (q, k, v)], dim=-1)
 
 
 @FORWARD_STAGES
 def qkv_bias(
-    attn_norm: Tensor, q: Tensor, k: Tensor, v: Tensor, q_bias: Tensor, k_bias: Tensor, v_bias: Tensor
-) -> Tensor:
-    """q, k and v with bias, product and bias in one call, joined on the last axis, `[tokens, qkv]`."""
+    attn_norm: Float[Tensor, "tokens hidden"],
+    q: Float[Tensor, "heads_head_dim hidden"],
+    k: Float[Tensor, "kv_heads_head_dim hidden"],
+    v: Float[Tensor, "kv_heads_head_dim hidden"],
+    q_bias: Float[Tensor, " heads_head_dim"],
+    k_bias: Float[Tensor, " kv_heads_head_dim"],
+    v_bias: Float[Tensor, " kv_heads_head_dim"],
+) -> Float[Tensor, "tokens qkv"]:
+    """q, k and v with bias, product and bias in one call, joined on the last axis."""
     pairs = ((q, q_bias), (k, k_bias), (v, v_bias))
     return torch.cat([F.linear(attn_norm, w, b) for w, b in pairs], dim=-1)
 
 
 @FORWARD_STAGES
-def q_norm(qkv_bias: Tensor, weight: Tensor, *, heads: int, kv_heads: int, head_dim: int, eps: float) -> Tensor:
-    """RMSNorm of the queries, head by head, `[tokens, heads, head_dim]`."""
+def q_norm(
+    qkv_bias: Float[Tensor, "tokens qkv"],
+    weight: Float[Tensor, " head_dim"],
+    *,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    eps: float,
+) -> Float[Tensor, "tokens {heads} {head_dim}"]:
+    """RMSNorm of the queries, head by head."""
     return _rms_norm(_queries(qkv_bias, heads, head_dim), weight, eps)
 
 
 @FORWARD_STAGES
-def k_norm(qkv_bias: Tensor, weight: Tensor, *, heads: int, kv_heads: int, head_dim: int, eps: float) -> Tensor:
-    """RMSNorm of the keys, head by head, `[tokens, kv_heads, head_dim]`."""
+def k_norm(
+    qkv_bias: Float[Tensor, "tokens qkv"],
+    weight: Float[Tensor, " head_dim"],
+    *,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    eps: float,
+) -> Float[Tensor, "tokens {kv_heads} {head_dim}"]:
+    """RMSNorm of the keys, head by head."""
     return _rms_norm(_keys(qkv_bias, heads, kv_heads, head_dim), weight, eps)
 
 
 @FORWARD_STAGES
-def q_post_rope(q: Tensor, rope_cos: Tensor, rope_sin: Tensor, *, heads: int, kv_heads: int, head_dim: int) -> Tensor:
-    """Queries turned by RoPE, `[tokens, heads, head_dim]`; from q_norm, or from qkv_bias where there is none."""
+def q_post_rope(
+    q: Float[Tensor, "tokens heads head_dim"] | Float[Tensor, "tokens qkv"],
+    rope_cos: Float[Tensor, "tokens head_dim"],
+    rope_sin: Float[Tensor, "tokens head_dim"],
+    *,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+) -> Float[Tensor, "tokens {heads} {head_dim}"]:
+    """Queries turned by RoPE; from q_norm, or from qkv_bias where there is none."""
     return _turned(_queries(q, heads, head_dim), rope_cos, rope_sin)
 
 
 @FORWARD_STAGES
-def k_post_rope(k: Tensor, rope_cos: Tensor, rope_sin: Tensor, *, heads: int, kv_heads: int, head_dim: int) -> Tensor:
-    """Keys turned by RoPE, `[tokens, kv_heads, head_dim]`; from k_norm, or from qkv_bias where there is none."""
+def k_post_rope(
+    k: Float[Tensor, "tokens kv_heads head_dim"] | Float[Tensor, "tokens qkv"],
+    rope_cos: Float[Tensor, "tokens head_dim"],
+    rope_sin: Float[Tensor, "tokens head_dim"],
+    *,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+) -> Float[Tensor, "tokens {kv_heads} {head_dim}"]:
+    """Keys turned by RoPE; from k_norm, or from qkv_bias where there is none."""
     return _turned(_keys(k, heads, kv_heads, head_dim), rope_cos, rope_sin)
 
 
 @FORWARD_STAGES
-def attn_scores(q_post_rope: Tensor, k_post_rope: Tensor, *, scaling: float) -> Tensor:
-    """q k^T * scaling, not masked, `[heads, queries, keys]`."""
+def attn_scores(
+    q_post_rope: Float[Tensor, "queries heads head_dim"],
+    k_post_rope: Float[Tensor, "keys kv_heads head_dim"],
+    *,
+    scaling: float,
+) -> Float[Tensor, "heads queries keys"]:
+    """q k^T * scaling, not masked."""
     keys = _repeated(k_post_rope, q_post_rope.shape[1])
     return torch.matmul(q_post_rope.transpose(0, 1), keys.transpose(1, 2)) * scaling
 
 
 @FORWARD_STAGES
-def attn_softmax(attn_scores: Tensor) -> Tensor:
-    """Softmax over the keys up to each query, in float32 and cast, `[heads, queries, keys]`."""
+def attn_softmax(attn_scores: Float[Tensor, "heads queries keys"]) -> Float[Tensor, "heads queries keys"]:
+    """Softmax over the keys up to each query, in float32 and cast."""
     return F.softmax(attn_scores + _mask(attn_scores), dim=-1, dtype=torch.float32).to(attn_scores.dtype)
 
 
 @FORWARD_STAGES
-def attention(attn_softmax: Tensor, qkv_bias: Tensor, *, heads: int, kv_heads: int, head_dim: int) -> Tensor:
-    """attn_softmax @ v, heads joined, `[tokens, heads * head_dim]`."""
+def attention(
+    attn_softmax: Float[Tensor, "heads queries keys"],
+    qkv_bias: Float[Tensor, "keys qkv"],
+    *,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+) -> Float[Tensor, "queries {heads}*{head_dim}"]:
+    """attn_softmax @ v, heads joined."""
     values = _repeated(_values(qkv_bias, heads, kv_heads, head_dim), heads)
     return _joined(torch.matmul(attn_softmax, values))
 
 
 @FORWARD_STAGES
-def attn_out(attention: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """o_proj of attention, `[tokens, hidden]`."""
+def attn_out(
+    attention: Float[Tensor, "tokens heads_head_dim"],
+    weight: Float[Tensor, "hidden heads_head_dim"],
+    bias: Float[Tensor, " hidden"] | None = None,
+) -> Float[Tensor, "tokens hidden"]:
+    """o_proj of attention."""
     return F.linear(attention, weight, bias)
 
 
 @FORWARD_STAGES
-def post_attn_residual(layer_input: Tensor, attn_out: Tensor) -> Tensor:
-    """The layer's input + attn_out, `[tokens, hidden]`."""
+def post_attn_residual(
+    layer_input: Float[Tensor, "tokens hidden"], attn_out: Float[Tensor, "tokens hidden"]
+) -> Float[Tensor, "tokens hidden"]:
+    """The layer's input + attn_out."""
     return layer_input + attn_out
 
 
 @FORWARD_STAGES
-def ffn_norm(post_attn_residual: Tensor, weight: Tensor, *, eps: float) -> Tensor:
-    """RMSNorm of post_attn_residual, `[tokens, hidden]`."""
+def ffn_norm(
+    post_attn_residual: Float[Tensor, "tokens hidden"], weight: Float[Tensor, " hidden"], *, eps: float
+) -> Float[Tensor, "tokens hidden"]:
+    """RMSNorm of post_attn_residual."""
     return _rms_norm(post_attn_residual, weight, eps)
 
 
 @FORWARD_STAGES
-def ffn_gate(ffn_norm: Tensor, weight: Tensor) -> Tensor:
-    """gate_proj of ffn_norm, `[tokens, intermediate]`."""
+def ffn_gate(
+    ffn_norm: Float[Tensor, "tokens hidden"], weight: Float[Tensor, "intermediate hidden"]
+) -> Float[Tensor, "tokens intermediate"]:
+    """gate_proj of ffn_norm."""
     return F.linear(ffn_norm, weight)
 
 
 @FORWARD_STAGES
-def ffn_up(ffn_norm: Tensor, weight: Tensor) -> Tensor:
-    """up_proj of ffn_norm, `[tokens, intermediate]`."""
+def ffn_up(
+    ffn_norm: Float[Tensor, "tokens hidden"], weight: Float[Tensor, "intermediate hidden"]
+) -> Float[Tensor, "tokens intermediate"]:
+    """up_proj of ffn_norm."""
     return F.linear(ffn_norm, weight)
 
 
 @FORWARD_STAGES
-def ffn_silu(ffn_gate: Tensor) -> Tensor:
-    """ffn_gate * sigmoid(ffn_gate), `[tokens, intermediate]`."""
+def ffn_silu(ffn_gate: Float[Tensor, "tokens intermediate"]) -> Float[Tensor, "tokens intermediate"]:
+    """ffn_gate * sigmoid(ffn_gate)."""
     return F.silu(ffn_gate)
 
 
 @FORWARD_STAGES
-def ffn_swigl(ffn_silu: Tensor, ffn_up: Tensor) -> Tensor:
-    """ffn_silu * ffn_up, `[tokens, intermediate]`."""
+def ffn_swigl(
+    ffn_silu: Float[Tensor, "tokens intermediate"], ffn_up: Float[Tensor, "tokens intermediate"]
+) -> Float[Tensor, "tokens intermediate"]:
+    """ffn_silu * ffn_up."""
     return ffn_silu * ffn_up
 
 
 @FORWARD_STAGES
-def ffn_out(ffn_swigl: Tensor, weight: Tensor) -> Tensor:
-    """down_proj of ffn_swigl, `[tokens, hidden]`."""
+def ffn_out(
+    ffn_swigl: Float[Tensor, "tokens intermediate"], weight: Float[Tensor, "hidden intermediate"]
+) -> Float[Tensor, "tokens hidden"]:
+    """down_proj of ffn_swigl."""
     return F.linear(ffn_swigl, weight)
 
 
 @FORWARD_STAGES
-def post_ffn_residual(post_attn_residual: Tensor, ffn_out: Tensor) -> Tensor:
-    """post_attn_residual + ffn_out, `[tokens, hidden]`: the layer's output."""
+def post_ffn_residual(
+    post_attn_residual: Float[Tensor, "tokens hidden"], ffn_out: Float[Tensor, "tokens hidden"]
+) -> Float[Tensor, "tokens hidden"]:
+    """post_attn_residual + ffn_out: the layer's output."""
     return post_attn_residual + ffn_out
 
 
 @FORWARD_STAGES
-def final_norm(post_ffn_residual: Tensor, weight: Tensor, *, eps: float) -> Tensor:
-    """RMSNorm of the last layer's output, `[tokens, hidden]`."""
+def final_norm(
+    post_ffn_residual: Float[Tensor, "tokens hidden"], weight: Float[Tensor, " hidden"], *, eps: float
+) -> Float[Tensor, "tokens hidden"]:
+    """RMSNorm of the last layer's output."""
     return _rms_norm(post_ffn_residual, weight, eps)
 
 
 @FORWARD_STAGES
-def lm_head(final_norm: Tensor, weight: Tensor) -> Tensor:
-    """Logits, `[tokens, vocab]`; a chunk of the weight's rows gives those columns."""
+def lm_head(
+    final_norm: Float[Tensor, "tokens hidden"], weight: Float[Tensor, "vocab hidden"]
+) -> Float[Tensor, "tokens vocab"]:
+    """Logits; a chunk of the weight's rows gives those columns."""
     return F.linear(final_norm, weight)
 
 

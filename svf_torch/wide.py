@@ -27,25 +27,25 @@ WIDE_STAGES: Functions[Callable[..., Tensor]] = Functions(
 
 @WIDE_STAGES
 def source_f32(source: Tensor) -> Tensor:
-    """The weight as stored, `[rows, cols]`."""
+    """The weight as stored."""
     return source
 
 
 @WIDE_STAGES
 def offsets_f32(offsets: Tensor) -> Tensor:
-    """One scale offset per singular value, `[rank]`."""
+    """One scale offset per singular value."""
     return offsets
 
 
 @WIDE_STAGES
 def scaled_s(offsets_f32: Tensor, s: Tensor) -> Tensor:
-    """Singular values after the SVF step, S * (1 + offsets), `[rank]`; the sum rounded to float32."""
+    """Singular values after the SVF step, S * (1 + offsets); the sum rounded to float32."""
     return s * _rounded(1 + offsets_f32, "float32")
 
 
 @WIDE_STAGES
 def zero_source_f32(u: Tensor, s: Tensor, v: Tensor, *, layout: str) -> Tensor:
-    """(U * S) @ V^T, `[rows, cols]`: the replay with zero offsets; U * S rounded to float32."""
+    """(U * S) @ V^T: the replay with zero offsets; U * S rounded to float32."""
     return components.matmul_pre_norm(_rounded(u * s, "float32"), v, layout=layout)
 
 
@@ -59,7 +59,7 @@ def final_bf16(final_f32: Tensor) -> Tensor:
 def inv_freq(
     positions: Tensor, *, head_dim: int, rope_theta: float, rope_type: str, rope_parameters: RopeParameters
 ) -> Tensor:
-    """Inverse frequencies of RoPE, theta^(-2i/head_dim), `[head_dim / 2]`; scaled as the rope_type says."""
+    """Inverse frequencies of RoPE, theta^(-2i/head_dim); scaled as the rope_type says."""
     rope: dict[str, Any] = dict(rope_parameters)
     # float32 exponents and theta are part of the model's meaning: an error in 2i/d is multiplied by log(theta)
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
@@ -84,19 +84,19 @@ def inv_freq(
 
 @WIDE_STAGES
 def rope_cos(rope_angle: Tensor, *, attention_scaling: float, dtype: str) -> Tensor:
-    """cos(rope_angle) times the attention factor, `[tokens, head_dim]`."""
+    """cos(rope_angle) times the attention factor."""
     return rope_angle.cos() * attention_scaling
 
 
 @WIDE_STAGES
 def rope_sin(rope_angle: Tensor, *, attention_scaling: float, dtype: str) -> Tensor:
-    """sin(rope_angle) times the attention factor, `[tokens, head_dim]`."""
+    """sin(rope_angle) times the attention factor."""
     return rope_angle.sin() * attention_scaling
 
 
 @WIDE_STAGES
 def attn_norm(layer_input: Tensor, weight: Tensor, *, eps: float, dtype: str) -> Tensor:
-    """RMSNorm of the layer's input, `[tokens, hidden]`."""
+    """RMSNorm of the layer's input."""
     return _rms_norm(layer_input, weight, eps, dtype)
 
 
@@ -104,7 +104,7 @@ def attn_norm(layer_input: Tensor, weight: Tensor, *, eps: float, dtype: str) ->
 def q_norm(
     qkv_bias: Tensor, weight: Tensor, *, heads: int, kv_heads: int, head_dim: int, eps: float, dtype: str
 ) -> Tensor:
-    """RMSNorm of the queries, head by head, `[tokens, heads, head_dim]`."""
+    """RMSNorm of the queries, head by head."""
     return _rms_norm(decoder._queries(qkv_bias, heads, head_dim), weight, eps, dtype)
 
 
@@ -112,7 +112,7 @@ def q_norm(
 def k_norm(
     qkv_bias: Tensor, weight: Tensor, *, heads: int, kv_heads: int, head_dim: int, eps: float, dtype: str
 ) -> Tensor:
-    """RMSNorm of the keys, head by head, `[tokens, kv_heads, head_dim]`."""
+    """RMSNorm of the keys, head by head."""
     return _rms_norm(decoder._keys(qkv_bias, heads, kv_heads, head_dim), weight, eps, dtype)
 
 
@@ -120,7 +120,7 @@ def k_norm(
 def q_post_rope(
     q: Tensor, rope_cos: Tensor, rope_sin: Tensor, *, heads: int, kv_heads: int, head_dim: int, dtype: str
 ) -> Tensor:
-    """Queries turned by RoPE, `[tokens, heads, head_dim]`; from q_norm, or from qkv_bias where there is none."""
+    """Queries turned by RoPE; from q_norm, or from qkv_bias where there is none."""
     return _turned(decoder._queries(q, heads, head_dim), rope_cos, rope_sin, dtype)
 
 
@@ -128,13 +128,13 @@ def q_post_rope(
 def k_post_rope(
     k: Tensor, rope_cos: Tensor, rope_sin: Tensor, *, heads: int, kv_heads: int, head_dim: int, dtype: str
 ) -> Tensor:
-    """Keys turned by RoPE, `[tokens, kv_heads, head_dim]`; from k_norm, or from qkv_bias where there is none."""
+    """Keys turned by RoPE; from k_norm, or from qkv_bias where there is none."""
     return _turned(decoder._keys(k, heads, kv_heads, head_dim), rope_cos, rope_sin, dtype)
 
 
 @WIDE_STAGES
 def attn_scores(q_post_rope: Tensor, k_post_rope: Tensor, *, scaling: float, dtype: str) -> Tensor:
-    """q k^T * scaling, not masked, `[heads, queries, keys]`."""
+    """q k^T * scaling, not masked."""
     keys = decoder._repeated(k_post_rope, q_post_rope.shape[1])
     scores = torch.matmul(q_post_rope.transpose(0, 1), keys.transpose(1, 2))
     return _prescribed(scores, dtype) * float(np.float32(scaling))
@@ -142,25 +142,25 @@ def attn_scores(q_post_rope: Tensor, k_post_rope: Tensor, *, scaling: float, dty
 
 @WIDE_STAGES
 def attn_softmax(attn_scores: Tensor) -> Tensor:
-    """Softmax over the keys up to each query, `[heads, queries, keys]`."""
+    """Softmax over the keys up to each query."""
     return F.softmax(attn_scores + decoder._mask(attn_scores), dim=-1)
 
 
 @WIDE_STAGES
 def ffn_silu(ffn_gate: Tensor) -> Tensor:
-    """ffn_gate * sigmoid(ffn_gate), `[tokens, intermediate]`."""
+    """ffn_gate * sigmoid(ffn_gate)."""
     return ffn_gate / (1 + torch.exp(-ffn_gate))
 
 
 @WIDE_STAGES
 def ffn_norm(post_attn_residual: Tensor, weight: Tensor, *, eps: float, dtype: str) -> Tensor:
-    """RMSNorm of post_attn_residual, `[tokens, hidden]`."""
+    """RMSNorm of post_attn_residual."""
     return _rms_norm(post_attn_residual, weight, eps, dtype)
 
 
 @WIDE_STAGES
 def final_norm(post_ffn_residual: Tensor, weight: Tensor, *, eps: float, dtype: str) -> Tensor:
-    """RMSNorm of the last layer's output, `[tokens, hidden]`."""
+    """RMSNorm of the last layer's output."""
     return _rms_norm(post_ffn_residual, weight, eps, dtype)
 
 

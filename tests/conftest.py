@@ -13,6 +13,7 @@ from pathlib import Path
 import forked
 import hypothesis
 import pytest
+import shapes  # noqa: F401  (before the stage functions that it checks)
 from helpers import GATE, ROOT
 
 from stages.commands.backends import BACKENDS, load_backend

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,67 +28,85 @@ from stages.spec.replay import REPLAY
 from stages.spec.router import ROUTER
 from stages.spec.stage import Functions
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
 # The declaration names the stages; a function has its stage's name.
 REPLAY_STAGES: Functions[Callable[..., np.ndarray]] = Functions()
 
 
 @REPLAY_STAGES
-def source_f32(source: np.ndarray) -> np.ndarray:
-    """The weight as stored, `[rows, cols]`."""
+def source_f32(source: Float[np.ndarray, "rows cols"]) -> Float[np.ndarray, "rows cols"]:
+    """The weight as stored."""
     return source.astype(np.float64)
 
 
 @REPLAY_STAGES
-def offsets_f32(offsets: np.ndarray) -> np.ndarray:
-    """One scale offset per singular value, `[rank]`."""
+def offsets_f32(offsets: Float[np.ndarray, " rank"]) -> Float[np.ndarray, " rank"]:
+    """One scale offset per singular value."""
     return offsets.astype(np.float64)
 
 
 @REPLAY_STAGES
-def scaled_s(offsets_f32: np.ndarray, s: np.ndarray) -> np.ndarray:
-    """Singular values after the SVF step, S * (1 + offsets), `[rank]`."""
+def scaled_s(offsets_f32: Float[np.ndarray, " rank"], s: Float[np.ndarray, " rank"]) -> Float[np.ndarray, " rank"]:
+    """Singular values after the SVF step, S * (1 + offsets)."""
     one_plus = np.float32(1) + offsets_f32  # the model rounds 1 + z to float32 before the product
     return s.astype(np.float64) * one_plus
 
 
 @REPLAY_STAGES
-def normalization(scaled_s: np.ndarray, s: np.ndarray) -> np.ndarray:
-    """sum(S) / sum(scaled_s), shape `[1]`."""
+def normalization(scaled_s: Float[np.ndarray, " rank"], s: Float[np.ndarray, " rank"]) -> Float[np.ndarray, " one"]:
+    """sum(S) / sum(scaled_s)."""
     return (np.sum(s, dtype=np.float64) / np.sum(scaled_s, dtype=np.float64)).reshape(1)
 
 
 @REPLAY_STAGES
-def u_scaled(scaled_s: np.ndarray, u: np.ndarray) -> np.ndarray:
-    """U with column j times scaled_s[j], `[rows, rank]`."""
+def u_scaled(scaled_s: Float[np.ndarray, " rank"], u: Float[np.ndarray, "rows rank"]) -> Float[np.ndarray, "rows rank"]:
+    """U with column j times scaled_s[j]."""
     return u.astype(np.float64) * scaled_s
 
 
 @REPLAY_STAGES
-def matmul_pre_norm(u_scaled: np.ndarray, v: np.ndarray, *, layout: str) -> np.ndarray:
-    """u_scaled @ V^T, `[rows, cols]`; V contracted as the layout says."""
+def matmul_pre_norm(
+    u_scaled: Float[np.ndarray, "rows rank"],
+    v: Float[np.ndarray, "cols rank"] | Float[np.ndarray, "rank cols"],
+    *,
+    layout: str,
+) -> Float[np.ndarray, "rows cols"]:
+    """u_scaled @ V^T; V contracted as the layout says."""
     return u_scaled.astype(np.float64) @ _v_transposed(v, layout).astype(np.float64)
 
 
 @REPLAY_STAGES
-def zero_source_f32(u: np.ndarray, s: np.ndarray, v: np.ndarray, *, layout: str) -> np.ndarray:
-    """(U * S) @ V^T, `[rows, cols]`: the replay with zero offsets."""
+def zero_source_f32(
+    u: Float[np.ndarray, "rows rank"],
+    s: Float[np.ndarray, " rank"],
+    v: Float[np.ndarray, "cols rank"] | Float[np.ndarray, "rank cols"],
+    *,
+    layout: str,
+) -> Float[np.ndarray, "rows cols"]:
+    """(U * S) @ V^T: the replay with zero offsets."""
     return matmul_pre_norm(u * s, v, layout=layout)  # the model rounds U * S to float32
 
 
 @REPLAY_STAGES
-def adapted_source_f32(matmul_pre_norm: np.ndarray, normalization: np.ndarray) -> np.ndarray:
-    """matmul_pre_norm * normalization, `[rows, cols]`."""
+def adapted_source_f32(
+    matmul_pre_norm: Float[np.ndarray, "rows cols"], normalization: Float[np.ndarray, " one"]
+) -> Float[np.ndarray, "rows cols"]:
+    """matmul_pre_norm * normalization."""
     return matmul_pre_norm.astype(np.float64) * normalization
 
 
 @REPLAY_STAGES
-def final_f32(adapted_source_f32: np.ndarray, *, transpose: bool) -> np.ndarray:
+def final_f32(
+    adapted_source_f32: Float[np.ndarray, "rows cols"], *, transpose: bool
+) -> Float[np.ndarray, "rows cols"] | Float[np.ndarray, "cols rows"]:
     """The adapted weight in the target's orientation."""
     return (adapted_source_f32.T if transpose else adapted_source_f32).astype(np.float64)
 
 
 @REPLAY_STAGES
-def final_bf16(final_f32: np.ndarray) -> np.ndarray:
+def final_bf16(final_f32: Float[np.ndarray, "rows cols"]) -> Float[np.ndarray, "rows cols"]:
     """final_f32; the boundary rounds it to bfloat16."""
     return final_f32.astype(np.float64)
 

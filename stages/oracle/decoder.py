@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,15 +18,23 @@ from stages.spec.causal import up_to_query
 from stages.spec.rope import RopeParameters
 from stages.spec.stage import Functions
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int, Real
+
 # The declaration names the stages; a function has its stage's name.
 FORWARD_STAGES: Functions[Callable[..., np.ndarray]] = Functions()
 
 
 @FORWARD_STAGES
 def inv_freq(
-    positions: np.ndarray, *, head_dim: int, rope_theta: float, rope_type: str, rope_parameters: RopeParameters
-) -> np.ndarray:
-    """Inverse frequencies of RoPE, theta^(-2i/head_dim), `[head_dim / 2]`; scaled as the rope_type says.
+    positions: Real[np.ndarray, " tokens"],
+    *,
+    head_dim: int,
+    rope_theta: float,
+    rope_type: str,
+    rope_parameters: RopeParameters,
+) -> Float[np.ndarray, " frequencies"]:
+    """Inverse frequencies of RoPE, theta^(-2i/head_dim); scaled as the rope_type says.
 
     The sequence's length, by which dynamic and longrope go, is one more than its last position.
     """
@@ -46,99 +54,143 @@ def inv_freq(
 
 
 @FORWARD_STAGES
-def rope_angle(inv_freq: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """position * inv_freq, `[tokens, head_dim]`: the frequencies twice over."""
+def rope_angle(
+    inv_freq: Float[np.ndarray, " frequencies"], positions: Real[np.ndarray, " tokens"]
+) -> Float[np.ndarray, "tokens head_dim"]:
+    """position * inv_freq: the frequencies twice over."""
     angle = positions.astype(np.float64)[:, None] * inv_freq
     return np.concatenate((angle, angle), axis=-1)
 
 
 @FORWARD_STAGES
-def rope_cos(rope_angle: np.ndarray, *, attention_scaling: float, dtype: str) -> np.ndarray:
-    """cos(rope_angle) times the attention factor in float32, `[tokens, head_dim]`, cast to `dtype`."""
+def rope_cos(
+    rope_angle: Float[np.ndarray, "tokens head_dim"], *, attention_scaling: float, dtype: str
+) -> Float[np.ndarray, "tokens head_dim"]:
+    """cos(rope_angle) times the attention factor in float32, cast to `dtype`."""
     return np.cos(rope_angle.astype(np.float64)) * attention_scaling
 
 
 @FORWARD_STAGES
-def rope_sin(rope_angle: np.ndarray, *, attention_scaling: float, dtype: str) -> np.ndarray:
-    """sin(rope_angle) times the attention factor in float32, `[tokens, head_dim]`, cast to `dtype`."""
+def rope_sin(
+    rope_angle: Float[np.ndarray, "tokens head_dim"], *, attention_scaling: float, dtype: str
+) -> Float[np.ndarray, "tokens head_dim"]:
+    """sin(rope_angle) times the attention factor in float32, cast to `dtype`."""
     return np.sin(rope_angle.astype(np.float64)) * attention_scaling
 
 
 @FORWARD_STAGES
-def embedding(tokens: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """Rows of the embedding, `[tokens, hidden]`."""
+def embedding(
+    tokens: Int[np.ndarray, " tokens"], weight: Float[np.ndarray, "vocab hidden"]
+) -> Float[np.ndarray, "tokens hidden"]:
+    """Rows of the embedding."""
     return weight[tokens].astype(np.float64)
 
 
 @FORWARD_STAGES
-def attn_norm(layer_input: np.ndarray, weight: np.ndarray, *, eps: float) -> np.ndarray:
-    """RMSNorm of the layer's input, `[tokens, hidden]`."""
+def attn_norm(
+    layer_input: Float[np.ndarray, "tokens hidden"], weight: Float[np.ndarray, " hidden"], *, eps: float
+) -> Float[np.ndarray, "tokens hidden"]:
+    """RMSNorm of the layer's input."""
     return _rms_norm(layer_input, weight, eps)
 
 
 @FORWARD_STAGES
-def qkv_matmul(attn_norm: np.ndarray, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """q, k and v without bias, joined on the last axis, `[tokens, qkv]`."""
+def qkv_matmul(
+    attn_norm: Float[np.ndarray, "tokens hidden"],
+    q: Float[np.ndarray, "heads_head_dim hidden"],
+    k: Float[np.ndarray, "kv_heads_head_dim hidden"],
+    v: Float[np.ndarray, "kv_heads_head_dim hidden"],
+) -> Float[np.ndarray, "tokens qkv"]:
+    """q, k and v without bias, joined on the last axis."""
     return np.concatenate([_linear(attn_norm, w) for w in (q, k, v)], axis=-1)
 
 
 @FORWARD_STAGES
 def qkv_bias(
-    attn_norm: np.ndarray,
-    q: np.ndarray,
-    k: np.ndarray,
-    v: np.ndarray,
-    q_bias: np.ndarray,
-    k_bias: np.ndarray,
-    v_bias: np.ndarray,
-) -> np.ndarray:
-    """q, k and v with bias, product and bias in one call, joined on the last axis, `[tokens, qkv]`."""
+    attn_norm: Float[np.ndarray, "tokens hidden"],
+    q: Float[np.ndarray, "heads_head_dim hidden"],
+    k: Float[np.ndarray, "kv_heads_head_dim hidden"],
+    v: Float[np.ndarray, "kv_heads_head_dim hidden"],
+    q_bias: Float[np.ndarray, " heads_head_dim"],
+    k_bias: Float[np.ndarray, " kv_heads_head_dim"],
+    v_bias: Float[np.ndarray, " kv_heads_head_dim"],
+) -> Float[np.ndarray, "tokens qkv"]:
+    """q, k and v with bias, product and bias in one call, joined on the last axis."""
     pairs = ((q, q_bias), (k, k_bias), (v, v_bias))
     return np.concatenate([_linear(attn_norm, w, b) for w, b in pairs], axis=-1)
 
 
 @FORWARD_STAGES
 def q_norm(
-    qkv_bias: np.ndarray, weight: np.ndarray, *, heads: int, kv_heads: int, head_dim: int, eps: float
-) -> np.ndarray:
-    """RMSNorm of the queries, head by head, `[tokens, heads, head_dim]`."""
+    qkv_bias: Float[np.ndarray, "tokens qkv"],
+    weight: Float[np.ndarray, " head_dim"],
+    *,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    eps: float,
+) -> Float[np.ndarray, "tokens {heads} {head_dim}"]:
+    """RMSNorm of the queries, head by head."""
     return _rms_norm(_queries(qkv_bias, heads, head_dim), weight, eps)
 
 
 @FORWARD_STAGES
 def k_norm(
-    qkv_bias: np.ndarray, weight: np.ndarray, *, heads: int, kv_heads: int, head_dim: int, eps: float
-) -> np.ndarray:
-    """RMSNorm of the keys, head by head, `[tokens, kv_heads, head_dim]`."""
+    qkv_bias: Float[np.ndarray, "tokens qkv"],
+    weight: Float[np.ndarray, " head_dim"],
+    *,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    eps: float,
+) -> Float[np.ndarray, "tokens {kv_heads} {head_dim}"]:
+    """RMSNorm of the keys, head by head."""
     return _rms_norm(_keys(qkv_bias, heads, kv_heads, head_dim), weight, eps)
 
 
 @FORWARD_STAGES
 def q_post_rope(
-    q: np.ndarray, rope_cos: np.ndarray, rope_sin: np.ndarray, *, heads: int, kv_heads: int, head_dim: int
-) -> np.ndarray:
-    """Queries turned by RoPE, `[tokens, heads, head_dim]`; from q_norm, or from qkv_bias where there is none."""
+    q: Float[np.ndarray, "tokens heads head_dim"] | Float[np.ndarray, "tokens qkv"],
+    rope_cos: Float[np.ndarray, "tokens head_dim"],
+    rope_sin: Float[np.ndarray, "tokens head_dim"],
+    *,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+) -> Float[np.ndarray, "tokens {heads} {head_dim}"]:
+    """Queries turned by RoPE; from q_norm, or from qkv_bias where there is none."""
     return _turned(_queries(q, heads, head_dim), rope_cos, rope_sin)
 
 
 @FORWARD_STAGES
 def k_post_rope(
-    k: np.ndarray, rope_cos: np.ndarray, rope_sin: np.ndarray, *, heads: int, kv_heads: int, head_dim: int
-) -> np.ndarray:
-    """Keys turned by RoPE, `[tokens, kv_heads, head_dim]`; from k_norm, or from qkv_bias where there is none."""
+    k: Float[np.ndarray, "tokens kv_heads head_dim"] | Float[np.ndarray, "tokens qkv"],
+    rope_cos: Float[np.ndarray, "tokens head_dim"],
+    rope_sin: Float[np.ndarray, "tokens head_dim"],
+    *,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+) -> Float[np.ndarray, "tokens {kv_heads} {head_dim}"]:
+    """Keys turned by RoPE; from k_norm, or from qkv_bias where there is none."""
     return _turned(_keys(k, heads, kv_heads, head_dim), rope_cos, rope_sin)
 
 
 @FORWARD_STAGES
-def attn_scores(q_post_rope: np.ndarray, k_post_rope: np.ndarray, *, scaling: float) -> np.ndarray:
-    """q k^T * scaling, not masked, `[heads, queries, keys]`."""
+def attn_scores(
+    q_post_rope: Float[np.ndarray, "queries heads head_dim"],
+    k_post_rope: Float[np.ndarray, "keys kv_heads head_dim"],
+    *,
+    scaling: float,
+) -> Float[np.ndarray, "heads queries keys"]:
+    """q k^T * scaling, not masked."""
     q, k = _score_factors(q_post_rope, k_post_rope)
     return prescribed(q.astype(np.float64) @ k.astype(np.float64), q_post_rope.dtype) * np.float32(scaling)
 
 
 @FORWARD_STAGES
-def attn_softmax(attn_scores: np.ndarray) -> np.ndarray:
-    """Softmax over the keys up to each query, in float32 and cast, `[heads, queries, keys]`."""
+def attn_softmax(attn_scores: Float[np.ndarray, "heads queries keys"]) -> Float[np.ndarray, "heads queries keys"]:
+    """Softmax over the keys up to each query, in float32 and cast."""
     scores = _masked(attn_scores)
     exponentials = np.exp(scores - scores.max(axis=-1, keepdims=True))
     return exponentials / exponentials.sum(axis=-1, keepdims=True)
@@ -146,78 +198,105 @@ def attn_softmax(attn_scores: np.ndarray) -> np.ndarray:
 
 @FORWARD_STAGES
 def attention(
-    attn_softmax: np.ndarray, qkv_bias: np.ndarray, *, heads: int, kv_heads: int, head_dim: int
-) -> np.ndarray:
-    """attn_softmax @ v, heads joined, `[tokens, heads * head_dim]`."""
+    attn_softmax: Float[np.ndarray, "heads queries keys"],
+    qkv_bias: Float[np.ndarray, "keys qkv"],
+    *,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+) -> Float[np.ndarray, "queries {heads}*{head_dim}"]:
+    """attn_softmax @ v, heads joined."""
     values = _repeated(_values(qkv_bias, heads, kv_heads, head_dim), heads)
     return _joined(attn_softmax.astype(np.float64) @ values.astype(np.float64))
 
 
 @FORWARD_STAGES
-def attn_out(attention: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
-    """o_proj of attention, `[tokens, hidden]`."""
+def attn_out(
+    attention: Float[np.ndarray, "tokens heads_head_dim"],
+    weight: Float[np.ndarray, "hidden heads_head_dim"],
+    bias: Float[np.ndarray, " hidden"] | None = None,
+) -> Float[np.ndarray, "tokens hidden"]:
+    """o_proj of attention."""
     return _linear(attention, weight, bias)
 
 
 @FORWARD_STAGES
-def post_attn_residual(layer_input: np.ndarray, attn_out: np.ndarray) -> np.ndarray:
-    """The layer's input + attn_out, `[tokens, hidden]`."""
+def post_attn_residual(
+    layer_input: Float[np.ndarray, "tokens hidden"], attn_out: Float[np.ndarray, "tokens hidden"]
+) -> Float[np.ndarray, "tokens hidden"]:
+    """The layer's input + attn_out."""
     return layer_input.astype(np.float64) + attn_out.astype(np.float64)
 
 
 @FORWARD_STAGES
-def ffn_norm(post_attn_residual: np.ndarray, weight: np.ndarray, *, eps: float) -> np.ndarray:
-    """RMSNorm of post_attn_residual, `[tokens, hidden]`."""
+def ffn_norm(
+    post_attn_residual: Float[np.ndarray, "tokens hidden"], weight: Float[np.ndarray, " hidden"], *, eps: float
+) -> Float[np.ndarray, "tokens hidden"]:
+    """RMSNorm of post_attn_residual."""
     return _rms_norm(post_attn_residual, weight, eps)
 
 
 @FORWARD_STAGES
-def ffn_gate(ffn_norm: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """gate_proj of ffn_norm, `[tokens, intermediate]`."""
+def ffn_gate(
+    ffn_norm: Float[np.ndarray, "tokens hidden"], weight: Float[np.ndarray, "intermediate hidden"]
+) -> Float[np.ndarray, "tokens intermediate"]:
+    """gate_proj of ffn_norm."""
     return _linear(ffn_norm, weight)
 
 
 @FORWARD_STAGES
-def ffn_up(ffn_norm: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """up_proj of ffn_norm, `[tokens, intermediate]`."""
+def ffn_up(
+    ffn_norm: Float[np.ndarray, "tokens hidden"], weight: Float[np.ndarray, "intermediate hidden"]
+) -> Float[np.ndarray, "tokens intermediate"]:
+    """up_proj of ffn_norm."""
     return _linear(ffn_norm, weight)
 
 
 @FORWARD_STAGES
-def ffn_silu(ffn_gate: np.ndarray) -> np.ndarray:
-    """ffn_gate * sigmoid(ffn_gate), `[tokens, intermediate]`."""
+def ffn_silu(ffn_gate: Float[np.ndarray, "tokens intermediate"]) -> Float[np.ndarray, "tokens intermediate"]:
+    """ffn_gate * sigmoid(ffn_gate)."""
     gate = ffn_gate.astype(np.float64)
     with np.errstate(over="ignore"):  # exp(-x) = inf gives 0, which is right
         return gate / (1 + np.exp(-gate))
 
 
 @FORWARD_STAGES
-def ffn_swigl(ffn_silu: np.ndarray, ffn_up: np.ndarray) -> np.ndarray:
-    """ffn_silu * ffn_up, `[tokens, intermediate]`."""
+def ffn_swigl(
+    ffn_silu: Float[np.ndarray, "tokens intermediate"], ffn_up: Float[np.ndarray, "tokens intermediate"]
+) -> Float[np.ndarray, "tokens intermediate"]:
+    """ffn_silu * ffn_up."""
     return ffn_silu.astype(np.float64) * ffn_up.astype(np.float64)
 
 
 @FORWARD_STAGES
-def ffn_out(ffn_swigl: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """down_proj of ffn_swigl, `[tokens, hidden]`."""
+def ffn_out(
+    ffn_swigl: Float[np.ndarray, "tokens intermediate"], weight: Float[np.ndarray, "hidden intermediate"]
+) -> Float[np.ndarray, "tokens hidden"]:
+    """down_proj of ffn_swigl."""
     return _linear(ffn_swigl, weight)
 
 
 @FORWARD_STAGES
-def post_ffn_residual(post_attn_residual: np.ndarray, ffn_out: np.ndarray) -> np.ndarray:
-    """post_attn_residual + ffn_out, `[tokens, hidden]`: the layer's output."""
+def post_ffn_residual(
+    post_attn_residual: Float[np.ndarray, "tokens hidden"], ffn_out: Float[np.ndarray, "tokens hidden"]
+) -> Float[np.ndarray, "tokens hidden"]:
+    """post_attn_residual + ffn_out: the layer's output."""
     return post_attn_residual.astype(np.float64) + ffn_out.astype(np.float64)
 
 
 @FORWARD_STAGES
-def final_norm(post_ffn_residual: np.ndarray, weight: np.ndarray, *, eps: float) -> np.ndarray:
-    """RMSNorm of the last layer's output, `[tokens, hidden]`."""
+def final_norm(
+    post_ffn_residual: Float[np.ndarray, "tokens hidden"], weight: Float[np.ndarray, " hidden"], *, eps: float
+) -> Float[np.ndarray, "tokens hidden"]:
+    """RMSNorm of the last layer's output."""
     return _rms_norm(post_ffn_residual, weight, eps)
 
 
 @FORWARD_STAGES
-def lm_head(final_norm: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """Logits, `[tokens, vocab]`; a chunk of the weight's rows gives those columns."""
+def lm_head(
+    final_norm: Float[np.ndarray, "tokens hidden"], weight: Float[np.ndarray, "vocab hidden"]
+) -> Float[np.ndarray, "tokens vocab"]:
+    """Logits; a chunk of the weight's rows gives those columns."""
     return _linear(final_norm, weight)
 
 

@@ -11,12 +11,12 @@ from stages.errors import ResourceError, UsageError, shown
 from stages.run.forward import LM_HEAD_CHUNK
 from stages.run.memory import available_bytes
 from stages.run.replay import default_chunk_rows
-from stages.spec.config import LM_HEAD, ModelConfig
+from stages.spec.config import ModelConfig
 from stages.spec.dtypes import stored_dtype
-from stages.spec.families import parameter_shapes
+from stages.spec.families import layer_blocks, shape_of
 from stages.spec.forward import stage_shape
 from stages.spec.replay import REPLAY
-from stages.spec.stage import Pipeline, Scope
+from stages.spec.stage import Pipeline
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 # What a tiny model's forward peaks at: torch with `transformers` 0.41 GB, JAX 0.35 GB.
@@ -57,11 +57,11 @@ def check_memory(needed: int, limit: int | None, advice: str) -> None:
 def forward_bytes(config: ModelConfig, path: Pipeline, tokens: int) -> int:
     """What tracing a forward takes: a layer's weights and stages, a chunk of the LM head, and the logits."""
     size = stored_dtype(path.activations).itemsize
-    layer = sum(math.prod(shape) for name, shape in parameter_shapes(config).items() if ".layers.0." in name)
-    stages = [stage for stage in path.values() if stage.scope is Scope.LAYER]
-    values = sum(math.prod(stage_shape(config, stage, tokens)) for stage in stages)
-    vocab, hidden = parameter_shapes(config)[LM_HEAD]
-    head = min(vocab, LM_HEAD_CHUNK) * hidden
+    blocks, vocab = layer_blocks(config), config.vocab_size
+    layer = max(sum(math.prod(shape_of(axes, config.sizes)) for axes in block.params.values()) for block in blocks)
+    kinds = {id(kind): kind.of_layer(None) for kind in path.layers}.values()
+    values = max(sum(math.prod(stage_shape(config, stage, tokens)) for stage in kind) for kind in kinds)
+    head = min(vocab, LM_HEAD_CHUNK) * config.hidden_size
     return _BASE + size * (_COPIES * max(layer, head) + 2 * values + tokens * vocab)
 
 

@@ -13,6 +13,7 @@ from helpers import svf
 
 from stages.errors import InputError
 from stages.oracle.components import ReferenceBackend
+from stages.run.budget import forward_bytes
 from stages.spec.blocks import attention, decoder_layer, swiglu
 from stages.spec.config import ModelConfig
 from stages.spec.families import FAMILIES, parameter_shapes, parse_config
@@ -113,6 +114,16 @@ def test_each_layer_has_the_stages_and_parameters_of_its_kind(two_kinds: Path) -
     recorded = dumped(two_kinds / "dump")
     assert [f"layers.{n}.q_norm" in recorded for n in range(3)] == [True, False, True]
     assert recorded["layers.1.q_post_rope"].shape == recorded["layers.0.q_post_rope"].shape
+
+
+def test_memory_is_that_of_the_largest_kind(two_kinds: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = dataclasses.replace(MODELS["qwen3"], layers=3).config("float32")
+    both = forward_bytes(config, forward_pipeline(config), 512)
+    for kind, least in ((FULL, both), ("plain", both - 1)):
+        monkeypatch.setitem(FAMILIES, "qwen3", dataclasses.replace(TWO_KINDS, kind_of=lambda *_, kind=kind: kind))
+        assert forward_bytes(config, forward_pipeline(config), 512) <= least
+    monkeypatch.setitem(FAMILIES, "qwen3", dataclasses.replace(TWO_KINDS, kind_of=lambda _, n: ("plain", FULL)[n % 2]))
+    assert forward_bytes(config, forward_pipeline(config), 512) == both
 
 
 def test_a_stage_asked_of_all_layers_is_recorded_where_there_is_one(two_kinds: Path) -> None:

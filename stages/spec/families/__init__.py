@@ -9,6 +9,7 @@ from stages.spec.config import ModelConfig, RawConfig, refuse_unsupported
 from stages.spec.families import llama, qwen2, qwen3
 from stages.spec.family import Family
 from stages.spec.fields import choice
+from stages.spec.stage import Block
 
 FAMILIES: dict[str, Family] = {f.name: f for f in (qwen3.FAMILY, qwen2.FAMILY, llama.FAMILY)}
 
@@ -29,12 +30,18 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     SVF addresses it, though a tied checkpoint need not hold it.
     """
     family = FAMILIES[config.family]
-    kinds, named = family.kinds(config), dict(family.before.params)
-    for layer in range(config.num_hidden_layers):
-        block = kinds[family.kind_of(config, layer)]
+    named = dict(family.before.params)
+    for layer, block in enumerate(layer_blocks(config)):
         named |= {layer_param(layer, name): axes for name, axes in block.params.items()}
     named |= family.after.params
     return {name: shape_of(axes, config.sizes) for name, axes in named.items()}
+
+
+def layer_blocks(config: ModelConfig) -> list[Block]:
+    """What each layer of a model computes and reads, by its kind."""
+    family = FAMILIES[config.family]
+    kinds = family.kinds(config)
+    return [kinds[family.kind_of(config, layer)] for layer in range(config.num_hidden_layers)]
 
 
 def layer_param(layer: int, name: str) -> str:
