@@ -13,6 +13,7 @@ from stages.errors import InputError, UsageError, shown
 from stages.oracle.bounds import LAMBDA, Lambdas
 from stages.oracle.verdict import Oracle, SideVerdict, consult
 from stages.run.memory import aligned_copy, is_aligned
+from stages.run.watch import entering
 from stages.spec.backend import Backend, Weights
 from stages.spec.config import EMBEDDING, LM_HEAD, ModelConfig
 from stages.spec.dtypes import stored_dtype

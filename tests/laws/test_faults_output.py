@@ -18,7 +18,7 @@ from stages.errors import InputError, OutputError, ResourceError, SvfError
 from stages.files.folders import RUN_FILE, claimed, new_folder
 from stages.jobs.forward_one import ForwardCommand
 from stages.run.children import ChildResult, document_of, run_child
-from stages.run.watch import last_place
+from stages.run.watch import entering, last_place
 
 pytestmark = pytest.mark.faults
 COMMANDS = {
