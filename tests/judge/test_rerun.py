@@ -16,8 +16,9 @@ from helpers import svf, with_json
 from stages.commands.backends import load_backend
 from stages.files.dump import MANIFEST_FILE
 from stages.judge import rerun
-from stages.judge.rerun import Recorded, RerunResult, decide
+from stages.judge.rerun import Recorded, RerunRequest, RerunResult, decide
 from stages.oracle.verdict import Verdict
+from stages.progress import Progress
 from stages.spec.backend import Backend
 
 KEY = "layers.1.ffn_out"
@@ -197,14 +198,14 @@ def test_what_cannot_be_run_again_stays_suspect(recorded: Recorded, words: str) 
     assert rows[1] == {"key": "other", "verdict": "bug", "hint": None}
 
 
-def request(dump: Path, file: Path, *keys: str) -> Path:
-    asked = {"dump": str(dump), "backend": "torch", "device": "cpu", "precision": "native", "jit": True, "source": None}
-    file.write_text(json.dumps({**asked, "keys": list(keys)}))
-    return file
+def run_again(dump: Path, load: Callable[..., Backend], *keys: str) -> dict[str, Any]:
+    """What the child answers for stages of `dump`."""
+    request = RerunRequest(dump, "torch", "cpu", "native", True, None, keys)
+    return rerun.run_again(request, load, Progress(False))
 
 
 def loader(change: Callable[..., Any] | None, *, both: bool = False) -> Callable[..., Backend]:
-    """`cli.load_backend`, with ffn_out changed natively, or in reference precision as well."""
+    """`load_backend`, with ffn_out changed natively, or in reference precision as well."""
 
     def load(name: str, device: str, precision: str, **options: Any) -> Backend:
         backend = load_backend(name, device, "native", **options)
@@ -228,9 +229,9 @@ ONE = np.float32(1 + 2.0**-19)
     ids=["fewer bits natively", "another function", "this code is right"],
 )
 def test_the_child_tells_lost_bits_from_another_function(
-    dump: Path, tmp_path: Path, load: Callable[..., Backend], expected: Verdict
+    dump: Path, load: Callable[..., Backend], expected: Verdict
 ) -> None:
-    document = rerun.answer(request(dump, tmp_path / "request.json", KEY), load)
+    document = run_again(dump, load, KEY)
     again = RerunResult(**document["stages"][KEY])
     assert decide(again, {}, document["facts"])[0] is expected
     assert 18 < again.bits < 20  # off by 2^-19
@@ -243,7 +244,7 @@ def test_run_again_a_clean_forward_gives_its_bytes(name: str, tiny: Path, tmp_pa
     keys = [
         key for key in json.loads((tmp_path / "dump" / MANIFEST_FILE).read_text())["tensors"] if "qkv_bias" not in key
     ]
-    document = rerun.answer(request(tmp_path / "dump", tmp_path / "request.json", *keys), lambda *_a, **_o: backend)
+    document = run_again(tmp_path / "dump", lambda *_a, **_o: backend, *keys)
     assert [key for key in keys if not document["stages"][key]["reproduced"]] == []
 
 
@@ -253,6 +254,6 @@ def test_run_again_a_clean_replay_gives_its_bytes(name: str, made: Path, tmp_pat
     assert svf("replay", made / "components", "--backend", name, "--out", tmp_path / "dump", "--json").code == 0
     tensors = json.loads((tmp_path / "dump" / MANIFEST_FILE).read_text())["tensors"]
     keys = [key for key in tensors if key.endswith(("matmul_pre_norm", "normalization", "u_scaled"))]
-    document = rerun.answer(request(tmp_path / "dump", tmp_path / "request.json", *keys), lambda *_a, **_o: backend)
+    document = run_again(tmp_path / "dump", lambda *_a, **_o: backend, *keys)
     assert len(keys) == 27
     assert all(document["stages"][key]["reproduced"] for key in keys)
