@@ -18,8 +18,8 @@ from stages.spec.families import parameter_shapes, parse_config
 
 
 @dataclass(frozen=True)
-class Specimen:
-    """The shape of a model and how its random weights are scaled."""
+class Shape:
+    """The shape of a tiny model, from which its `config.json` follows."""
 
     family: str = "qwen3"
     dtype: str = "float32"
@@ -31,17 +31,13 @@ class Specimen:
     vocab: int = 300
     layers: int = 3
     tied: bool = True
-    tokens: int = 20
-    seed: int = 0
-    embedding: float = 0.05  # standard deviation of the embedding: what the first norm is given
-    block: float = 1.0  # of what a block adds to the residual stream, over its usual size
-    sharpness: float = 1.0  # of the norms of queries and keys: large ones make softmax pick one key
-    manner: str = "plain"  # how weights are distributed, see MANNERS
-    rope: tuple[tuple[str, Any], ...] = ()  # rope_parameters beside the theta; none: rope_type default
+    attention_bias: bool = False
+    eps: float = 1e-6
+    positions: int = 1024
+    rope: Mapping[str, Any] | tuple[tuple[str, Any], ...] = ()  # beside or in the place of the defaults
 
     def raw(self) -> dict[str, Any]:
         """The `config.json` of this model."""
-        family_only = {"attention_bias": False} if self.family == "qwen3" else {}
         return {
             "model_type": self.family,
             "dtype": self.dtype,
@@ -49,25 +45,37 @@ class Specimen:
             "hidden_act": "silu",
             "hidden_size": self.hidden,
             "intermediate_size": self.intermediate,
-            "max_position_embeddings": 1024,
+            "max_position_embeddings": self.positions,
             "max_window_layers": self.layers,
             "num_attention_heads": self.heads,
             "num_hidden_layers": self.layers,
             "num_key_value_heads": self.kv_heads,
-            "rms_norm_eps": 1e-6,
+            "rms_norm_eps": self.eps,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, **self._rope()},
             "sliding_window": None,
             "tie_word_embeddings": self.tied,
             "use_sliding_window": False,
             "vocab_size": self.vocab,
-            **family_only,
+            **({"attention_bias": self.attention_bias} if self.family != "qwen2" else {}),
         }
 
     def _rope(self) -> dict[str, Any]:
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in self.rope}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in dict(self.rope).items()}
 
     def config(self) -> ModelConfig:
-        return parse_config(self.raw(), "specimen")
+        return parse_config(self.raw(), "config.json")
+
+
+@dataclass(frozen=True)
+class Specimen(Shape):
+    """A shape, and how its random weights are scaled."""
+
+    tokens: int = 20
+    seed: int = 0
+    embedding: float = 0.05  # standard deviation of the embedding: what the first norm is given
+    block: float = 1.0  # of what a block adds to the residual stream, over its usual size
+    sharpness: float = 1.0  # of the norms of queries and keys: large ones make softmax pick one key
+    manner: str = "plain"  # how weights are distributed, see MANNERS
 
     def token_ids(self) -> list[int]:
         """Random token ids."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from stages.files.tensorfile import sha256, write_tensors
 from stages.jobs.forward_one import ForwardCommand, forward_one
 from stages.progress import Progress
 from stages.run.adapted import ADAPTED_FILE
+from stages.selftest.specimens import Shape
 from stages.spec.backend import Backend
 from stages.spec.config import EMBEDDING, LM_HEAD, ModelConfig
 from stages.spec.families import parameter_shapes, parse_config
@@ -51,48 +52,17 @@ LLAMA3 = {
 
 
 @dataclass(frozen=True)
-class Model:
-    """What a test varies; `family` and the rest of a config follow."""
+class Model(Shape):
+    """What a test varies; the dtype comes when it is written."""
 
-    family: str = "qwen3"
-    heads: int = 4
-    kv_heads: int = 2
-    head_dim: int = 32  # not hidden / heads
-    hidden: int = 64
-    intermediate: int = 160
-    vocab: int = 300
     layers: int = 2
-    tied: bool = True
-    attention_bias: bool = False
-    eps: float = 1e-6
     positions: int = 512
-    rope: Mapping[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 1e6})
 
-    def raw(self, dtype: str) -> dict[str, Any]:
+    def raw(self, dtype: str = "float32") -> dict[str, Any]:
         """The `config.json` of this model."""
-        bias = {"attention_bias": self.attention_bias} if self.family != "qwen2" else {}
-        return {
-            "model_type": self.family,
-            "dtype": dtype,
-            "head_dim": self.head_dim,
-            "hidden_act": "silu",
-            "hidden_size": self.hidden,
-            "intermediate_size": self.intermediate,
-            "max_position_embeddings": self.positions,
-            "max_window_layers": self.layers,
-            "num_attention_heads": self.heads,
-            "num_hidden_layers": self.layers,
-            "num_key_value_heads": self.kv_heads,
-            "rms_norm_eps": self.eps,
-            "rope_parameters": dict(self.rope),
-            "sliding_window": None,
-            "tie_word_embeddings": self.tied,
-            "use_sliding_window": False,
-            "vocab_size": self.vocab,
-            **bias,
-        }
+        return Shape.raw(replace(self, dtype=dtype))
 
-    def config(self, dtype: str) -> ModelConfig:
+    def config(self, dtype: str = "float32") -> ModelConfig:
         return parse_config(self.raw(dtype), "config.json")
 
 
@@ -174,28 +144,7 @@ def write_model(folder: Path, model: Model, dtype: str, seed: int = 0) -> Path:
 
 def forward_command(model: Path, **changes: Any) -> ForwardCommand:
     """`svf forward MODEL --no-production` with `changes`, as the command line parses it."""
-    parsed: dict[str, Any] = {
-        "tokens": "3,141,59,26,53",
-        "tokens_file": None,
-        "prompt": None,
-        "backend": "torch",
-        "layers": "all",
-        "stages": "all",
-        "positions": "all",
-        "dtype": "model",
-        "adapted": None,
-        "layout": "declared",
-        "repeat": 1,
-        "out": None,
-        "format": "safetensors",
-        "device": "cpu",
-        "jit": "stage",
-        "production": False,
-        "generate": 0,
-        "top": 5,
-    }
-    assert changes.keys() <= parsed.keys()
-    return ForwardCommand(model=str(model), **{**parsed, **changes})
+    return ForwardCommand(**{"model": str(model), "tokens": "3,141,59,26,53", "production": False, **changes})
 
 
 def trace(model: Path, backend: Backend, **changes: Any) -> dict[str, Any]:
