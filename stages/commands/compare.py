@@ -222,7 +222,7 @@ def replay(
         }
     )
     if order != "native" and precision is not Precision.native:
-        raise UsageError(f"--order {order} is about native products; --precision {precision.value} has no order")
+        raise UsageError(f"--order {order} applies to native products; --precision {precision.value} has no order")
     flags = ReplayFlags(components_dir, semantic_only, device_semantic_only, preferred_layout_only)
     with Progress(STATE.progress) as progress:
         document = job.replay(as_original(command, flags, say), load_backend, progress)

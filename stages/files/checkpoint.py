@@ -324,7 +324,7 @@ def _fetch(source: str, model: str, revision: str | None, *, fetch: bool) -> Pat
     except Exception as error:  # the client raises its own, the HTTP library's and the system's; all mean: not here
         state = "not in the cache, and HF_HUB_OFFLINE is set" if offline else f"cannot be fetched ({_reason(error)})"
         raise NotFoundError(
-            f"{source}: no such folder, and as a hub model {state}; run where the hub is in reach: "
+            f"{source}: no such folder, and as a hub model {state}; run this where the hub can be reached: "
             f"{_fetch_command(source)}"
         ) from None
 

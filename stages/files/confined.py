@@ -81,7 +81,7 @@ def ask(
     if child.returncode == -signal.SIGXCPU:
         raise InputError(f"{path}: not read in {limits.cpu} s of processor time; it is not {plain}")
     if child.returncode in _OUT_OF_MEMORY:
-        raise ResourceError(f"{path}: the process reading it died (signal {-child.returncode}), likely of memory")
+        raise ResourceError(f"{path}: the process that read it was killed (signal {-child.returncode}): out of memory?")
     if child.returncode != 0:
         lines = stderr.decode(errors="replace").strip().splitlines()
         reason = shown(lines[-1], 200) if lines else "no message"

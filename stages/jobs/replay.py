@@ -83,7 +83,7 @@ def _next_step(command: ReplayCommand) -> Step | None:
 
 def _check(command: ReplayCommand) -> None:
     if command.native_components and command.layout == "all":
-        raise UsageError("--layout all tries the layouts of given components; native ones have the bundle's own")
+        raise UsageError("--layout all tries the layouts of given components; native ones have the bundle's")
     if command.dump != "none" and command.out is None:
         raise UsageError(f"--dump {command.dump} needs --out DIR")
 

@@ -60,12 +60,13 @@ class Preset:
 PRESETS: dict[str, Preset] = {
     #                       family  hidden layers heads kv  dim  inter. vocab  positions
     "tiny":         Preset("qwen3",    64,     4,   4,  2,  32,  192,    512,   512),
+    "llama":        Preset("llama",    64,     4,   4,  2,  32,  192,    512,   512),
     "qwen3-0.6b":   Preset("qwen3",  1024,    28,  16,  8, 128, 3072, 151936, 40960),
     "qwen2.5-0.5b": Preset("qwen2",   896,    24,  14,  2,  64, 4864, 151936, 32768),
 }
 # fmt: on
 
-# Magnitudes, chosen by running the three presets on 63 tokens of text in float32. Logits have standard deviation
+# Magnitudes, chosen by running the Qwen presets on 63 tokens of text in float32. Logits have standard deviation
 # 2 to 3 and 29 to 47 different arg-maxima; the largest attention weight of a row averages 0.13 to 0.23. With a
 # residual gain of 2 a tied head repeats its input token with certainty; with 32 the token is lost in the layers.
 _LOGIT_STD = 2.0
@@ -119,7 +120,11 @@ def synthesize(
 def config_json(preset: str, dtype: str = "bfloat16") -> dict[str, Any]:
     """The `config.json` of a preset, in the style of transformers 5."""
     p = PRESETS[preset]
-    family_only = {"attention_bias": False, "head_dim": p.head_dim} if p.family == "qwen3" else {}
+    layers = {"layer_types": ["full_attention"] * p.layers, "max_window_layers": p.layers}
+    window = (
+        {"sliding_window": None, "use_sliding_window": False, **layers} if p.family != "llama" else {"mlp_bias": False}
+    )
+    biases = {"attention_bias": False, "head_dim": p.head_dim} if p.family != "qwen2" else {}
     return dict(
         sorted(
             {
@@ -132,9 +137,7 @@ def config_json(preset: str, dtype: str = "bfloat16") -> dict[str, Any]:
                 "hidden_size": p.hidden,
                 "initializer_range": 0.02,
                 "intermediate_size": p.intermediate,
-                "layer_types": ["full_attention"] * p.layers,
                 "max_position_embeddings": p.positions,
-                "max_window_layers": p.layers,
                 "model_type": p.family,
                 "num_attention_heads": p.heads,
                 "num_hidden_layers": p.layers,
@@ -142,13 +145,12 @@ def config_json(preset: str, dtype: str = "bfloat16") -> dict[str, Any]:
                 "pad_token_id": None,
                 "rms_norm_eps": 1e-06,
                 "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"},
-                "sliding_window": None,
                 "tie_word_embeddings": True,
                 "transformers_version": "5.0.0",
                 "use_cache": True,
-                "use_sliding_window": False,
                 "vocab_size": p.vocab,
-                **family_only,
+                **window,
+                **biases,
             }.items()
         )
     )

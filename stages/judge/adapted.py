@@ -62,7 +62,7 @@ class Adaptation:
     tells: bool = True  # whether it has a manifest at all; another program's forward has none
 
     def info(self, name: str) -> TensorInfo | None:
-        """Shape and dtype of a weight that the side ran on; None when it is not to be had."""
+        """Shape and dtype of a weight that the side ran on; None when it is unavailable."""
         if self.file is not None and name in self.file.tensors:
             return self.file.info(name)
         return None if self.checkpoint is None or name in self.layouts else self.checkpoint.info(name)
@@ -174,7 +174,7 @@ class AdaptedPair:
 
     @classmethod
     def alone(cls, side: Adaptation, stack: ExitStack) -> Iterator[dict[str, Any]]:
-        """Rows of `svf.audit/1` on one side's adapted weights; none where the bundle is not to be had."""
+        """Rows of `svf.audit/1` on one side's adapted weights; none where the bundle is unavailable."""
         pair = cls(side, side, None, stack, 0)
         for row in pair.rows() if pair.bundle is not None else ():
             hint = row["hint_a"]
@@ -215,7 +215,7 @@ class AdaptedPair:
     def _row(self, name: str) -> dict[str, Any]:
         shape = self.shape(name)
         if shape is None:
-            lost = "an adapted weight is not to be had on both sides in one shape; give --model"
+            lost = "an adapted weight is unavailable in one shape on both sides; give --model"
             return {**_row(name, Verdict.UNJUDGED), "note": lost}
         judged = Judged(name, shape, Difference(self.top))
         components = self._components(name)
@@ -252,7 +252,7 @@ class AdaptedPair:
         return None if entry is None or self.bundle is None else self.bundle.load(entry)
 
     def _right(self, c: Components) -> str:
-        """The layout that gives the model's own weights back, or the declared one where these are not to be had."""
+        """The layout that gives the model's own weights back, or the declared one where these are unavailable."""
         checkpoint = next((s.checkpoint for s in self.sides.values() if s.checkpoint is not None), None)
         entry = c.entry
         if checkpoint is None or checkpoint.info(entry.source_name).shape != entry.shape:
@@ -370,7 +370,7 @@ def _open(a: Adaptation, b: Adaptation, components: Path | None, stack: ExitStac
     except (InputError, NotFoundError):
         if components is not None:
             raise
-        return None, f"the components in {where} are not to be had; give --components"
+        return None, f"the components in {where} are unavailable; give --components"
     now = {entry.source_name: sums(bundle, entry) for entry in bundle.entries}
     for one in recorded:
         for name, then in dict(one.get("sha256", {})).items():

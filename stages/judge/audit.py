@@ -95,10 +95,10 @@ def audit(
             raise UsageError(f"{path}: one APRT file has no inputs to be judged from; name the folder of the tree")
         if kind is Recording.REPLAY:
             if named.ids or adapted is not None:
-                raise UsageError(f"--tokens and --adapted are about forwards; {path} is a component replay")
+                raise UsageError(f"--tokens and --adapted apply to forwards; {path} is a component replay")
             return _audit_replay(path, named.model, components, wanted, top, rerun, stack, progress)
         if components is not None:
-            raise UsageError(f"--components is about component replays; {path} is a forward")
+            raise UsageError(f"--components applies to component replays; {path} is a forward")
         run = _open_forward(path, named, adapted, layout, stack, progress)
         return _audit_forward(run, named.model, wanted, top, rerun, progress)
 
@@ -113,7 +113,7 @@ def _open_forward(
         raise UsageError(f"--layout {layout} is about --adapted COMPONENTS")
     if recording_at(path) is Recording.FORWARD:
         if adapted is not None:
-            raise UsageError(f"--adapted is about another program's dump; {path} keeps the weights that it ran on")
+            raise UsageError(f"--adapted applies to another program's dump; {path} keeps the weights that it ran on")
         run = open_run(path, named.model, stack)
         if named.ids and run.checkpoint is None:
             raise UsageError(f"{path}: names its tokens; leave --tokens, --tokens-file and --prompt out")
@@ -338,7 +338,7 @@ class _TensorAudit:
             notes.append(f"not recorded: {', '.join(inputs)}")
         if params := [name for name in stage.params if name not in chunk.params]:
             option = "--model" if params == ["source"] else "--components"
-            notes.append(f"{', '.join(params)} not to be had; give {option}")
+            notes.append(f"{', '.join(params)} unavailable; give {option}")
         return "; ".join(notes)
 
     def rows(self) -> list[Row]:

@@ -45,7 +45,7 @@ class Fault:
 
 
 def not_known(tensor: str) -> Fault:
-    """What can be said of a misfit when the components are not to be had."""
+    """What can be said of a misfit when the components are unavailable."""
     return Fault(tensor, "V is contracted the wrong way, or U, S, V are not this tensor's", components=False)
 
 

@@ -163,7 +163,7 @@ _GROUPS: tuple[tuple[frozenset[Recording], tuple[str, ...]], ...] = (
 def diff_any(command: DiffCommand, progress: Progress) -> dict[str, Any]:
     """The document of two things of one kind: recorded replays, forwards, APRT, checkpoints or reports.
 
-    `UsageError` for two that are not of a kind, and for an option that says nothing to theirs.
+    `UsageError` for two of different kinds, and for an option that has no meaning for theirs.
     """
     command = with_sides(command)
     assert command.b is not None
@@ -214,7 +214,7 @@ def with_sides(command: DiffCommand) -> DiffCommand:
 
 
 def check_options(command: DiffCommand) -> set[Recording]:
-    """The kinds of both sides; `UsageError` when they do not go together, or an option says nothing to them."""
+    """The kinds of both sides; `UsageError` when they do not go together, or an option has no meaning for them."""
     assert command.b is not None
     one, other = kind_of(command.a), kind_of(command.b)
     known = next((options for kinds, options in _GROUPS if {one, other} <= kinds), None)
@@ -225,7 +225,7 @@ def check_options(command: DiffCommand) -> set[Recording]:
         raise UsageError(f"{command.a} is {one} and {command.b} {other}; compare two of one kind")
     idle = [option for option, given in command.given.items() if given and option not in known]
     if idle:
-        raise UsageError(f"{idle[0]} says nothing to {one}, as {command.a} is; leave it out")
+        raise UsageError(f"{idle[0]} has no meaning for {one}, which {command.a} is; leave it out")
     return {one, other}
 
 

@@ -326,7 +326,9 @@ def more_faults(culprits: Sequence[Mapping[str, Any]]) -> str:
     if not others:
         return ""
     judged = all(culprit["verdict"] not in (Verdict.MISSING, Verdict.EXTRA) for culprit in others)
-    more = f"; and {len(others)} more{', from their own inputs' if judged else ''}: {listed(others, _NAMED)}"
+    fails, whose = ("fails", "its") if len(others) == 1 else ("fail", "their")
+    inputs = f" from {whose} own inputs" if judged else ""
+    more = f"; {len(others)} more {fails}{inputs}: {listed(others, _NAMED)}"
     return more + _not_finite(culprits)
 
 
@@ -361,7 +363,7 @@ def about_precision(a: Mapping[str, Any], b: Mapping[str, Any]) -> str | None:
     if one is None or other is None or one == other == NATIVE:
         return None
     if one == other:
-        return f"Both sides were computed in {one} precision, and each is held to it: {RULES[one]}."
+        return f"Both sides were computed in {one} precision, and each is checked against it: {RULES[one]}."
     return f"The sides differ in precision: a was computed in {one}, b in {other}."
 
 
@@ -464,4 +466,4 @@ def _lacking(lacks: Mapping[str, Sequence[str]]) -> str:
         if keys:
             more = f" and {len(keys) - _LISTED} more" if len(keys) > _LISTED else ""
             parts.append(f"{letter} lacks {', '.join(map(str, keys[:_LISTED]))}{more}")
-    return f"{'; '.join(parts)}. --stages and --layers ask for less." if parts else ""
+    return f"{'; '.join(parts)}. --stages and --layers restrict the comparison." if parts else ""

@@ -133,7 +133,7 @@ def explain_unreached_hash(
         "recorded_sha256": recorded,
         "source": None,
         **dict.fromkeys(vars(Departure())),
-        "note": f"The recorded hash {recorded[:12]} is not reached, and its elements are not to be had{unlike}: "
+        "note": f"The recorded hash {recorded[:12]} is not reached, and its elements are unavailable{unlike}: "
         "how many differ is not known.",
     }
 

@@ -211,7 +211,7 @@ def open_side(path: Path, stack: ExitStack) -> ForeignSide:
                 expected = "layers.<n>.<stage> or <stage>"
                 raise InputError(f"{name}: '{shown(key)}' is no key of a forward, expected {expected}{advice(key)}")
             if place in readers:
-                raise InputError(f"{name}: '{shown(key)}' is also in another file of {path}; which one counts?")
+                raise InputError(f"{name}: '{shown(key)}' is also in another file of {path}; keep one of them")
             _check_dtype(file, key)
             readers[place], shapes[place] = _reader(file, key), file.info(key).shape
     if not readers:

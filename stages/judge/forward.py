@@ -83,7 +83,7 @@ class ForwardRun:
     path: Pipeline | None
     tokens: list[int]
     positions: str
-    weights: Weights | None  # None: not to be had
+    weights: Weights | None  # None: unavailable
     checkpoint: ModelSource | None = None  # what `weights` come from, adapted or not
     adapted: TensorFile | None = None  # the adapted ones among them
     misshapen: set[Place] = field(default_factory=set)  # nothing can be said of a stage that reads one of these
@@ -258,7 +258,7 @@ def why_unjudged(place: Place, run: ForwardRun) -> str | None:
     stages = [run.path.at(at) for at in (span.acting, *span.hidden)]
     params = [param for stage in stages for param in stage.params if param not in RUN_PARAMS]
     if run.weights is None and params:
-        return f"the weights {', '.join(params)} are not to be had; give --model"
+        return f"the weights {', '.join(params)} are unavailable; give --model"
     if run.positions == "last" and any(map(functools.partial(_mixes_positions, run.path), (span.acting, *span.hidden))):
         return "the dump holds the last position alone, and this stage needs them all"
     missing = f"not recorded: {', '.join(map(forward_key, span.missing))}"
@@ -795,7 +795,7 @@ class _NoWeights:
     """Stands for weights in stages that take none."""
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        raise UsageError(f"{name}: the weights are not to be had")
+        raise UsageError(f"{name}: the weights are unavailable")
 
 
 def _mixes_positions(path: Pipeline, place: Place) -> bool:

@@ -52,7 +52,7 @@ def open_pair(path_a: Path, path_b: Path, named: Named, stack: ExitStack) -> tup
     known = next((run for run in ours.values() if run.checkpoint is not None), None)
     if len(ours) == 2 and named.ids:
         raise UsageError(
-            "--tokens, --tokens-file and --prompt are about another program's dump; both name their tokens"
+            "--tokens, --tokens-file and --prompt apply to another program's dump; both dumps here name their tokens"
         )
     others = {i: _other(path, named, known, stack) for i, path in enumerate(paths) if i not in ours}
     return ({**ours, **others}[0], {**ours, **others}[1])

@@ -220,7 +220,7 @@ def _forward_parts(
 ) -> Callable[[str], Iterator[Part]]:
     run = open_forward_run(path, model, stack)
     if run.path is None or run.config is None or run.weights is None:
-        raise InputError(f"{path}: the model it was made from is not to be had; give --model")
+        raise InputError(f"{path}: the model that it was made from is unavailable; give --model")
     dtype = run.path.activations
     both = [Forwarder(backend, run.config, run.weights, dtype=dtype) for backend in (native, reference)]
 
@@ -252,7 +252,7 @@ def _replay_parts(
             if name not in chunk.values:
                 continue
             if arguments is None:
-                raise InputError(f"{path}: the operands of {key} are not to be had; give --components")
+                raise InputError(f"{path}: the operands of {key} are unavailable; give --components")
             one, other = (replayer.isolate(stage, arguments, options) for replayer in both)
             oracle = consult(stage, arguments, {option: options[option] for option in stage.options})
             yield oracle, chunk.values[name], one, other

@@ -27,7 +27,7 @@ def times(value: float | None, verdict: str = "bug") -> str | None:
         return None
     if value <= ANOTHER_FUNCTION:
         return f"{value:.3g} times the bound"
-    return "not the same function" if verdict == "bug" else "over a million times the bound"
+    return "far beyond any rounding" if verdict == "bug" else "over a million times the bound"
 
 
 def apart(a: float | None, b: float | None) -> tuple[str, str]:
@@ -64,7 +64,7 @@ def _reach(rows: Sequence[Mapping[str, Any]], culprit: Mapping[str, Any] | None)
     group = [row for row in rows if row["stage"] == culprit["stage"]]
     alike = sum(row["verdict"] == culprit["verdict"] for row in group)
     what = "layers" if culprit["tensor"] is None else "tensors"
-    return f"{culprit['stage']} is the same in {alike} of {len(group)} {what}" if len(group) > 1 else None
+    return f"{culprit['stage']} fails in the same way in {alike} of {len(group)} {what}" if len(group) > 1 else None
 
 
 def _cost(logits: Mapping[str, Any] | None) -> str | None:

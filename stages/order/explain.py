@@ -37,7 +37,7 @@ def explain_recorded(
     """
     kinds = {kind_of(path_a), kind_of(path_b)}
     if kinds not in ({Recording.REPLAY}, {Recording.FORWARD}):
-        raise UsageError("--explain-order is about two replays or two forward dumps")
+        raise UsageError("--explain-order applies to two replays or two forward dumps")
     sides = [
         _inferred(infer_recorded(path, components=components, model=model, progress=progress)["rows"])
         for path in (path_a, path_b)

@@ -49,7 +49,7 @@ def infer_recorded(
     idle = {"--components": components, "--rows": rows} if forward else {"--model": model, "--columns": columns}
     given = next((option for option, value in idle.items() if value is not None), None)
     if given is not None and check:
-        raise UsageError(f"{given} says nothing to {'a forward dump' if forward else 'a replay'}; leave it out")
+        raise UsageError(f"{given} has no meaning for {'a forward dump' if forward else 'a replay'}; leave it out")
     if forward:
         return document(str(path), infer_forward(path, model=model, columns=columns, progress=progress))
     with open_side(path, components) as side:

@@ -86,7 +86,7 @@ def test_a_precision_that_a_dump_does_not_have_is_refused(precise: Path, pair: t
 def test_a_bundle_does_not_tell_its_precision(made: Path) -> None:
     done = svf("diff", made / "components", made / "components", "--precision", "exact")
     assert done.code == 2
-    assert "--precision is about dumps" in done.error
+    assert "--precision applies to dumps" in done.error
 
 
 def test_forward_dumps_are_held_to_theirs(model: Path, tmp_path: Path) -> None:

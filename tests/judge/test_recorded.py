@@ -89,7 +89,7 @@ def test_every_fault_is_told(made: Path, tmp_path: Path, dtype: str) -> None:
         assert found == first + rest
         assert done.json["culprit"] == done.json["culprits"][0]
         assert all(c["hint"] for c in done.json["culprits"][:1])
-        told = "; and 3 more, from their own inputs: ffn_silu of layer 0, q_post_rope of layer 1"
+        told = "; 3 more fail from their own inputs: ffn_silu of layer 0, q_post_rope of layer 1"
         assert told in done.json["verdict"]
     for done in (svf("audit", right, "--json"), svf("diff", right, right, "--json")):
         assert (done.code, done.json["culprit"], done.json["culprits"]) == (0, None, [])
