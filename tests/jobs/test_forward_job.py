@@ -16,7 +16,6 @@ import pytest
 from forward_models import LINEAR, MODELS, YARN, Model, dumped, forward_command, random_weights, trace, write_model
 from helpers import DOWN, EMBED, HEAD, Result, one_line, svf, tensors_of, tree, with_json, with_tensors
 
-import cli
 import svf_jax.production
 import svf_torch.production
 from stages.errors import InputError, OutputError, UsageError
@@ -360,7 +359,7 @@ def test_an_unsound_run_is_exit_1_and_says_so(
     qwen2: Path, torch_backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backend = Altered(torch_backend, "qkv_matmul", plus_one((2, 5), 3))
-    monkeypatch.setattr(cli, "load_backend", lambda *_args, **_options: backend)
+    monkeypatch.setattr("stages.commands.compare.load_backend", lambda *_args, **_options: backend)
     done = svf("forward", qwen2, "--backend", "torch", "--tokens", "1,2,3", "--repeat", 2, "--no-production")
     assert done.code == 1
     assert "2 runs: 1 of " in done.out
@@ -638,7 +637,7 @@ def test_jit_reaches_the_backend(qwen2: Path, monkeypatch: pytest.MonkeyPatch) -
     def load(name: str, device: str, _precision: str, **options: Any) -> Backend:
         raise Seen(f"{name} {options}")
 
-    monkeypatch.setattr(cli, "load_backend", load)
+    monkeypatch.setattr("stages.commands.compare.load_backend", load)
     for jit, on in (("none", False), ("layer", True), ("stage", True)):
         done = svf("forward", qwen2, "--backend", "jax", "--tokens", "1", "--jit", jit)
         assert f"Seen: jax {{'jit': {on}}}" in done.error
