@@ -367,8 +367,8 @@ ROOMS
 
 Beside the rooms: `cli.py` is the program, `svf.py` the library, `svf_torch/` and `svf_jax/` the two frameworks.
 These two are twins: the same functions in the same order, each of which knows the declarations alone. Neither
-imports the other's framework, nothing in `stages/` imports either, and only `cli.py` knows where they are. So `svf
-diff` and `svf audit` need no framework.
+imports the other's framework, nothing in `stages/` imports either, and only `stages/commands/backends.py` names
+them, as text. So `svf diff` and `svf audit` need no framework.
 
 ## One word per idea
 

@@ -14,6 +14,7 @@ import jax
 from playwright.sync_api import sync_playwright
 
 import cli
+from stages.commands.backends import BACKENDS
 from svf_jax.backend import JaxBackend
 
 DOCS = Path(__file__).resolve().parent
@@ -38,7 +39,7 @@ def svf(*words: str) -> None:
 def diverged() -> Path:
     """The report of a port that is wrong."""
     svf(*RUN, "--backend", "torch", "--out", "torch")
-    cli.BACKENDS["jax"] = "__main__:Port"
+    BACKENDS["jax"] = "__main__:Port"
     svf(*RUN, "--backend", "jax", "--out", "jax-port")
     svf("diff", "torch", "jax-port", "--html", "report.html")
     return Path("report.html").resolve()

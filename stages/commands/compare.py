@@ -218,7 +218,7 @@ def replay(
         {
             "--resume needs --out DIR: it finishes what was cut short there": resume and out is None,
             "--dump none writes nothing to --out; leave one of them out": dump is DumpMode.none and out is not None,
-            "--timeout is about the two processes of --backend both": typed("--timeout") and backend is not ON_BOTH,
+            "--timeout applies to the two processes of --backend both": typed("--timeout") and backend is not ON_BOTH,
         }
     )
     if order != "native" and precision is not Precision.native:
@@ -248,7 +248,7 @@ def forward(
     dtype: ComputeDtype = RunDtype.model,
     adapted: Adapted = None,
     layout: AdaptedLayout = OneLayout.declared,
-    repeat: Annotated[int, compute(min=1, help="Runs; all must be byte-identical.")] = 1,
+    repeat: Annotated[int, compute(min=1, help="Number of runs; all must give the same bytes.")] = 1,
     generate: Annotated[int, compute(min=0, help="Greedy tokens to compare with production's.")] = 0,
     production: Annotated[
         bool | None,
@@ -264,7 +264,7 @@ def forward(
     order: Annotated[
         str | None,
         compute(
-            help="float32 products as torch, jax or a recorded dump takes them, or as a file of svf infer says.",
+            help="Order of float32 sums: that of torch, jax, a recorded dump, or a file that svf infer wrote.",
         ),
     ] = None,
     jit: Annotated[
@@ -293,17 +293,17 @@ def forward(
 
     refuse_idle(
         {
-            f"--layout {layout.value} is about --adapted COMPONENTS": layout is not OneLayout.declared and not adapted,
+            f"--layout {layout.value} needs --adapted COMPONENTS": layout is not OneLayout.declared and not adapted,
             "--resume needs --out DIR: it finishes what was cut short there": resume and out is None,
             "--format aprt needs --out DIR": format is Format.aprt and out is None,
             "--format aprt writes a tree whole or not at all, there is nothing to resume": format is Format.aprt
             and resume,
-            "--timeout is about the two processes of --backend both": typed("--timeout") and backend is not ON_BOTH,
-            "--top is about the differences that --backend both compares": top is not None and backend is not ON_BOTH,
+            "--timeout applies to the two processes of --backend both": typed("--timeout") and backend is not ON_BOTH,
+            "--top applies to the differences that --backend both compares": top is not None and backend is not ON_BOTH,
         }
     )
     if jit is not Jit.stage and backend not in ("jax", "both"):
-        raise UsageError(f"--jit {jit.value} is about JAX; use --backend jax")
+        raise UsageError(f"--jit {jit.value} applies to JAX; use --backend jax")
     if precision is not Precision.native and jit is Jit.layer:
         raise UsageError(f"--precision {precision.value} rounds at every stage's boundary, --jit layer has none")
     if order is not None and (precision is not Precision.native or jit is Jit.layer or production):

@@ -128,7 +128,7 @@ def decompose(
     model_torch_dtype: Annotated[
         ModelDtype,
         compute(
-            help="What the model is loaded in before its weights are widened; auto: as its config says.",
+            help="Dtype to load the model in before its weights are widened; auto: as its config says.",
         ),
     ] = ModelDtype.float32,
     vector_dtype: Annotated[
@@ -138,7 +138,7 @@ def decompose(
     readback_components_dir: Annotated[
         Path | None,
         original(
-            help="Bundle that the report's read-back variants and baseline are of; default the written one.",
+            help="Bundle whose read-back variants and baseline the report has; default: the written one.",
         ),
     ] = None,
     no_write_stage_tensors: Annotated[

@@ -104,7 +104,7 @@ Timeout = Annotated[
 ]
 MaxMemory = Annotated[
     str | None,
-    limit(help="Memory a side may take, such as 2G; more is refused, or ends with exit code 7."),
+    limit(help="Memory a side may take, such as 2G; a run that needs more ends with exit code 7."),
 ]
-BeginAgain = Annotated[bool, limit("--resume", help="Begin again in --out what was killed there.")]
+BeginAgain = Annotated[bool, limit("--resume", help="Start again a run that was killed in --out.")]
 Resume = Annotated[bool, limit("--resume", help="Finish the run that was cut short in --out.")]

@@ -35,7 +35,7 @@ def report_place(out: Path | None, report: Path | None, say: Say) -> tuple[Path 
         raise UsageError(
             f"--out {out} names a report, as in the original tool, and --report {report} another; give one"
         )
-    say(f"--out {out}: taken as --report, which is what the original tool calls it")
+    say(f"--out {out}: used as --report, as in the original tool")
     return None, out
 
 

@@ -23,7 +23,7 @@ def selftest(
     quick: Annotated[bool, compute("--quick", help="Each kind of fault once, and fewer clean runs.")] = False,
     fault: Annotated[list[str] | None, compute(help="Only this kind of fault, see --list.")] = None,
     clean: Annotated[int | None, compute(min=0, help="Clean comparisons; default 40, 8 with --quick.")] = None,
-    seed: Annotated[int, compute(min=0, help="Of places, weights and shapes.")] = 0,
+    seed: Annotated[int, compute(min=0, help="Seed of places, weights and shapes.")] = 0,
     list_faults: Annotated[bool, output("--list", help="The kinds of fault; nothing is run.")] = False,
     json: Json = False,
 ) -> None:
@@ -79,7 +79,7 @@ def calibrate(
 def probe(
     backend: Annotated[BackendName, compute(help="Whose sums to probe.")] = ON_BOTH,
     device: Device = "cpu",
-    threads: Annotated[int | None, compute(min=1, help="On so many; default on all, and on one.")] = None,
+    threads: Annotated[int | None, compute(min=1, help="Number of threads; by default all, and then one.")] = None,
     fresh: Annotated[bool, compute("--fresh", help="Probe again what the cache knows.")] = False,
     json: Json = False,
 ) -> None:
@@ -108,8 +108,8 @@ def infer(
     side: Annotated[Path, typer.Argument(help="Dump, component bundle or stage file of a replay; dump of a forward.")],
     components: Annotated[Path | None, compute(help="Bundle with U, S and V, the operands of products.")] = None,
     model: Annotated[str | None, compute(help="Weights of a forward dump; default as recorded.")] = None,
-    rows: Annotated[int | None, compute(min=1, help="Of a replay, only so many rows of each tensor.")] = None,
-    columns: Annotated[int | None, compute(min=1, help="Of a forward, so many columns of each product.")] = None,
+    rows: Annotated[int | None, compute(min=1, help="Read so many rows of each tensor of a replay.")] = None,
+    columns: Annotated[int | None, compute(min=1, help="Read so many columns of each product of a forward.")] = None,
     json: Json = False,
 ) -> None:
     """Find the order in which a recorded run summed.

@@ -140,7 +140,7 @@ class _Job:
         self.layers = resolve_layers(command.layers, self.config.num_hidden_layers)
         self.stages = resolve_stages(command.stages, path)
         if command.adapted is None and command.layout != "declared":
-            raise UsageError(f"--layout {command.layout} is about --adapted COMPONENTS")
+            raise UsageError(f"--layout {command.layout} needs --adapted COMPONENTS")
         self.needed = forward_bytes(self.config, path, len(self.tokens))  # bytes of memory
         self.adapted: dict[str, str] | None = None  # tensor -> layout
         self.adapted_sha256: dict[str, str] | None = None

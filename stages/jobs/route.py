@@ -95,7 +95,7 @@ def _given(command: RouteCommand, stack: ExitStack) -> _Given:
     if len(tokens) < -HIDDEN_POSITION:
         raise UsageError("the head reads the second-to-last token's hidden state: give two tokens at least")
     if command.layout != "declared" and command.adapted is None:
-        raise UsageError(f"--layout {command.layout} is about --adapted COMPONENTS")
+        raise UsageError(f"--layout {command.layout} needs --adapted COMPONENTS")
     layers = parse_layers(command.layers)
     selection = None if command.layers is None else select_by_rule(parameter_shapes(checkpoint.config), layers)
     bundle = None if command.adapted is None else stack.enter_context(Bundle(command.adapted))

@@ -110,7 +110,7 @@ def _open_forward(
     path: Path, named: Named, adapted: Path | None, layout: str, stack: ExitStack, progress: Reporter
 ) -> ForwardRun:
     if layout != "declared" and adapted is None:
-        raise UsageError(f"--layout {layout} is about --adapted COMPONENTS")
+        raise UsageError(f"--layout {layout} needs --adapted COMPONENTS")
     if recording_at(path) is Recording.FORWARD:
         if adapted is not None:
             raise UsageError(f"--adapted applies to another program's dump; {path} keeps the weights that it ran on")

@@ -26,7 +26,7 @@ def no_children(monkeypatch: pytest.MonkeyPatch) -> None:
         (["forward", "--stages", "nope"], 2, "no stage 'nope'"),
         (["forward", "--adapted", "/no/bundle"], 4, "no such folder"),
         (["forward", "--device", "abacus"], 2, "expected cpu, or a GPU"),
-        (["forward", "--layout", "vh"], 2, "is about --adapted"),
+        (["forward", "--layout", "vh"], 2, "needs --adapted"),
         (["forward", "--tokens", "1,99999999"], 2, "99999999"),
         (["forward", "--max-memory", "1M"], 7, "--max-memory allows 0.00 GB"),
         (["replay", "--device", "abacus"], 2, "expected cpu, or a GPU"),

@@ -344,18 +344,17 @@ def test_a_chunked_replay_reports_its_chunks(made: Path, tmp_path: Path) -> None
 
 
 def test_a_forward_on_both_backends_with_no_more_arguments() -> None:
-    code = 'import runpy; runpy.run_module("cli", run_name="__main__")'
-    done = fresh(code, "forward", "--backend", "both", "--json")
-    assert done.returncode == 0, done.stderr
-    document = json.loads(done.stdout)
+    done = svf("forward", "--backend", "both", "--json", progress=True)
+    assert done.code == 0, done.err
+    document = done.json
     assert (document["schema"], document["kind"], document["outcome"]) == ("svf.diff/1", "forward", "agree")
     assert (document["coverage"]["compared"], document["tokens"]) == (83, 8)  # 7 of the model, 19 of each of 4 layers
     for letter, name in (("a", "torch"), ("b", "jax")):
         run = document[letter]["run"]
         assert (run["schema"], run["backend"], run["production"]["agrees"]) == ("svf.forward/1", name, True)
         assert document[letter]["source"] == f"{name} forward"
-    assert "built-in" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert "built-in" in done.err
+    assert "Traceback" not in done.err
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])

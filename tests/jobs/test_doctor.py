@@ -42,6 +42,7 @@ def test_a_machine_without_findings_is_well() -> None:
     assert "WELL" in svf("doctor").out
 
 
+@pytest.mark.processes
 def test_both_frameworks_are_probed_in_children(monkeypatch: pytest.MonkeyPatch) -> None:
     from stages.run.children import run_child
 

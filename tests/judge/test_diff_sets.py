@@ -396,17 +396,17 @@ def test_options_that_say_nothing_to_a_kind_are_refused(place: Path, made: Path)
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("forward", "--layout", "vh"), "--layout vh is about --adapted"),
-        (("forward", "--layout", "vh", "--backend", "torch"), "--layout vh is about --adapted"),
+        (("forward", "--layout", "vh"), "--layout vh needs --adapted"),
+        (("forward", "--layout", "vh", "--backend", "torch"), "--layout vh needs --adapted"),
         (("forward", "--resume"), "--resume needs --out"),
         (("forward", "--resume", "--backend", "jax"), "--resume needs --out"),
         (("forward", "--format", "aprt", "--backend", "jax"), "--format aprt needs --out"),
-        (("forward", "--timeout", "5", "--backend", "jax"), "--timeout is about the two processes"),
-        (("forward", "--top", "5", "--backend", "jax"), "--top is about"),
+        (("forward", "--timeout", "5", "--backend", "jax"), "--timeout applies to the two processes"),
+        (("forward", "--top", "5", "--backend", "jax"), "--top applies to"),
         (("replay", "--resume"), "--resume needs --out"),
         (("replay", "--chunk-rows", "0"), "--chunk-rows"),
         (("replay", "--dump", "none", "--out", "x"), "--dump none"),
-        (("replay", "--timeout", "5", "--backend", "jax"), "--timeout is about the two processes"),
+        (("replay", "--timeout", "5", "--backend", "jax"), "--timeout applies to the two processes"),
     ],
 )
 def test_an_option_without_effect_is_refused(words: tuple[str, ...], said: str) -> None:

@@ -251,6 +251,7 @@ def test_a_closed_pipe_is_no_error(model: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "manifest.json").is_file()
 
 
+@pytest.mark.processes
 def test_run_child_gives_what_a_child_printed() -> None:
     done = run_child(ForwardCommand(model="/nowhere", tokens="1", backend="reference"))
     assert (done.returncode, done.document, done.timeout) == (4, None, None)

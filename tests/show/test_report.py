@@ -439,12 +439,12 @@ def test_without_the_extra_it_is_refused_first(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_the_demo_does_without_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert demo.report_file() is not None
-    demo.explain({"rows": []})
+    assert not pages.missing_libraries()
+    demo.explain({"rows": []}, None)
     assert "svf[report]" not in capsys.readouterr().out
     monkeypatch.setattr(pages, "find_spec", lambda _name: None)
-    assert demo.report_file() is None
-    demo.explain({"rows": []})
+    assert pages.missing_libraries()
+    demo.explain({"rows": []}, pages.HOW_TO_GET)
     assert "pip install 'svf[report]'" in capsys.readouterr().out
 
 

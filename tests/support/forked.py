@@ -3,7 +3,8 @@
 `start(folder)` gives a program to stand in the place of `sys.executable`. Called to run `svf_torch/start.py`, it has
 the server fork, which changes into a process of the same environment, folder, handles and arguments and ends as that
 one ends. For all else, and where the environment, a resource limit or the cores are not those of the server, it
-becomes the interpreter itself. What is imported when, what a process weighs and how it dies need a real one.
+becomes the interpreter itself. What is imported when, what a process weighs (`--max-memory`) and how it dies
+need a real one.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from helpers import MODULES, ROOT
+from helpers import MODULES, ROOT, warm
 
 # May differ between the server and a command: read when the command runs, not when a library is imported.
 FREE = ("SVF_", "PYTEST_", "TMPDIR", "COLUMNS", "NO_COLOR")
@@ -33,8 +34,12 @@ CLIENT = """#!{python} -IS
 import json, os, resource, signal, socket, sys
 
 def main():
-    if sys.argv[1:3] != ["-P", {start!r}] or "--max-memory" in sys.argv:
+    if sys.argv[1:3] != ["-P", {start!r}]:
         return
+    if sys.argv[-2] == "child":
+        with open(sys.argv[-1]) as request:
+            if json.load(request)["asked"].get("max_memory") is not None:
+                return
     limits = [resource.getrlimit(kind) for kind in {limits}]
     about = {{"words": sys.argv[3:], "folder": os.getcwd(), "environment": dict(os.environ), "limits": limits,
              "cores": sorted(os.sched_getaffinity(0)), "umask": os.umask(0)}}
@@ -168,6 +173,7 @@ def _import_all() -> None:
         importlib.import_module(module)
     for module in ("svf_jax.backend", "svf_jax.production", "svf_jax.probe"):
         importlib.import_module(module)
+    warm()
     gc.freeze()
 
 

@@ -70,6 +70,13 @@ def svf(*arguments: object, progress: bool = False) -> Result:
     return Result(int(code or 0), out.getvalue(), err.getvalue())
 
 
+def warm() -> None:
+    """Have this process import what commands import when they run, before others are forked from it."""
+    typer.main.get_command(cli.app)
+    for words in (["layouts"], ["inspect"], ["diff", "/nowhere"], ["audit"], ["forward", "--tokens", "1"], ["replay"]):
+        assert svf(*words, "/nowhere", "--json").code == 4, words
+
+
 def fresh(code: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     """Python `code` in a fresh interpreter that imports this source tree."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
