@@ -8,9 +8,9 @@ demo: .venv/installed
 	.venv/bin/svf demo
 
 # What a change breaks first, of every room, and nothing that starts a framework anew or compiles for long.
-QUICK = tests/spec tests/files tests/oracle tests/order/test_order.py tests/show/test_show.py tests/show/test_report.py \
+QUICK = tests/spec tests/files tests/oracle tests/order/test_order.py tests/show/test_show.py \
 	tests/judge/test_diff.py tests/judge/test_elements.py tests/judge/test_hints.py tests/judge/test_layouts.py \
-	tests/judge/test_metrics.py tests/judge/test_final_hash.py tests/jobs/test_inspect.py tests/commands/test_before_sides.py
+	tests/judge/test_metrics.py tests/jobs/test_inspect.py tests/commands/test_before_sides.py
 
 quick: .venv/dev
 	.venv/bin/pytest -n 2 --dist worksteal $(QUICK)
