@@ -125,7 +125,8 @@ def recording_at(path: Path) -> Recording:
 
 def one_recording(path: Path) -> Recording:
     """`recording_at`, where a folder of several dumps is refused: `UsageError` with their names."""
-    if path.is_dir() and not (path / dump.MANIFEST_FILE).is_file() and (inside := dumps_in(path)):
+    one = (path / dump.MANIFEST_FILE).is_file() or is_aprt_tree(path)
+    if path.is_dir() and not one and (inside := dumps_in(path)):
         names = ", ".join(shown(found.name) for found in sorted(inside))
         raise UsageError(f"{path}: holds {len(inside)} dumps, {names}; name one of them")
     return recording_at(path)
