@@ -36,7 +36,7 @@ def test_the_guides_commands_run_as_they_stand(model: Path, vector: Path, manife
     done = svf("decompose", model, "--model-torch-dtype", "float32", "--router-vector", vector, "--reference", manifest,
                *ALL, "--out", reference, "--write-components-dir", components, progress=True)  # fmt: skip
     assert done.code == 0, done.err
-    assert f"--out {reference}: taken as --report" in done.err
+    assert f"--out {reference}: used as --report" in done.err
     assert json.loads(reference.read_text())["schema"] == "trinity_sakana_python_svd_parity_trace.v2"
     done = svf("replay", *REPLAY_FLAGS, "--all-selected-tensors", "--selected-source-filter", "model.layers.2.",
                "--components-dir", components, "--python-report", reference, "--stage-dir", tmp_path / "stages",

@@ -369,7 +369,11 @@ def test_an_index_that_disagrees_with_the_folder_is_refused(folder: Path, case: 
 @pytest.mark.parametrize(
     "name", ["a/b/c", "nowhere", "/nowhere", "", "../x", "./x/y", "a/b@", "a/b@../c", "a\0b", "x" * 300]
 )
-def test_a_source_that_is_neither_folder_nor_hub_model_is_not_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_source_that_is_neither_folder_nor_hub_model_is_not_found(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setattr(module, "_fetch", lambda *_: pytest.fail("asked the hub"))
     refused(NotFoundError, lambda: open_checkpoint(name), "folder" if len(name) < 300 else "too long")
 

@@ -303,10 +303,11 @@ def test_why_angles_are_wrong_is_said_from_any_stage_that_shows_it(made: Path, c
 
 
 def frequencies_of(config: Model) -> np.ndarray:
-    stage = JaxBackend().forward["inv_freq"]
+    backend = JaxBackend()
     c = config.config("float32")
     options = {"head_dim": c.head_dim, "rope_theta": c.rope_theta, "rope_type": c.rope_type}
-    return np.asarray(stage(np.array([23], np.int32), **options, rope_parameters=c.rope_parameters))
+    at = backend.put(np.array([23], np.int32))
+    return backend.get(backend.forward["inv_freq"](at, **options, rope_parameters=c.rope_parameters))
 
 
 LLAMA3 = MODELS["qwen3-llama3"].rope

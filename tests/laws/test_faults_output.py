@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -61,7 +62,7 @@ def test_what_was_killed_is_begun_again(
     given = {"MODEL": model, "VECTOR": vector, "COMPONENTS": made / "components"}
     whole, cut = ([*(given.get(w, tmp_path / name if w == "OUT" else w) for w in words)] for name in ("whole", "cut"))
     assert svf(*whole).code == 0
-    with claimed(tmp_path / "cut", []):
+    with claimed(tmp_path / "cut", {}):
         shutil.copytree(tmp_path / "cut", tmp_path / "killed")
     shutil.rmtree(tmp_path / "cut")
     (tmp_path / "killed" / "half.safetensors").touch()
@@ -75,9 +76,9 @@ def test_what_was_killed_is_begun_again(
 
 def test_two_runs_in_one_folder(tmp_path: Path) -> None:
     """The second is told who holds it, and the first is not disturbed."""
-    with claimed(tmp_path / "x", ["a"]):
+    with claimed(tmp_path / "x", {"of": "a"}):
         for resume in (False, True):
-            with pytest.raises(OutputError) as error, claimed(tmp_path / "x", ["a"], resume=resume):
+            with pytest.raises(OutputError) as error, claimed(tmp_path / "x", {"of": "a"}, resume=resume):
                 pass
             one_line(error.value, f"process {os.getpid()}", "another run is writing here")
         assert (tmp_path / "x" / RUN_FILE).is_file()
@@ -86,7 +87,7 @@ def test_two_runs_in_one_folder(tmp_path: Path) -> None:
 
 def cut_short(folder: Path) -> Path:
     """A folder as a killed run of both sides leaves it: one done, the other half written."""
-    with claimed(folder, ["words"]) as run:
+    with claimed(folder, {"of": "words"}) as run:
         for name in ("torch", "jax"):
             (folder / name).mkdir()
             (folder / name / "file").touch()
@@ -99,13 +100,13 @@ def cut_short(folder: Path) -> Path:
 
 def test_resume_keeps_what_is_done(tmp_path: Path) -> None:
     folder = cut_short(tmp_path / "x")
-    with pytest.raises(OutputError) as error, claimed(folder, ["words"]):
+    with pytest.raises(OutputError) as error, claimed(folder, {"of": "words"}):
         pass
     one_line(error.value, "--resume")
-    with pytest.raises(InputError) as refused, claimed(folder, ["other"], resume=True):
+    with pytest.raises(InputError) as refused, claimed(folder, {"of": "other"}, resume=True):
         pass
     one_line(refused.value, "other options", "words")
-    with claimed(folder, ["words"], resume=True) as run:
+    with claimed(folder, {"of": "words"}, resume=True) as run:
         assert run.done == {"torch": {"n": 1}}
         assert {p.name for p in folder.iterdir()} == {RUN_FILE, "torch"}
 
@@ -118,7 +119,7 @@ def twice(folder: Path) -> None:
 
 def test_a_failure_keeps_finished_sides_alone(tmp_path: Path) -> None:
     folder = cut_short(tmp_path / "x")
-    with pytest.raises(FileExistsError), claimed(folder, ["words"], resume=True):
+    with pytest.raises(FileExistsError), claimed(folder, {"of": "words"}, resume=True):
         twice(folder / "jax")
     assert {p.name for p in folder.iterdir()} == {RUN_FILE, "torch"}
     with pytest.raises(FileExistsError), new_folder(tmp_path / "y") as new:
@@ -137,14 +138,14 @@ def test_a_side_that_dies_costs_itself_alone(model: Path, tmp_path: Path, monkey
     broken.mkdir()
     (broken / "sitecustomize.py").write_text(
         "import os, sys\n"
-        "if 'jax' in sys.argv:\n"
+        "if 'child' in sys.argv and '\"jax\"' in open(sys.argv[-1]).read():\n"
         "    import stages.run.watch as w\n"
-        "    real = w.at\n"
-        "    def at(place):\n"
+        "    real = w.entering\n"
+        "    def entering(place):\n"
         "        real(place)\n"
         "        if place == 'layers.1.ffn_gate':\n"
         "            os.kill(os.getpid(), 9)\n"
-        "    w.at = at\n"
+        "    w.entering = entering\n"
     )
     with monkeypatch.context() as patch:
         patch.setenv("PYTHONPATH", f"{broken}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
@@ -223,7 +224,8 @@ def start(out: Path, model: Path, watch: Path, **pipes: int) -> subprocess.Popen
     env = {**os.environ, "PYTHONPATH": str(ROOT), "SVF_WATCH_FILE": str(watch)}
     words = ["forward", str(model), "--tokens", ",".join(["1"] * 300), "--backend", "reference", "--json"]
     command = [sys.executable, "-P", "-m", "cli", "--no-progress", *words, "--out", str(out)]
-    return subprocess.Popen(command, env=env, **pipes)  # type: ignore[call-overload, no-any-return]
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background ignores it
+    return subprocess.Popen(command, env=env, preexec_fn=heard, **pipes)  # type: ignore[call-overload, no-any-return]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
