@@ -9,7 +9,6 @@ import os
 import shlex
 import signal
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -90,7 +89,7 @@ def _terminated(_signal: int, _frame: object) -> None:
 def _fail(line: str, code: int) -> int:
     """Say it in one line on stderr, and with --json as a document on stdout; a child leaves saying it to its parent."""
     from stages.errors import error_document, shown
-    from stages.run.children import ISOLATED
+    from stages.run.watch import ISOLATED
 
     line = shown(line, limit=4000)  # a path in it may hold anything
     if ISOLATED not in os.environ:
@@ -105,6 +104,8 @@ def _fail(line: str, code: int) -> int:
 def _report(error: Exception) -> int:
     """One line on stderr; a traceback only when asked for."""
     if STATE.debug:
+        import traceback
+
         traceback.print_exc()
     if hasattr(error, "format_message"):  # a usage error of typer's own
         return _usage(error)

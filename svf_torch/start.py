@@ -4,12 +4,10 @@ What a user's path holds may have our names: a `cli.py`, a folder `stages`. Ours
 whatever the path says; all else is imported as the path has it. It is here because nobody else's module is `svf_torch`.
 """
 
-import json
 import os
 import resource
 import shlex
 import signal
-import subprocess
 import sys
 from importlib.machinery import PathFinder
 from importlib.util import module_from_spec
@@ -51,6 +49,8 @@ def _watched() -> int:
 
     Where little address space is allowed, OpenBLAS and XLA end their process: with code 1, which here is "diverged".
     """
+    import subprocess
+
     ended, end = os.pipe()
     command = [sys.executable, "-P", __file__, *sys.argv[1:]]
     about = {**os.environ, _ENDED: str(end), "SVF_WATCH_PARENT": str(os.getpid())}
@@ -75,6 +75,8 @@ def _watched() -> int:
 def _starved(line: str) -> int:
     """Say what ran out, as the command line would have."""
     _own("stages")
+    import json
+
     from stages.errors import ResourceError, error_document
 
     print(f"svf: {line}", file=sys.stderr)

@@ -16,7 +16,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from stages.errors import InputError, SvfError, UsageError, shown
 from stages.files.jsonio import read_bytes
-from stages.run.children import ISOLATED
+from stages.run.watch import ISOLATED
 
 FILE, PROJECT_FILE = "svf.toml", "pyproject.toml"
 PREFIX = "SVF"

@@ -8,7 +8,6 @@ import stat
 import time
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +174,8 @@ def _finite(value: Any) -> Any:
 
 def version_of(name: str) -> str | None:
     """The installed version of a package; None where it is not installed."""
+    from importlib.metadata import PackageNotFoundError, version  # slow to import, and seldom needed
+
     try:
         return version(name)
     except PackageNotFoundError:

@@ -20,13 +20,11 @@ from stages.files.folders import Run
 from stages.files.jsonio import parse_json, write_json
 from stages.files.scratch import scratch_folder
 from stages.progress import Progress
-from stages.run.watch import FILE_VARIABLE, PARENT_VARIABLE, last_place
+from stages.run.watch import FILE_VARIABLE, ISOLATED, PARENT_VARIABLE, last_place
 
 _LOG = logging.getLogger("svf")
 # Run as a file: no path of the user's can put another program in its place.
 _START = Path(__file__).resolve().parents[2] / "svf_torch" / "start.py"
-# Set for child processes: what is asked of them is complete, and no setting may change it.
-ISOLATED = "SVF_ISOLATED"
 
 
 class Request(Protocol):

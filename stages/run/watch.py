@@ -10,6 +10,8 @@ import sys
 # Set by the parent: the file to write to, and the process that must not die before its child.
 FILE_VARIABLE = "SVF_WATCH_FILE"
 PARENT_VARIABLE = "SVF_WATCH_PARENT"
+# Set for child processes: what is asked of them is complete, and no setting may change it.
+ISOLATED = "SVF_ISOLATED"
 # One write of fixed size is never seen half done; the longest key is a layer, a dot and a stage name.
 _SIZE = 256
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
