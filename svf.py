@@ -222,7 +222,7 @@ def _judged(oracle: Oracle, observed: np.ndarray) -> Judgement:
     import numpy as np
 
     from stages.judge.hints import Case, explain
-    from stages.oracle.verdict import SideVerdict
+    from stages.recipes.side import SideVerdict
 
     name, side = oracle.stage.name, SideVerdict()
     hint: str | None
@@ -235,7 +235,7 @@ def _judged(oracle: Oracle, observed: np.ndarray) -> Judgement:
     error = np.abs(observed.astype(np.float64) - oracle.value)
     worst = np.where(np.isfinite(error), error / np.maximum(oracle.bound, np.finfo(np.float64).tiny), np.inf)
     index = tuple(int(i) for i in np.unravel_index(int(worst.argmax()), worst.shape))
-    hint = side.hint or (explain(Case(oracle, observed)) if side.verdict.fails else None)
+    hint = side.hint or (explain(Case(oracle, observed, asked=True)) if side.verdict.fails else None)
     expected, got = (float(a[index]) for a in (oracle.rounded, observed))
     return Judgement(name, str(side.verdict), side.ratio, index, expected, got, hint)
 

@@ -20,8 +20,9 @@ from stages.files.tensorfile import TensorFile, write_tensors
 from stages.files.tokens import token_ids
 from stages.judge.metrics import Difference
 from stages.oracle.bounds import U32, rounding_unit
-from stages.oracle.verdict import Oracle, SideVerdict, consult
+from stages.oracle.verdict import Oracle, consult
 from stages.progress import Progress
+from stages.recipes.side import SideVerdict
 from stages.run.adapted import adapt
 from stages.run.children import run_sides
 from stages.run.forward import Forwarder

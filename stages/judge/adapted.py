@@ -32,7 +32,8 @@ from stages.oracle import bounds as noise
 from stages.oracle import components as reference
 from stages.oracle.contraction import look
 from stages.oracle.rounding import round_once
-from stages.oracle.verdict import Oracle, SideVerdict, Verdict
+from stages.oracle.verdict import Oracle, Verdict
+from stages.recipes.side import SideVerdict
 from stages.run.adapted import sums
 from stages.run.precision import EXACT
 from stages.run.replay import chunk_plan, default_chunk_rows
@@ -406,4 +407,4 @@ def _allowed(w: np.ndarray) -> np.ndarray:
     product = noise.LAMBDA[Noise.PRODUCT] * noise.U32 * (rank * row + np.abs(value))
     ratio = noise.LAMBDA[Noise.SUM_RATIO] * noise.U32 * (3 + 2 * rank)
     total = product + (np.abs(value) + product) * ratio + noise.U32 * np.abs(value)
-    return noise.stored_bound(total, value, w.dtype)
+    return total + noise.exact_bound(np.abs(value) + total, w.dtype)

@@ -50,8 +50,9 @@ from stages.judge.wanted import Wanted
 from stages.judge.wording import how_far, times
 from stages.oracle.bounds import LAMBDA, Lambdas
 from stages.oracle.residual import Residual
-from stages.oracle.verdict import Oracle, SideVerdict, Verdict, consult, judged_part
+from stages.oracle.verdict import Oracle, Verdict, consult, judged_part
 from stages.progress import Progress as Reporter
+from stages.recipes.side import SideVerdict
 from stages.run.calibration import lambdas_of
 from stages.run.production import with_stored_head
 from stages.run.replay import chunk_plan, default_chunk_rows
@@ -426,6 +427,7 @@ class _Judged:
             "rms_ratio": self.verdict.rms_ratio,
             "hint": self.verdict.hint,
             "note": self.note,
+            **self.verdict.recipe_fields(),
             **{of_oracle.get(name, name): value for name, value in self.difference.result().items()},
             **self.spread.result(),
         }

@@ -19,17 +19,18 @@ from stages.files.dump import Dump, changed
 from stages.files.forward_dump import AprtSide, ForwardSide, Place, advice, forward_key
 from stages.files.source import ModelSource, open_model
 from stages.files.tensorfile import TensorFile
-from stages.judge.alternatives import LEFT_OUT, Wrong, wrong_values
 from stages.judge.culprit import Piece
-from stages.judge.elements import explain_rows
 from stages.judge.guarantees import enforce_precision
-from stages.judge.hints import Case, explain, first_fitting
+from stages.judge.hints import Case, Wrong, explain, first_fitting
 from stages.judge.rope import RopeRun
 from stages.judge.same_model import other_model
 from stages.oracle import rope
 from stages.oracle.bounds import LAMBDA, Lambdas, exact_bound
 from stages.oracle.span import Value, floor, oracle_through, value_through
-from stages.oracle.verdict import STAGES, Oracle, SideVerdict, Verdict, judge, judged_part
+from stages.oracle.verdict import STAGES, Oracle, Verdict, consult, judge, judged_part
+from stages.recipes.catalogue import LEFT_OUT, wrong_values
+from stages.recipes.elements import explain_rows
+from stages.recipes.side import SideVerdict
 from stages.run.adapted import ADAPTED_FILE, AdaptedWeights
 from stages.run.calibration import lambdas_of
 from stages.run.forward import POSITIONS, oracles, parameters, vocabulary_plan
@@ -92,6 +93,7 @@ class ForwardRun:
     orders: dict[Place, Turn] = field(default_factory=dict)  # another order of axes, where the shape does not tell
     turned: dict[Place, Turn] = field(default_factory=dict)  # what is done to a recorded array to get its values
     readings: dict[Place, int] = field(default_factory=dict)  # which of `_readings` a stage was computed by
+    makers: dict[Place, Oracle | None] = field(default_factory=dict)  # of inputs that recipes compute again
 
     # What adapted weights may be off that another program adapted itself, by the calibrated and the rigorous bounds.
     doubts: tuple[Weights, ...] = ()
@@ -398,7 +400,38 @@ def _oracles_of_recorded(
         return
     if stage.by_vocab and observed.ndim == 2:  # logits may be recorded of the last tokens alone
         inputs = {name: array[-len(observed) :] if name in stage.inputs else array for name, array in inputs.items()}
-    yield from oracles(run.path, run.config, stage, inputs, _weights_of(run), place[0], run.lambdas)
+    made = _made(acting, run)
+    for columns, oracle in oracles(run.path, run.config, stage, inputs, _weights_of(run), place[0], run.lambdas):
+        yield columns, dataclasses.replace(oracle, made=made, sizes=_sizes(run.config))
+
+
+def _made(place: Place, run: ForwardRun) -> dict[str, Callable[[], Oracle | None]]:
+    """Of each input, the oracle of the stage that made it, from its own recorded inputs; None where one is lacking."""
+    return {name: functools.partial(_maker, source, run) for name, source in sources_of(place, run).items()}
+
+
+def _maker(source: Place, run: ForwardRun) -> Oracle | None:
+    if source not in run.makers:
+        found = _find(run, source)
+        oracle = None
+        with np.errstate(all="ignore"):
+            if found is None:
+                oracle = _hidden_maker(source, run)
+            elif why_unjudged(found, run) is None and not span_of(found, run).hidden:
+                oracle = next((o for _, o in oracles_of(found, run, run.read(found)) if o.unsure is None), None)
+        run.makers[source] = oracle
+    return run.makers[source]
+
+
+def _hidden_maker(source: Place, run: ForwardRun) -> Oracle | None:
+    """A stage that was not recorded, from its inputs as far as these were."""
+    assert run.path is not None
+    assert run.config is not None
+    stage = run.path[source[1]]
+    arrays = [_value(run, at).array for at in sources_of(source, run).values()]
+    params = parameters(stage, _given(run), _weights_of(run), source[0], stored_dtype(run.path["embedding"].dtype))
+    oracle = consult(stage, (*arrays, *params), stage_options(run.config, stage), run.lambdas)
+    return dataclasses.replace(oracle, made=_made(source, run))
 
 
 def _as_stored(run: ForwardRun, stage: Stage, observed: np.ndarray) -> Stage:
@@ -535,7 +568,9 @@ def _oracles_through(
                 return parameters(stage, given, source, place[0], dtype)
 
             doubts = tuple(read(doubt, np.dtype(np.float64)) for doubt in run.doubts) if run.doubts else None
-            yield columns, oracle_through(stage, values, read(weights, dtype), options, run.lambdas, dtype, doubts)
+            oracle = oracle_through(stage, values, read(weights, dtype), options, run.lambdas, dtype, doubts)
+            gone = tuple(name for name, at in sources_of(place, run).items() if _find(run, at) is None)
+            yield columns, dataclasses.replace(oracle, made=_made(place, run), hidden=() if run.doubts else gone)
 
 
 def _value(run: ForwardRun, source: Place, instead: Mapping[Place, np.ndarray] = MappingProxyType({})) -> Value:
@@ -620,7 +655,7 @@ def explain_place(place: Place, run: ForwardRun, observed: np.ndarray) -> str | 
             if cause is not None:
                 return cause
             others = functools.partial(_others, place, run, oracle, columns)
-            case = Case(oracle, shown, others, columns.start or 0, _sizes(run.config))
+            case = Case(oracle, shown, others, columns.start or 0)
             named = _wrong_rows(run, oracle, shown) or first_fitting(case, _of_hidden(place, run, oracle))
             return named or explain(case)
     return None
@@ -667,7 +702,7 @@ def _of_hidden(place: Place, run: ForwardRun, oracle: Oracle) -> Iterator[Wrong]
         if at in span.missing and len(inputs) == 1 and not own and not params and inputs[0].shape == oracle.value.shape:
             swapped = STAGES[hidden.function](result({at: inputs[0]}), **options)
             yield f"as if {forward_key(at)} came after {stage.name}, not before it", swapped
-        for text, value, *_ in wrong_values(hidden, (*inputs, *own), options):
+        for text, value in wrong_values(hidden, (*inputs, *own), options):
             left_out = f"as if {forward_key(at)} were left out"
             said = left_out if text in LEFT_OUT else f"in {forward_key(at)}, which was not recorded: {text}"
             yield said, result({at: value})

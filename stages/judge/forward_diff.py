@@ -33,7 +33,8 @@ from stages.judge.replay import holds_nan, row_verdict, same_bytes
 from stages.judge.rerun import recorded_of, resolve_suspects
 from stages.judge.rows import in_forward, pair_row
 from stages.judge.wanted import Wanted
-from stages.oracle.verdict import SideVerdict, Verdict, judged_part
+from stages.oracle.verdict import Verdict, judged_part
+from stages.recipes.side import SideVerdict
 from stages.spec.dtypes import stored_dtype
 from stages.spec.forward import ALIASES
 

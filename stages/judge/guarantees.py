@@ -9,7 +9,8 @@ import numpy as np
 from stages.errors import InputError, UsageError
 from stages.files.dump import MANIFEST_FILE, Dump
 from stages.oracle.exact import decide, tie_band
-from stages.oracle.verdict import Oracle, SideVerdict, Verdict, judged_part
+from stages.oracle.verdict import Oracle, Verdict, judged_part
+from stages.recipes.side import SideVerdict
 from stages.run.precision import EXACT, REFERENCE
 from stages.spec.dtypes import stored_dtype
 

@@ -8,18 +8,32 @@ and name no step that the stage does not have.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from types import MappingProxyType
 
 import numpy as np
 
-from stages.judge.alternatives import MASKS, MISSING, REARRANGED, Wrong, with_parameters_rearranged, without_a_parameter
-from stages.judge.elements import CLEAR, EVIDENT, clear_of_one, explain_elements, interval, shortest
 from stages.judge.low_rank import explain_low_rank
 from stages.oracle import bounds as noise
-from stages.oracle.verdict import STAGES, Oracle, judge, judged_part
+from stages.oracle.verdict import STAGES, Oracle, judged_part
+from stages.recipes.elements import CLEAR, EVIDENT, interval, shortest
+from stages.recipes.match import explain as ask
+from stages.recipes.recipe import Class
 from stages.spec.noise import Noise
+
+# What is wrong, the value that gives, and where that function cancels how far a right one may err beside the bound.
+Wrong = tuple[str, np.ndarray] | tuple[str, np.ndarray, np.ndarray]
+
+# Wrong causal masks, of how far back a key is from its query: which keys they show.
+MASKS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = MappingProxyType(
+    {
+        "the causal mask is missing": lambda back: np.ones(back.shape, bool),
+        "the mask hides a query's own position": lambda back: back > 0,
+        "the mask shows one position too many": lambda back: back >= -1,
+    }
+)
 
 # A wrong value explained by another function is this many times nearer to that function than to the right one.
 _NEARER = 4.0
@@ -42,14 +56,14 @@ class Case:
     """A stage that failed: its oracle, what was observed, and what it would be with other weights of the model.
 
     `others` yields (what is wrong, value): a hypothesis that needs what the stage does not read. `start` is where the
-    oracle's part of the whole result begins, along its rows or its vocabulary. `sizes` are the model's, by name.
+    oracle's part of the whole result begins, along its rows or its vocabulary. `asked`: no recipe gives the stage.
     """
 
     oracle: Oracle
     observed: np.ndarray
     others: Callable[[], Iterable[Wrong]] = field(default=lambda: ())
     start: int = 0
-    sizes: Mapping[str, int] = field(default_factory=dict)
+    asked: bool = False
 
     @cached_property
     def got(self) -> np.ndarray:
@@ -141,20 +155,10 @@ def explain(case: Case) -> str | None:
         return next((text for hint in hints for text in [hint(case)] if text is not None), None)
 
 
-def some_elements(case: Case) -> str | None:
-    """A few elements of the stage's weight are other ones."""
-    start = case.start if case.oracle.stage.by_vocab else 0  # of V all columns are there, whatever the rows of U
-    found = explain_elements(case.oracle, case.observed, start)
-    return None if found is None else str(found)
-
-
-def missing_term(case: Case) -> str | None:
-    """A bias, a residual, a norm, its weight, the mask or the activation is not there, or another is in its place."""
-    stage, arguments, options = case.oracle.stage, case.oracle.arguments, case.oracle.options
-    if stage.identity:
-        return None
-    table = MISSING[stage.name](*arguments, **options) if stage.name in MISSING else iter(())
-    return first_fitting(case, _chained(table, without_a_parameter(stage, arguments, options)))
+def by_recipe(case: Case) -> str | None:
+    """Another function, another number in it, or a few elements of its weight; it gives every element."""
+    found = None if case.asked else ask(case.oracle, case.observed)
+    return found.words if found is not None and found.kind is Class.OTHER else None
 
 
 def masked_otherwise(case: Case) -> str | None:
@@ -195,18 +199,9 @@ def _mask_said(shown: np.ndarray, causal: np.ndarray, seen: np.ndarray, unknown:
     return f"another mask: query {query} {sees} key {key} in head {head}"
 
 
-def rearranged(case: Case) -> str | None:
-    """Right values in the wrong places: pairs for halves, heads dealt out wrongly, a transpose, swapped weights."""
-    stage, arguments, options = case.oracle.stage, case.oracle.arguments, case.oracle.options
-    if stage.identity:
-        return None
-    table = REARRANGED[stage.name](*arguments, **options) if stage.name in REARRANGED else iter(())
-    return first_fitting(case, _chained(table, with_parameters_rearranged(stage, arguments, options), case.others()))
-
-
-def _chained(*tables: Iterable[Wrong]) -> Iterator[Wrong]:
-    for table in tables:
-        yield from table
+def of_other_weights(case: Case) -> str | None:
+    """What the stage would be of other weights of the model, or of other stages."""
+    return first_fitting(case, case.others())
 
 
 def first_fitting(case: Case, table: Iterable[Wrong]) -> str | None:
@@ -246,68 +241,6 @@ def _order(value: np.ndarray, got: np.ndarray) -> np.ndarray | None:
     return order if is_permutation and (order != np.arange(order.size)).any() else None
 
 
-def other_eps(case: Case) -> str | None:
-    """A norm with another of the usual epsilons, or with the root's argument otherwise."""
-    stage, options = case.oracle.stage, case.oracle.options
-    if stage.noise is not Noise.RMS_NORM:
-        return None
-    for eps in (0.0, *(10.0**-n for n in range(12, 2, -1))):
-        if not np.isclose(eps, options["eps"], rtol=1e-3, atol=0) and _right_with(case, eps=eps):
-            return f"as if eps were {eps:g}, not {options['eps']:g}"
-    return None
-
-
-def other_theta(case: Case) -> str | None:
-    """Inverse frequencies of another rope_theta."""
-    options = case.oracle.options
-    if case.oracle.stage.name != "inv_freq" or case.got.size < 2 or (case.got[1:] <= 0).any():
-        return None
-    ratios = np.log(case.got[1:]) / np.log(case.value[1:])
-    theta = float(np.exp(np.log(options["rope_theta"]) * np.median(ratios)))
-    short = (float(f"{theta:.{digits}g}") for digits in (1, 2, 4, 6, 9))
-    fitting = next((value for value in short if _explains_theta(case, value)), None)
-    return None if fitting is None else f"as if rope_theta were {fitting:.9g}, not {options['rope_theta']:.9g}"
-
-
-def _explains_theta(case: Case, theta: float) -> bool:
-    if theta <= 1:
-        return False
-    return _right_with(case, rope_theta=theta)
-
-
-def _right_with(case: Case, **options: float) -> bool:
-    """Whether the stage would be right if its options were others, by the bound of that function."""
-    other = case.oracle.of(case.oracle.arguments, {**case.oracle.options, **options})
-    return judge(other, case.observed)[0].passes and case.shortened_by(other.value)
-
-
-def constant_factor(case: Case) -> str | None:
-    """All values are the right ones times one number, which is surely not 1."""
-    if not case.got.any():
-        return "all values are 0"
-    least, most = (float(edge[0]) for edge in _factors(case, lambda x: x.reshape(1, -1)))
-    if not (least <= most and clear_of_one(least, most) and case.shortened_by(case.value * (least + most) / 2)):
-        return None
-    scaling = case.oracle.options.get("scaling")
-    named = _scales(scaling, case.sizes) if scaling else {}
-    return next(
-        (text for text, factor in named.items() if least * (1 - CLEAR) <= factor <= most * (1 + CLEAR)),
-        f"every value is {shortest(least, most):.9g} times what it should be",
-    )
-
-
-def _scales(scaling: float, sizes: Mapping[str, int]) -> dict[str, float]:
-    """Usual mistakes with the scale of the scores, and by what factor they are off."""
-    found = {
-        "the scale 1/sqrt(head_dim) is missing": 1 / scaling,
-        "the scale 1/sqrt(head_dim) is there twice": scaling,
-        "the scores are multiplied by sqrt(head_dim), not divided": 1 / scaling**2,
-    }
-    for name, size in sizes.items():
-        found[f"the scale is 1/sqrt({name}), {size}, not 1/sqrt(head_dim)"] = size**-0.5 / scaling
-    return found
-
-
 def row_factor(case: Case) -> str | None:
     """Each slice along some axis is the right one times a number of its own, and some of these are surely not 1."""
     for axis in range(case.value.ndim):
@@ -339,7 +272,8 @@ def _is_of_norm(case: Case, axis: int) -> bool:
 
 def _factors(case: Case, rows: Callable[[np.ndarray], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Per row the factors that bring every element of the right values to the observed: least and most."""
-    value, got, bound = (rows(x) for x in (case.value, case.got, case.bound))
+    room = np.broadcast_to(case.oracle.room, case.value.shape)
+    value, got, bound = (rows(x) for x in (case.value, case.got, room))
     squares = np.sum(value * value, axis=1, keepdims=True)
     fitted = np.where(squares > 0, np.sum(value * got, axis=1, keepdims=True) / np.where(squares > 0, squares, 1), 1.0)
     # A function times f rounds f times as much.
@@ -349,31 +283,6 @@ def _factors(case: Case, rows: Callable[[np.ndarray], np.ndarray]) -> tuple[np.n
     room += noise.exact_bound(got, case.observed.dtype)
     again = interval((got - room).T, (got + room).T, value.T)
     return np.where(least <= most, least, again[0]), np.where(least <= most, most, again[1])
-
-
-def temperature(case: Case) -> str | None:
-    """A softmax of scores times one number."""
-    if case.oracle.stage.noise is not Noise.SOFTMAX or not case.got.any():
-        return None
-    scores = case.oracle.arguments[0]
-    # log p_i - log p_j = f (s_i - s_j): weighed by p, whose small values have few digits.
-    p, of = np.where(case.value > 0, case.got, 0.0), np.where(case.value > 0, scores.astype(np.float64), 0.0)
-    logs = np.where(p > 0, np.log(np.where(p > 0, p, 1)), 0.0)
-    total = np.maximum(p.sum(axis=-1, keepdims=True), noise.TINY)
-    x, y = (np.where(p > 0, v - (p * v).sum(axis=-1, keepdims=True) / total, 0.0) for v in (of, logs))
-    squares = float((p * x * x).sum())
-    estimate = float((p * x * y).sum()) / squares if squares else 1.0
-    if estimate <= 0 or abs(estimate - 1) < CLEAR:
-        return None
-
-    def right(divisor: float) -> bool:
-        wide = scores.astype(np.float64) / divisor
-        others = (case.oracle.of((s,)) for s in (wide, wide.astype(scores.dtype)))
-        return any(judge(o, case.observed)[0].passes and case.shortened_by(o.value) for o in others)
-
-    short = dict.fromkeys(float(f"{1 / estimate:.{digits}g}") for digits in (1, 2, 3, 4, 6, 9))
-    divisor = next((value for value in short if abs(value - 1) >= CLEAR and value > 0 and right(value)), None)
-    return None if divisor is None else f"as if the scores were divided by {divisor:.9g} before the softmax"
 
 
 def one_wrong(case: Case) -> str | None:
@@ -487,14 +396,9 @@ def beyond_float16(case: Case) -> str | None:
 
 # In the order in which they are asked: what names elements or a function, then what names a place.
 HINTS: tuple[Callable[[Case], str | None], ...] = (
-    some_elements,
-    missing_term,
+    by_recipe,
     masked_otherwise,
-    rearranged,
-    other_eps,
-    other_theta,
-    constant_factor,
-    temperature,
+    of_other_weights,
     permuted,
     low_rank,
     one_wrong,

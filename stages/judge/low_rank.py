@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from stages.judge.product import Product, beyond, is_product
 from stages.oracle.verdict import Oracle
+from stages.recipes.recorded_product import Product, beyond, is_product
 
 # An error so many times its bound, in Frobenius norm, has a rank that can be told: of less, rounding leaves a few
 # directions of any error.
@@ -21,7 +21,7 @@ def explain_low_rank(oracle: Oracle, observed: np.ndarray) -> str | None:
     # Some tokens and columns show the rank of all.
     tokens = slice(None, None, -(-len(observed) // _SAMPLE[0]))
     wrong, ranks = beyond(oracle, observed), {}
-    error, bound = observed.astype(np.float64) - oracle.value, np.broadcast_to(oracle.bound, oracle.value.shape)
+    error, bound = observed.astype(np.float64) - oracle.value, np.broadcast_to(oracle.room, oracle.value.shape)
     for part in Product(oracle, observed).parts:
         columns = slice(
             part.columns.start, part.columns.stop, -((part.columns.start - part.columns.stop) // _SAMPLE[1])

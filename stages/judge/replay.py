@@ -18,7 +18,8 @@ from stages.judge.metrics import Difference, PairHash, same_bits
 from stages.judge.rows import Row, in_replay, pair_row
 from stages.oracle.bounds import LAMBDA, Lambdas
 from stages.oracle.residual import Residual
-from stages.oracle.verdict import Oracle, SideVerdict, Verdict, consult, worst
+from stages.oracle.verdict import Oracle, Verdict, consult, worst
+from stages.recipes.side import SideVerdict
 from stages.spec.layouts import LAYOUTS
 from stages.spec.noise import Noise
 from stages.spec.replay import REPLAY
@@ -292,7 +293,7 @@ def judge_chunk(
     verdict = verdict or SideVerdict()
     failed = verdict.add(oracle, observed) in (Verdict.BUG, Verdict.SUSPECT)
     if failed and explained and verdict.reason is None:
-        verdict.reason = explain(Case(oracle, observed, start=start))
+        verdict.reason = explain(Case(oracle, observed, start=start, asked=True))
     enforce_precision(verdict, precision, oracle, observed)
     return verdict
 

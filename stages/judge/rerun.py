@@ -22,8 +22,9 @@ from stages.judge.forward import ForwardRun, inputs_of, oracles_of, part
 from stages.judge.forward import open_run as open_forward_run
 from stages.judge.metrics import same_bits
 from stages.judge.rows import Row
-from stages.oracle.verdict import Oracle, SideVerdict, Verdict, consult, judged_part, worst
+from stages.oracle.verdict import Oracle, Verdict, consult, judged_part, worst
 from stages.progress import Progress
+from stages.recipes.side import SideVerdict
 from stages.run.calibration import FACT, facts_of
 from stages.run.children import ChildResult, run_child
 from stages.run.forward import Forwarder

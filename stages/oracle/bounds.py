@@ -330,24 +330,57 @@ BOUNDS: Mapping[Noise, tuple[Callable[..., np.ndarray], Callable[..., np.ndarray
 
 
 def calibrated(
-    kind: Noise, operands: tuple, result: np.ndarray, dtype: np.dtype, lambdas: Lambdas = LAMBDA
+    kind: Noise,
+    operands: tuple,
+    result: np.ndarray,
+    dtype: np.dtype,
+    lambdas: Lambdas = LAMBDA,
+    more: np.ndarray | float = 0.0,
 ) -> np.ndarray:
-    """The bound of `kind` at its lambda, and the rounding to a stored `dtype` narrower than float32."""
-    if kind is Noise.EXACT:
-        return exact_bound(result, dtype)
-    return stored_bound(BOUNDS[kind][0](lambdas[kind], *operands, result), result, dtype)
+    """The bound of `kind` at its lambda, and of the rounding to a stored `dtype` narrower than float32.
+
+    `more` is what the value may be off beside it, before that rounding.
+    """
+    noise = 0.0 if kind is Noise.EXACT else BOUNDS[kind][0](lambdas[kind], *operands, result)
+    return _stored(kind, noise, more, result, dtype)
 
 
-def rigorous(kind: Noise, operands: tuple, result: np.ndarray, dtype: np.dtype) -> np.ndarray:
+def rigorous(
+    kind: Noise, operands: tuple, result: np.ndarray, dtype: np.dtype, more: np.ndarray | float = 0.0
+) -> np.ndarray:
     """The bound of `kind` that no order of summation exceeds, stored in `dtype`."""
-    if kind is Noise.EXACT:
+    noise = 0.0 if kind is Noise.EXACT else BOUNDS[kind][1](*operands, result)
+    return _stored(kind, noise, more, result, dtype)
+
+
+def _stored(
+    kind: Noise, noise: np.ndarray | float, more: np.ndarray | float, result: np.ndarray, dtype: np.dtype
+) -> np.ndarray:
+    if kind is not Noise.EXACT:
+        return stored_bound(noise + more, result, dtype)
+    if np.ndim(more) == 0:
         return exact_bound(result, dtype)
-    return stored_bound(BOUNDS[kind][1](*operands, result), result, dtype)
+    # In float32 a kind's noise has the last rounding in it; of one operation that rounding is all.
+    return stored_bound(more + U32 * (np.abs(result) + more) if dtype == np.float32 else more, result, dtype)
 
 
-def stored_bound(bound: np.ndarray, result: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """A bound of the float32 result, and of its rounding to a narrower `dtype`."""
-    if dtype != np.float32:
-        # Of the value before that rounding, which is itself off by the bound.
-        bound = bound + exact_bound(np.abs(result) + bound, dtype)
-    return np.maximum(bound, TINY)  # a subnormal may have been flushed
+def stored_bound(noise: np.ndarray | float, result: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """How far from `result` a number may be stored whose value lay within `noise` of it.
+
+    In 16 bits that is one of the roundings of what lies between, so less than half a unit beside the noise: a value
+    that is not near a midpoint has one rounding alone. It holds for the value itself too, where nothing rounded it.
+    """
+    if dtype == np.float32:
+        return np.maximum(noise, TINY)  # its own rounding is in the noise; a subnormal may have been flushed
+    with np.errstate(over="ignore", invalid="ignore"):
+        above, below = (round_once(end, dtype).astype(np.float64) for end in (result + noise, result - noise))
+        reach = np.maximum(np.maximum(above - result, result - below), noise)
+    return np.maximum(reach, np.maximum(half_unit(result, dtype), TINY))
+
+
+def half_unit(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Half the distance between numbers of `dtype` about `x`; at a power of two, to the one below."""
+    mantissa, exponent = np.frexp(x)
+    exponent = exponent - (np.abs(mantissa) == 0.5)
+    smallest = float(ml_dtypes.finfo(dtype).smallest_normal)
+    return np.maximum(np.ldexp(rounding_unit(dtype), exponent - 1), rounding_unit(dtype) * smallest)

@@ -5,8 +5,8 @@ Inherited error is never blamed: the oracle starts from what the stage was given
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
 from typing import Any
@@ -17,7 +17,6 @@ from stages.oracle import bounds as noise
 from stages.oracle import components as reference
 from stages.oracle import decoder
 from stages.oracle import router as reference_router
-from stages.oracle.narrow import FLOAT16, NARROW, TF32, Narrow
 from stages.oracle.rounding import round_once
 from stages.spec.causal import up_to_query
 from stages.spec.dtypes import stored_dtype
@@ -92,6 +91,10 @@ class Oracle:
     lambdas: noise.Lambdas
     unsure: Unsure | None = None
     again: Callable[[tuple[np.ndarray, ...]], Oracle] | None = None  # of other arguments, where no table has the stage
+    # Of inputs that were computed by stages which were recorded with their own inputs: the oracle of each, by name.
+    made: Mapping[str, Callable[[], Oracle | None]] = field(default_factory=dict)
+    hidden: tuple[str, ...] = ()  # inputs that were not recorded, and can be computed again by their makers
+    sizes: Mapping[str, int] = field(default_factory=dict)  # the model's, by name: one may stand for another
 
     def of(self, arguments: tuple[np.ndarray, ...], options: Mapping[str, Any] | None = None) -> Oracle:
         """The oracle of the same stage for other arguments or options."""
@@ -104,6 +107,12 @@ class Oracle:
     def bound(self) -> np.ndarray:
         """The calibrated bound, per element."""
         return self.calibrated()
+
+    @cached_property
+    def room(self) -> np.ndarray:
+        """As `bound`, where the value may be another of about that size: then any rounding to 16 bits is possible."""
+        dtype = stored_dtype(self.stage.dtype)
+        return self.bound if dtype.itemsize == 4 else self.bound + noise.exact_bound(self.value, dtype)
 
     @property
     def rounded(self) -> np.ndarray:
@@ -121,9 +130,8 @@ def consult(
     """The oracle of `stage` for its `arguments` (inputs, then params, in declared order)."""
     dtype = stored_dtype(stage.dtype)
 
-    def widened(bound: np.ndarray, which: int) -> np.ndarray:
-        # What is added is rounded to the stored dtype with the rest.
-        return bound if unsure is None else bound + (1 + noise.rounding_unit(dtype)) * unsure(arguments)[which]
+    def more(which: int) -> np.ndarray | float:
+        return 0.0 if unsure is None else unsure(arguments)[which]
 
     if stage.identity:
         value = arguments[0].astype(np.float64)
@@ -135,8 +143,8 @@ def consult(
     return Oracle(
         stage,
         value,
-        lambda: widened(noise.calibrated(stage.noise, operands, value, dtype, lambdas), 0),
-        lambda: widened(noise.rigorous(stage.noise, operands, value, dtype), 1),
+        lambda: noise.calibrated(stage.noise, operands, value, dtype, lambdas, more(0)),
+        lambda: noise.rigorous(stage.noise, operands, value, dtype, more(1)),
         arguments,
         options,
         lambdas,
@@ -148,69 +156,15 @@ def consult(
 class Judged:
     """One output against its oracle: largest error / bound, sum of its squares and the elements summed over.
 
-    Elements whose value is 0 (masked probabilities, padding) are not counted: nothing is rounded there.
+    Elements whose value is 0 (masked probabilities, padding) are not counted: nothing is rounded there. `bits` are
+    the elements that are correctly rounded.
     """
 
     verdict: Verdict
     ratio: float = 0.0
     squares: float = 0.0
     count: int = 0
-
-
-@dataclass
-class SideVerdict:
-    """Verdict of one side on one stage, over all chunks added; `ratio` is the largest error / bound.
-
-    `elementwise` is the worst verdict on any element, `reason` what is known of it: of `precision`, in which way bits
-    were lost. `verdict` is also `suspect` when every element is within its bound and all together err too much.
-    `rule` is what a side's own precision promises (promise.py).
-    """
-
-    elementwise: Verdict = Verdict.EXACT
-    ratio: float = 0.0
-    reason: str | None = None
-    rule: str | None = None
-    squares: float = 0.0
-    count: int = 0
-    rms_limit: float = np.inf
-
-    @property
-    def verdict(self) -> Verdict:
-        return worst(self.elementwise, Verdict.SUSPECT) if self.systematic else self.elementwise
-
-    @property
-    def hint(self) -> str | None:
-        if self.reason is None and self.elementwise.passes and self.systematic:
-            times = self.rms_ratio / self.rms_limit
-            return f"no element is beyond its bound, but all together err {times:.2g} times as much as rounding may"
-        return self.reason
-
-    @property
-    def rms_ratio(self) -> float:
-        """RMS of error / bound over the stage's elements."""
-        return float(np.sqrt(self.squares / max(self.count, 1)))
-
-    @property
-    def systematic(self) -> bool:
-        """Whether the errors of all elements together are larger than right kernels' rounding."""
-        return self.count >= noise.RMS_COUNT and self.rms_ratio > self.rms_limit
-
-    def add(self, oracle: Oracle, observed: np.ndarray) -> Verdict:
-        """Judge one chunk, and return its verdict; where it is beyond its bound, ask whether only bits were lost."""
-        observed = judged_part(oracle.stage, observed)
-        judged = measure(oracle, observed)
-        verdict = judged.verdict
-        bits = fewer_bits(oracle, observed) if verdict in (Verdict.SUSPECT, Verdict.BUG) else None
-        if bits is not None:
-            verdict = Verdict.PRECISION
-        if worst(self.elementwise, verdict) is not self.elementwise:
-            self.elementwise, self.reason = verdict, bits
-        self.ratio = max(self.ratio, judged.ratio)
-        self.squares, self.count = self.squares + judged.squares, self.count + judged.count
-        # Of what was carried from stages before, which may err alike, no RMS was measured.
-        sure = oracle.unsure is None
-        self.rms_limit = noise.rms_limit(oracle.stage.noise, observed.dtype, oracle.lambdas) if sure else np.inf
-        return verdict
+    bits: int = 0
 
 
 def judge(oracle: Oracle, observed: np.ndarray) -> tuple[Verdict, float]:
@@ -227,14 +181,16 @@ def measure(oracle: Oracle, observed: np.ndarray) -> Judged:
     expected, count = oracle.rounded, int(np.count_nonzero(oracle.value))
     if np.array_equal(expected, observed):  # as numbers: +0 and -0 are one value
         finite = bool(np.isfinite(observed).all())
-        return Judged(Verdict.EXACT, count=count) if finite else Judged(Verdict.NONFINITE, np.inf)
+        exact = Judged(Verdict.EXACT, count=count, bits=observed.size)
+        return exact if finite else Judged(Verdict.NONFINITE, np.inf)
     if not np.isfinite(observed).all() or not np.isfinite(oracle.value).all():
         return Judged(Verdict.NONFINITE, np.inf)  # also a number where its inputs give none: nothing is near to a NaN
     got = canonical(observed)
-    if np.array_equal(canonical(expected), got):
-        return Judged(Verdict.EXACT, count=count)
+    bits = int(np.count_nonzero(canonical(expected) == got))
+    if bits == got.size:
+        return Judged(Verdict.EXACT, count=count, bits=bits)
     ratio, squares = _ratios(got, oracle.value, oracle.bound)
-    return Judged(_by_element(oracle, got, ratio), ratio, squares, count)
+    return Judged(_by_element(oracle, got, ratio), ratio, squares, count, bits)
 
 
 def _by_element(oracle: Oracle, got: np.ndarray, ratio: float) -> Verdict:
@@ -258,67 +214,6 @@ def _ratios(got: np.ndarray, value: np.ndarray, bound: np.ndarray) -> tuple[floa
         largest = max(largest, float(ratios.max(initial=0.0)))
         squares += float(ratios @ ratios)
     return largest, squares
-
-
-def fewer_bits(oracle: Oracle, observed: np.ndarray) -> str | None:
-    """In which way the right function lost bits, if rounding its operands, its result or both explains the output.
-
-    None when no narrow format does. Explained means within the calibrated bound of the function of rounded operands.
-    """
-    if oracle.stage.noise in _LONG_SUMS and _relative(oracle, observed) > _MOST_LOST:
-        return None
-    for narrow in NARROW:
-        what = _lost(oracle, observed, narrow)
-        if what is not None:
-            # Values within float16's range do not tell it from TF32, which keeps as many bits.
-            alike = narrow is TF32 and _lost(oracle, observed, FLOAT16) == what
-            return f"its {what} {narrow.bits} mantissa bits, {narrow.name}{' or float16-like' if alike else ''}"
-    return None
-
-
-def _lost(oracle: Oracle, observed: np.ndarray, narrow: Narrow) -> str | None:
-    """What `narrow` must round to explain the output: the result, operands or both, with their verb; or None."""
-    stored = observed.dtype == np.float32 and narrow.holds(observed)
-    if stored and _within(oracle, observed, narrow):
-        return "result has"
-    for which, arguments in _narrowed(oracle, narrow):
-        rounded = oracle.of(arguments)
-        if judge(rounded, observed)[0].passes:
-            return f"{which} have"
-        if stored and _within(rounded, observed, narrow):
-            return f"{which} and its result have"
-    return None
-
-
-# Bits lost in the operands of a long sum lose as many of the result's, not all: more is another function, and it is
-# not worth six more products to find that out.
-_LONG_SUMS = (Noise.PRODUCT, Noise.SCORES, Noise.WEIGHTED)
-_MOST_LOST = 0.05
-
-
-def _relative(oracle: Oracle, observed: np.ndarray) -> float:
-    return float(np.linalg.norm(observed - oracle.value) / max(float(np.linalg.norm(oracle.value)), noise.TINY))
-
-
-def _within(oracle: Oracle, observed: np.ndarray, narrow: Narrow) -> bool:
-    """Whether a result that `narrow` holds is as near as truncation to it allows."""
-    allowed = oracle.bound + 2.0**-narrow.bits * (np.abs(oracle.value) + oracle.bound)
-    return bool((np.abs(observed - oracle.value) <= allowed).all())
-
-
-def _narrowed(oracle: Oracle, narrow: Narrow) -> Iterator[tuple[str, tuple[np.ndarray, ...]]]:
-    """The stage's arguments in fewer bits, where that differs: all, inputs or parameters alone, each input alone."""
-    given, inputs = oracle.arguments, len(oracle.stage.inputs)
-    rounded = tuple(narrow.round(a).astype(a.dtype) if a.dtype.kind != "i" else a for a in given)
-    changed = [not np.array_equal(a, b) for a, b in zip(rounded, given, strict=True)]
-    if any(changed):
-        yield "operands", rounded
-    if any(changed[:inputs]) and any(changed[inputs:]):
-        yield "inputs", (*rounded[:inputs], *given[inputs:])
-        yield "weights", (*given[:inputs], *rounded[inputs:])
-    if sum(changed[:inputs]) > 1:
-        for i, name in enumerate(oracle.stage.inputs):
-            yield f"values of {name}", (*given[:i], rounded[i], *given[i + 1 :])
 
 
 def canonical(a: np.ndarray) -> np.ndarray:

@@ -11,7 +11,8 @@ import numpy as np
 
 from stages.errors import InputError, UsageError, shown
 from stages.oracle.bounds import LAMBDA, Lambdas
-from stages.oracle.verdict import Oracle, SideVerdict, consult
+from stages.oracle.verdict import Oracle, consult
+from stages.recipes.side import SideVerdict
 from stages.run.memory import aligned_copy, is_aligned
 from stages.run.watch import entering
 from stages.spec.backend import Backend, Weights

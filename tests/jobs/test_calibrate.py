@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bits import keep_bits
 from faulty import Faulty
 from forward_models import MODELS, trace, write_model
 from helpers import svf, with_json
@@ -19,7 +20,6 @@ from stages.errors import InputError
 from stages.files.dump import MANIFEST_FILE
 from stages.jobs import calibrate
 from stages.oracle.bounds import LAMBDA, RMS, RMS_FACTOR
-from stages.oracle.narrow import keep_bits
 from stages.progress import Progress
 from stages.run import calibration
 from stages.run.calibration import CAP, SAFETY, SHIPPED, Calibration, facts_of, lambdas_of, load, store

@@ -21,8 +21,9 @@ from stages.files.router_head import HEAD_KEY, RouterHead, load_head
 from stages.files.selection import Selection, load_manifest
 from stages.files.tensorfile import write_tensors
 from stages.jobs.route import LOGITS, RouteCommand, _choice, _Given, _Side, compare, route_one
-from stages.oracle.verdict import SideVerdict, Verdict, consult
+from stages.oracle.verdict import Verdict, consult
 from stages.progress import Progress
+from stages.recipes.side import SideVerdict
 from stages.run.precision import with_precision
 from stages.spec.backend import Backend
 from stages.spec.router import ROLES, ROUTER

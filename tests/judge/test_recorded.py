@@ -374,7 +374,7 @@ def test_a_float64_run_is_judged_as_far_as_the_bounds_of_float32_go(made: Path, 
     assert "to float32's resolution" in done.json["facts"]["dtype taken"]
     for place in ((0, "ffn_gate"), (1, "post_attn_residual"), (1, "attention")):
         change = in_float64(made, forward_key(place))
-        assert blamed(recorded(made, tmp_path / "x.safetensors", change)) == ("bug", *place)
+        assert blamed(recorded(made, tmp_path / "x.safetensors", change)) == ("bug", *place), place
 
 
 # The forms in which programs write.

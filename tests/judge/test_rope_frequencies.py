@@ -11,7 +11,8 @@ import pytest
 from forward_models import DYNAMIC, LINEAR, LLAMA3, LONGROPE, YARN
 
 from stages.oracle import bounds as noise
-from stages.oracle.verdict import SideVerdict, Verdict, consult
+from stages.oracle.verdict import Verdict, consult
+from stages.recipes.side import SideVerdict
 from stages.spec.forward import DECLARED
 from stages.spec.stage import Stage
 from svf_jax.backend import JaxBackend

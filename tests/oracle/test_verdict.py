@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from replays import factors, make_offsets
 
 from stages.oracle import bounds as noise
-from stages.oracle.verdict import Oracle, SideVerdict, Verdict, canonical, consult, judge, worst
+from stages.oracle.verdict import Oracle, Verdict, canonical, consult, judge, worst
+from stages.recipes.side import SideVerdict
 from stages.spec.backend import Backend
 from stages.spec.forward import DECLARED
 from stages.spec.noise import Noise

@@ -15,10 +15,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from stages.judge.product import Product, beyond, cell, is_product
 from stages.oracle import bounds as noise
 from stages.oracle.rounding import round_once
 from stages.oracle.verdict import OPERANDS, Oracle
+from stages.recipes.recorded_product import Product, beyond, cell, is_product
 from stages.spec.noise import Noise
 
 # A fitted number is told only if it differs from the right one by this much of it, or of the row's largest: less is

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from forward_models import MODELS, MemoryWeights, random_weights, tokens_of
 
-from stages.judge.elements import Explanation, explain_elements, explain_rows, interval, shortest, stored_as
 from stages.judge.low_rank import explain_low_rank
-from stages.judge.product import cell
 from stages.oracle.components import ReferenceBackend
 from stages.oracle.rounding import round_once
 from stages.oracle.verdict import STAGES, Oracle, consult, judge
+from stages.recipes.elements import Explanation, explain_elements, explain_rows, interval, shortest, stored_as
+from stages.recipes.recorded_product import cell
 from stages.run.forward import Forwarder, oracles, recorded_inputs
 from stages.spec.dtypes import stored_dtype
 from stages.spec.forward import forward_pipeline

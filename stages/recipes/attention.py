@@ -1,0 +1,336 @@
+"""Scores, softmax and the weighted values: where they are rounded, and what faults make of them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from stages.oracle import qwen as forward
+from stages.oracle.bounds import U32
+from stages.recipes.at import At
+from stages.recipes.product import IN_PIECES, UNITS, cut_off
+from stages.recipes.recipe import FIT, NARROW, Form, Kind, Mod, equivalent, narrower, prescribed
+from stages.recipes.value import Pieces, Value, nearest, product, total
+from stages.spec.causal import up_to_query
+from stages.spec.noise import Noise
+
+
+def _keys_for(x: np.ndarray, heads: int, tiled: bool) -> np.ndarray:
+    """Keys or values `[tokens, kv_heads, head_dim]` as `[heads, tokens, head_dim]`."""
+    turned, group = x.swapaxes(0, 1), heads // x.shape[1]
+    return np.tile(turned, (group, 1, 1)) if tiled else np.repeat(turned, group, axis=0)
+
+
+def scores(
+    at: At,
+    *,
+    form: str = "each",
+    factor: str | float = 1.0,
+    tiled: bool = False,
+    swapped: bool = False,
+    cap: float | None = None,
+    unit: tuple[float, float] | None = None,
+    pieces: Pieces | None = None,
+) -> Value | None:
+    """q k^T scaled, `[heads, queries, keys]`; `form` says where the scale goes and what is rounded before it."""
+    scale = float(nearest(np.float64(at.options["scaling"]), "float32"))
+    scale = float(nearest(np.float64(scale * _times(at, factor)), "float32"))
+    q, k = at.input(0), at.input(1)
+    heads = q.mid.shape[1]
+    if tiled and not 1 < k.mid.shape[1] < heads:
+        return None
+    q, k = q.map(lambda x: x.swapaxes(0, 1)), k.map(lambda x: _keys_for(x, heads, tiled))
+    q, k = (k, q) if swapped else (q, k)
+    if form == "scale narrow":
+        scale = float(at.narrow(np.float64(scale)))
+    if form == "in q":
+        q, scale = at.stored(q * scale), 1.0
+    if form == "in q, float32":
+        q, scale = (q * scale).soft(1), 1.0
+    if form == "root":
+        q, k, scale = at.stored(q * np.sqrt(scale)), at.stored(k * np.sqrt(scale)), 1.0
+    k = k.map(lambda x: x.swapaxes(1, 2))
+    y = product(q, k, at.lam(Noise.SCORES), pieces)
+    y = cut_off(at, y, q, k, unit)
+    if form in ("each", "scale narrow"):
+        y = at.stored(y)
+    y = (y * scale).soft(1) if scale != 1.0 else y
+    return y if cap is None else (y * (1 / cap)).map(np.tanh).soft(8) * cap
+
+
+def _times(at: At, factor: str | float) -> float:
+    """A wrong factor of the scale: a number, or `twice`, `missing`, `upside down`."""
+    scale = float(at.options["scaling"])
+    if isinstance(factor, float):
+        return factor
+    return {"missing": 1 / scale, "twice": scale, "upside down": scale**-2}[factor]
+
+
+_SCORE_FORMS = (
+    prescribed("the product rounded, then scaled", who="transformers eager"),
+    equivalent(
+        "scaled in float32, rounded once",
+        dtypes=NARROW,
+        who="flash attention, ggml, XLA under jit",
+        form="once",
+    ),
+    equivalent("the scale folded into q, which is rounded", who="Bumblebee, keras-hub, MLX", form="in q"),
+    equivalent("the scale folded into q in float32", dtypes=NARROW, who="flashinfer", form="in q, float32"),
+    equivalent("its root folded into q and into k", who="torch sdpa (math), torch.onnx", form="root"),
+    *(
+        equivalent(
+            f"the product summed by a tensor core, whose accumulators truncate{words}",
+            dtypes=(dtype,),
+            wider=True,
+            unit=unit,
+            form=form,
+        )
+        for dtype, unit in UNITS.items()
+        for form, words in (("each", ""), ("once", "; rounded once"))
+    ),
+    narrower(
+        "the scale itself rounded to {dtype}",
+        dtypes=NARROW,
+        who="a Python number times an array: JAX, Nx, MLX",
+        usual="as JAX multiplies a {dtype} array by a Python number",
+        form="scale narrow",
+    ),
+    *(narrower(words, dtypes=("float32",), pieces=pieces) for words, pieces in IN_PIECES.items()),
+)
+_SCORE_MODS = (
+    Mod("the scale 1/sqrt(head_dim) is missing", {"factor": "missing"}),
+    Mod("the scale 1/sqrt(head_dim) is there twice", {"factor": "twice"}),
+    Mod("the scores are multiplied by sqrt(head_dim), not divided", {"factor": "upside down"}),
+    Mod("key heads are dealt out in turn, not each to consecutive query heads", {"tiled": True}),
+    Mod("queries and keys are swapped", {"swapped": True}),
+    *(Mod(f"capped softly at {cap:g}", {"cap": cap}) for cap in (20.0, 30.0, 50.0)),
+)
+SCORES = Kind("scores", scores, _SCORE_FORMS, _SCORE_MODS, cheap=False)
+
+
+# -- softmax ------------------------------------------------------------------------------------------------------
+
+
+def softmax(
+    at: At,
+    *,
+    chain: str = "float32",
+    mask: int | None = 0,
+    window: int | None = None,
+    temperature: float = 1.0,
+    sink: float | None = None,
+    axis: str = "keys",
+    fast: float = 0.0,
+    per: float = 0.0,
+) -> Value | None:
+    """Over the keys up to each query; `chain` says what of difference, exponential, sum and quotient is rounded.
+
+    `mask`: how many keys more or fewer are seen. `fast`: the exponential's relative error,
+    `per`: and in u of its argument.
+    """
+    x = at.input(0)
+    x = x if temperature == 1.0 else x * (1 / temperature)
+    if axis != "keys":
+        x = x.map(lambda a: a.swapaxes(-1, -2))
+    seen = _seen(x.mid, mask, window, turned=axis != "keys")
+    e = exponentials(at, x, seen, chain, fast)
+    if per:
+        top = np.where(seen, x.mid, -np.inf).max(axis=-1, keepdims=True)
+        e = e.off(np.where(seen, U32 * (4 + per * np.abs(x.mid - top)), 0.0) * e.mid)
+    t = total(e)
+    if sink is not None:
+        top = np.where(seen, x.mid, -np.inf).max(axis=-1, keepdims=True)
+        t = t + np.exp(sink - top)
+    if chain == "all":
+        t = at.stored(t)
+    p = at.stored(e * at.stored(t.falling(lambda a: 1 / a))) if chain == "inverse" else (e / t).soft(1)
+    return p if axis == "keys" else p.map(lambda a: a.swapaxes(-1, -2))
+
+
+def _seen(x: np.ndarray, mask: int | None, window: int | None, *, turned: bool = False) -> np.ndarray:
+    queries, keys = x.shape[-2:]
+    if turned:
+        return np.tri(queries, keys, dtype=bool).T
+    if mask is None:
+        return np.ones((queries, keys), bool)
+    seen = np.tri(queries, keys, keys - queries + mask, dtype=bool)
+    if window is not None:
+        seen &= ~np.tri(queries, keys, keys - queries - window, dtype=bool)
+    return seen | ~seen.any(axis=-1, keepdims=True)
+
+
+def exponentials(at: At, x: Value, seen: np.ndarray, chain: str = "float32", fast: float = 0.0) -> Value:
+    """exp(x - the row's largest) where `seen`, else 0."""
+    mid = np.where(seen, x.mid, -np.inf)
+    d = x - mid.max(axis=-1, keepdims=True)
+    if not x.sure:  # the largest moves with the scores: twice their doubt at most
+        r = np.where(seen, (x.hi - x.lo) / 2, 0.0)
+        d = Value(d.mid, d.mid, d.mid).off(r + r.max(axis=-1, keepdims=True))
+    if chain == "float32":
+        # u of the difference, which is an exponent, and of the product with log2(e); and the exponential's own.
+        d = Value(d.lo, nearest(d.mid, "float32"), d.hi).off(U32 * (2 * np.abs(d.mid) + 4))
+    else:
+        d = at.stored(d)
+    e = d.map(lambda a: np.where(seen, np.exp(np.minimum(a, 80.0)), 0.0))
+    if fast:
+        e = Value(e.lo * (1 - fast), np.where(seen, cubic_exponential(d.mid), 0.0), e.hi * (1 + fast))
+    return e.soft(0) if chain == "float32" else at.stored(e)
+
+
+def cubic_exponential(x: np.ndarray) -> np.ndarray:
+    """exp as torch has it on CPUs in 16 bits: 2^fraction by a cubic, right to 1e-4, its bits put together as a number.
+
+    `fexp_u20` of ATen/cpu/vec/vec256 and vec512.
+    """
+    scaled = (x * np.float64(np.float32(1.44269504088896341))).astype(np.float32).astype(np.float64)
+    part = scaled - np.floor(scaled)
+    cubic = ((_CUBIC[3] * part + _CUBIC[2]) * part + _CUBIC[1]) * part + _CUBIC[0]
+    bits = np.rint(2.0**23 * (scaled - cubic) + 127 * 2.0**23)
+    return np.clip(bits, 0, 2**31 - 1).astype(np.int64).astype(np.uint32).view(np.float32).astype(np.float64)
+
+
+_CUBIC = (0.00010703434948458272, 0.30354260500649682, -0.22433836478672356, -0.079204240219773236)
+
+
+_SOFTMAX_FORMS = (
+    prescribed("in float32, cast", who="transformers eager"),
+    narrower(
+        "in {dtype}: difference, exponential, sum and quotient each rounded",
+        dtypes=NARROW,
+        usual="as jax.nn.softmax does on {dtype}",
+        chain="all",
+    ),
+    narrower(
+        "in {dtype}: difference and exponential rounded, sum and quotient in float32", dtypes=NARROW, chain="some"
+    ),
+    narrower("in {dtype}: each step rounded, times the sum's rounded inverse", dtypes=NARROW, chain="inverse"),
+    narrower("by CUDA's __expf", dtypes=("float32",), per=2.34),
+    narrower("by a fast exponential, right to 1e-4", dtypes=("float32",), fast=1.2e-4),
+    equivalent(
+        "by a fast exponential, right to 1e-4",
+        dtypes=NARROW,
+        who="torch on the CPU (fexp_u20)",
+        wider=True,
+        fast=1.2e-4,
+    ),
+)
+_SOFTMAX_MODS = (
+    Mod("the causal mask is missing", {"mask": None}),
+    Mod("the mask hides a query's own position", {"mask": -1}),
+    Mod("the mask shows one position too many", {"mask": 1}),
+    *(Mod(f"the mask shows the last {n} keys alone: a window", {"window": n}) for n in (2, 4, 8, 16, 32, 64, 128)),
+    Mod("softmax runs over the queries, not over the keys", {"axis": "queries"}),
+    Mod("a sink: one more key, of score 0, in the sum", {"sink": 0.0}),
+    *(Mod(f"as if the scores were divided by {t:g} before the softmax", {"temperature": t}) for t in (0.5, 2.0)),
+    Mod("as if the scores were divided by {fit:.9g} before the softmax", {"temperature": FIT}),
+)
+SOFTMAX = Kind("softmax", softmax, _SOFTMAX_FORMS, _SOFTMAX_MODS)
+
+
+# -- weighted values ----------------------------------------------------------------------------------------------
+
+
+def weighted(
+    at: At,
+    *,
+    p: str = "recorded",
+    fast: float = 0.0,
+    values: int = 2,
+    tiled: bool = False,
+    unjoined: bool = False,
+    transposed: bool = False,
+    reverse: bool = False,
+    unit: tuple[float, float] | None = None,
+    pieces: Pieces | None = None,
+) -> Value | None:
+    """p @ v, heads joined, `[tokens, heads * head_dim]`.
+
+    `p`: the probabilities as recorded, or `numerators` made again from the scores, divided by their sum at the end;
+    `cast` rounds them first, `half` does it in float16.
+    """
+    a, t = (at.input(0), None) if p == "recorded" else _numerators(at, p, fast)
+    heads = a.mid.shape[0]
+    o = at.options
+    split = (forward._queries, forward._keys, forward._values)[values]
+    sizes = (o["kv_heads"], o["head_dim"]) if values else (o["head_dim"],)
+    if values == 0:
+        return None
+    v = at.input(1).map(lambda x: split(x, o["heads"], *sizes))
+    if tiled and not 1 < v.mid.shape[1] < heads:
+        return None
+    v = v.map(lambda x: _keys_for(x, heads, tiled))
+    if transposed:
+        a = a.map(lambda x: x.swapaxes(-1, -2))
+    if p == "half numerators":
+        v = v.once("float16")
+    y = product(a, v, at.lam(Noise.WEIGHTED), pieces)
+    y = cut_off(at, y, a, v, unit)
+    if t is not None:
+        y = (y / t).soft(1)
+    y = y.map(lambda x: x[::-1]) if reverse else y
+    rows = y.mid.shape[1]
+    return y.map(lambda x: (x if unjoined else x.swapaxes(0, 1)).reshape(rows, -1))
+
+
+def _numerators(at: At, p: str, fast: float) -> tuple[Value, Value]:
+    """exp(scores - largest), and their sum; from unrounded scores."""
+    scores = at.maker(at.stage.inputs[0]).raw("attn_scores", 1)
+    e = exponentials(at, scores, up_to_query(scores.mid), fast=fast).soft(4)
+    t = total(e)
+    if p == "half numerators":
+        return e.once("float16"), t
+    return (at.stored(e) if p == "cast numerators" else e), t
+
+
+_WEIGHTED_FORMS: tuple[Form, ...] = (
+    prescribed("of the recorded probabilities, summed in float32, rounded once", who="transformers eager"),
+    equivalent(
+        "float32 numerators, divided by their sum at the end",
+        dtypes=NARROW,
+        deep=True,
+        who="torch sdpa on the CPU, XLA, ggml",
+        p="numerators",
+    ),
+    equivalent(
+        "float32 numerators, divided by their sum at the end",
+        dtypes=("float32",),
+        deep=True,
+        unseen=True,
+        who="torch sdpa on the CPU, XLA, ggml",
+        p="numerators",
+    ),
+    equivalent(
+        "numerators rounded to {dtype}, divided by their sum at the end",
+        dtypes=NARROW,
+        deep=True,
+        who="flash attention 2 and 3",
+        p="cast numerators",
+    ),
+    equivalent(
+        "numerators by a fast exponential, rounded to {dtype}, divided by their sum at the end",
+        dtypes=NARROW,
+        deep=True,
+        who="torch sdpa on the CPU in bfloat16 and float16",
+        p="cast numerators",
+        fast=1.2e-4,
+    ),
+    *(
+        equivalent("summed by a tensor core, whose accumulators truncate", dtypes=(dtype,), wider=True, unit=unit)
+        for dtype, unit in UNITS.items()
+    ),
+    narrower(
+        "numerators and values in float16, divided by their sum at the end",
+        dtypes=("float32", "bfloat16"),
+        who="llama.cpp with flash attention",
+        usual="as llama.cpp's flash attention does",
+        p="half numerators",
+    ),
+    *(narrower(words, dtypes=("float32",), pieces=pieces) for words, pieces in IN_PIECES.items()),
+)
+_WEIGHTED_MODS = (
+    Mod("values are the keys", {"values": 1}),
+    Mod("attn_softmax is transposed", {"transposed": True}),
+    Mod("heads are joined without bringing the tokens first", {"unjoined": True}),
+    Mod("value heads are dealt out in turn, not each to consecutive query heads", {"tiled": True}),
+    Mod("heads are joined in reverse order", {"reverse": True}),
+)
+WEIGHTED = Kind("attention", weighted, _WEIGHTED_FORMS, _WEIGHTED_MODS, cheap=False)

@@ -1,0 +1,112 @@
+"""Which recipes each stage has; everything that speaks of rounding or of usual mistakes derives from these rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from stages.oracle.verdict import consult
+from stages.recipes import attention, elementwise, norm, product, replay, rope
+from stages.recipes.at import At, Unknown
+from stages.recipes.recipe import EVERY, FIT, Class, Form, Kind, Mod
+from stages.recipes.value import Value
+from stages.spec.layouts import LAYOUTS
+from stages.spec.noise import Noise
+from stages.spec.stage import Stage
+
+# Stages of one noise kind share their recipes; of the exact ones each has its own.
+BY_NOISE: Mapping[Noise, Kind] = MappingProxyType(
+    {
+        Noise.RMS_NORM: norm.NORM,
+        Noise.PRODUCT: product.LINEAR,
+        Noise.SCORES: attention.SCORES,
+        Noise.SOFTMAX: attention.SOFTMAX,
+        Noise.WEIGHTED: attention.WEIGHTED,
+        Noise.SILU: elementwise.SILU,
+        Noise.ROPE: rope.ROPE,
+        Noise.COS_SIN: rope.TABLE,
+        Noise.SUM_RATIO: replay.RATIO,
+        Noise.INV_FREQ: rope.INV_FREQ,
+    }
+)
+BY_NAME: Mapping[str, Kind] = MappingProxyType(
+    {
+        "rope_angle": rope.ANGLE,
+        "embedding": elementwise.EMBEDDING,
+        "ffn_swigl": elementwise.SWIGL,
+        "post_attn_residual": elementwise.RESIDUAL,
+        "post_ffn_residual": elementwise.RESIDUAL,
+        "source_f32": elementwise.COPY,
+        "offsets_f32": elementwise.COPY,
+        "scaled_s": replay.SCALED_S,
+        "u_scaled": replay.U_SCALED,
+        "matmul_pre_norm": replay.CONTRACTED,
+        "zero_source_f32": replay.CONTRACTED,
+        "adapted_source_f32": replay.ADAPTED,
+        "final_f32": replay.FINAL,
+        "final_bf16": replay.CAST,
+    }
+)
+
+
+def kind_of(stage: Stage) -> Kind | None:
+    """The recipes of a stage; None of one that no row describes."""
+    if stage.identity:
+        return elementwise.COPY
+    return BY_NAME.get(stage.name) or BY_NOISE.get(stage.noise)
+
+
+def held(dtype: str) -> str:
+    """The dtype whose rows hold for a storage dtype: what is stored wider than float32 was computed in that."""
+    return dtype if dtype in EVERY else "float32"
+
+
+def forms_of(kind: Kind, dtype: str, *classes: Class) -> list[Form]:
+    """The forms that hold for a dtype, of some classes, in their order."""
+    return [form for form in kind.forms if form.of(held(dtype)) in classes]
+
+
+# What the rows call a step that is not done at all.
+LEFT_OUT = ("the norm is missing", "the activation is missing", "not turned by RoPE at all")
+
+
+def told(row: Form | Mod, at: At, number: float = 0.0) -> str:
+    """A row's words of one stage: its dtype, options and the number that was estimated filled in."""
+    named = {name: value for name, value in at.options.items() if isinstance(value, float | str)}
+    if "layout" in at.options:
+        turned = LAYOUTS[at.options["layout"]].transposed
+        named["other_layouts"] = ", ".join(name for name, row in LAYOUTS.items() if row.transposed != turned)
+    if "transpose" in at.options:
+        named["turned"] = "labelled as transposed, the values are not" if at.options["transpose"] else "transposed"
+    return row.words.format(**{**named, "dtype": at.stage.dtype, "fit": number})
+
+
+def wrong_values(
+    stage: Stage, arguments: tuple[np.ndarray, ...], options: Mapping[str, Any]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """What every other function of the rows gives in the place of a stage, in words and in float64."""
+    kind = kind_of(stage)
+    if kind is None:
+        return
+    at = At(consult(stage, arguments, options), inside="float64", right=right_value)
+    for mod in kind.mods:
+        if FIT not in mod.args.values():
+            with suppress(Unknown), np.errstate(all="ignore"):
+                value = kind.emulator(at, **mod.args)
+                if value is not None:
+                    yield told(mod, at), value.mid
+
+
+def right_value(at: At) -> Value:
+    """What the prescribed recipe gives; `Unknown` of a stage that no row describes."""
+    kind = kind_of(at.stage)
+    if kind is None:
+        raise Unknown(at.stage.name)
+    value = kind.emulator(at, **forms_of(kind, at.stage.dtype, Class.PRESCRIBED)[0].args)
+    if value is None:
+        raise Unknown(at.stage.name)
+    return value

@@ -1,0 +1,231 @@
+"""Embedding, activation, its product with up, residuals and copies: where they are rounded, and what faults make."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import numpy as np
+
+from stages.oracle.bounds import TINY, U32
+from stages.recipes.at import At, Unknown
+from stages.recipes.recipe import NARROW, Kind, Mod, equivalent, narrower, prescribed
+from stages.recipes.value import Value, nearest, point
+from stages.spec.noise import Noise
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        return np.asarray(1 / (1 + np.exp(-x)))
+
+
+def _erf(x: np.ndarray) -> np.ndarray:
+    return np.asarray(np.vectorize(math.erf, otypes=[np.float64])(x))
+
+
+def _gelu_tanh(x: np.ndarray) -> np.ndarray:
+    return np.asarray(0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))))
+
+
+# What stands in the place of silu.
+ACTIVATIONS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = MappingProxyType(
+    {
+        "the activation is missing": lambda x: x,
+        "sigmoid without the product with its argument": sigmoid,
+        "relu instead of silu": lambda x: np.maximum(x, 0),
+        "gelu (by tanh) instead of silu": _gelu_tanh,
+        "gelu (by erf) instead of silu": lambda x: 0.5 * x * (1 + _erf(x / np.sqrt(2))),
+        "tanh instead of silu": np.tanh,
+        "silu twice": lambda x: x * sigmoid(x) * sigmoid(x * sigmoid(x)),
+        "silu's argument is cut to 7 at most": lambda x: np.minimum(x, 7) * sigmoid(np.minimum(x, 7)),
+    }
+)
+
+
+def silu(
+    at: At,
+    *,
+    chain: str = "once",
+    units: tuple[float, float] = (8.0, 0.0),
+    instead: str = "",
+    slope: float = 1.0,
+) -> Value | None:
+    """x sigmoid(slope x); `chain` says which of exponential, sum, inverse and product are rounded.
+
+    `units`: what it errs by, in u of the result and of its argument.
+    """
+    x = at.input(0)
+    if chain == "once":
+        return _silu_once(
+            x, ACTIVATIONS[instead] if instead else lambda a: a * sigmoid(slope * a), units, bool(instead)
+        )
+    x = point(x.mid)
+    z = at.stored(x * slope)
+    if chain in ("sigmoid", "sigmoid rounded"):
+        return at.stored(z.map(sigmoid).soft(4)) * x.mid
+    e = at.stored((-z).map(lambda a: np.exp(np.minimum(a, 88.7))).soft(3))
+    t = at.stored(e + 1.0)
+    if chain == "steps":
+        return at.stored(t.falling(lambda a: 1 / a)) * x.mid
+    if chain == "exp and quotient":
+        return at.stored((e + 1.0).falling(lambda a: 1 / a)) * x.mid
+    ends = x.mid / t.lo, x.mid / t.hi
+    return Value(np.minimum(*ends), x.mid / t.mid, np.maximum(*ends))
+
+
+def _silu_once(x: Value, f: Callable[[np.ndarray], np.ndarray], units: tuple[float, float], other: bool) -> Value:
+    mid = f(x.mid)
+    # |silu'| is 1.1 at most. (1 + tanh) and (1 + erf) cancel below 0: 8 u |x|.
+    w = units[0] * U32 * np.abs(mid) + (units[1] * U32 + TINY + 8 * U32 * other) * np.abs(x.mid)
+    w = w + 1.1 * (x.hi - x.lo) / 2
+    return Value(mid - w, nearest(mid, "float32"), mid + w)
+
+
+SILU = Kind(
+    "silu",
+    silu,
+    (
+        prescribed("in float32, rounded once", who="torch F.silu"),
+        equivalent(
+            "its sigmoid right to 3 u of 1, not of itself: by tanh or a polynomial",
+            who="ONNX Runtime",
+            wider=True,
+            units=(8.0, 3.0),
+        ),
+        equivalent("each step rounded to float32", dtypes=("float32",), who="torch F.silu, numpy", chain="quotient"),
+        narrower(
+            "the sigmoid rounded to {dtype} before the product",
+            dtypes=NARROW,
+            usual="as x * sigmoid(x) does on {dtype}: JAX, MLX",
+            sound=("float32",),
+            chain="sigmoid",
+        ),
+        narrower(
+            "in {dtype}: exponential, sum, inverse and product each rounded",
+            dtypes=NARROW,
+            sound=("float32",),
+            usual="as jax.nn.silu does on {dtype}",
+            chain="steps",
+        ),
+        narrower(
+            "in {dtype}: exponential, inverse of the float32 sum, and product each rounded",
+            dtypes=NARROW,
+            usual="as MLX does on {dtype}",
+            chain="exp and quotient",
+        ),
+        narrower("in {dtype}: exponential, sum and quotient each rounded", dtypes=NARROW, chain="quotient"),
+    ),
+    (
+        *(Mod(words, {"instead": words}) for words in ACTIVATIONS),
+        Mod("gelu (by sigmoid) instead of silu", {"slope": 1.702}),
+    ),
+    by_rows=True,
+)
+
+
+def multiply(at: At, *, left: int | None = 0, right: int | None = 1, plus: bool = False) -> Value | None:
+    """The product of the stage's two inputs."""
+    a, b = (point(np.ones(1)) if n is None else at.input(n) for n in (left, right))
+    y = a + b if plus else a * b
+    return y if a.sure and b.sure else y.soft(1)
+
+
+SWIGL = Kind(
+    "swigl",
+    multiply,
+    (prescribed("the recorded silu times up, rounded once", who="transformers, vLLM silu_and_mul"),),
+    (
+        Mod("the product with ffn_up is missing", {"right": None}),
+        Mod("the product with ffn_silu is missing", {"left": None}),
+        Mod("ffn_silu and ffn_up are added, not multiplied", {"plus": True}),
+    ),
+    by_rows=True,
+)
+
+
+def residual(at: At, *, form: str = "each", a: float = 1.0, b: float = 1.0, first: str = "own") -> Value | None:
+    """What the layer had, plus what its block adds."""
+    if form == "inside":
+        return (at.recorded(0) + at.cut(at.raw(at.stage.inputs[1], 1))).soft(1)
+    if form != "each":
+        return at.sum_of_stream(raw=form == "raw stream")
+    x, y = at.input(0), at.input(1)
+    if first == "norm":
+        x = _norm_of(at)
+    total = x * a + y * b
+    return total if x.sure and y.sure else total.soft(1)
+
+
+def _norm_of(at: At) -> Value:
+    """The norm that the block's first product reads."""
+    maker = at.maker(at.stage.inputs[1])
+    for _ in range(6):
+        if maker.stage.noise is Noise.RMS_NORM and maker.array(0).ndim == 2 and maker.stage.shape == at.stage.shape:
+            return at.cut(point(maker.oracle.rounded.astype(np.float64)))
+        if not maker.stage.inputs:
+            break
+        maker = maker.maker(maker.stage.inputs[-1])
+    raise Unknown("norm")
+
+
+RESIDUAL = Kind(
+    "residual",
+    residual,
+    (
+        prescribed("the recorded operands, rounded once", who="transformers, vLLM"),
+        equivalent(
+            "added inside the product before it", dtypes=NARROW, deep=True, who="a GEMM's epilogue", form="inside"
+        ),
+        equivalent(
+            "a residual stream kept in float32, recorded in {dtype}",
+            dtypes=NARROW,
+            deep=True,
+            who="residual_in_fp32, Megatron fp32_residual_connection",
+            form="stream",
+        ),
+        equivalent(
+            "a float32 residual stream of unrounded products, recorded in {dtype}",
+            dtypes=NARROW,
+            deep=True,
+            who="ggml, autocast",
+            form="raw stream",
+        ),
+    ),
+    (
+        Mod("the residual is missing: only what the block added is there", {"a": 0.0}),
+        Mod("only the residual is there: what the block added is missing", {"b": 0.0}),
+        Mod("the residual is added twice", {"a": 2.0}),
+        Mod("what the block added is added twice", {"b": 2.0}),
+        Mod("what the block added is halved", {"b": 0.5}),
+        Mod("what the block added is subtracted", {"b": -1.0}),
+        Mod("added to the norm's output, not to its input", {"first": "norm"}),
+    ),
+    by_rows=True,
+)
+
+
+def embedding(at: At, *, shift: int = 0, times: str = "") -> Value | None:
+    """Rows of the table."""
+    tokens, table = at.oracle.arguments[0], at.params()[1][1]
+    rows = table[(tokens + shift) % len(table)]
+    return point(rows * (math.sqrt(table.shape[1]) if times == "root" else 1.0))
+
+
+EMBEDDING = Kind(
+    "embedding",
+    embedding,
+    (prescribed("rows of the table"),),
+    (
+        Mod("each token has the row of its id +1", {"shift": 1}),
+        Mod("each token has the row of its id -1", {"shift": -1}),
+        Mod("times sqrt(hidden)", {"times": "root"}),
+    ),
+)
+
+
+def copy(at: At) -> Value | None:
+    return at.input(0) if at.stage.inputs else point(at.params()[0][1])
+
+
+COPY = Kind("copy", copy, (prescribed("a copy"),))

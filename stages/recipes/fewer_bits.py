@@ -1,0 +1,116 @@
+"""The right function in fewer bits: of its operands, some of them, its result, or both; rows of every stage alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import numpy as np
+
+from stages.recipes.value import Function, keep, nearest
+
+
+@dataclass(frozen=True)
+class Narrow:
+    """One way in which a kernel loses bits: `round` does to float64 numbers what it does. In words, and how many stay.
+
+    `dtypes`: storage in which that loses something. `result`: whether a kernel would keep its result so. `whole`: it
+    goes by all of a tensor, as a scale does. `unit`: what a tensor core then cuts off, in u K of (R, |r|).
+    """
+
+    name: str
+    bits: int
+    round: Function
+    dtypes: tuple[str, ...]
+    result: bool = True
+    whole: bool = False
+    unit: tuple[float, float] | None = None
+
+    @property
+    def words(self) -> str:
+        return f"{self.bits} mantissa bits, {self.name}" if self.bits else self.name
+
+
+def _by_rows(x: np.ndarray, bits: int) -> np.ndarray:
+    """Whole numbers times one scale per row: the largest is 2^bits - 1."""
+    scale = np.maximum(np.abs(x).max(axis=-1, keepdims=True), 1e-300) / (2**bits - 1)
+    return np.rint(x / scale) * scale
+
+
+def _scaled(x: np.ndarray, bits: int, largest: float, least: float) -> np.ndarray:
+    """Numbers of few bits, scaled so that the largest of all is the format's."""
+    scale = max(float(np.abs(x).max(initial=0.0)), 1e-300) / largest
+    y = x / scale
+    return np.where(np.abs(y) < least, np.rint(y / least * 2**bits) * least / 2**bits, keep(y, bits)) * scale
+
+
+_WIDE = ("float32",)
+_EVERY = ("float32", "bfloat16", "float16")
+# By unit: Ampere's, the widest of those that know TF32; of bfloat16 too.
+_TF32 = (1 / 4, 1 / 2)
+# Nearest even is what a cast does, truncation what a tensor core does to operands that were not cast before. TF32 and
+# what is only cut keep float32's range.
+NARROW: tuple[Narrow, ...] = (
+    Narrow("bfloat16-like", 7, lambda x: nearest(x, "bfloat16"), ("float32", "float16"), unit=(1 / 8, 1 / 2)),
+    Narrow("bfloat16-like, truncated", 7, lambda x: keep(x, 7, "truncate"), _WIDE, unit=(1 / 8, 1 / 2)),
+    Narrow("TF32-like", 10, lambda x: keep(x, 10), _WIDE, unit=_TF32),
+    Narrow("TF32-like, ties away", 10, lambda x: keep(x, 10, "away"), _WIDE, unit=_TF32),
+    Narrow("TF32-like, truncated", 10, lambda x: keep(x, 10, "truncate"), _WIDE, unit=_TF32),
+    Narrow("float16-like, with its range", 10, lambda x: nearest(x, "float16"), ("float32", "bfloat16")),
+    Narrow(
+        "float8-like (e4m3), scaled",
+        3,
+        lambda x: _scaled(x, 3, 448.0, 2.0**-6),
+        _EVERY,
+        result=False,
+        whole=True,
+    ),
+    Narrow(
+        "float8-like (e5m2), scaled",
+        2,
+        lambda x: _scaled(x, 2, 57344.0, 2.0**-14),
+        _EVERY,
+        result=False,
+        whole=True,
+    ),
+    Narrow(
+        "8-bit whole numbers with a scale per row",
+        0,
+        lambda x: _by_rows(x, 7),
+        _EVERY,
+        result=False,
+    ),
+)
+BY_NAME: Mapping[str, Narrow] = MappingProxyType({narrow.name: narrow for narrow in NARROW})
+
+
+@dataclass(frozen=True)
+class Lost:
+    """What `narrow` takes: arguments by their numbers, the result, or both."""
+
+    narrow: Narrow
+    which: tuple[int, ...] = ()
+    result: bool = False
+
+
+def ways(inputs: tuple[str, ...], changed: list[bool], narrow: Narrow) -> Iterator[tuple[str, Lost]]:
+    """In which ways `narrow` may have lost bits of a stage, likeliest first, in words.
+
+    `changed`: which of its arguments have more bits than that, the inputs first.
+    """
+    numbers = tuple(i for i, more in enumerate(changed) if more)
+    own, weights = (tuple(i for i in numbers if (i < len(inputs)) == first) for first in (True, False))
+    if narrow.result:
+        yield f"its result has {narrow.words}", Lost(narrow, result=True)
+    if not numbers:
+        return
+    yield f"its operands have {narrow.words}", Lost(narrow, numbers)
+    if own and weights:
+        yield f"its inputs have {narrow.words}", Lost(narrow, own)
+        yield f"its weights have {narrow.words}", Lost(narrow, weights)
+    if len(own) > 1:
+        for i in own:
+            yield f"its values of {inputs[i]} have {narrow.words}", Lost(narrow, (i,))
+    if narrow.result:
+        yield f"its operands and its result have {narrow.words}", Lost(narrow, numbers, result=True)

@@ -1,0 +1,76 @@
+"""How well a recipe gives what was recorded: to the last bit, and within its bound."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from stages.oracle.bounds import TINY
+from stages.oracle.rounding import round_once
+from stages.oracle.verdict import canonical
+from stages.recipes.recipe import Class
+from stages.recipes.value import Value
+from stages.spec.causal import up_to_query
+from stages.spec.stage import Stage
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A recipe against the record: elements that have its bits, and elements that it cannot give."""
+
+    words: str
+    kind: Class
+    bits: int
+    beyond: int
+    elements: int
+    usual: str = ""
+    ratio: float = 0.0
+
+    @property
+    def missed(self) -> float:
+        """Which part of the elements it cannot give."""
+        return self.beyond / max(self.elements, 1)
+
+    @property
+    def fits(self) -> bool:
+        return self.beyond == 0
+
+
+def places_beyond(value: Value, observed: np.ndarray, stage: Stage | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Which elements do not have the bits of `value`, and which it cannot give; both flat."""
+    dtype = observed.dtype
+    with np.errstate(all="ignore"):
+        differs = canonical(round_once(value.mid, dtype)) != canonical(observed)
+        if stage is not None and stage.causal:
+            differs &= up_to_query(observed)
+        differs = differs.reshape(-1)
+        at = np.flatnonzero(differs)
+        lo, hi = (np.broadcast_to(end, observed.shape).reshape(-1)[at] for end in (value.lo, value.hi))
+        got = observed.reshape(-1)[at].astype(np.float64)
+        # What is stored in 16 bits is one of the roundings of what lies between.
+        low, high = (round_once(end, dtype).astype(np.float64) for end in (lo - TINY, hi + TINY))
+        beyond = np.zeros(differs.shape, bool)
+        beyond[at] = ~((low <= got) & (got <= high))
+    return differs, beyond
+
+
+def fit(words: str, kind: Class, value: Value, observed: np.ndarray, stage: Stage, usual: str = "") -> Fit | None:
+    """`value` against what was recorded; None of another shape."""
+    if value.mid.shape != observed.shape:
+        return None
+    differs, beyond = places_beyond(value, observed, stage)
+    return Fit(
+        words, kind, int((~differs).sum()), int(beyond.sum()), observed.size, usual, _ratio(value, observed, differs)
+    )
+
+
+def _ratio(value: Value, observed: np.ndarray, differs: np.ndarray) -> float:
+    """The largest distance from the recipe's own number, in parts of the largest that it may have."""
+    at = np.flatnonzero(differs)
+    lo, mid, hi = (np.broadcast_to(x, observed.shape).reshape(-1)[at] for x in (value.lo, value.mid, value.hi))
+    got = observed.reshape(-1)[at].astype(np.float64)
+    with np.errstate(all="ignore"):
+        low, high = (round_once(end, observed.dtype).astype(np.float64) for end in (lo, hi))
+        reach = np.maximum(np.maximum(high - mid, mid - low), TINY)
+        return float((np.abs(got - mid) / reach).max(initial=0.0))

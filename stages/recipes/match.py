@@ -1,0 +1,354 @@
+"""Which recipe is it? The first class that has one which gives the whole record, in it the one with the most bits.
+
+Sound recipes are asked first, then a few wrong elements, then roundings left out before the stage, fewer bits, other
+functions: a right run asks one recipe. A recipe that fits is a proof, for right and for wrong; its bound is never
+loosened to make it fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from stages.oracle.bounds import TINY
+from stages.oracle.verdict import Oracle, judged_part
+from stages.recipes.at import At, Unknown
+from stages.recipes.catalogue import forms_of, held, kind_of, right_value, told
+from stages.recipes.elements import explain_elements
+from stages.recipes.fewer_bits import NARROW as NARROWER
+from stages.recipes.fewer_bits import Narrow, ways
+from stages.recipes.fit import Fit, fit
+from stages.recipes.open_numbers import filled, one_factor
+from stages.recipes.recipe import FIT, NARROW, Class, Form, Kind, Mod
+from stages.recipes.value import Value
+
+# Rows and columns that are asked first, whether a recipe is worth the whole.
+_ROWS = 3
+_COLUMNS = 48
+_FEWEST = 8
+# A product of fewer multiplications wakes no threads: on a busy machine that took 30 times as long.
+_UNTHREADED = 200_000
+# float64's own noise, many times over.
+_SAME = 1e-12
+# Numbers of so few do not show whether bits were lost.
+_NUMBERS = 4
+# How many stages back roundings are left out.
+_DEPTH = 4
+# Of recipes of one class that fit, those are told that have as many bits, or nearly.
+_AS_GOOD = 0.98
+
+SOUND = (Class.PRESCRIBED, Class.EQUIVALENT)
+Tried = tuple[str, Class, Mapping[str, Any], At, str]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What explains a record: the recipe in words, its class, elements to the last bit out of all.
+
+    `usual`: which library does that by itself, of a narrower one. `nearest`: what comes next, or, where nothing
+    fits (`kind` None), nearest.
+    """
+
+    words: str
+    kind: Class | None
+    bits: int
+    elements: int
+    usual: str = ""
+    nearest: str = ""
+    ratio: float = 0.0
+
+
+class Match:
+    """One stage of a record, or one projection of a joined product, and the search for its recipe."""
+
+    def __init__(self, at: At, observed: np.ndarray, value: np.ndarray, bound: np.ndarray):
+        """`value` and `bound` are the oracle's of what was `observed`."""
+        kind = kind_of(at.stage)
+        if kind is None:
+            raise Unknown(at.stage.name)
+        self.kind: Kind = kind
+        self.at, self.observed, self.value, self.dtype = at, observed, value, held(observed.dtype.name)
+        self.fits: list[Fit] = []
+        self.nearest: Fit | None = None
+        self._sound: list[Value] = []
+        self.few = None
+        if at.oracle.hidden:
+            return
+        self.few = self._worst_places(np.abs(observed.astype(np.float64) - value), bound)
+        self._known(bound)
+
+    def search(self) -> Found:
+        """The recipe that explains the record."""
+        self._ask(self._plain(SOUND, deep=False), enough=True)
+        # Of a number or two anything may be a rounding.
+        less = (self._narrower, self._others) if self.observed.size > _NUMBERS else (self._others, self._narrower)
+        for more in (self._elements, self._unrounded, self._deep, *less, self._times):
+            if self.fits:
+                break
+            more()
+        return self._found()
+
+    def through_hidden(self) -> Found:
+        """Of inputs that were not recorded: each recipe of them computed again, rounded to be stored or not."""
+        hidden = self.at.oracle.hidden
+        for rounded, words in ((True, ""), (False, f"; of unrounded {' and '.join(hidden)}")):
+            at = self.at.but(unrounded=hidden, rounded=rounded)
+            self._ask(
+                (f"{self._words(form)}{words}", Class.EQUIVALENT, form.args, at, "")
+                for form in forms_of(self.kind, self.dtype, *SOUND)
+                if rounded or not form.deep
+            )
+        return self._found()
+
+    def _worst_places(self, error: np.ndarray, bound: np.ndarray) -> dict[str, np.ndarray] | None:
+        """A few rows, of a product also columns, that are furthest off: a recipe is asked for these first."""
+        if not self.kind.by_rows or not self.at.stage.inputs or error.ndim < 2 or len(error) <= 2 * _ROWS:
+            return None
+        off = (error / np.maximum(bound, TINY)).reshape(len(error), -1)
+        rows = np.sort(np.argsort(-off.max(axis=1), kind="stable")[:_ROWS])
+        if self.kind.cheap or "layout" in self.at.options:
+            return {"rows": rows}
+        count = min(_COLUMNS, max(_FEWEST, _UNTHREADED // (_ROWS * self.at.array(0).shape[-1])))
+        columns = np.argsort(-off[rows].max(axis=0), kind="stable")[:count]
+        return {"rows": rows, "columns": np.sort(columns)}
+
+    def _sample(self, x: np.ndarray) -> np.ndarray:
+        """Of an array of the result's shape, what is asked first."""
+        if self.few is None:
+            return x
+        return x[self.few["rows"]][..., self.few["columns"]] if "columns" in self.few else x[self.few["rows"]]
+
+    def _known(self, bound: np.ndarray) -> None:
+        """`Unknown` where the prescribed row is not the declared stage's function: another family's may be no row's."""
+        at = self.at if self.few is None else self.at.but(**self.few)
+        own = self._value(forms_of(self.kind, self.dtype, Class.PRESCRIBED)[0].args, at)
+        value = self._sample(self.value)
+        if own is None or own.mid.shape != value.shape:
+            raise Unknown(self.at.stage.name)
+        limit = self._sample(np.broadcast_to(bound, self.value.shape)) + np.abs(own.hi - own.lo)
+        off = np.abs(value - own.mid) > limit + _SAME * np.abs(value)
+        if judged_part(self.at.stage, off).any():
+            raise Unknown(self.at.stage.name)
+
+    # -- what is tried, in order -----------------------------------------------------------------------------------
+
+    def _plain(self, classes: tuple[Class, ...], *, deep: bool) -> Iterator[Tried]:
+        for form in forms_of(self.kind, self.dtype, *classes):
+            if form.deep == deep and not form.unseen:
+                yield self._words(form), _class(form, self.dtype), form.args, self.at, form.usual
+
+    def _unrounded(self) -> None:
+        """Any rounding between stages may be left out: fused kernels, XLA's excess precision."""
+        for at, words in self._without_roundings():
+            self._ask(
+                (f"{self._words(form)}; of {words}", Class.EQUIVALENT, form.args, at, "")
+                for form in forms_of(self.kind, self.dtype, *SOUND)
+                if not form.deep
+            )
+            if self.fits:
+                return
+
+    def _without_roundings(self) -> Iterator[tuple[At, str]]:
+        if self.dtype not in NARROW and self.at.run not in NARROW:
+            return
+        known = [name for name in self.at.stage.inputs if name in self.at.oracle.made]
+        for name in known:
+            yield self.at.but(unrounded=(name,)), f"unrounded {name}"
+        for depth in range(1 if len(known) > 1 else 2, _DEPTH + 1):
+            far = f", {depth} stages back" if depth > 1 else ""
+            yield self.at.but(unrounded=tuple(known), depth=depth), f"unrounded {' and '.join(known)}{far}"
+
+    def _deep(self) -> None:
+        self._ask(self._plain(SOUND, deep=True))
+
+    def _narrower(self) -> None:
+        self._ask(self._plain((Class.NARROWER,), deep=False))
+        self._ask(self._in_fewer_bits())
+        if not self.fits:
+            self._ask(self._plain((Class.NARROWER,), deep=True))
+        for at, words in self._without_roundings() if not self.fits else ():
+            self._ask(
+                (f"{self._words(form)}; of {words}", Class.NARROWER, form.args, at, form.usual)
+                for form in forms_of(self.kind, self.dtype, Class.NARROWER)
+                if not form.deep
+            )
+            if self.fits:
+                return
+
+    def _in_fewer_bits(self) -> Iterator[Tried]:
+        """The prescribed recipe with operands or a result in fewer bits."""
+        args, arguments = forms_of(self.kind, self.dtype, Class.PRESCRIBED)[0].args, self.at.oracle.arguments
+        for narrow in NARROWER:
+            if self.dtype in narrow.dtypes:
+                changed = [_loses(narrow, a) for a in arguments]
+                for words, lost in ways(self.at.stage.inputs, changed, narrow):
+                    yield words, Class.NARROWER, args, self.at.but(lost=lost), ""
+
+    def _others(self) -> None:
+        for form in forms_of(self.kind, self.dtype, *SOUND):
+            if not form.deep and not form.wider and not self.fits:
+                self._ask(self._with_mods(form))
+        for form in forms_of(self.kind, self.dtype, Class.NARROWER) if self.kind.cheap else ():
+            if not form.deep and not self.fits:
+                self._ask(self._with_mods(form))
+
+    def _times(self) -> None:
+        """All values are the right ones times one number."""
+        found = one_factor(self.at, self.observed, self.value)
+        if found is not None:
+            words, bits = found
+            self.fits.append(Fit(words, Class.OTHER, bits, 0, self.observed.size))
+
+    def _with_mods(self, form: Form) -> Iterator[Tried]:
+        said = "" if _class(form, self.dtype) is Class.PRESCRIBED else f"; {self._words(form)}"
+        for mod in self.kind.mods:
+            if self.fits and FIT in mod.args.values():
+                continue
+            args, number = self._numbers(mod)
+            if args is not None:
+                yield f"{self._words(mod, number)}{said}", Class.OTHER, {**form.args, **args}, self.at, ""
+
+    def _numbers(self, mod: Mod) -> tuple[Mapping[str, Any] | None, float]:
+        if FIT not in mod.args.values():
+            return mod.args, 0.0
+        number = filled(self.at, next(iter(mod.args)), self.observed, self.value)
+        return (None, 0.0) if number is None else (dict.fromkeys(mod.args, number), number)
+
+    def _elements(self) -> None:
+        """A few elements of a weight: fewer columns than a function's fault shows in."""
+        found = explain_elements(self.at.oracle, self.observed) if self.at.part is None else None
+        if found is not None:
+            bits = int(np.count_nonzero(self.at.oracle.rounded == self.observed))
+            self.fits.append(Fit(str(found), Class.OTHER, bits, 0, self.observed.size))
+
+    # -- asking ------------------------------------------------------------------------------------------------------
+
+    def _words(self, row: Form | Mod, number: float = 0.0) -> str:
+        return told(row, self.at, number)
+
+    def _ask(self, tried: Iterator[Tried], *, enough: bool = False) -> None:
+        """Compute recipes and keep those that fit; `enough`: stop at one that gives every bit."""
+        for words, kind, args, at, usual in tried:
+            found = self._one(words, kind, args, at, usual)
+            if found is not None and enough and found.fits and (found.bits == found.elements or not self.kind.cheap):
+                return
+
+    def _one(self, words: str, kind: Class, args: Mapping[str, Any], at: At, usual: str) -> Fit | None:
+        if self.few is not None and not (at.lost is not None and at.lost.narrow.whole):
+            near = self._against(words, kind, args, at.but(**self.few), usual, self._sample(self.observed))
+            if near is None or not near.fits:
+                self._note(near)
+                return None
+        found = self._against(words, kind, args, at, usual, self.observed)
+        if found is not None and found.fits:
+            self.fits.append(found)
+        self._note(found)
+        return found
+
+    def _against(
+        self, words: str, kind: Class, args: Mapping[str, Any], at: At, usual: str, observed: np.ndarray
+    ) -> Fit | None:
+        value = self._value(args, at)
+        return None if value is None else fit(words, kind, value, observed, self.at.stage, usual)
+
+    def _note(self, found: Fit | None) -> None:
+        """Keep what came nearest, by the part of the elements asked that it cannot give."""
+        if found is not None and not found.fits and (self.nearest is None or found.missed < self.nearest.missed):
+            self.nearest = found
+
+    def _value(self, args: Mapping[str, Any], at: At) -> Value | None:
+        try:
+            with np.errstate(all="ignore"):
+                value = self.kind.emulator(at, **args)
+                return None if value is None else at.result(value)
+        except Unknown:
+            return None
+
+    def _found(self) -> Found:
+        if not self.fits:
+            return Found("", None, 0, self.observed.size, nearest=self.nearest.words if self.nearest else "")
+        order = sorted(self.fits, key=lambda f: (list(Class).index(f.kind), -f.bits))
+        best = order[0]
+        alike = (
+            [f for f in order[1:] if f.kind is best.kind and f.bits >= _AS_GOOD * best.bits]
+            if not best.kind.sound
+            else []
+        )
+        words = dict.fromkeys((best.words, *(f.words for f in alike)))
+        after = next((f.words for f in order if f.words not in words), self.nearest.words if self.nearest else "")
+        usual = best.usual.format(dtype=self.dtype)
+        return Found(", or ".join(words), best.kind, best.bits, best.elements, usual, after, best.ratio)
+
+
+def _loses(narrow: Narrow, a: np.ndarray) -> bool:
+    """Whether an argument has more bits than a format keeps: mostly its first numbers tell."""
+    if a.dtype.kind == "i":
+        return False
+    parts = (a[: _ROWS + 1], a) if a.ndim > 1 and not narrow.whole else (a,)
+    wide = (part.astype(np.float64) for part in parts)
+    return any(not np.array_equal(narrow.round(x), x) for x in wide)
+
+
+def _class(form: Form, dtype: str) -> Class:
+    found = form.of(dtype)
+    assert found is not None
+    return found
+
+
+def explain(oracle: Oracle, observed: np.ndarray) -> Found | None:
+    """Which recipe gives `observed`; None where none could be asked. Of a joined product, of each projection."""
+    asked = oracle.unsure is None or oracle.hidden
+    observed = judged_part(oracle.stage, observed)
+    if not asked or observed.shape != oracle.value.shape or not np.isfinite(observed).all():
+        return None
+    bound = np.broadcast_to(oracle.bound, oracle.value.shape)
+    at, parts = At(oracle, right=right_value), _parts(oracle)
+    try:
+        if oracle.hidden:
+            return Match(at, observed, oracle.value, bound).through_hidden()
+        if parts is None:
+            return Match(at, observed, oracle.value, bound).search()
+        element = explain_elements(oracle, observed)
+        if element is not None:
+            bits = int(np.count_nonzero(oracle.rounded == observed))
+            return Found(str(element), Class.OTHER, bits, observed.size)
+        found = [
+            Match(at.but(part=n), *(x[..., columns] for x in (observed, oracle.value, bound))).search()
+            for n, columns in enumerate(parts)
+        ]
+        return _together(found, oracle)
+    except Unknown:
+        return None
+
+
+def _parts(oracle: Oracle) -> list[slice] | None:
+    """The columns of each projection that a stage joins; None where there is one."""
+    weights = [a for a in oracle.arguments[len(oracle.stage.inputs) :] if a.ndim == 2]
+    if len(weights) < 2 or not oracle.stage.inputs:
+        return None
+    ends = np.cumsum([len(w) for w in weights]).tolist()
+    return [slice(end - len(w), end) for end, w in zip(ends, weights, strict=True)]
+
+
+def _together(found: list[Found], oracle: Oracle) -> Found:
+    """The parts' recipes as one: the worst class, in the words of each part that is of it, by its weight's name."""
+    arguments = zip(oracle.stage.params, oracle.arguments[len(oracle.stage.inputs) :], strict=True)
+    names = [name.removesuffix(".weight").rsplit(".", 1)[-1] for name, a in arguments if a.ndim == 2]
+    bits, elements, ratio = sum(f.bits for f in found), sum(f.elements for f in found), max(f.ratio for f in found)
+    lost = [(name, f) for name, f in zip(names, found, strict=True) if f.kind is None]
+    if lost:
+        return Found("", None, bits, elements, nearest=f"{lost[0][0]}: {lost[0][1].nearest}")
+    kind = max((f.kind for f in found if f.kind is not None), key=list(Class).index)
+    said: dict[str, list[str]] = {}
+    for name, one in zip(names, found, strict=True):
+        if one.kind is kind:
+            said.setdefault(one.words, []).append(name)
+    words = "; ".join(f"{', '.join(of)}: {text}" if len(of) < len(found) else text for text, of in said.items())
+    # Two that hold each other's weights say the same of both.
+    if len(said) == 1 and all(name in next(iter(said)) for name in next(iter(said.values()))):
+        words = next(iter(said))
+    usual, nearest = (next((getattr(f, name) for f in found if getattr(f, name)), "") for name in ("usual", "nearest"))
+    return Found(words, kind, bits, elements, usual, nearest, ratio)

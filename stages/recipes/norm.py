@@ -1,0 +1,150 @@
+"""RMSNorm: where engines round it, and what faults make of it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from stages.oracle import qwen as forward
+from stages.oracle.bounds import U32
+from stages.recipes.at import At
+from stages.recipes.recipe import FIT, NARROW, Kind, Mod, equivalent, narrower, prescribed
+from stages.recipes.value import Value, total
+
+
+def inputs(at: At) -> Value:
+    """What is normalised, `[tokens, hidden]` or by heads `[tokens, heads, head_dim]`."""
+    o = at.options
+    if at.stage.name == "q_norm":
+        return at.input(0).map(lambda x: forward._queries(x, o["heads"], o["head_dim"]))
+    if at.stage.name == "k_norm":
+        return at.input(0).map(lambda x: forward._keys(x, o["heads"], o["kv_heads"], o["head_dim"]))
+    return at.input(0)
+
+
+def norm(
+    at: At,
+    *,
+    cast: str = "before",
+    source: str = "record",
+    stat: str = "float32",
+    sums: float = 0.25,
+    eps: float | None = None,
+    centred: bool = False,
+    weight: float | None = None,
+    outside: bool = False,
+    summed: bool = False,
+    skip: bool = False,
+    whole: bool = False,
+) -> Value | None:
+    """x / sqrt(mean(x^2) + eps) * weight; `cast` says where the product with the weight is rounded.
+
+    `sums`: the mean's noise in sqrt(K) u. `weight`: a factor of the weight instead of 1, what is added is 1 less it.
+    """
+    x, w = inputs(at), at.params()[-1][1]
+    if source != "record":
+        x = at.stream(at.stage.inputs[0], raw=source == "raw stream")
+    eps = at.options["eps"] if eps is None else eps
+    shape = x.mid.shape
+    if weight is not None:
+        w = np.ones_like(w) if weight == 0 else 1.0 + w
+    if whole:
+        if x.mid.ndim < 3:
+            return None
+        x, w = x.map(lambda a: a.reshape(len(a), -1)), np.tile(w, shape[1])
+    if skip:
+        return (x * w).map(lambda a: a.reshape(shape))
+    if centred:
+        mean = x.mid.mean(axis=-1, keepdims=True)
+        x = (x - mean).off(U32 * (np.abs(x.mid) + 4 * np.abs(x.mid).mean(axis=-1, keepdims=True)))
+    y = _normed(at, x, w, cast, _root(at, x, stat, sums, eps, outside=outside, summed=summed))
+    return y.map(lambda a: a.reshape(shape))
+
+
+def _root(at: At, x: Value, stat: str, sums: float, eps: float, *, outside: bool, summed: bool) -> Value:
+    """1 / sqrt(mean(x^2) + eps), `[.., 1]`."""
+    stat = at.inside if stat == "own" else stat
+    squares = (x * x).to(stat)
+    if not squares.sure:
+        squares = Value(np.maximum(squares.lo, 0), squares.mid, squares.hi)
+    k = x.mid.shape[-1]
+    mean = (total(squares, sums * np.sqrt(k) + 2) * (1.0 if summed else 1.0 / k)).to(stat)
+    if outside:
+        return (mean.map(np.sqrt) + eps).falling(lambda a: 1 / a).soft(4)
+    return (mean + eps).to(stat).falling(lambda a: 1 / np.sqrt(a)).soft(3).to(stat)
+
+
+def _normed(at: At, x: Value, w: np.ndarray, cast: str, root: Value) -> Value:
+    if cast == "after":
+        return ((x * root).soft(1) * w).soft(1)
+    if cast == "folded":
+        return (x * (root * w).soft(1)).soft(1)
+    if cast == "root":
+        return _last(at, at.stored(x * at.stored(root)) * w)
+    return _last(at, at.stored((x * root).soft(1)) * w)
+
+
+def _last(at: At, value: Value) -> Value:
+    """A product that is rounded once, by everybody, where its factors were rounded to fewer bits."""
+    return value if at.inside in NARROW else value.soft(1)
+
+
+FORMS = (
+    prescribed(
+        "in float32, cast, then times the weight",
+        who="transformers Qwen3RMSNorm, vLLM csrc/layernorm_kernels.cu, MLX rms_norm.metal",
+    ),
+    equivalent(
+        "times the weight in float32, rounded once",
+        dtypes=NARROW,
+        who="flashinfer norm.cuh, TensorRT-LLM rmsnormKernels.cu, keras-hub, ggml, torch.compile",
+        cast="after",
+    ),
+    equivalent("the weight folded into the inverse root", who="flax.nnx.RMSNorm", cast="folded"),
+    equivalent(
+        "the weight folded into the inverse root, summed in an order that errs by sqrt(K) u",
+        who="MLX fast.rms_norm",
+        wider=True,
+        sums=1.0,
+        cast="folded",
+    ),
+    equivalent("the mean summed in an order that errs by sqrt(K) u", who="MLX fast.rms_norm", wider=True, sums=1.0),
+    equivalent(
+        "of a residual stream kept in float32", dtypes=NARROW, deep=True, who="residual_in_fp32", source="stream"
+    ),
+    equivalent(
+        "of a residual stream kept in float32, rounded once",
+        dtypes=NARROW,
+        deep=True,
+        who="ggml, flashinfer FusedAddRMSNorm",
+        source="stream",
+        cast="after",
+    ),
+    equivalent(
+        "of a float32 residual stream of unrounded products, rounded once",
+        dtypes=NARROW,
+        deep=True,
+        who="ggml",
+        source="raw stream",
+        cast="after",
+    ),
+    narrower("the inverse root rounded to {dtype} first", dtypes=NARROW, cast="root"),
+    narrower("mean square and root in {dtype}", dtypes=NARROW, stat="own"),
+    narrower(
+        "mean square and root in {dtype}, times the weight before the cast", dtypes=NARROW, stat="own", cast="after"
+    ),
+    narrower("mean square and root in bfloat16", dtypes=("float32", "float16"), stat="bfloat16"),
+    narrower("mean square and root in float16", dtypes=("float32",), stat="float16"),
+)
+MODS = (
+    *(Mod(f"as if eps were {e:g}, not {{eps:g}}", {"eps": e}) for e in (0.0, *(10.0**-n for n in range(12, 2, -1)))),
+    Mod("as if eps were {fit:g}, not {eps:g}", {"eps": FIT}),
+    Mod("the norm's weight is missing", {"weight": 0}),
+    Mod("the norm's weight is 1 + what is stored", {"weight": 1}),
+    Mod("the norm is missing", {"skip": True, "weight": 0}),
+    Mod("the norm divides nothing: its input times its weight", {"skip": True}),
+    Mod("its mean is subtracted first: LayerNorm", {"centred": True}),
+    Mod("a sum in the place of the mean", {"summed": True}),
+    Mod("eps is added to the root, not under it", {"outside": True}),
+    Mod("normalised over all heads at once", {"whole": True}),
+)
+NORM = Kind("norm", norm, FORMS, MODS, by_rows=True)

@@ -1,0 +1,113 @@
+"""The law: each row of the catalogue writes a record, and the matcher reads its class back."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from recorded_models import recorded
+from replays import factors, make_offsets, task_of, whole
+
+from stages.oracle.components import ReferenceBackend
+from stages.oracle.rounding import round_once
+from stages.oracle.verdict import Oracle, consult, judged_part
+from stages.recipes.at import At, Unknown
+from stages.recipes.catalogue import kind_of, right_value, told
+from stages.recipes.fewer_bits import NARROW, ways
+from stages.recipes.recipe import EVERY, FIT, Class
+from stages.recipes.side import SideVerdict
+from stages.spec.dtypes import stored_dtype
+from stages.spec.replay import REPLAY
+from stages.spec.stage import Scope
+
+MODEL = "qwen3-gqa4"
+# One stage of each kind that has rows of its own.
+STAGES = (
+    "embedding",
+    "rope_angle",
+    "rope_cos",
+    "attn_norm",
+    "q_norm",
+    "q_post_rope",
+    "attn_scores",
+    "attn_softmax",
+    "attention",
+    "attn_out",
+    "post_attn_residual",
+    "ffn_silu",
+    "ffn_swigl",
+)
+
+
+def rows_of(oracle: Oracle) -> Iterator[tuple[str, Class, np.ndarray]]:
+    """Each row of a stage that holds for its dtype: words, class, and what it writes."""
+    kind, dtype = kind_of(oracle.stage), oracle.stage.dtype
+    assert kind is not None
+    at = At(oracle, right=right_value)
+    rows = [(told(form, at), form.of(dtype), dict(form.args), at) for form in kind.forms if form.of(dtype)]
+    for narrow in NARROW:
+        if dtype in narrow.dtypes:
+            more = [a.dtype.kind != "i" and bool((narrow.round(a.astype(float)) != a).any()) for a in oracle.arguments]
+            for words, lost in ways(oracle.stage.inputs, more, narrow):
+                rows.append((words, Class.NARROWER, {}, at.but(lost=lost)))
+    rows += [(told(mod, at), Class.OTHER, dict(mod.args), at) for mod in kind.mods if FIT not in mod.args.values()]
+    for words, cls, args, of in rows:
+        try:
+            with np.errstate(all="ignore"):
+                value = kind.emulator(of, **args)
+                if value is None or value.mid.shape != oracle.value.shape:
+                    continue
+                written = round_once(of.result(value).mid, stored_dtype(dtype))
+        except Unknown:
+            continue
+        assert cls is not None
+        yield words, cls, judged_part(oracle.stage, written)
+
+
+def read_back(oracle: Oracle) -> Counter[tuple[str, str]]:
+    """How often each class was read as which; a row that is not read back must be within the right one's bound."""
+    counts: Counter[tuple[str, str]] = Counter()
+    rows = list(rows_of(oracle))
+    writes = {words: written for words, _, written in rows}
+    for words, cls, written in rows:
+        side = SideVerdict()
+        side.add(oracle, written)
+        where = (oracle.stage.name, words, side.verdict, side.recipe)
+        assert side.kind is not None, where
+        if cls.sound or side.kind.sound:  # what fits what the prescribed one fits is no fault in this dtype
+            assert side.verdict.passes or side.systematic, where
+            assert side.kind.sound, where
+        elif side.recipe not in writes or not np.array_equal(writes[side.recipe], written):  # else one and the same
+            assert side.kind is cls, where
+            assert words in (side.recipe or ""), where
+        counts[cls.value, side.kind.value] += 1
+    return counts
+
+
+@pytest.mark.parametrize("dtype", EVERY)
+def test_each_row_is_read_back(dtype: str) -> None:
+    source, counts = recorded(MODEL, dtype), Counter[tuple[str, str]]()
+    for stage in STAGES:
+        layer = 1 if source.path[stage].scope is Scope.LAYER else None
+        counts += read_back(source.oracle((layer, stage)))
+    told_apart = sum(n for (written, read), n in counts.items() if written == read)
+    assert counts["narrower", "narrower"] >= 60
+    assert counts["other", "other"] >= 40
+    assert counts["equivalent", "equivalent"] >= (20 if dtype != "float32" else 0)
+    assert told_apart >= 0.8 * sum(counts.values())
+
+
+def test_each_row_of_the_replay_is_read_back() -> None:
+    u, s, v = factors(24, 16, 0)
+    task = task_of(u, s, v, make_offsets("small", 16, 0))
+    values, params = whole(ReferenceBackend(), task), {"u": u, "s": s, "v": v}
+    counts = Counter[tuple[str, str]]()
+    for name in ("scaled_s", "normalization", "u_scaled", "matmul_pre_norm", "zero_source_f32", "adapted_source_f32"):
+        stage = REPLAY[name]
+        options = {option: {"layout": "torch_v", "transpose": False}[option] for option in stage.options}
+        arguments = (*(values[i] for i in stage.inputs), *(params[p] for p in stage.params))
+        counts += read_back(consult(stage, arguments, options))
+    assert counts["other", "other"] >= 8
+    assert counts["narrower", "narrower"] >= 20
