@@ -6,7 +6,8 @@ from typing import Any
 
 from stages.files.forward_dump import Place, forward_key
 from stages.files.selection import layer_of
-from stages.oracle.verdict import SideVerdict, Verdict
+from stages.oracle.verdict import Verdict
+from stages.recipes.side import SideVerdict
 
 Row = dict[str, Any]
 
@@ -51,4 +52,6 @@ def side_fields(a: SideVerdict | None, b: SideVerdict | None) -> dict[str, Any]:
         "hint_b": b.hint if b else None,
         "rule_a": a.rule if a else None,
         "rule_b": b.rule if b else None,
+        **{f"{name}_a": value for name, value in (a or SideVerdict()).recipe_fields().items()},
+        **{f"{name}_b": value for name, value in (b or SideVerdict()).recipe_fields().items()},
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from stages.oracle import qwen as forward
+from stages.oracle import decoder as forward
 from stages.oracle.bounds import U32
 from stages.recipes.at import At
 from stages.recipes.product import IN_PIECES, UNITS, cut_off

@@ -57,7 +57,7 @@ def kind_of(stage: Stage) -> Kind | None:
     """The recipes of a stage; None of one that no row describes."""
     if stage.identity:
         return elementwise.COPY
-    return BY_NAME.get(stage.name) or BY_NOISE.get(stage.noise)
+    return BY_NAME.get(stage.function) or BY_NOISE.get(stage.noise)
 
 
 def held(dtype: str) -> str:
@@ -105,8 +105,8 @@ def right_value(at: At) -> Value:
     """What the prescribed recipe gives; `Unknown` of a stage that no row describes."""
     kind = kind_of(at.stage)
     if kind is None:
-        raise Unknown(at.stage.name)
+        raise Unknown(at.stage.function)
     value = kind.emulator(at, **forms_of(kind, at.stage.dtype, Class.PRESCRIBED)[0].args)
     if value is None:
-        raise Unknown(at.stage.name)
+        raise Unknown(at.stage.function)
     return value

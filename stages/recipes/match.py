@@ -68,7 +68,7 @@ class Match:
         """`value` and `bound` are the oracle's of what was `observed`."""
         kind = kind_of(at.stage)
         if kind is None:
-            raise Unknown(at.stage.name)
+            raise Unknown(at.stage.function)
         self.kind: Kind = kind
         self.at, self.observed, self.value, self.dtype = at, observed, value, held(observed.dtype.name)
         self.fits: list[Fit] = []
@@ -127,11 +127,11 @@ class Match:
         own = self._value(forms_of(self.kind, self.dtype, Class.PRESCRIBED)[0].args, at)
         value = self._sample(self.value)
         if own is None or own.mid.shape != value.shape:
-            raise Unknown(self.at.stage.name)
+            raise Unknown(self.at.stage.function)
         limit = self._sample(np.broadcast_to(bound, self.value.shape)) + np.abs(own.hi - own.lo)
         off = np.abs(value - own.mid) > limit + _SAME * np.abs(value)
         if judged_part(self.at.stage, off).any():
-            raise Unknown(self.at.stage.name)
+            raise Unknown(self.at.stage.function)
 
     # -- what is tried, in order -----------------------------------------------------------------------------------
 

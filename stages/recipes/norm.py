@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from stages.oracle import qwen as forward
+from stages.oracle import decoder as forward
 from stages.oracle.bounds import U32
 from stages.recipes.at import At
 from stages.recipes.recipe import FIT, NARROW, Kind, Mod, equivalent, narrower, prescribed
@@ -14,9 +14,9 @@ from stages.recipes.value import Value, total
 def inputs(at: At) -> Value:
     """What is normalised, `[tokens, hidden]` or by heads `[tokens, heads, head_dim]`."""
     o = at.options
-    if at.stage.name == "q_norm":
+    if at.stage.function == "q_norm":
         return at.input(0).map(lambda x: forward._queries(x, o["heads"], o["head_dim"]))
-    if at.stage.name == "k_norm":
+    if at.stage.function == "k_norm":
         return at.input(0).map(lambda x: forward._keys(x, o["heads"], o["kv_heads"], o["head_dim"]))
     return at.input(0)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from stages.oracle import bounds
-from stages.oracle import qwen as forward
+from stages.oracle import decoder as forward
 from stages.oracle.bounds import U32
 from stages.recipes.at import At
 from stages.recipes.recipe import FIT, Kind, Mod, equivalent, prescribed
@@ -18,7 +18,7 @@ _HALVES = "halves"
 def inputs(at: At) -> Value:
     """What is turned, `[tokens, heads, head_dim]`."""
     o = at.options
-    if at.stage.name.startswith("q"):
+    if at.stage.function.startswith("q"):
         return at.input(0).map(lambda x: forward._queries(x, o["heads"], o["head_dim"]))
     return at.input(0).map(lambda x: forward._keys(x, o["heads"], o["kv_heads"], o["head_dim"]))
 
@@ -114,7 +114,7 @@ ROPE = Kind("rope", rope, FORMS, MODS, by_rows=True)
 def table(at: At, *, swapped: bool = False, units: float = 4.0) -> Value | None:
     """cos or sin of the angles times the attention factor, float32, cast."""
     x = at.input(0).mid
-    f = np.cos if (at.stage.name == "rope_cos") != swapped else np.sin
+    f = np.cos if (at.stage.function == "rope_cos") != swapped else np.sin
     mid = f(x)
     # A library may bound its error by units of 1 near the zeros.
     y = point(mid).off(units * U32 * np.abs(mid) + 2.0**-26) * float(at.options["attention_scaling"])

@@ -12,7 +12,7 @@ from forward_models import MODELS, MemoryWeights, random_weights, tokens_of
 from stages.oracle.components import ReferenceBackend
 from stages.oracle.verdict import Oracle
 from stages.run.forward import Forwarder, oracles, recorded_inputs
-from stages.spec.forward import forward_path, producers
+from stages.spec.forward import forward_pipeline, producers
 
 Place = tuple[int | None, str]
 
@@ -22,7 +22,7 @@ class Recorded:
 
     def __init__(self, model: str, dtype: str, count: int = 16):
         self.config = MODELS[model].config(dtype)
-        self.path, self.weights = forward_path(self.config), MemoryWeights(random_weights(self.config))
+        self.path, self.weights = forward_pipeline(self.config), MemoryWeights(random_weights(self.config))
         self.tokens = tokens_of(count)
         results = Forwarder(ReferenceBackend(), self.config, self.weights).run(self.tokens)
         self.stages = {(r.layer, r.stage): r.array for r in results}
