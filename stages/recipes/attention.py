@@ -205,13 +205,6 @@ _SOFTMAX_FORMS = (
     narrower("in {dtype}: each step rounded, times the sum's rounded inverse", dtypes=NARROW, chain="inverse"),
     narrower("by CUDA's __expf", dtypes=("float32",), per=2.34),
     narrower("by a fast exponential, right to 1e-4", dtypes=("float32",), fast=1.2e-4),
-    equivalent(
-        "by a fast exponential, right to 1e-4",
-        dtypes=NARROW,
-        who="torch on the CPU (fexp_u20)",
-        wider=True,
-        fast=1.2e-4,
-    ),
 )
 _SOFTMAX_MODS = (
     Mod("the causal mask is missing", {"mask": None}),
