@@ -382,5 +382,5 @@ def half_unit(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Half the distance between numbers of `dtype` about `x`; at a power of two, to the one below."""
     mantissa, exponent = np.frexp(x)
     exponent = exponent - (np.abs(mantissa) == 0.5)
-    smallest = float(ml_dtypes.finfo(dtype).smallest_normal)
-    return np.maximum(np.ldexp(rounding_unit(dtype), exponent - 1), rounding_unit(dtype) * smallest)
+    least = rounding_unit(dtype) * float(ml_dtypes.finfo(dtype).smallest_normal)
+    return np.where(x == 0, least, np.maximum(np.ldexp(rounding_unit(dtype), exponent - 1), least))

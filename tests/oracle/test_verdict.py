@@ -370,6 +370,15 @@ def test_a_right_float16_kernel_is_within_its_bound_and_a_mutant_is_not(name: st
     assert judge(oracle, out)[0] is Verdict.BUG
 
 
+@pytest.mark.parametrize("kind", [np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)])
+def test_half_a_unit_is_half_the_way_to_the_next_number(kind: np.dtype) -> None:
+    numbers = np.array([2.0**-14, 0.75, 1.0, 1.5, -2.0, 3.0], kind)
+    below = np.abs(numbers - np.nextafter(numbers, kind.type(0))).astype(np.float64)  # at a power of two the nearer one
+    found = noise.half_unit(numbers.astype(np.float64), kind)
+    assert np.array_equal(found, below / 2)
+    assert noise.half_unit(np.zeros(1), kind)[0] <= 2.0**-25
+
+
 def test_float16_subnormals_count_and_flushing_them_is_a_bug() -> None:
     x = half(np.random.default_rng(0), 5, 64, scale=2.0**-12)
     oracle = consult(F16["ffn_swigl"], (x, x), {})
