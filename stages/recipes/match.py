@@ -71,6 +71,7 @@ class Match:
             raise Unknown(at.stage.function)
         self.kind: Kind = kind
         self.at, self.observed, self.value, self.dtype = at, observed, value, held(observed.dtype.name)
+        self.bound = bound
         self.fits: list[Fit] = []
         self.nearest: Fit | None = None
         self._sound: list[Value] = []
@@ -177,6 +178,20 @@ class Match:
             )
             if self.fits:
                 return
+        if not self.fits:
+            self._kept_in_fewer_bits()
+
+    def _kept_in_fewer_bits(self) -> None:
+        """All numbers are those of a narrow format, and as near as steps in that may leave them."""
+        got = self.observed.astype(np.float64)
+        for narrow in NARROWER:
+            fewer = self.dtype in narrow.dtypes and narrow.result and got.size > _NUMBERS
+            if fewer and np.array_equal(narrow.round(got), got):
+                allowed = self.bound + 2.0**-narrow.bits * (np.abs(self.value) + self.bound)
+                if (np.abs(got - self.value) <= allowed).all():
+                    bits = int(np.count_nonzero(narrow.round(self.value) == got))
+                    self.fits.append(Fit(f"its result has {narrow.words}", Class.NARROWER, bits, 0, got.size))
+                    return
 
     def _in_fewer_bits(self) -> Iterator[Tried]:
         """The prescribed recipe with operands or a result in fewer bits."""
