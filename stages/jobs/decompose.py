@@ -215,7 +215,9 @@ def _other_readback(options: DecomposeOptions, sample: SelectedTensor, stack: Ex
     entry = next((e for e in bundle.entries if e.source_name == sample.source_name), None)
     if entry is None or entry.shape != sample.shape:
         has = "lacks it" if entry is None else f"has {list(entry.shape)}"
-        raise InputError(f"{options.readback}: the sample is '{sample.source_name}' {list(sample.shape)}; this {has}")
+        raise InputError(
+            f"{options.readback}: the sample is '{sample.source_name}' {list(sample.shape)}, this bundle {has}"
+        )
     return bundle.load(entry)
 
 

@@ -168,7 +168,10 @@ class ReplayJob:
         recorded = self.recorded
         has_stage = recorded is not None and "source_f32" in recorded.infos(entry.source_name)
         if self.options.source_from_stage and not has_stage:
-            raise InputError(f"{self.bundle.folder}: --source-from-stage, but no source_f32 of '{entry.source_name}'")
+            raise InputError(
+                f"{self.bundle.folder}: --source-from-stage needs source_f32 of '{entry.source_name}', which is "
+                "not recorded"
+            )
         checkpoint = self.checkpoint
         if checkpoint is not None and not self.options.source_from_stage:
             name = checkpoint.resolve(entry.source_name)

@@ -92,7 +92,9 @@ def audit(
     with ExitStack() as stack:
         kind = one_recording(path)
         if kind is Recording.APRT:
-            raise UsageError(f"{path}: one APRT file has no inputs to be judged from; name the folder of the tree")
+            raise UsageError(
+                f"{path}: one APRT file does not hold the inputs that it is judged from; name the folder of the tree"
+            )
         if kind is Recording.REPLAY:
             if named.ids or adapted is not None:
                 raise UsageError(f"--tokens and --adapted apply to forwards; {path} is a component replay")
@@ -116,9 +118,11 @@ def _open_forward(
             raise UsageError(f"--adapted applies to another program's dump; {path} keeps the weights that it ran on")
         run = open_run(path, named.model, stack)
         if named.ids and run.checkpoint is None:
-            raise UsageError(f"{path}: names its tokens; leave --tokens, --tokens-file and --prompt out")
+            raise UsageError(f"{path}: this dump names its tokens; leave --tokens, --tokens-file and --prompt out")
         if named.ids and run.checkpoint is not None and token_ids(named, run.checkpoint).tolist() != run.tokens:
-            raise InputError(f"{path}: ran {len(run.tokens)} tokens, other ones than --tokens; leave the option out")
+            raise InputError(
+                f"{path}: ran {len(run.tokens)} tokens, which are not those of --tokens; leave the option out"
+            )
         return run
     if named.model is None or not named.ids:
         raise UsageError(f"{path}: {NEEDS}")

@@ -222,7 +222,7 @@ def check_options(command: DiffCommand) -> set[Recording]:
         for path, kind in ((command.a, one), (command.b, other)):
             if kind is Recording.REPLAY and path.is_file():
                 open_side(path).close()  # what can be read as nothing is damaged, not of another kind
-        raise UsageError(f"{command.a} is {one} and {command.b} {other}; compare two of one kind")
+        raise UsageError(f"{command.a} is {one} and {command.b} is {other}; compare two of the same kind")
     idle = [option for option, given in command.given.items() if given and option not in known]
     if idle:
         raise UsageError(f"{idle[0]} has no meaning for {one}, which {command.a} is; leave it out")
@@ -267,7 +267,7 @@ def diff_aprt_files(
     only = diff.Gates(std_ratio=gates.std_ratio if gates else None)
     if named is not None and named.given:
         if a.place != b.place:
-            raise InputError(f"{path_a} and {path_b} are of two stages; judged are two files of one")
+            raise InputError(f"{path_a} and {path_b} are files of two stages; give two files of the same stage")
         layer, stage = a.place
         wanted = Wanted(None if layer is None else str(layer), stage)
         return diff_forward(tree_of(a), tree_of(b), named=named, wanted=wanted, top=top, gates=only, progress=progress)

@@ -142,7 +142,7 @@ def _lacks(run: ForwardRun, place: Place) -> bool:
     return _at(run, place) is None and place not in promised(run)
 
 
-_UNSEEN = "only scores of keys after their query differ; the causal mask throws them away, they are not compared"
+_UNSEEN = "only scores of keys after their query differ; the causal mask removes them, so they are not compared"
 
 
 def _row(place: Place, a: ForwardRun, b: ForwardRun, top: int) -> dict[str, Any]:
@@ -237,7 +237,7 @@ def of_dtypes(rows: Sequence[Mapping[str, Any]], a: ForwardRun, b: ForwardRun) -
     of = last["dtypes"]
     narrow = min((of["a"], of["b"]), key=lambda name: stored_dtype(name).itemsize)
     return (
-        f"{said}. Of the RMS difference of {last['key']}, {last['rms']:.3g}, storing it in {narrow} explains "
+        f"{said}. The RMS difference of {last['key']} is {last['rms']:.3g}; storing it in {narrow} explains "
         f"{of['rounding_rms']:.3g}; the rest, {of['rest_rms']:.3g}, was inherited or computed in fewer bits."
     )
 

@@ -56,7 +56,9 @@ def infer_recorded(
         found = [one for tensor in side.tensors.values() for one in _products(tensor, rows, progress)]
         found += _ratios(side, progress)
     if not found:
-        raise InputError(f"{path}: no product or sum with its operands; give the bundle with --components")
+        raise InputError(
+            f"{path}: no product or sum is recorded together with its operands; give the bundle with --components"
+        )
     return document(str(path), found)
 
 
@@ -96,7 +98,7 @@ def _check_shapes(name: str, a: np.ndarray, b: np.ndarray, product: np.ndarray) 
     """`InputError` unless `a @ b` can have given `product`."""
     shapes = [list(x.shape) for x in (a, b, product)]
     if [len(shape) for shape in shapes] != [2, 2, 2] or shapes[2] != [len(a), b.shape[1]] or a.shape[1] != len(b):
-        raise InputError(f"{name} is {shapes[2]}, of factors that are {shapes[0]} and {shapes[1]}")
+        raise InputError(f"{name} is {shapes[2]}, but its factors are {shapes[0]} and {shapes[1]}")
 
 
 def _ratios(side: Side, progress: Progress) -> list[Found]:
