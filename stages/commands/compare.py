@@ -89,7 +89,7 @@ def replay(
         ComponentsFrom,
         compute(
             "--components",
-            help="native: each backend decomposes the source itself; this tells another basis from a bug.",
+            help="native: each backend decomposes the source itself, to tell a different basis from a bug.",
         ),
     ] = ComponentsFrom.given,
     layout: Annotated[LayoutName, compute(help="How to contract V; declared: as the bundle says.")] = (

@@ -113,7 +113,7 @@ def stats(
     "svf doctor --json",
 )
 def doctor(json: Json = False) -> None:
-    """Show versions, devices, and what would change results.
+    """Show versions, devices, and settings that would change results.
 
     Anything that would stop a run or change its bits is a finding (exit code 1), shown with a remedy.
     """
