@@ -45,7 +45,7 @@ def test_the_workflow_runs_the_contributors_script_on_the_oldest_and_the_newest_
 
 
 def test_hooks_are_the_checks_of_make() -> None:
-    """Every hook is a line of `make check`, and all of them are, but for those of the whole tree: imports and shapes."""
+    """Every hook is a line of `make check`; so is every line but those on the whole tree, imports and shapes."""
     (repo,) = _yaml(".pre-commit-config.yaml")["repos"]
     check = (ROOT / "Makefile").read_text().partition("check: .venv/dev\n")[2].partition("\n\n")[0]
     lines = {line.strip().removesuffix(" .") for line in check.splitlines()}
