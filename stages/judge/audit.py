@@ -52,6 +52,7 @@ from stages.oracle.bounds import LAMBDA, Lambdas
 from stages.oracle.residual import Residual
 from stages.oracle.verdict import Oracle, SideVerdict, Verdict, consult, judged_part
 from stages.progress import Progress as Reporter
+from stages.progress import Report
 from stages.run.calibration import lambdas_of
 from stages.run.production import with_stored_head
 from stages.run.replay import chunk_plan, default_chunk_rows
@@ -59,8 +60,6 @@ from stages.spec.noise import Noise
 from stages.spec.replay import REPLAY
 from stages.spec.stage import Stage
 from stages.spec.values import Chunk
-
-Progress = Callable[[str, float], None]
 
 EXIT_CODES = {"sound": 0, "faulty": 1, "incomplete": 5}
 
@@ -142,7 +141,7 @@ def _open_forward(
 
 
 def _audit_forward(
-    run: ForwardRun, model: str | None, wanted: Wanted, top: int, rerun: bool, progress: Progress
+    run: ForwardRun, model: str | None, wanted: Wanted, top: int, rerun: bool, progress: Report
 ) -> dict[str, Any]:
     places = order_of(run.path, {*run.side.places, *promised(run)})
     if run.path is not None:
@@ -229,7 +228,7 @@ def _audit_replay(
     top: int,
     rerun: bool,
     stack: ExitStack,
-    progress: Progress,
+    progress: Report,
 ) -> dict[str, Any]:
     side = stack.enter_context(open_side(path, components))
     if side.unknown:
@@ -273,7 +272,7 @@ class _TensorAudit:
         self.judged: dict[str, _Judged] = {}
         self.residual, self.rank = Residual(), 1
 
-    def run(self, progress: Progress) -> None:
+    def run(self, progress: Report) -> None:
         if not self.tensor.stages:
             return
         shape = self.tensor.shape

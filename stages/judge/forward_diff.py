@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -34,10 +34,10 @@ from stages.judge.rerun import recorded_of, resolve_suspects
 from stages.judge.rows import in_forward, pair_row
 from stages.judge.wanted import Wanted
 from stages.oracle.verdict import SideVerdict, Verdict, judged_part
+from stages.progress import Report
 from stages.spec.dtypes import stored_dtype
 from stages.spec.forward import ALIASES
 
-Progress = Callable[[str, float], None]
 # The chain along which two engines' activations drift apart fastest, in the order of computation.
 AMPLIFICATION = ("ffn_gate", "ffn_silu", "ffn_swigl")
 
@@ -54,7 +54,7 @@ def diff_forward(
     runs: tuple[Any, Any] = (None, None),
     rerun: bool = True,
     gates: diff.Gates | None = None,
-    progress: Progress = lambda _label, _done: None,
+    progress: Report = lambda _label, _done: None,
 ) -> dict[str, Any]:
     """The `svf.diff/1` document of two recorded forwards: dumps, another program's, APRT trees.
 
