@@ -73,7 +73,7 @@ def _next_step(command: ReplayCommand) -> Step | None:
     if command.order != NATIVE or command.layout not in ("declared", "all") or command.native_components:
         return None
     words = ["svf", "replay", str(command.components)]
-    words += ["--backend", "jax" if command.backend == "both" else command.backend, "--order", "inferred"]
+    words += ["--backend", "jax" if command.backend == BOTH else command.backend, "--order", "inferred"]
     words += ["--reference-report", str(command.reference_report)] if command.reference_report else []
     if command.precision != NATIVE:
         why = "The recorded hash is of native arithmetic: leave --precision out and take its order"
