@@ -26,6 +26,7 @@ check: .venv/dev
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports --no-logo
+	.venv/bin/pytest tests/laws/test_shapes.py
 	.venv/bin/python docs/generate.py --check
 
 docs: .venv/dev

@@ -140,7 +140,7 @@ EXIT_CODES = (
 
 app = App(
     name="svf",
-    help="Compute a model in PyTorch and in JAX, or read what another engine recorded: where they differ, and why.",
+    help="Compute a model in PyTorch and in JAX, or read what another engine recorded: see where they differ, and why.",
     epilog=EXIT_CODES,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -165,7 +165,7 @@ def _version(asked: bool) -> None:
 def main(
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")] = False,
     quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", "--no-progress", help="Results alone: nothing but errors on stderr.")
+        bool, typer.Option("--quiet", "-q", "--no-progress", help="Print only results; only errors go to stderr.")
     ] = False,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Log on stderr what is read and compiled, and how long it took.")

@@ -213,7 +213,7 @@ def _oracle(stage: Stage, dtype: np.dtype, operands: tuple[np.ndarray, ...], opt
     typed = replace(stage, dtype=dtype.name, identity=False, absent=False)
     try:
         return consult(typed, operands, given)
-    except (ValueError, IndexError, TypeError) as error:
+    except (ValueError, IndexError) as error:
         shapes = ", ".join(str(list(a.shape)) for a in operands)
         raise ValueError(f"{stage.name}: operands of shapes {shapes} do not fit each other: {error}") from error
 

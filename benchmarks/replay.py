@@ -18,6 +18,10 @@ import tempfile
 import time
 from pathlib import Path
 
+from stages.files.jsonio import write_json
+from stages.jobs.replay_one import ReplayCommand
+from stages.run.children import asked
+
 BASELINE = """
 import json, sys
 from pathlib import Path
@@ -91,6 +95,13 @@ def write_manifest(preset: str, layer: int, folder: Path) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
+def unjudged(work: Path, backend: str) -> Path:
+    """A request for the same replay without verdicts, as a side of --backend both is asked."""
+    command = ReplayCommand(components=work / "bundle", backend=backend, all_selected=True, verdicts=False)
+    write_json(work / "request.json", {"job": command.job, "asked": asked(command)})
+    return work / "request.json"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--work", type=Path)
@@ -112,7 +123,7 @@ def main() -> None:
         for backend in ("torch", "jax"):
             replay = [*svf, "replay", str(work / "bundle"), "--backend", backend, "--all-selected-tensors"]
             measured(f"svf replay {backend}, judged", replay, None)
-            measured(f"svf replay {backend}, checked only", [*replay, "--no-verdicts"], None)
+            measured(f"svf replay {backend}, checked only", [*svf, "child", str(unjudged(work, backend))], None)
         print(f"svf decompose / baseline: {ours / plain:.2f}")
         print(f"this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB")
 

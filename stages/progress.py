@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -13,6 +14,9 @@ from stages.errors import shown
 _LOG = logging.getLogger("svf")
 # A log needs a sign of life, not a line per chunk.
 _LINE_EVERY_S = 5.0
+
+# What work tells of itself: a label, and the fraction done. A `Progress` is one.
+Report = Callable[[str, float], None]
 
 
 class Progress:

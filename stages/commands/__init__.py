@@ -1,1 +1,1 @@
-"""The command line: typer signatures, one module a group of commands."""
+"""The command line: typer signatures, one module per group of commands."""

@@ -57,7 +57,7 @@ from stages.commands.program import STATE, after, answer, before, command, finis
     "svf demo --json",
 )
 def demo(json: Json = False) -> None:
-    """See the whole chain on a tiny model: replay twice, compare.
+    """Run the whole chain on a tiny model: replay twice and compare.
 
     Decomposes a random tiny model, replays it in PyTorch and in JAX, and compares the two stage by stage.
     """
@@ -89,13 +89,15 @@ def replay(
         ComponentsFrom,
         compute(
             "--components",
-            help="native: each backend decomposes the source itself, to tell basis from bug.",
+            help="native: each backend decomposes the source itself, to tell a different basis from a bug.",
         ),
     ] = ComponentsFrom.given,
-    layout: Annotated[LayoutName, compute(help="How V is contracted; declared: as the bundle says.")] = (
+    layout: Annotated[LayoutName, compute(help="How to contract V; declared: as the bundle says.")] = (
         LayoutName.declared
     ),
-    model: Annotated[str | None, compute(help="Source weights, for a bundle without source_f32.")] = None,
+    model: Annotated[
+        str | None, compute(help="Model with the source weights, for a bundle without source_f32.")
+    ] = None,
     reference_report: Annotated[
         Path | None,
         comparing(
@@ -109,51 +111,55 @@ def replay(
         compute(
             "--source-from-stage",
             "--source-from-python-stage",
-            help="Take the source from the recorded source_f32.",
+            help="Take the source weights from the recorded source_f32.",
         ),
     ] = False,
-    components_dir: Annotated[Path | None, original(help="COMPONENTS, by the original tool's name for it.")] = None,
+    components_dir: Annotated[Path | None, original(help="The original tool's name for COMPONENTS.")] = None,
     semantic_only: Annotated[
         bool,
         original(
             "--semantic-only",
-            help="The given U, S, V and no decomposition of its own: the default.",
+            help="Use the given U, S, V and decompose nothing; this is the default.",
         ),
     ] = False,
     device_semantic_only: Annotated[
         bool,
         original(
             "--device-semantic-only",
-            help="XLA alone: --backend jax, unless one backend is named.",
+            help="Run XLA only: --backend jax, unless --backend names another.",
         ),
     ] = False,
     preferred_layout_only: Annotated[
         bool,
-        original("--preferred-layout-only", help="The declared layout and no other: the default."),
+        original("--preferred-layout-only", help="Use only the declared layout; this is the default."),
     ] = False,
     all_selected_tensors: Annotated[
         bool,
-        compute("--all-selected-tensors", help="Demand every selected tensor's recorded stages."),
+        compute("--all-selected-tensors", help="Require the recorded stages of every selected tensor."),
     ] = False,
     select: Annotated[
         list[str] | None,
         compute(
             "--select",
             "--selected-source-filter",
-            help="Only tensors whose name contains this.",
+            help="Replay only tensors whose name contains this.",
         ),
     ] = None,
-    chunk_rows: Annotated[int | None, compute(min=1, help="Rows at a time; default from a memory budget.")] = None,
-    dump: Annotated[DumpMode | None, output(help="full with --out, otherwise none.")] = None,
+    chunk_rows: Annotated[
+        int | None, compute(min=1, help="Rows computed at a time; by default as memory allows.")
+    ] = None,
+    dump: Annotated[
+        DumpMode | None, output(help="What the dump keeps: by default full with --out, otherwise none.")
+    ] = None,
     out: Annotated[
         Path | None,
-        output(help="New folder for the dump; FILE.json is taken as --report."),
+        output(help="New folder for the dump; a name FILE.json is used as --report."),
     ] = None,
-    report: Annotated[Path | None, output(help="Write the replaying side's report here.")] = None,
+    report: Annotated[Path | None, output(help="Write the report of the replaying side to this file.")] = None,
     stage_dir: Annotated[
         Path | None,
         output(
-            help="New folder for stage files as the original tool writes them, one a tensor, stage.NAME.",
+            help="New folder for stage files as the original tool writes them: one per tensor, keys stage.NAME.",
         ),
     ] = None,
     device: Device = "cpu",
@@ -161,7 +167,7 @@ def replay(
     order: Annotated[
         str,
         compute(
-            help="Sum as: native, torch, jax, inferred (as the bundle records), a recorded run, a file of svf infer.",
+            help="Order of sums: native, torch, jax, inferred (from the bundle), a recorded run, a svf infer file.",
         ),
     ] = "native",
     top: Annotated[int, comparing(min=0, help="Largest differences kept per stage.")] = 5,
@@ -175,9 +181,9 @@ def replay(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Replay U, S, V and offsets, every stage judged.
+    """Replay U, S, V and offsets, and judge every stage.
 
-    Each stage is checked against its rounding-error bound and against the recorded one.
+    Each stage is checked against its rounding-error bound and against the recorded stage.
     """
     from stages.commands.original_flags import ReplayFlags, as_original, report_place
     from stages.errors import UsageError
@@ -222,7 +228,7 @@ def replay(
         }
     )
     if order != "native" and precision is not Precision.native:
-        raise UsageError(f"--order {order} applies to native products; --precision {precision.value} has no order")
+        raise UsageError(f"--order {order} applies only to native products; leave out --precision {precision.value}")
     flags = ReplayFlags(components_dir, semantic_only, device_semantic_only, preferred_layout_only)
     with Progress(STATE.progress) as progress:
         document = job.replay(as_original(command, flags, say), load_backend, progress)
@@ -249,7 +255,9 @@ def forward(
     adapted: Adapted = None,
     layout: AdaptedLayout = OneLayout.declared,
     repeat: Annotated[int, compute(min=1, help="Number of runs; all must give the same bytes.")] = 1,
-    generate: Annotated[int, compute(min=0, help="Greedy tokens to compare with production's.")] = 0,
+    generate: Annotated[
+        int, compute(min=0, help="Greedy tokens to generate and compare with the production model's.")
+    ] = 0,
     production: Annotated[
         bool | None,
         comparing(
@@ -264,12 +272,12 @@ def forward(
     order: Annotated[
         str | None,
         compute(
-            help="Order of float32 sums: that of torch, jax, a recorded dump, or a file that svf infer wrote.",
+            help="Sum float32 in the order of torch, jax, a recorded dump, or a file that svf infer wrote.",
         ),
     ] = None,
     jit: Annotated[
         Jit,
-        compute(help="What XLA compiles at a time; other than stage shows what fusion does."),
+        compute(help="How much XLA compiles at a time; layer and none show what fusion changes."),
     ] = (Jit.stage),
     top: Annotated[int | None, comparing(min=0, help="Largest differences kept per stage; default 5.")] = None,
     timeout: Timeout = None,
@@ -279,9 +287,9 @@ def forward(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Run a checkpoint layer by layer, every stage judged.
+    """Run a checkpoint layer by layer and judge every stage.
 
-    Every intermediate is named, kept with --out, and the logits compared with the production model.
+    Every intermediate value has a name and is kept with --out. The logits are compared with the production model's.
     """
     from stages.errors import UsageError
     from stages.jobs import forward as job
@@ -296,7 +304,7 @@ def forward(
             f"--layout {layout.value} needs --adapted COMPONENTS": layout is not OneLayout.declared and not adapted,
             "--resume needs --out DIR: it finishes what was cut short there": resume and out is None,
             "--format aprt needs --out DIR": format is Format.aprt and out is None,
-            "--format aprt writes a tree whole or not at all, there is nothing to resume": format is Format.aprt
+            "--format aprt writes a whole tree or nothing, so there is nothing to resume": format is Format.aprt
             and resume,
             "--timeout applies to the two processes of --backend both": typed("--timeout") and backend is not ON_BOTH,
             "--top applies to the differences that --backend both compares": top is not None and backend is not ON_BOTH,
@@ -305,9 +313,9 @@ def forward(
     if jit is not Jit.stage and backend not in ("jax", "both"):
         raise UsageError(f"--jit {jit.value} applies to JAX; use --backend jax")
     if precision is not Precision.native and jit is Jit.layer:
-        raise UsageError(f"--precision {precision.value} rounds at every stage's boundary, --jit layer has none")
+        raise UsageError(f"--precision {precision.value} rounds after every stage, but --jit layer joins the stages")
     if order is not None and (precision is not Precision.native or jit is Jit.layer or production):
-        raise UsageError("--order is for single native stages: not with --precision, --jit layer or --production")
+        raise UsageError("--order applies to single native stages; leave out --precision, --jit layer and --production")
     if precision is not Precision.native and production:
         raise UsageError(f"--production computes natively; --precision {precision.value} cannot be compared with it")
     before(force, html)
@@ -359,11 +367,17 @@ def forward(
 def diff(
     a: Annotated[
         Path,
-        typer.Argument(help="Reference side: dump, bundle, stage file, APRT, another program's, checkpoint or report."),
+        typer.Argument(
+            help="Reference side: dump, bundle, stage file, APRT, another program's file, checkpoint or report."
+        ),
     ],
-    b: Annotated[Path | None, typer.Argument(help="The other one; without it, the two dumps inside the first.")] = None,
+    b: Annotated[
+        Path | None, typer.Argument(help="Other side; without it, the two dumps inside the first are compared.")
+    ] = None,
     components: Operands = None,
-    model: Annotated[str | None, of_run(help="Weights, to judge forwards; default as recorded.")] = None,
+    model: Annotated[
+        str | None, of_run(help="Weights to judge forward dumps with; by default those that were recorded.")
+    ] = None,
     tokens: Tokens = None,
     tokens_file: TokensFile = None,
     prompt: Prompt = None,
@@ -371,14 +385,16 @@ def diff(
     stages: JudgedStages = None,
     precision: Annotated[
         Precision | None,
-        comparing(help="Demand dumps of this precision; exact: any difference is a bug."),
+        comparing(help="Require dumps of this precision; exact: any difference is a bug."),
     ] = None,
-    top: Annotated[int | None, comparing(min=0, help="Print the largest differences of every stage.")] = None,
+    top: Annotated[
+        int | None, comparing(min=0, help="Print this many of the largest differences of each stage.")
+    ] = None,
     explain_order: Annotated[
         bool,
         comparing(
             "--explain-order",
-            help="Say how much of the difference is the order of summation; slow.",
+            help="Say how much of the difference the order of summation explains; slow.",
         ),
     ] = False,
     strict_stage_tolerances: StrictStages = False,
@@ -387,7 +403,7 @@ def diff(
     std_ratio: Annotated[
         str | None,
         gate(
-            help="Fail unless std of b over std of a is within LOW:HIGH in every stage, such as 0.5:2.",
+            help="Fail unless std of b / std of a is within LOW:HIGH in every stage, such as 0.5:2.",
         ),
     ] = None,
     rerun: Rerun = True,
@@ -397,7 +413,7 @@ def diff(
 ) -> None:
     """Compare two recorded runs, checkpoints or reports.
 
-    Stage by stage, and says which side is wrong where they differ. Loads no framework.
+    Compares stage by stage, and says which side is wrong. Loads no framework.
     """
     from stages.judge.diff import DiffCommand, check_options, diff_any, with_sides
     from stages.judge.document import Gates, parse_std_ratio
@@ -442,15 +458,20 @@ def diff(
 )
 def audit(
     dump: Annotated[
-        Path, typer.Argument(help="Dump, bundle or stage file; or another program's: safetensors, folder, APRT tree.")
+        Path,
+        typer.Argument(
+            help="Dump, bundle or stage file; or what another program wrote: safetensors, folder, APRT tree."
+        ),
     ],
-    model: Annotated[str | None, of_run(help="Weights; another program's dump does not name them.")] = None,
+    model: Annotated[
+        str | None, of_run(help="Weights; another program's dump needs this, since it does not name them.")
+    ] = None,
     tokens: Tokens = None,
     tokens_file: TokensFile = None,
     prompt: Prompt = None,
     adapted: Annotated[
         Path | None,
-        of_run(help="Components whose adapted weights another program ran on."),
+        of_run(help="Components, if the other program ran on weights adapted by them."),
     ] = None,
     layout: AdaptedLayout = OneLayout.declared,
     components: Operands = None,
@@ -501,12 +522,12 @@ def layouts(
     components: Annotated[
         Path | None, typer.Argument(help="Component bundle; without it, a built-in tiny one.")
     ] = None,
-    model: Annotated[str | None, compute(help="Source weights; default the recorded source_f32.")] = None,
+    model: Annotated[str | None, compute(help="Source weights; by default the recorded source_f32.")] = None,
     json: Json = False,
 ) -> None:
-    """Say which layout of V gives each tensor back.
+    """Find the layout of V that gives each source weight back.
 
-    Whatever the label says, and for square matrices too.
+    Does not trust the label, and works for square matrices too.
     """
     from stages.jobs import layouts as job
     from stages.progress import Progress

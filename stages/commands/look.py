@@ -42,7 +42,7 @@ def inspect(
 )
 def verify(
     source: Annotated[str, typer.Argument(help="What to verify: the same kinds as svf inspect.")],
-    model: Annotated[str | None, compute(help="Weights that a bundle's components are of.")] = None,
+    model: Annotated[str | None, compute(help="Model from whose weights the bundle was made.")] = None,
     json: Json = False,
 ) -> None:
     """Check schema, hashes and values of a file or folder.
@@ -66,7 +66,7 @@ def verify(
 )
 def report(
     result: Annotated[
-        Path, typer.Argument(help="What svf diff, audit, replay or forward printed with --json, in a file.")
+        Path, typer.Argument(help="File with what svf diff, audit, replay or forward printed with --json.")
     ],
     html: Annotated[Path, output("--html", help="New file for the report; needs svf[report].")],
     force: Force = False,
@@ -113,9 +113,9 @@ def stats(
     "svf doctor --json",
 )
 def doctor(json: Json = False) -> None:
-    """Show versions, devices, and what would change results.
+    """Show versions, devices, and settings that would change results.
 
-    What would stop a run or change its bits is a finding (exit code 1), with a remedy.
+    Anything that would stop a run or change its bits is a finding (exit code 1), shown with a remedy.
     """
     from stages.commands.backends import PROBES
     from stages.jobs import doctor as job

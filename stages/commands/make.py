@@ -46,11 +46,11 @@ def synth(
     preset: Annotated[Preset, compute(help="Shape of the model.")] = Preset.tiny,
     seed: Annotated[int, compute(help="The same seed gives the same bytes.")] = 0,
     dtype: Annotated[Dtype, compute(help="Dtype of the weights.")] = Dtype.bfloat16,
-    vector: Annotated[Path | None, compute(help="Write a random router vector (.npy) for --layers too.")] = None,
+    vector: Annotated[Path | None, compute(help="Also write a random router vector (.npy) for --layers here.")] = None,
     layers: SelectedLayers = None,
     json: Json = False,
 ) -> None:
-    """Write a random Qwen checkpoint, by seed.
+    """Write a random Qwen or Llama checkpoint from a seed.
 
     The same seed gives the same bytes. It has a byte-level tokenizer.
     """
@@ -95,40 +95,38 @@ def decompose(
     ],
     out: Annotated[
         Path | None,
-        output(help="New folder for the component bundle; FILE.json is taken as --report."),
+        output(help="New folder for the component bundle; a name FILE.json is used as --report."),
     ] = None,
-    write_components_dir: Annotated[
-        Path | None, original(help="The same folder, by the original tool's name for it.")
-    ] = None,
+    write_components_dir: Annotated[Path | None, original(help="The original tool's name for --out.")] = None,
     manifest: Annotated[
         Path | None,
         compute("--manifest", "--reference", help="Reference manifest that names the tensors."),
     ] = None,
     layers: SelectedLayers = None,
-    report: Annotated[Path | None, output(help="Write the reference side's report here.")] = None,
+    report: Annotated[Path | None, output(help="Write the report of the reference side to this file.")] = None,
     svd: Annotated[
         SvdMethod,
-        compute(help="float64: accurate, the same on any thread count; torch: legacy torch.svd."),
+        compute(help="float64: accurate, and the same for any number of threads; torch: the old torch.svd."),
     ] = SvdMethod.float64,
     svd_weights: Annotated[
         Path | None,
-        compute(help="Original svd_weights.pt; read weights-only in a process of its own."),
+        compute(help="The original svd_weights.pt; read as weights only, in a separate process."),
     ] = None,
     all_selected_tensors: Annotated[
         bool,
-        compute("--all-selected-tensors", help="All selected tensors, not the sample alone."),
+        compute("--all-selected-tensors", help="Decompose all selected tensors, not only the sample."),
     ] = False,
     decompose_all_selected_if_missing: Annotated[
         bool,
         compute(
             "--decompose-all-selected-if-missing",
-            help="Allow decomposing them without --svd-weights.",
+            help="Allow --all-selected-tensors without --svd-weights.",
         ),
     ] = False,
     model_torch_dtype: Annotated[
         ModelDtype,
         compute(
-            help="Dtype to load the model in before its weights are widened; auto: as its config says.",
+            help="Dtype in which the model is loaded before its weights are widened; auto: as its config says.",
         ),
     ] = ModelDtype.float32,
     vector_dtype: Annotated[
@@ -138,14 +136,14 @@ def decompose(
     readback_components_dir: Annotated[
         Path | None,
         original(
-            help="Bundle whose read-back variants and baseline the report has; default: the written one.",
+            help="Bundle whose read-back variants and baseline go into the report; default: the written one.",
         ),
     ] = None,
     no_write_stage_tensors: Annotated[
         bool,
         output(
             "--no-write-stage-tensors",
-            help="Write U, S, V and offsets alone, no recorded stages.",
+            help="Write only U, S, V and offsets, without recorded stages.",
         ),
     ] = False,
     strict_reference_hash: Annotated[
@@ -176,7 +174,7 @@ def decompose(
         raise UsageError("give either --manifest FILE or --layers N")
     if svd is not SvdMethod.float64 and svd_weights is not None:
         raise UsageError(
-            f"--svd {svd.value} is how to decompose, and --svd-weights is decomposed; leave one of them out"
+            f"--svd {svd.value} says how to decompose, but --svd-weights is decomposed already; leave one of them out"
         )
     if all_selected_tensors and svd_weights is None and not decompose_all_selected_if_missing:
         raise UsageError(
@@ -217,27 +215,27 @@ def decompose(
 )
 def apply(
     components: Annotated[Path, typer.Argument(help="Component bundle.")],
-    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id that the components are of.")],
+    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id from which the components were made.")],
     out: Annotated[Path, output(help="New folder for the adapted checkpoint.")],
     tied: Annotated[
         Tied,
         compute(
-            help="A tied embedding and LM head, adapted apart: store both, untied; or, as copying both into a tied "
-            "PyTorch module does, let the last one copied stand for both.",
+            help="For a tied embedding and LM head that are adapted differently. untie: store both. last: keep only "
+            "the one that is copied last, as a tied PyTorch module does.",
         ),
     ] = Tied.untie,
     dtype: Annotated[
         RunDtype,
-        compute(help="Dtype of the written weights; float32 keeps what final_bf16 rounds."),
+        compute(help="Dtype of the written weights; float32 keeps the bits that final_bf16 rounds away."),
     ] = RunDtype.model,
-    layout: Annotated[OneLayout, compute(help="How V is contracted.")] = OneLayout.declared,
-    backend: Annotated[OneBackend, compute(help="What computes the adapted weights.")] = ON_TORCH,
+    layout: Annotated[OneLayout, compute(help="How to contract V.")] = OneLayout.declared,
+    backend: Annotated[OneBackend, compute(help="Backend that computes the adapted weights.")] = ON_TORCH,
     precision: InPrecision = Precision.native,
     device: Device = "cpu",
     resume: BeginAgain = False,
     json: Json = False,
 ) -> None:
-    """Write the adapted checkpoint, for transformers as it is."""
+    """Write the adapted checkpoint; transformers loads it as it is."""
     from stages.jobs import apply as job
     from stages.progress import Progress
     from stages.show import files as render_files
@@ -259,9 +257,9 @@ def convert(
     entry: Annotated[str | None, compute(help="Dict inside the file that holds the tensors.")] = None,
     json: Json = False,
 ) -> None:
-    """Copy a pickled file to safetensors, running none of it.
+    """Copy a pickled file to safetensors without running it.
 
-    Dense tensors, bit for bit, in a process with limits.
+    Copies dense tensors bit for bit, in a process with limits.
     """
     from stages.show import sources as render
 
@@ -283,7 +281,7 @@ def export(
 ) -> None:
     """Write a forward dump as an APRT tree.
 
-    Says what that format does not keep.
+    Says what the APRT format does not keep.
     """
     from stages.jobs.export import export_aprt
     from stages.progress import Progress
@@ -312,7 +310,7 @@ def import_(
 ) -> None:
     """Write an APRT tree as safetensors.
 
-    Flat, or as a forward dump when the model and its tokens are told.
+    Writes flat arrays, or a forward dump when the model and its tokens are given.
     """
     from stages.jobs.export import import_aprt
     from stages.progress import Progress

@@ -53,26 +53,28 @@ Html = Annotated[
     Path | None,
     output("--html", help=r"Write a self-contained HTML report here; needs svf\[report]."),
 ]
-Force = Annotated[bool, output("--force", help="Replace a file that is there already.")]
+Force = Annotated[bool, output("--force", help="Replace the file if it exists.")]
 Json = Annotated[bool, output("--json", help="Print one JSON document and nothing else on stdout.")]
-Backend = Annotated[BackendName, compute(help="Which side computes.")]
+Backend = Annotated[BackendName, compute(help="Which backend computes.")]
 Device = Annotated[str, compute(help="cpu, or a GPU: cuda, gpu, gpu:1.")]
 InPrecision = Annotated[
     Precision,
     compute(
-        help="native: the framework's own; reference: float64, rounded at stage boundaries; exact: correctly rounded.",
+        help="native: the framework's kernels; reference: float64, rounded after each stage; exact: correctly rounded.",
     ),
 ]
-ComputeDtype = Annotated[RunDtype, compute(help="What activations and weights are computed in.")]
+ComputeDtype = Annotated[RunDtype, compute(help="Dtype in which activations and weights are computed.")]
 Tokens = Annotated[str | None, of_run(help="Token ids, such as 1,2,3.")]
 TokensFile = Annotated[Path | None, of_run(help="File of token ids, as text or a JSON list.")]
-Prompt = Annotated[str | None, of_run(help="Text, through the checkpoint's own tokenizer.")]
+Prompt = Annotated[str | None, of_run(help="Text; the checkpoint's own tokenizer makes the tokens.")]
 Adapted = Annotated[Path | None, of_run(help="Component bundle whose weights replace the model's.")]
-AdaptedLayout = Annotated[OneLayout, of_run(help="How V of --adapted is contracted.")]
-SelectedLayers = Annotated[str | None, compute(help="Layers the selection rule takes, such as 26 or 0,3-5.")]
+AdaptedLayout = Annotated[OneLayout, of_run(help="How to contract V of --adapted.")]
+SelectedLayers = Annotated[
+    str | None, compute(help="Layers from which the selection rule takes tensors, such as 26 or 0,3-5.")
+]
 JudgedLayers = Annotated[str | None, comparing(help="Judge only these layers: 0,3-5.")]
 JudgedStages = Annotated[str | None, comparing(help="Judge only these stages: ffn_gate,ffn_swigl.")]
-Operands = Annotated[Path | None, comparing(help="Bundle with U, S and V, to judge products.")]
+Operands = Annotated[Path | None, comparing(help="Bundle with U, S and V; judging products needs them.")]
 Rerun = Annotated[
     bool,
     comparing(
@@ -104,7 +106,7 @@ Timeout = Annotated[
 ]
 MaxMemory = Annotated[
     str | None,
-    limit(help="Memory a side may take, such as 2G; a run that needs more ends with exit code 7."),
+    limit(help="Memory that each side may use, such as 2G; a run that needs more ends with exit code 7."),
 ]
 BeginAgain = Annotated[bool, limit("--resume", help="Start again a run that was killed in --out.")]
 Resume = Annotated[bool, limit("--resume", help="Finish the run that was cut short in --out.")]

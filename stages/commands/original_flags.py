@@ -33,7 +33,7 @@ def report_place(out: Path | None, report: Path | None, say: Say) -> tuple[Path 
         return out, report
     if report is not None:
         raise UsageError(
-            f"--out {out} names a report, as in the original tool, and --report {report} another; give one"
+            f"--out {out} (a report, as in the original tool) and --report {report} both name a report; give one"
         )
     say(f"--out {out}: used as --report, as in the original tool")
     return None, out
@@ -56,9 +56,13 @@ def as_original(command: ReplayCommand, flags: ReplayFlags, say: Say) -> ReplayC
             raise UsageError(f"COMPONENTS {command.components} and --components-dir {flags.components_dir}: give one")
         command = replace(command, components=flags.components_dir)
     if flags.semantic_only and command.native_components:
-        raise UsageError("--semantic-only replays the given U, S, V alone; --components native decomposes again")
+        raise UsageError(
+            "--semantic-only replays only the given U, S, V, but --components native decomposes again; give one"
+        )
     if flags.preferred_layout_only and command.layout != "declared":
-        raise UsageError(f"--preferred-layout-only is the declared layout; --layout {command.layout} is another")
+        raise UsageError(
+            f"--preferred-layout-only uses the declared layout, but --layout {command.layout} is another; give one"
+        )
     if flags.device_semantic_only and command.backend == "both":
         say(f"--device-semantic-only: XLA alone, --backend jax, on {command.device} (--device gpu for a GPU)")
         command = replace(command, backend="jax")

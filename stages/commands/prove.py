@@ -19,17 +19,21 @@ from stages.commands.program import STATE, answer, command
     "svf selftest --fault 'no causal mask' --backend jax",
 )
 def selftest(
-    backend: Annotated[BackendName, compute(help="Where faults are planted.")] = ON_BOTH,
-    quick: Annotated[bool, compute("--quick", help="Each kind of fault once, and fewer clean runs.")] = False,
-    fault: Annotated[list[str] | None, compute(help="Only this kind of fault, see --list.")] = None,
-    clean: Annotated[int | None, compute(min=0, help="Clean comparisons; default 40, 8 with --quick.")] = None,
-    seed: Annotated[int, compute(min=0, help="Seed of places, weights and shapes.")] = 0,
-    list_faults: Annotated[bool, output("--list", help="The kinds of fault; nothing is run.")] = False,
+    backend: Annotated[BackendName, compute(help="Backend in which faults are planted.")] = ON_BOTH,
+    quick: Annotated[
+        bool, compute("--quick", help="Plant each kind of fault once, and make fewer clean runs.")
+    ] = False,
+    fault: Annotated[list[str] | None, compute(help="Plant only this kind of fault; --list shows all.")] = None,
+    clean: Annotated[
+        int | None, compute(min=0, help="Number of clean comparisons; default 40, or 8 with --quick.")
+    ] = None,
+    seed: Annotated[int, compute(min=0, help="Seed for places, weights and shapes.")] = 0,
+    list_faults: Annotated[bool, output("--list", help="List the kinds of fault and run nothing.")] = False,
     json: Json = False,
 ) -> None:
-    """Plant known faults and see that each is named.
+    """Plant known faults and check that each is named.
 
-    And that runs without a fault raise no alarm.
+    Also checks that runs without a fault raise no alarm.
     """
     from stages.progress import Progress
     from stages.selftest import command
@@ -53,13 +57,13 @@ def selftest(
     "svf calibrate --backend jax --device gpu --json",
 )
 def calibrate(
-    backend: Annotated[CalibrateName, compute(help="Which side is measured.")] = CALIBRATE_BOTH,
+    backend: Annotated[CalibrateName, compute(help="Backend to measure.")] = CALIBRATE_BOTH,
     device: Device = "cpu",
     json: Json = False,
 ) -> None:
     """Measure how each kind of stage rounds on this machine.
 
-    Dumps made here afterwards are judged by it.
+    Dumps made on this machine afterwards are judged by the result.
     """
     from stages.jobs import calibrate as job
     from stages.progress import Progress
@@ -77,15 +81,17 @@ def calibrate(
     "svf probe --backend jax --threads 1 --json",
 )
 def probe(
-    backend: Annotated[BackendName, compute(help="Whose sums to probe.")] = ON_BOTH,
+    backend: Annotated[BackendName, compute(help="Backend to probe.")] = ON_BOTH,
     device: Device = "cpu",
-    threads: Annotated[int | None, compute(min=1, help="Number of threads; by default all, and then one.")] = None,
-    fresh: Annotated[bool, compute("--fresh", help="Probe again what the cache knows.")] = False,
+    threads: Annotated[
+        int | None, compute(min=1, help="Number of threads; by default all, then one in a second run.")
+    ] = None,
+    fresh: Annotated[bool, compute("--fresh", help="Probe again even what the cache already holds.")] = False,
     json: Json = False,
 ) -> None:
     """Reveal the order in which each backend sums.
 
-    Of products of several shapes, sums, mean squares and softmax.
+    Probes products of several shapes, sums, mean squares and softmax.
     """
     from stages.jobs import probe as probe_run
     from stages.progress import Progress
@@ -107,14 +113,18 @@ def probe(
 def infer(
     side: Annotated[Path, typer.Argument(help="Dump, component bundle or stage file of a replay; dump of a forward.")],
     components: Annotated[Path | None, compute(help="Bundle with U, S and V, the operands of products.")] = None,
-    model: Annotated[str | None, compute(help="Weights of a forward dump; default as recorded.")] = None,
-    rows: Annotated[int | None, compute(min=1, help="Read so many rows of each tensor of a replay.")] = None,
-    columns: Annotated[int | None, compute(min=1, help="Read so many columns of each product of a forward.")] = None,
+    model: Annotated[
+        str | None, compute(help="Weights of a forward dump; by default those that were recorded.")
+    ] = None,
+    rows: Annotated[int | None, compute(min=1, help="Read only this many rows of each tensor of a replay.")] = None,
+    columns: Annotated[
+        int | None, compute(min=1, help="Read only this many columns of each product of a forward.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Find the order in which a recorded run summed.
 
-    From its bytes alone. Loads no framework.
+    Needs nothing but the recorded bytes. Loads no framework.
     """
     from stages.order.infer_recorded import infer_recorded
     from stages.progress import Progress

@@ -44,7 +44,7 @@ def route(
     adapted: Adapted = None,
     layers: Annotated[
         str | None,
-        compute(help="Adapted layers of a router vector, such as 26; by default as --adapted says."),
+        compute(help="Layers that the router vector adapts, such as 26; by default those of --adapted."),
     ] = None,
     layout: AdaptedLayout = OneLayout.declared,
     tokens: Tokens = None,
@@ -59,14 +59,14 @@ def route(
     device: Device = "cpu",
     out: Annotated[
         Path | None,
-        output(help="File for one side's hidden state and logits, safetensors."),
+        output(help="Safetensors file for the hidden state and logits of one side."),
     ] = None,
     force: Force = False,
     json: Json = False,
 ) -> None:
     """Route with the TRINITY head: logits of agents and roles.
 
-    They come from the second-to-last token's hidden state.
+    They are computed from the hidden state of the second-to-last token.
     """
     from stages.jobs import route as job
     from stages.judge.document import EXIT_CODES as outcomes

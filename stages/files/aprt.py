@@ -60,9 +60,11 @@ def _check(path: str | os.PathLike[str], layer: int | None, values: np.ndarray) 
     if values.dtype not in HELD:
         raise TypeError(f"{path}: APRT holds float32, got {values.dtype}; only bfloat16 and float16 are widened")
     if values.size > MAX_COUNT:
-        raise OutputError(f"{path}: {values.size} elements, an APRT file holds at most {MAX_COUNT}; use safetensors")
+        raise OutputError(
+            f"{path}: {values.size} elements do not fit, an APRT file holds at most {MAX_COUNT}; use safetensors"
+        )
     if layer is not None and not 0 <= layer < WHOLE_MODEL:
-        raise OutputError(f"{path}: layer {layer}, an APRT file holds 0 to {WHOLE_MODEL - 1}")
+        raise OutputError(f"{path}: layer {layer} does not fit, an APRT file has a layer from 0 to {WHOLE_MODEL - 1}")
 
 
 def _put(fd: int, layer: int | None, values: np.ndarray) -> None:
@@ -112,7 +114,7 @@ class AprtFile:
         """Elements `[start:stop]` as a fresh flat float32 array; `InputError` when there are not that many."""
         stop = self.count if stop is None else stop
         if not 0 <= start <= stop <= self.count:
-            raise InputError(f"{self.path}: has {self.count} elements, expected {start}:{stop} among them")
+            raise InputError(f"{self.path}: has {self.count} elements, but elements {start}:{stop} are asked for")
         fd = open_regular(self.path)
         try:
             if self._header(fd) != (self.layer, self.count):
@@ -183,9 +185,9 @@ class AprtTree:
         for layer, path in self._scan():
             file = AprtFile(path)
             if file.layer != layer:
-                raise InputError(f"{path}: header says {layer_text(file.layer)}, but it lies in no layer's folder")
+                raise InputError(f"{path}: header says {layer_text(file.layer)}, but the file is in no layer's folder")
             if file.place in found:
-                raise InputError(f"{path}: '{file.stage}' is also in {found[file.place].path}; which one counts?")
+                raise InputError(f"{path}: '{file.stage}' is also in {found[file.place].path}; keep one of them")
             found[file.place] = file
         if not found:
             more = f"; it has {shown(self.extra[0])}" if self.extra else ""
@@ -256,13 +258,17 @@ def tree_path(layer: int | None, stage: str) -> tuple[int | None, Path]:
     never becomes a path.
     """
     if not _STAGE.fullmatch(stage):
-        raise InputError(f"'{shown(stage)}': expected a stage's name, of the characters a-z _ +; it names a file")
+        raise InputError(
+            f"'{shown(stage)}': expected a stage's name, which becomes a file name, of the characters a-z _ +"
+        )
     if layer is None and stage == "embedding":
         layer = 0
     if layer is None:
         return None, Path(f"{stage}.bin")
     if not 0 <= layer < WHOLE_MODEL:
-        raise OutputError(f"'{shown(stage)}': layer {layer}, an APRT file holds 0 to {WHOLE_MODEL - 1}")
+        raise OutputError(
+            f"'{shown(stage)}': layer {layer} does not fit, an APRT file has a layer from 0 to {WHOLE_MODEL - 1}"
+        )
     return layer, Path(f"layer-{layer}") / f"{stage}.bin"
 
 
@@ -276,7 +282,7 @@ def write_tree(
     that cannot be a file's; after any failure, also of the iterator, `folder` is as it was.
     """
     if _LAYER_FOLDER.fullmatch(Path(os.path.abspath(folder)).name):
-        raise OutputError(f"{folder}: reads as one layer's folder, not as a tree; name it otherwise")
+        raise OutputError(f"{folder}: a folder of this name is read as one layer, not as a tree; choose another name")
     made = not os.path.lexists(folder)
     target = prepare_folder(folder).resolve()
     temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")

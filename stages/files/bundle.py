@@ -167,7 +167,9 @@ class Bundle:
         if not self.folder.is_dir():
             raise NotFoundError(f"{folder}: no such folder; 'svf decompose' writes a component bundle")
         if not (self.folder / MANIFEST_FILE).is_file():
-            raise InputError(f"{folder}: no {MANIFEST_FILE}; not a component bundle, or one not written to its end")
+            raise InputError(
+                f"{folder}: no {MANIFEST_FILE}; this is not a component bundle, or it was not written to its end"
+            )
         self.manifest = read_object(self.folder / MANIFEST_FILE)
         self.components = TensorFile(self.folder / COMPONENTS_FILE)
         self.offsets = TensorFile(self.folder / OFFSETS_FILE)

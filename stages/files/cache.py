@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import os
 from collections.abc import Mapping
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.errors import OutputError, SvfError
-from stages.files.jsonio import read_object, write_json
+from stages.files.jsonio import read_object, version_of, write_json
 from stages.spec import environment
 
 # Raise it when what is probed, or how it is told, changes.
@@ -23,16 +22,9 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 def identity(backend: str, device: str, threads: int, cpu: str) -> dict[str, str]:
     """What probed orders hold for; `cpu` is the processor's name. Loads no framework."""
-    packages = {name: _installed(name) for name in _PACKAGES}
+    packages = {name: version_of(name) or "" for name in _PACKAGES}
     settings = environment.facts(but=THREAD_VARIABLES)
     return {"backend": backend, "device": device, "threads": str(threads), "cpu": cpu, **packages, **settings}
-
-
-def _installed(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 def _path(key: Mapping[str, str]) -> Path:

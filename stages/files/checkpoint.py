@@ -228,7 +228,10 @@ class Checkpoint:
                     said = f"says '{shown(weight_map[name])}'" if name in weight_map else "does not list it"
                     raise InputError(f"{index}: '{shown(name)}' is in {file.path.name}, but weight_map {said}")
                 if name not in file.tensors:
-                    raise InputError(f"{index}: weight_map says that {file.path.name} has '{shown(name)}'; it has not")
+                    raise InputError(
+                        f"{index}: weight_map says that {file.path.name} has '{shown(name)}', but the file does "
+                        "not have it"
+                    )
             holder.update(dict.fromkeys(file.tensors, file))
         return holder
 
@@ -260,7 +263,8 @@ class Checkpoint:
         pickles = [name for name in names if name.endswith(PICKLES)]
         if pickles:
             return InputError(
-                f"{self.path}: only pickled weights ({_listed(pickles)}), never opened because unpickling runs code; "
+                f"{self.path}: has only pickled weights ({_listed(pickles)}), which are never opened because "
+                "unpickling runs code; "
                 "convert them: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
             )
         if self.revision is not None:
@@ -300,7 +304,7 @@ def _open(source: str | os.PathLike[str], *, fetch: bool) -> Checkpoint:
         raise NotFoundError(f"{shown(text)}: cannot be read: {error.strerror}") from None
     match = _HUB_ID.fullmatch(text) if isinstance(source, str) and ".." not in text else None
     if match is None:
-        raise NotFoundError(f"{shown(text)}: no such folder, nor a hub model, which is written org/name[@revision]")
+        raise NotFoundError(f"{shown(text)}: no such folder, and not a hub model, which is written org/name[@revision]")
     snapshot = _fetch(text, match["id"], match["revision"], fetch=fetch)
     if not (snapshot / CONFIG).is_file():
         raise NotFoundError(f"{text}: no {CONFIG} in {snapshot}; if the hub has one, run: {_fetch_command(text)}")
@@ -322,9 +326,9 @@ def _fetch(source: str, model: str, revision: str | None, *, fetch: bool) -> Pat
             )
         )
     except Exception as error:  # the client raises its own, the HTTP library's and the system's; all mean: not here
-        state = "not in the cache, and HF_HUB_OFFLINE is set" if offline else f"cannot be fetched ({_reason(error)})"
+        state = "is not in the cache, and HF_HUB_OFFLINE is set" if offline else f"cannot be fetched ({_reason(error)})"
         raise NotFoundError(
-            f"{source}: no such folder, and as a hub model {state}; run this where the hub can be reached: "
+            f"{source}: no such folder, and the hub model {state}; run this where the hub can be reached: "
             f"{_fetch_command(source)}"
         ) from None
 

@@ -31,7 +31,7 @@ COMPONENTS_FOLDER = "components"
 
 def changed(file: Path, key: str) -> InputError:
     """The refusal of a tensor whose bytes are not those that its dump committed."""
-    return InputError(f"{file}: '{shown(key)}' is not what the manifest's sha256 says; it was changed after the run")
+    return InputError(f"{file}: '{shown(key)}' has another sha256 than the manifest says; it was changed after the run")
 
 
 def dump_file(source_name: str) -> str:
@@ -171,7 +171,7 @@ class Dump:
                 continue
             info = self.file(file).info(key)
             if info.dtype.name != entry["dtype"] or list(info.shape) != entry["shape"]:
-                raise InputError(f"{path}: tensor '{shown(key)}' is not what {file} holds; the dump was changed")
+                raise InputError(f"{path}: tensor '{shown(key)}' does not fit what {file} holds; the dump was changed")
 
     def file(self, name: str) -> TensorFile:
         """The open tensor file called `name` in this dump."""

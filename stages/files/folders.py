@@ -170,7 +170,7 @@ def _resumed(folder: Path, asked: Mapping[str, Any]) -> Run:
     if begun != asked or not isinstance(record.get("done"), dict):
         raise InputError(
             f"{folder}: the unfinished run was begun with other options ({shown(_first_difference(begun, asked))}); "
-            "give the same, without --resume into a new folder, or empty this one"
+            "give the same options, or name a new folder without --resume, or empty this one"
         )
     done = dict(record["done"])
     _empty(folder, keep=(RUN_FILE, *done))

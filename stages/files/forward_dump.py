@@ -151,7 +151,7 @@ class ForwardSide:
         self.label = str(folder)
         manifest = self.dump.manifest
         if manifest.get("kind") != "forward":
-            raise InputError(f"{folder}: is a dump of {shown(manifest.get('kind'))}, expected forward")
+            raise InputError(f"{folder}: is a dump of kind {shown(manifest.get('kind'))}, expected forward")
         self.facts = self.dump.facts
         self.places: dict[Place, str] = {}
         self._checked: set[str] = set()
@@ -160,7 +160,7 @@ class ForwardSide:
             if place is None:
                 raise InputError(f"{folder}: '{shown(key)}' is no key of a forward dump")
             if self.dump.tensors[key]["file"] is None:
-                raise InputError(f"{folder}: '{shown(key)}' has no file; a forward is compared by its values")
+                raise InputError(f"{folder}: '{shown(key)}' has no file, but a forward is compared by its values")
             self.places[place] = key
 
     def read(self, place: Place) -> np.ndarray:

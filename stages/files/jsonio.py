@@ -83,7 +83,7 @@ def read_bytes(path: str | os.PathLike[str], limit: int) -> bytes:
     with os.fdopen(open_regular(path), "rb") as file:
         data = file.read(limit + 1)  # a file may be longer than it says: those of /proc say 0
     if len(data) > limit:
-        raise InputError(f"{path}: more than the {limit} bytes that such a file may have")
+        raise InputError(f"{path}: is larger than the {limit} bytes that such a file may have")
     return data
 
 

@@ -142,7 +142,7 @@ def _recording_in(folder: Path) -> Recording:
     if any((folder / name).is_file() for name in (dump.MANIFEST_FILE, bundle.MANIFEST_FILE)):
         return Recording.REPLAY
     if (folder / RUN_FILE).is_file():
-        raise NotFoundError(f"{folder}: holds a run that was not finished, and no dump; finish it with --resume")
+        raise NotFoundError(f"{folder}: holds an unfinished run and no dump; finish the run with --resume")
     if any(folder.glob("*.safetensors")):
         return Recording.FOREIGN
     inside = [found.name for found in dumps_in(folder)]

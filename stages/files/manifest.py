@@ -106,9 +106,9 @@ def check_manifest(manifest: Mapping[str, Any], where: str) -> None:
     required, optional = _KINDS[kind]
     for name, good in ({"tensors": _is(dict)} | required | optional | _COMMON).items():
         if name not in manifest and (name in required or name == "tensors"):
-            raise InputError(f"{where}: the manifest's '{name}' is missing, which a {kind} dump has")
+            raise InputError(f"{where}: the manifest has no '{name}', which a {kind} dump must have")
         if name in manifest and not good(manifest[name]):
-            raise InputError(f"{where}: the manifest's '{name}' is {shown(manifest[name])}, not a {kind} dump's")
+            raise InputError(f"{where}: the manifest's '{name}' is {shown(manifest[name])}, which no {kind} dump has")
     for key, entry in manifest["tensors"].items():
         if not isinstance(entry, dict):
             raise InputError(f"{where}: tensor '{shown(key)}' is {shown(entry)}, expected an object")

@@ -154,9 +154,13 @@ def open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
         with _Directory(path) as stream, zipfile.ZipFile(stream) as archive:
             size, infos = path.stat().st_size, archive.infolist()
             if (packed := sum(info.compress_size for info in infos)) > size:
-                raise InputError(f"{path}: {len(infos)} records claim {packed} bytes of a zip of {size}; they overlap")
+                raise InputError(
+                    f"{path}: {len(infos)} records claim {packed} bytes, but the zip has {size}; the records overlap"
+                )
             if (unpacked := sum(info.file_size for info in infos)) > MAX_UNPACKED * size:
-                raise InputError(f"{path}: a zip of {size} bytes that unpacks to {unpacked}; no file of tensors does")
+                raise InputError(
+                    f"{path}: a zip of {size} bytes unpacks to {unpacked} bytes; no file of tensors does that"
+                )
             yield archive
     except ZIP_ERRORS as error:
         raise InputError(f"{path}: damaged or truncated zip: {shown(error)}") from None
@@ -169,7 +173,7 @@ def _from_zip(path: Path) -> tuple[bytes, dict[str, int]]:
         if name is None:
             raise InputError(f"{path}: a zip without data.pkl; not a file of torch.save")
         if infos[name].file_size > MAX_PICKLE_BYTES:
-            raise InputError(f"{path}: {shown(name)} is {infos[name].file_size} bytes, more than a list of tensors")
+            raise InputError(f"{path}: {shown(name)} is {infos[name].file_size} bytes, too many for a list of tensors")
         # No more than announced is read: the size in the directory need not be true.
         with archive.open(name) as stream:
             data = b"".join(iter(functools.partial(stream.read, 1 << 20), b""))

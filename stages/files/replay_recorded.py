@@ -165,7 +165,7 @@ def open_side(path: Path, components: Path | None = None, *, sample: bool = Fals
             return _from_bundle(path, components, stack, sample)
         if path.is_dir():
             raise InputError(
-                f"{path}: neither a committed dump ({MANIFEST_FILE}) nor a component bundle ({bundles.MANIFEST_FILE})"
+                f"{path}: is neither a finished dump ({MANIFEST_FILE}) nor a component bundle ({bundles.MANIFEST_FILE})"
             )
         if path.is_file():
             return _from_file(path, components, stack)

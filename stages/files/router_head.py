@@ -49,8 +49,8 @@ def load_head(path: Path, hidden: int, selection: Selection | None, bundle: Bund
     selection = selection or (None if bundle is None else _selection_of(bundle))
     if selection is None:
         raise UsageError(
-            f"--head {path}: is a router vector, whose head begins behind the offsets of the adapted tensors; "
-            "say which these are: --adapted COMPONENTS with all selected tensors, or --layers 26"
+            f"--head {path}: is a router vector, in which the head comes after the offsets of the adapted tensors; "
+            "name these tensors: --adapted COMPONENTS with all selected tensors, or --layers 26"
         )
     vector = load_router_vector(path, selection, hidden)
     if bundle is not None:
@@ -66,8 +66,8 @@ def _stored(path: Path) -> np.ndarray | None:
 def _checked(weight: np.ndarray, path: Path, hidden: int) -> RouterHead:
     if weight.ndim != 2 or weight.shape[1] != hidden or len(weight) <= len(ROLES):
         raise InputError(
-            f"{path}: router head is {list(weight.shape)}, expected [agents + {len(ROLES)}, {hidden}] with an agent at "
-            "least; is it of another model, or are other layers adapted?"
+            f"{path}: router head is {list(weight.shape)}, expected [agents + {len(ROLES)}, {hidden}] with at least "
+            "one agent; is it of another model, or were other layers adapted?"
         )
     with np.errstate(over="ignore"):  # refused below
         narrow = np.ascontiguousarray(weight, np.float32)

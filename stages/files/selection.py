@@ -172,7 +172,7 @@ def _check_offsets(tensors: tuple[SelectedTensor, ...], path: Path) -> None:
             raise InputError(f"{path}: tensor '{shown(t.source_name)}' is selected twice")
         if t.offset_start != position:
             raise InputError(
-                f"{path}: offsets of '{shown(t.source_name)}' start at {t.offset_start}, the tensors before it "
+                f"{path}: offsets of '{shown(t.source_name)}' start at {t.offset_start}, but the tensors before it "
                 f"end at {position}"
             )
         names.add(t.source_name)
@@ -190,7 +190,9 @@ def _sample(raw: Mapping[str, Any], tensors: tuple[SelectedTensor, ...], path: P
     target = _shape(value.get("sample_reconstructed_shape"), f"{path}: sample_reconstructed_shape")
     source = by_name[name].shape
     if target not in (source, (source[1], source[0])):
-        raise InputError(f"{path}: sample_reconstructed_shape {list(target)} is no orientation of {list(source)}")
+        raise InputError(
+            f"{path}: sample_reconstructed_shape {list(target)} is neither {list(source)} nor its transpose"
+        )
     expected = value.get("sample_reconstructed_bf16_sha256")
     if expected is not None and not (isinstance(expected, str) and re.fullmatch("[0-9a-f]{64}", expected)):
         raise InputError(f"{path}: sample_reconstructed_bf16_sha256 is not a sha256")

@@ -199,7 +199,10 @@ def _entry(name: str, value: Any, base: int, where: str) -> TensorInfo:
         raise InputError(f"{place}: data_offsets {shown(offsets)} is not a pair of positions")
     info = TensorInfo(name, DTYPES[dtype], tuple(shape), base + offsets[0])
     if len(shape) > MAX_AXES or (0 in shape and math.prod(n for n in shape if n) > MAX_EMPTY):
-        raise InputError(f"{place}: shape {shown(shape)} is no tensor's: too many axes, or too much beside a size of 0")
+        raise InputError(
+            f"{place}: shape {shown(shape)} is impossible: too many axes, or sizes that are too large beside a "
+            "size of 0"
+        )
     if offsets[1] - offsets[0] != info.nbytes:
         raise InputError(
             f"{place}: {dtype} {shape} needs {info.nbytes} bytes, data_offsets give {offsets[1] - offsets[0]}"

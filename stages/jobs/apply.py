@@ -28,7 +28,7 @@ from stages.spec.backend import Backend, Weights
 from stages.spec.config import EMBEDDING, LM_HEAD
 from stages.spec.dtypes import stored_dtype
 
-UNTIE, LAST = "untie", "last"
+LAST = "last"  # of --tied
 # Weights in other formats are the unadapted model's, so they are left out.
 _WEIGHTS = (".safetensors", *PICKLES, ".gguf", ".h5", ".msgpack", ".onnx")
 

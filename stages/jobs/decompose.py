@@ -37,6 +37,7 @@ from stages.jobs.decompose_options import DecomposeOptions
 from stages.jobs.decompose_report import BASELINE_LABEL, BundleReport, Hashes, is_turned, variant
 from stages.judge.document import STRICT_REFERENCE
 from stages.oracle import svd
+from stages.progress import Report
 from stages.run.replay import Replayer, default_chunk_rows
 from stages.spec.backend import Backend
 from stages.spec.dtypes import stored_dtype
@@ -45,8 +46,6 @@ from stages.spec.families import parameter_shapes
 from stages.spec.layouts import LAYOUTS
 from stages.spec.replay import REPLAY
 from stages.spec.values import ReplayTask
-
-Progress = Callable[[str, float], None]
 
 
 def float64_svd(_name: str, rows: Callable[[int, int], np.ndarray], shape: tuple[int, int]) -> Factors:
@@ -125,7 +124,7 @@ def select(options: DecomposeOptions, checkpoint: ModelSource) -> Selection:
 
 
 def decompose(
-    options: DecomposeOptions, method: Method, backend: Backend, progress: Progress = lambda _l, _d: None
+    options: DecomposeOptions, method: Method, backend: Backend, progress: Report = lambda _l, _d: None
 ) -> dict[str, Any]:
     """Write the bundle into the new folder `options.out`; returns a summary (`svf.decompose/1`).
 
@@ -187,7 +186,7 @@ class LoadWeights(Protocol):
 
 
 def decompose_stored(
-    options: DecomposeOptions, load: LoadWeights, backend: Backend, progress: Progress = lambda _l, _d: None
+    options: DecomposeOptions, load: LoadWeights, backend: Backend, progress: Report = lambda _l, _d: None
 ) -> dict[str, Any]:
     """`decompose` with the components of an original `svd_weights.pt`, which `load` reads in a child process."""
     assert options.svd_weights is not None
@@ -215,7 +214,9 @@ def _other_readback(options: DecomposeOptions, sample: SelectedTensor, stack: Ex
     entry = next((e for e in bundle.entries if e.source_name == sample.source_name), None)
     if entry is None or entry.shape != sample.shape:
         has = "lacks it" if entry is None else f"has {list(entry.shape)}"
-        raise InputError(f"{options.readback}: the sample is '{sample.source_name}' {list(sample.shape)}; this {has}")
+        raise InputError(
+            f"{options.readback}: the sample is '{sample.source_name}' {list(sample.shape)}, this bundle {has}"
+        )
     return bundle.load(entry)
 
 
@@ -301,7 +302,7 @@ class _BundleWriter:
         self.replayer = Replayer(backend)
         self.in_memory: dict[str, np.ndarray] = {}
 
-    def components(self, tensors: Sequence[SelectedTensor], progress: Progress) -> None:
+    def components(self, tensors: Sequence[SelectedTensor], progress: Report) -> None:
         """Decompose each distinct weight once and write U, S, V under the key of every tensor that has its values."""
         specs: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
         for t in tensors:
@@ -330,7 +331,7 @@ class _BundleWriter:
         return self.method.decompose(tensor.source_name, _Source(self.checkpoint, tensor), tensor.shape)
 
     def _write_components(
-        self, members: Sequence[SelectedTensor], factors: Factors, writer: TensorWriter, progress: Progress
+        self, members: Sequence[SelectedTensor], factors: Factors, writer: TensorWriter, progress: Report
     ) -> None:
         """U, S and V under the keys of all tensors that they belong to."""
         for t in members:
@@ -344,7 +345,7 @@ class _BundleWriter:
             progress(f"decomposing {members[0].source_name}", stop / members[0].shape[0])
 
     def stages(
-        self, tensors: Sequence[SelectedTensor], readback: _Readback, all_selected: bool, progress: Progress
+        self, tensors: Sequence[SelectedTensor], readback: _Readback, all_selected: bool, progress: Report
     ) -> Hashes:
         """The all-selected stage file, source-oriented; returns hashes of sources and offsets."""
         if not all_selected:
@@ -395,7 +396,7 @@ class _BundleWriter:
         sample: SelectedTensor,
         selection: Selection,
         readback: _Readback,
-        progress: Progress,
+        progress: Report,
         other: Components | None,
     ) -> list[dict[str, Any]]:
         """The sample replayed from memory and from the files, with V contracted as `torch_v` and as `vh`.

@@ -137,7 +137,7 @@ _USUAL: dict[str, tuple[Any, str]] = {
     "default_dtype": ("float32", "something sets torch's default dtype at start; remove it"),
     "float32_matmul_precision": ("highest", "products lose bits on some devices; remove what sets it"),
     "tf32_matmul": (False, "products keep 10 bits on GPUs; unset what allows TF32"),
-    "disable_jit": (False, "unset JAX_DISABLE_JIT: JAX rounds otherwise operation by operation"),
+    "disable_jit": (False, "unset JAX_DISABLE_JIT: while it is set, JAX rounds after every operation"),
 }
 
 

@@ -72,7 +72,7 @@ class _Kept:
             key, array = forward_key((layer, stage)), read((layer, stage))
             if array.dtype not in HELD:
                 raise InputError(
-                    f"{shown(key)} is {array.dtype}; APRT holds float32, bfloat16 and float16 widened to it"
+                    f"{shown(key)} is {array.dtype}; APRT holds float32, and only bfloat16 and float16 are widened"
                 )
             if array.dtype != _F32:
                 self.widened[key] = array.dtype.name
@@ -181,6 +181,7 @@ def _check_sizes(run: ForwardRun, source: Path) -> None:
         found = run.side.shape(place)
         if found != shape:
             raise InputError(
-                f"{source}: {forward_key(place)} has {np.prod(found, dtype=object)} elements, {len(run.tokens)} tokens "
-                f"of this model give it {np.prod(shape, dtype=object)}; are these its tokens and model?"
+                f"{source}: {forward_key(place)} has {np.prod(found, dtype=object)} elements, but "
+                f"{len(run.tokens)} tokens of this model give it {np.prod(shape, dtype=object)}; do --tokens and "
+                "--model belong to this tree?"
             )

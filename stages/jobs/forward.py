@@ -99,6 +99,7 @@ def _side(command: ForwardCommand, name: str, tokens: list[int], out: Path | Non
         prompt=None,
         jit=command.jit if name == "jax" else "stage",
         out=out,
+        top=ForwardCommand.top,  # the parent compares
         timeout=None,
         resume=False,
         close_up=False,

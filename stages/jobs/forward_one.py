@@ -43,7 +43,6 @@ from stages.spec.selectors import resolve_layers, resolve_stages
 from stages.spec.stage import Pipeline, Scope
 from stages.spec.values import StageResult
 
-FORMATS = ("safetensors", "aprt")
 # A loaded production model takes its weights and, while it runs, activations and a copy of the largest weight.
 _PRODUCTION_OVERHEAD = 1.4
 _MEMORY_SHARE = 0.7

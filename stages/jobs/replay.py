@@ -54,7 +54,7 @@ def _gates(command: ReplayCommand) -> Gates:
     gates = replace(command.gates, next_step=_next_step(command))
     if command.reference_report is None:
         if gates.reference:
-            raise UsageError("--strict-reference needs --reference-report: the historical hash stands there")
+            raise UsageError("--strict-reference needs --reference-report, which holds the historical hash")
         if gates.current_python and command.backend != BOTH:
             raise UsageError("--strict-current-python needs --reference-report, or --backend both")
         return gates
@@ -73,7 +73,7 @@ def _next_step(command: ReplayCommand) -> Step | None:
     if command.order != NATIVE or command.layout not in ("declared", "all") or command.native_components:
         return None
     words = ["svf", "replay", str(command.components)]
-    words += ["--backend", "jax" if command.backend == "both" else command.backend, "--order", "inferred"]
+    words += ["--backend", "jax" if command.backend == BOTH else command.backend, "--order", "inferred"]
     words += ["--reference-report", str(command.reference_report)] if command.reference_report else []
     if command.precision != NATIVE:
         why = "The recorded hash is of native arithmetic: leave --precision out and take its order"
@@ -83,7 +83,7 @@ def _next_step(command: ReplayCommand) -> Step | None:
 
 def _check(command: ReplayCommand) -> None:
     if command.native_components and command.layout == "all":
-        raise UsageError("--layout all tries the layouts of given components; native ones have the bundle's")
+        raise UsageError("--layout all tries the layouts of given components; leave it out with --components native")
     if command.dump != "none" and command.out is None:
         raise UsageError(f"--dump {command.dump} needs --out DIR")
 
@@ -121,7 +121,7 @@ def replay_both(command: ReplayCommand, progress: Progress) -> dict[str, Any]:
     _check(command)
     for flag, value in (("--report", command.report), ("--stage-dir", command.stage_dir)):
         if value is not None:
-            raise UsageError(f"{flag} is one side's: use --backend torch or --backend jax")
+            raise UsageError(f"{flag} is for one side alone: use --backend torch or --backend jax")
     check_device(command.device)
     command = with_source(command, progress)
     assert command.components is not None

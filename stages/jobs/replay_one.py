@@ -29,6 +29,7 @@ from stages.oracle.bounds import LAMBDA
 from stages.oracle.contraction import look
 from stages.oracle.verdict import Verdict
 from stages.order.ordered_backend import note_order, order_rows
+from stages.progress import Report
 from stages.run.calibration import facts_of, lambdas_of
 from stages.run.own_components import native_bundle
 from stages.run.precision import PreciseBackend, native, precision_fields, with_precision
@@ -37,8 +38,6 @@ from stages.spec.backend import BOTH, Backend
 from stages.spec.layouts import LAYOUTS
 from stages.spec.replay import REPLAY
 from stages.spec.values import Chunk, ReplayTask
-
-Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
@@ -168,7 +167,10 @@ class ReplayJob:
         recorded = self.recorded
         has_stage = recorded is not None and "source_f32" in recorded.infos(entry.source_name)
         if self.options.source_from_stage and not has_stage:
-            raise InputError(f"{self.bundle.folder}: --source-from-stage, but no source_f32 of '{entry.source_name}'")
+            raise InputError(
+                f"{self.bundle.folder}: --source-from-stage needs source_f32 of '{entry.source_name}', which is "
+                "not recorded"
+            )
         checkpoint = self.checkpoint
         if checkpoint is not None and not self.options.source_from_stage:
             name = checkpoint.resolve(entry.source_name)
@@ -211,7 +213,7 @@ class ReplayJob:
             entry.source_name, stages, {}, entry.identity, entry.layout, turned, self._given[entry.source_name]
         )
 
-    def run(self, backend: Backend, progress: Progress = lambda _label, _done: None) -> ReplayResult:
+    def run(self, backend: Backend, progress: Report = lambda _label, _done: None) -> ReplayResult:
         """Replay every selected tensor under every asked layout."""
         tasks = {layout: [self.task(e, layout) for e in self.entries] for layout in self.options.layouts}
         for entry, task in zip(self.entries, tasks[self.options.layouts[0]], strict=True):
@@ -253,9 +255,7 @@ class ReplayJob:
         )
         return culprit_data(*chosen, pieces, shape=shape, axes=stage.shape)
 
-    def _run_layout(
-        self, replayer: Replayer, layout: str, tasks: Sequence[ReplayTask], progress: Progress
-    ) -> LayoutRun:
+    def _run_layout(self, replayer: Replayer, layout: str, tasks: Sequence[ReplayTask], progress: Report) -> LayoutRun:
         run = LayoutRun(layout)
         for task in tasks:
             try:
@@ -285,7 +285,7 @@ class ReplayJob:
         backend: Backend,
         given: Sequence[tuple[BundleEntry, ReplayTask]],
         dump: ReplayDump | None,
-        progress: Progress,
+        progress: Report,
     ) -> None:
         """From here on replay what `backend` makes of the sources; a full dump keeps it."""
         folder = dump.folder / COMPONENTS_FOLDER if dump is not None and dump.mode == "full" else None
@@ -325,7 +325,7 @@ class ReplayJob:
         entry: BundleEntry,
         task: ReplayTask,
         outputs: tuple[ReplayDump | None, StageFiles | None],
-        progress: Progress,
+        progress: Report,
     ) -> None:
         side = self.recorded_side(entry)
         rows = self.options.chunk_rows or default_chunk_rows(task.shape)

@@ -94,7 +94,7 @@ def _given(command: RouteCommand, stack: ExitStack) -> _Given:
     tokens = token_ids(command, checkpoint)
     checkpoint.config.check_length(len(tokens))
     if len(tokens) < -HIDDEN_POSITION:
-        raise UsageError("the head reads the second-to-last token's hidden state: give two tokens at least")
+        raise UsageError("the head reads the second-to-last token's hidden state: give at least two tokens")
     if command.layout != "declared" and command.adapted is None:
         raise UsageError(f"--layout {command.layout} needs --adapted COMPONENTS")
     layers = parse_layers(command.layers)
@@ -209,7 +209,7 @@ def _wrong(who: str, judged: SideVerdict) -> str:
 def route_both(command: RouteCommand, progress: Progress) -> dict[str, Any]:
     """Route on each backend in a process of its own and compare: a is the first, b the second."""
     if command.out is not None:
-        raise UsageError("--out is one side's: use --backend torch or --backend jax")
+        raise UsageError("--out is for one side alone: use --backend torch or --backend jax")
     with ExitStack() as stack:
         given = _given(command, stack)
         folder = stack.enter_context(scratch_folder("route"))

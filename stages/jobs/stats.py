@@ -20,14 +20,14 @@ from stages.files.tensorfile import TensorFile
 from stages.judge.foreign import open_side as open_foreign_side
 from stages.judge.forward import Recorded, order_of
 from stages.judge.stats import Population
+from stages.progress import Report
 from stages.spec.replay import REPLAY
 
-Progress = Callable[[str, float], None]
 # What a row says of its place, and the pieces of its values.
 Item = tuple[dict[str, Any], Callable[[], Iterable[np.ndarray]]]
 
 
-def stats_of(path: Path, progress: Progress = lambda _label, _done: None) -> dict[str, Any]:
+def stats_of(path: Path, progress: Report = lambda _label, _done: None) -> dict[str, Any]:
     """The `svf.stats/1` document of a dump, bundle, stage file, APRT tree or file, or another program's forward.
 
     `InputError` for what holds no stages, or their hashes alone.

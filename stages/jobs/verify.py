@@ -33,7 +33,9 @@ def verify(source: str, model: str | None, progress: Progress) -> dict[str, Any]
     if kind is Kind.BUNDLE:
         checks = bundle_checks(Path(source), model, progress)
     elif model is not None:
-        raise UsageError(f"--model is the source of a component bundle's weights; {source} is of another kind: {kind}")
+        raise UsageError(
+            f"--model names the source weights of a component bundle, but {source} is of another kind: {kind}"
+        )
     else:
         checks = _CHECKS[kind](source, progress)
     names, findings = collect(checks)

@@ -1,1 +1,1 @@
-"""Recorded runs into documents: what differs, which side is wrong, and why."""
+"""Turns recorded runs into documents: what differs, which side is wrong, and why."""

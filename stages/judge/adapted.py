@@ -241,7 +241,10 @@ class AdaptedPair:
             return row
         if beyond:
             return {**row, "verdict": Verdict.BUG.value, "note": self._difference_in_words(judged.name)}
-        assumed = "for an orthonormal V and positive scaled S the weights lie within twice what a replay may be off"
+        assumed = (
+            "if V is orthonormal and the scaled S positive, the weights differ by at most twice the error that a "
+            "replay may have"
+        )
         return {**row, "verdict": Verdict.ROUNDING.value, "note": f"{self.lost}; {assumed}"}
 
     def _exactly(self) -> bool:
@@ -345,7 +348,7 @@ class AdaptedPair:
             return f"the sides were adapted with different {', '.join(p.upper() if len(p) == 1 else p for p in parts)}"
         if taken[0] is not None and taken[1] is not None and not LAYOUTS[taken[0]].like(taken[1]):
             return f"a used layout {taken[0]}, b {taken[1]}"
-        return f"the sides' adapted weights differ by more than twice what a replay may be off; {self.lost}"
+        return f"the sides' adapted weights differ by more than twice the error that a replay may have; {self.lost}"
 
 
 def _suspects(c: Components, right: str, said: str | None) -> Iterator[tuple[str, Chain]]:

@@ -25,7 +25,7 @@ def compare_files(a: AprtFile, b: AprtFile, *, top: int = 5) -> dict[str, Any]:
     if a.layer != b.layer:
         raise InputError(f"{pair} are of {layer_text(a.layer)} and {layer_text(b.layer)}")
     if a.count != b.count:
-        raise InputError(f"{pair} have {a.count} and {b.count} elements; the same tokens and positions?")
+        raise InputError(f"{pair} have {a.count} and {b.count} elements; do they hold the same tokens and positions?")
     if not a.count:
         raise IncompleteError(f"{a.path} and {b.path} are both empty: there is nothing to compare")
     difference, hashes = Difference(top), PairHash()

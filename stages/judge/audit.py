@@ -52,6 +52,7 @@ from stages.oracle.bounds import LAMBDA, Lambdas
 from stages.oracle.residual import Residual
 from stages.oracle.verdict import Oracle, Verdict, consult, judged_part
 from stages.progress import Progress as Reporter
+from stages.progress import Report
 from stages.recipes.side import SideVerdict
 from stages.run.calibration import lambdas_of
 from stages.run.production import with_stored_head
@@ -60,8 +61,6 @@ from stages.spec.noise import Noise
 from stages.spec.replay import REPLAY
 from stages.spec.stage import Stage
 from stages.spec.values import Chunk
-
-Progress = Callable[[str, float], None]
 
 EXIT_CODES = {"sound": 0, "faulty": 1, "incomplete": 5}
 
@@ -93,7 +92,9 @@ def audit(
     with ExitStack() as stack:
         kind = one_recording(path)
         if kind is Recording.APRT:
-            raise UsageError(f"{path}: one APRT file has no inputs to be judged from; name the folder of the tree")
+            raise UsageError(
+                f"{path}: one APRT file does not hold the inputs that it is judged from; name the folder of the tree"
+            )
         if kind is Recording.REPLAY:
             if named.ids or adapted is not None:
                 raise UsageError(f"--tokens and --adapted apply to forwards; {path} is a component replay")
@@ -117,9 +118,11 @@ def _open_forward(
             raise UsageError(f"--adapted applies to another program's dump; {path} keeps the weights that it ran on")
         run = open_run(path, named.model, stack)
         if named.ids and run.checkpoint is None:
-            raise UsageError(f"{path}: names its tokens; leave --tokens, --tokens-file and --prompt out")
+            raise UsageError(f"{path}: this dump names its tokens; leave --tokens, --tokens-file and --prompt out")
         if named.ids and run.checkpoint is not None and token_ids(named, run.checkpoint).tolist() != run.tokens:
-            raise InputError(f"{path}: ran {len(run.tokens)} tokens, other ones than --tokens; leave the option out")
+            raise InputError(
+                f"{path}: ran {len(run.tokens)} tokens, which are not those of --tokens; leave the option out"
+            )
         return run
     if named.model is None or not named.ids:
         raise UsageError(f"{path}: {NEEDS}")
@@ -139,7 +142,7 @@ def _open_forward(
 
 
 def _audit_forward(
-    run: ForwardRun, model: str | None, wanted: Wanted, top: int, rerun: bool, progress: Progress
+    run: ForwardRun, model: str | None, wanted: Wanted, top: int, rerun: bool, progress: Report
 ) -> dict[str, Any]:
     places = order_of(run.path, {*run.side.places, *promised(run)})
     if run.path is not None:
@@ -226,7 +229,7 @@ def _audit_replay(
     top: int,
     rerun: bool,
     stack: ExitStack,
-    progress: Progress,
+    progress: Report,
 ) -> dict[str, Any]:
     side = stack.enter_context(open_side(path, components))
     if side.unknown:
@@ -270,7 +273,7 @@ class _TensorAudit:
         self.judged: dict[str, _Judged] = {}
         self.residual, self.rank = Residual(), 1
 
-    def run(self, progress: Progress) -> None:
+    def run(self, progress: Report) -> None:
         if not self.tensor.stages:
             return
         shape = self.tensor.shape

@@ -7,7 +7,7 @@ nothing about values. A square matrix may be transposed without its shape tellin
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any
@@ -21,6 +21,7 @@ from stages.files.selection import layer_of
 from stages.files.source import ModelSource
 from stages.files.tensorfile import TensorInfo
 from stages.judge.metrics import Difference, same_bits
+from stages.progress import Report
 from stages.spec.dtypes import dtype_name
 from stages.spec.families import parameter_shapes
 
@@ -29,7 +30,6 @@ SCHEMA = "svf.checkpoints/1"
 # Stored bytes of one side read at a time; with both sides' copies under 100 MB (151,936 x 1,024, transposed: 80).
 BLOCK_BYTES = 16 * 1024 * 1024
 
-Progress = Callable[[str, float], None]
 Blocks = Iterator[tuple[int, int, np.ndarray, np.ndarray]]  # first index, its axis in a, and the same slice of a and b
 
 # Config fields that change no number by themselves: the LM head's values judge whether tying matters, positions have
@@ -76,7 +76,7 @@ class _Stored:
 
 
 def diff_checkpoints(
-    a: ModelSource, b: ModelSource, *, top: int = 5, progress: Progress = lambda _label, _done: None
+    a: ModelSource, b: ModelSource, *, top: int = 5, progress: Report = lambda _label, _done: None
 ) -> dict[str, Any]:
     """The `svf.checkpoints/1` document: how each tensor, and each config field, of `b` differs from `a`'s.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,12 @@ from stages.judge.rows import in_replay, pair_row
 from stages.judge.wanted import Wanted
 from stages.oracle.bounds import Lambdas
 from stages.oracle.verdict import Verdict
+from stages.progress import Report
 from stages.run.calibration import lambdas_of
 from stages.run.replay import chunk_plan, default_chunk_rows
 from stages.spec.forward import ANY_MODEL
 from stages.spec.replay import REPLAY
 from stages.spec.stage import Stage
-
-Progress = Callable[[str, float], None]
 
 
 def diff_recorded(
@@ -52,7 +51,7 @@ def diff_recorded(
     runs: tuple[Any, Any] = (None, None),
     more_rows: Sequence[dict[str, Any]] = (),
     rerun: bool = True,
-    progress: Progress = lambda _label, _done: None,
+    progress: Report = lambda _label, _done: None,
 ) -> dict[str, Any]:
     """The `svf.diff/1` document of two dumps, component bundles or stage files.
 
@@ -160,7 +159,7 @@ _GROUPS: tuple[tuple[frozenset[Recording], tuple[str, ...]], ...] = (
 )
 
 
-def diff_any(command: DiffCommand, progress: Progress) -> dict[str, Any]:
+def diff_any(command: DiffCommand, progress: Report) -> dict[str, Any]:
     """The document of two things of one kind: recorded replays, forwards, APRT, checkpoints or reports.
 
     `UsageError` for two of different kinds, and for an option that has no meaning for theirs.
@@ -222,7 +221,7 @@ def check_options(command: DiffCommand) -> set[Recording]:
         for path, kind in ((command.a, one), (command.b, other)):
             if kind is Recording.REPLAY and path.is_file():
                 open_side(path).close()  # what can be read as nothing is damaged, not of another kind
-        raise UsageError(f"{command.a} is {one} and {command.b} {other}; compare two of one kind")
+        raise UsageError(f"{command.a} is {one} and {command.b} is {other}; compare two of the same kind")
     idle = [option for option, given in command.given.items() if given and option not in known]
     if idle:
         raise UsageError(f"{idle[0]} has no meaning for {one}, which {command.a} is; leave it out")
@@ -259,7 +258,7 @@ def diff_aprt_files(
     *,
     top: int,
     gates: diff.Gates | None = None,
-    progress: Progress = lambda _label, _done: None,
+    progress: Report = lambda _label, _done: None,
 ) -> dict[str, Any]:
     """Two APRT files. With a model and tokens, each is judged from its inputs, the files beside it in its tree;
     otherwise they are compared flat: the format stores neither shape nor dtype."""
@@ -267,7 +266,7 @@ def diff_aprt_files(
     only = diff.Gates(std_ratio=gates.std_ratio if gates else None)
     if named is not None and named.given:
         if a.place != b.place:
-            raise InputError(f"{path_a} and {path_b} are of two stages; judged are two files of one")
+            raise InputError(f"{path_a} and {path_b} are files of two stages; give two files of the same stage")
         layer, stage = a.place
         wanted = Wanted(None if layer is None else str(layer), stage)
         return diff_forward(tree_of(a), tree_of(b), named=named, wanted=wanted, top=top, gates=only, progress=progress)
@@ -301,7 +300,7 @@ def _compare(
     top: int,
     lambdas: tuple[Lambdas, Lambdas],
     sides: tuple[Side, Side],
-    progress: Progress,
+    progress: Report,
 ) -> TensorComparison:
     options, precisions = _options(a, b), (sides[0].precision, sides[1].precision)
     comparison = TensorComparison(a.source_name, key, options, top=top, lambdas=lambdas, precisions=precisions)

@@ -371,7 +371,7 @@ def of_gates(basis: Sequence[Mapping[str, Any]], gates: Mapping[str, bool]) -> s
     """A sentence when a gate failed on sides with a decomposition each: what it was made for."""
     if not basis or all(gates.values()):
         return None
-    return "The gates compare the numbers of one decomposition, and here each side has its own U, S, V."
+    return "The gates compare numbers of the same decomposition, but here each side has its own U, S, V."
 
 
 def place_of(row: Mapping[str, Any]) -> str:
@@ -435,7 +435,7 @@ def sentence(
         said = f"{unjudged} of {len(rows)} rows differ and cannot be judged: {why}."
         return f"{said} {_lacking(lacks)}".strip()
     if any(lacks.values()):
-        return f"{_alike(rows, unjudged)} That is what both sides have: {_lacking(lacks)}"
+        return f"{_alike(rows, unjudged)} Only stages of both sides were compared: {_lacking(lacks)}"
     if coverage["compared"] < coverage["expected"]:
         return f"Only {coverage['compared']} of {coverage['expected']} stages were compared."
     return _alike(rows, unjudged)

@@ -150,5 +150,5 @@ def _known(recorded: str, source: str, departure: Departure) -> dict[str, Any]:
         "recorded_sha256": recorded,
         "source": source,
         **vars(departure),
-        "note": f"The recorded hash {recorded[:12]} is of native arithmetic ({source}): {share}, {how}.",
+        "note": f"The recorded hash {recorded[:12]} comes from native arithmetic ({source}): {share}, {how}.",
     }

@@ -193,7 +193,9 @@ def open_side(path: Path, stack: ExitStack) -> ForeignSide:
     if is_aprt_tree(path):
         tree = AprtTree(path)
         if tree.extra:
-            raise InputError(f"{path}: '{shown(tree.extra[0])}' is no stage file; name the folder that has them alone")
+            raise InputError(
+                f"{path}: '{shown(tree.extra[0])}' is no stage file; name a folder that holds only stage files"
+            )
         flat = {place: (file.count,) for place, file in tree.files.items()}
         return ForeignSide(f"{path} (APRT, flat)", {place: file.read for place, file in tree.files.items()}, flat)
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
@@ -244,7 +246,7 @@ def _positions(side: ForeignSide, path: Pipeline, config: ModelConfig, tokens: i
         return "all"
     if found == 1:
         return "last"
-    raise InputError(f"{side.label}: the dump has {found} tokens, --tokens {tokens}")
+    raise InputError(f"{side.label}: the dump has {found} tokens, but --tokens has {tokens}")
 
 
 def _activations(side: ForeignSide, model: str) -> tuple[str, str]:

@@ -176,7 +176,9 @@ def _check_manifest(folder: Path, manifest: Mapping[str, Any], config: ModelConf
         "positions": manifest.get("positions", "all") in POSITIONS,
     }.items():
         if not good:
-            raise InputError(f"{folder}: the manifest's '{name}' is {shown(manifest.get(name))}, not a forward's")
+            raise InputError(
+                f"{folder}: the manifest's '{name}' is {shown(manifest.get(name))}, which no forward dump has"
+            )
 
 
 def _checkpoint(folder: Path, recorded: Mapping[str, Any], model: str | None, stack: ExitStack) -> ModelSource | None:
@@ -271,7 +273,7 @@ def why_unjudged(place: Place, run: ForwardRun) -> str | None:
     if misshapen:
         return f"recorded in another shape: {', '.join(misshapen)}"
     if span.hidden and _floor(place, run) > _LEAST_SEEN:
-        return f"{missing}; too far to tell: right programs may differ by {_floor(place, run):.2g} of it"
+        return f"{missing}; too far from what was recorded: right programs may differ by {_floor(place, run):.2g} of it"
     return None
 
 

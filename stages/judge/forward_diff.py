@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -34,11 +34,11 @@ from stages.judge.rerun import recorded_of, resolve_suspects
 from stages.judge.rows import in_forward, pair_row
 from stages.judge.wanted import Wanted
 from stages.oracle.verdict import Verdict, judged_part
+from stages.progress import Report
 from stages.recipes.side import SideVerdict
 from stages.spec.dtypes import stored_dtype
 from stages.spec.forward import ALIASES
 
-Progress = Callable[[str, float], None]
 # The chain along which two engines' activations drift apart fastest, in the order of computation.
 AMPLIFICATION = ("ffn_gate", "ffn_silu", "ffn_swigl")
 
@@ -55,7 +55,7 @@ def diff_forward(
     runs: tuple[Any, Any] = (None, None),
     rerun: bool = True,
     gates: diff.Gates | None = None,
-    progress: Progress = lambda _label, _done: None,
+    progress: Report = lambda _label, _done: None,
 ) -> dict[str, Any]:
     """The `svf.diff/1` document of two recorded forwards: dumps, another program's, APRT trees.
 
@@ -143,7 +143,7 @@ def _lacks(run: ForwardRun, place: Place) -> bool:
     return _at(run, place) is None and place not in promised(run)
 
 
-_UNSEEN = "only scores of keys after their query differ; the causal mask throws them away, they are not compared"
+_UNSEEN = "only scores of keys after their query differ; the causal mask removes them, so they are not compared"
 
 
 def _row(place: Place, a: ForwardRun, b: ForwardRun, top: int) -> dict[str, Any]:
@@ -238,7 +238,7 @@ def of_dtypes(rows: Sequence[Mapping[str, Any]], a: ForwardRun, b: ForwardRun) -
     of = last["dtypes"]
     narrow = min((of["a"], of["b"]), key=lambda name: stored_dtype(name).itemsize)
     return (
-        f"{said}. Of the RMS difference of {last['key']}, {last['rms']:.3g}, storing it in {narrow} explains "
+        f"{said}. The RMS difference of {last['key']} is {last['rms']:.3g}; storing it in {narrow} explains "
         f"{of['rounding_rms']:.3g}; the rest, {of['rest_rms']:.3g}, was inherited or computed in fewer bits."
     )
 

@@ -63,8 +63,8 @@ def _other(path: Path, named: Named, known: ForwardRun | None, stack: ExitStack)
     if path.is_dir() and not is_aprt_tree(path) and not (named.model is not None and named.ids):
         # A folder of safetensors may be ours, cut short: only who names model and tokens says that it is not.
         raise InputError(
-            f"{path}: no {MANIFEST_FILE}: if svf wrote this dump, it was not written to its end, run it again; another "
-            "program's needs --model and --tokens"
+            f"{path}: no {MANIFEST_FILE}: a dump of svf without it was not written to its end, run it again; another "
+            "program's dump needs --model and --tokens"
         )
     if named.model is not None and (named.ids or known is not None):
         checkpoint = stack.enter_context(open_model(named.model))

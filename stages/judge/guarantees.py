@@ -58,7 +58,9 @@ def require_precision(precision: str | None, *folders: Path) -> None:
     """`InputError` unless every dump was made in `precision`; None requires nothing."""
     for folder in folders if precision is not None else ():
         if not (folder / MANIFEST_FILE).is_file():
-            raise UsageError(f"{folder}: --precision applies to dumps; bundles, files and reports do not record theirs")
+            raise UsageError(
+                f"{folder}: --precision applies to dumps; bundles, files and reports do not record their precision"
+            )
         dump = Dump(folder)
         found = dump.facts.get("precision", "not recorded")
         dump.close()

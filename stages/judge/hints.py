@@ -346,7 +346,10 @@ def grows_with_position(case: Case) -> str | None:
     slope, _ = np.polyfit(np.log(at[1:]), np.log(rms[1:]), 1)
     if not 0.7 < slope < 1.3 or np.corrcoef(at, rms)[0, 1] < 0.9:
         return None
-    return "the error grows in step with the position, from none at token 0, as of RoPE's angles times a number"
+    return (
+        "the error grows in step with the position, from none at token 0, as if RoPE's angles were multiplied by "
+        "a number"
+    )
 
 
 def _has_angles(case: Case) -> bool:
@@ -388,8 +391,8 @@ def beyond_float16(case: Case) -> str | None:
     for what, holds in {"an operand": operands, "the result": result, "either": operands & result}.items():
         if np.array_equal(holds, finite):
             return (
-                f"not finite where {what} is beyond 65504, the range of float16: cast to it, and not to TF32 or "
-                "bfloat16, which have float32's range"
+                f"not finite where {what} is beyond 65504, the range of float16: it was cast to float16, not to "
+                "TF32 or bfloat16, which have float32's range"
             )
     return None
 

@@ -134,7 +134,8 @@ def decide(again: RerunResult, recorded: Mapping[str, str], now: Mapping[str, st
     if recorded.get("device", "cpu") != "cpu" or now.get("device", "cpu") != "cpu":
         return _other_bytes_of_a_gpu(recorded, now)
     return Verdict.BUG, (
-        "run again on the same versions it gives other bytes, within its bound: what wrote this dump was not this code"
+        "run again on the same versions it gives other bytes, within its bound: the program that wrote this dump "
+        "was not this code"
     )
 
 

@@ -32,7 +32,9 @@ def infer_forward(
     with ExitStack() as stack:
         run = open_run(folder, model, stack)
         if run.path is None or run.path.activations != "float32":
-            raise InputError(f"{folder}: orders show in a float32 dump of known weights; run with --dtype float32")
+            raise InputError(
+                f"{folder}: an order can be found only in a float32 dump of known weights; run with --dtype float32"
+            )
         places = [place for place in order_of(run.path, run.side.places) if _is_product(run.path.at(place))]
         found: list[Found] = []
         for number, place in enumerate(places):

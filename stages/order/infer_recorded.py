@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from stages.order.candidates import family, family_of_sums
 from stages.order.findings import Found, document, known_first
 from stages.order.infer import ProductEvidence, SumEvidence, infer
 from stages.order.infer_forward import infer_forward
+from stages.progress import Report
 from stages.run.replay import MIN_CHUNK_ROWS, chunk_plan, default_chunk_rows
 from stages.spec.layouts import LAYOUTS
 from stages.spec.noise import Noise
@@ -26,8 +26,6 @@ from stages.spec.values import Chunk
 PRODUCTS = tuple(stage for stage in REPLAY.values() if stage.noise is Noise.PRODUCT)
 RATIOS = tuple(stage for stage in REPLAY.values() if stage.noise is Noise.SUM_RATIO)
 
-Progress = Callable[[str, float], None]
-
 
 def infer_recorded(
     path: Path,
@@ -37,7 +35,7 @@ def infer_recorded(
     rows: int | None = None,
     columns: int | None = None,
     check: bool = False,
-    progress: Progress = lambda _label, _done: None,
+    progress: Report = lambda _label, _done: None,
 ) -> dict[str, Any]:
     """The `svf.orders/1` document of a replay (dump, bundle, stage file) or of a forward dump.
 
@@ -56,7 +54,9 @@ def infer_recorded(
         found = [one for tensor in side.tensors.values() for one in _products(tensor, rows, progress)]
         found += _ratios(side, progress)
     if not found:
-        raise InputError(f"{path}: no product or sum with its operands; give the bundle with --components")
+        raise InputError(
+            f"{path}: no product or sum is recorded together with its operands; give the bundle with --components"
+        )
     return document(str(path), found)
 
 
@@ -71,7 +71,7 @@ def operands(stage: Stage, chunk: Chunk, layout: str) -> tuple[np.ndarray, np.nd
     return a, v.T if LAYOUTS[layout].transposed else v
 
 
-def _products(tensor: SideTensor, rows: int | None, progress: Progress) -> list[Found]:
+def _products(tensor: SideTensor, rows: int | None, progress: Report) -> list[Found]:
     total = min(tensor.rows, rows or tensor.rows)
     found: dict[str, Found] = {}
     plan = chunk_plan(tensor.rows, max(MIN_CHUNK_ROWS, min(total, default_chunk_rows(tensor.shape))))
@@ -96,10 +96,10 @@ def _check_shapes(name: str, a: np.ndarray, b: np.ndarray, product: np.ndarray) 
     """`InputError` unless `a @ b` can have given `product`."""
     shapes = [list(x.shape) for x in (a, b, product)]
     if [len(shape) for shape in shapes] != [2, 2, 2] or shapes[2] != [len(a), b.shape[1]] or a.shape[1] != len(b):
-        raise InputError(f"{name} is {shapes[2]}, of factors that are {shapes[0]} and {shapes[1]}")
+        raise InputError(f"{name} is {shapes[2]}, but its factors are {shapes[0]} and {shapes[1]}")
 
 
-def _ratios(side: Side, progress: Progress) -> list[Found]:
+def _ratios(side: Side, progress: Report) -> list[Found]:
     """sum(S) / sum(scaled_s) is one number a tensor: those of all tensors with as many terms are one evidence."""
     by_terms: dict[int, list[SideTensor]] = {}
     for tensor in side.tensors.values():

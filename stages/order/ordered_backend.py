@@ -45,7 +45,9 @@ class OrderedBackend(Delegate):
 
     def __init__(self, inside: Backend, orders: Orders, source: str):
         if not inside.ordered:
-            raise UsageError(f"--order {source}: {inside.name} computes in float64, where no order of float32 applies")
+            raise UsageError(
+                f"--order {source}: {inside.name} computes in float64, so an order of float32 sums does not apply"
+            )
         super().__init__(inside)
         self.orders, self.source = orders, source
         self.how: dict[tuple[str, int], str] = {}

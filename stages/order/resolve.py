@@ -45,7 +45,9 @@ def orders_at(path: Path, progress: Progress) -> Orders:
     `NotFoundError` when nothing is there, `InputError` when it is neither.
     """
     if not path.exists():
-        raise NotFoundError(f"--order {shown(path)}: neither a known name nor a recorded run or a file of svf infer")
+        raise NotFoundError(
+            f"--order {shown(path)}: is neither a known name nor a recorded run, nor a file of svf infer"
+        )
     if path.is_file() and path.suffix == ".json":
         document = read_object(path)
         if document.get("schema") != SCHEMA:

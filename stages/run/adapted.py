@@ -6,7 +6,7 @@ another model's components, or a label that lies, would make a wrong model of ri
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +22,12 @@ from stages.oracle.bounds import U32, rounding_unit
 from stages.oracle.contraction import Told, look, zero_offset
 from stages.oracle.residual import Residual
 from stages.progress import Progress as Reporter
+from stages.progress import Report
 from stages.run.replay import Replayer
 from stages.spec.backend import Backend
 from stages.spec.layouts import LAYOUTS
 from stages.spec.values import ReplayTask
 
-Progress = Callable[[str, float], None]
 ADAPTED_FILE = "adapted.safetensors"
 
 
@@ -132,7 +132,7 @@ def write_adapted(
     checkpoint: ModelSource,
     backend: Backend,
     path: Path,
-    progress: Progress,
+    progress: Report,
     dtype: np.dtype | None = None,
 ) -> dict[str, str]:
     """Replay the tensors of a bundle and store them at `path`, source-oriented, in `dtype` or the checkpoint's own.

@@ -101,13 +101,13 @@ def document_of(name: str, child: ChildResult) -> Any:
         raise ResourceError(f"the {name} side was stopped after {child.timeout:g} s (--timeout){where}")
     if child.returncode == -signal.SIGKILL:
         raise ResourceError(
-            f"the {name} side was killed{where}, which is what a machine out of memory does; try fewer tokens, "
+            f"the {name} side was killed{where}, probably because the machine ran out of memory; try fewer tokens, "
             "--stages or --chunk-rows"
         )
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if child.error is None and limit != resource.RLIM_INFINITY:  # OpenBLAS and XLA end their process, with any code
         raise ResourceError(
-            f"the {name} side ended{where} without a word: {limit:,} bytes of address space are allowed"
+            f"the {name} side ended{where} without a message; only {limit:,} bytes of address space are allowed"
         )
     if child.returncode < 0:
         raise SvfError(f"the {name} side crashed with {signal.Signals(-child.returncode).name}{where}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +13,11 @@ from stages.files.folders import ensure_space, prepare_folder
 from stages.files.jsonio import write_json
 from stages.files.scratch import scratch_folder
 from stages.files.tensorfile import TensorWriter, sha256, write_tensors
+from stages.progress import Report
 from stages.run.watch import entering
 from stages.spec.backend import Backend
 from stages.spec.layouts import LAYOUTS
 from stages.spec.values import ReplayTask
-
-Progress = Callable[[str, float], None]
 
 
 @contextmanager
@@ -27,7 +26,7 @@ def native_bundle(
     backend: Backend,
     given: Sequence[tuple[BundleEntry, ReplayTask]],
     sample_name: str | None,
-    progress: Progress,
+    progress: Report,
 ) -> Iterator[Bundle]:
     """A bundle of U, S, V of each task's source by `backend`'s SVD, made one weight at a time and open for reading.
 
@@ -46,7 +45,7 @@ def _write(
     backend: Backend,
     given: Sequence[tuple[BundleEntry, ReplayTask]],
     sample_name: str | None,
-    progress: Progress,
+    progress: Report,
 ) -> None:
     specs = {key: spec for e, _ in given for key, spec in component_specs(e.source_name, e.shape, e.layout).items()}
     entries = []

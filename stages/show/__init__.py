@@ -1,1 +1,1 @@
-"""Documents into text and HTML; nothing is computed."""
+"""Turns documents into text and HTML; computes nothing."""

@@ -132,8 +132,8 @@ _AUDIT_COLUMNS = {
     "of": (False, 7),
 }
 _HALF_A_STEP = (
-    "(half step): storing in so few bits may be off by half a step, which is nearly all of the bound there; "
-    "a right result comes close to 1."
+    "(half step): storing a value in so few bits may change it by half a step, which is nearly the whole bound there; "
+    "so a right result comes close to 1."
 )
 
 
@@ -518,7 +518,7 @@ def layouts_document(document: Mapping[str, Any]) -> None:
         fits = "[yellow]unjudged[/]" if row["fits"] is None else ", ".join(row["matches"]) or "[bold red]none[/]"
         wrong = row["fits"] is False
         table.add_row(escape(row["tensor"]), row["declared"], *values, f"[bold red]{fits}[/]" if wrong else fits)
-    out.print("Zero-offset residuals in units of their bound; at most 1 fits, a dash does not fit by shape.")
+    out.print("Zero-offset residuals in units of their bound: at most 1 fits; a dash means no fit by shape.")
     out.print(table)
     for note in dict.fromkeys(row["note"] for row in document["tensors"] if row["note"]):
         of = [row["tensor"] for row in document["tensors"] if row["note"] == note]
@@ -540,7 +540,10 @@ def calibrate_document(document: Mapping[str, Any]) -> None:
         out.print(f"{backend['backend']} on {facts['device']}, {facts['cpu']}", markup=False)
         out.print(table)
         for fault in backend["faults"]:
-            out.print(f"[bold red]FAULTY[/]  {escape(fault)}; not kept, the shipped constants hold", soft_wrap=True)
+            out.print(
+                f"[bold red]FAULTY[/]  {escape(fault)}; the calibration is not kept, the shipped constants hold",
+                soft_wrap=True,
+            )
         if backend["file"]:
             out.print(f"[bold green]CALIBRATED[/]  kept in {escape(backend['file'])}", soft_wrap=True)
 

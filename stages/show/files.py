@@ -44,7 +44,7 @@ def import_document(document: Mapping[str, Any]) -> None:
     )
     if document["flat"]:
         _line(
-            f"Without a shape: {len(document['flat'])} of them, flat as APRT has them; --model and --tokens give shapes"
+            f"{len(document['flat'])} of them have no shape and stay flat, as in APRT; --model and --tokens give shapes"
         )
     for what in document["not_kept"]:
         _line(f"Left out: {shown(what)}")

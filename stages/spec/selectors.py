@@ -20,7 +20,7 @@ def parse_layers(text: str | None, count: int | None = None) -> tuple[int, ...]:
             raise UsageError(f"--layers '{shown(text)}': expected numbers and ranges, such as 26 or 0,3-5{there}")
         first, last = int(match[1]), int(match[2] or match[1])
         if first > last:
-            raise UsageError(f"--layers {part.strip()}: {first} is behind {last}{there}")
+            raise UsageError(f"--layers {part.strip()}: {first} comes after {last}{there}")
         if count is not None and last >= count:
             raise UsageError(f"--layers {part.strip()}: no layer {last}{there}")
         layers.update(range(first, last + 1))

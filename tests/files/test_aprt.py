@@ -390,7 +390,7 @@ def test_an_embedding_in_both_places(tmp_path: Path) -> None:
     write_aprt(tmp_path / "out" / "embedding.bin", None, np.float32([1]))
     with pytest.raises(InputError) as error:
         AprtTree(tmp_path / "out")
-    one_line(error.value, "embedding", "which one counts")
+    one_line(error.value, "embedding", "keep one of them")
 
 
 def test_a_folder_without_stage_files(tmp_path: Path) -> None:

@@ -240,7 +240,9 @@ def test_without_the_bundle_the_sides_are_judged_against_each_other(
     assert document["outcome"] == "agree", document["verdict"]
     noted = [row for row in weights(document).values() if not row["byte_match"]]
     assert noted
-    assert all("unavailable" in row["note"] and "twice what a replay may be off" in row["note"] for row in noted)
+    assert all(
+        "unavailable" in row["note"] and "twice the error that a replay may have" in row["note"] for row in noted
+    )
     assert {row["verdict_a"] for row in weights(document).values()} == {None}
     wrong = diffed(tmp_path / "torch", tmp_path / "vh")
     assert (wrong["outcome"], wrong["culprit"]["side"]) == ("diverged", None)

@@ -90,7 +90,7 @@ def test_an_aprt_tree_is_sound_with_its_model_and_tokens(models: Path, ours: Pat
     assert done.json["facts"]["dtype"] == dtype
     other = svf("audit", ours / f"torch-{dtype}", "--model", models / f"qwen3-{dtype}", "--tokens", "1,2,3")
     assert other.code == 3
-    assert "the dump has 9 tokens, --tokens 3" in other.error
+    assert "the dump has 9 tokens, but --tokens has 3" in other.error
 
 
 @pytest.fixture

@@ -313,7 +313,7 @@ def test_what_is_not_there_or_not_finished(place: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     refused(svf("diff", ours, tmp_path / "empty"), 4, "empty", "holds no dump")
     (tmp_path / "empty" / ".svf-run.json").write_text("{}")
-    refused(svf("diff", ours, tmp_path / "empty"), 4, "not finished", "--resume")
+    refused(svf("diff", ours, tmp_path / "empty"), 4, "unfinished run", "--resume")
     killed = copy(ours, tmp_path / "killed")
     (killed / MANIFEST_FILE).unlink()
     refused(svf("diff", ours, killed), 3, "not written to its end")

@@ -302,8 +302,8 @@ def drop(key: str) -> Callable[[dict[str, Any]], object]:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (drop("model"), ["'model'", "missing"]),
-        (drop("tokens"), ["'tokens'", "missing"]),
+        (drop("model"), ["the manifest has no 'model'"]),
+        (drop("tokens"), ["the manifest has no 'tokens'"]),
         (lambda m: m.update(tokens=[]), ["'tokens'", "[]"]),
         (lambda m: m.update(schema="svf.dump/9"), ["svf.dump/9"]),
         (lambda m: m["tensors"].update({"layers.x.ffn_up": m["tensors"]["lm_head"]}), ["layers.x.ffn_up"]),

@@ -130,7 +130,7 @@ def test_scores_of_keys_to_come_are_not_judged(made: Path, tmp_path: Path, dtype
         row = rows(done)["layers.1.attn_scores"]
         assert (row["byte_match"], row["max_abs"], row["mismatched"]) == (False, 0, 0)
         assert row["sha256_a"] != row["sha256_b"]
-        assert "the causal mask throws them away" in row["note"]
+        assert "the causal mask removes them" in row["note"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -386,7 +386,7 @@ def test_another_count_of_tokens_is_no_fault_of_a_stage(made: Path, tmp_path: Pa
     for ids in ("1,2,3,4,5,6,7,8", "1"):
         done = svf("audit", tmp_path / "x.safetensors", "--model", made / "qwen3-float32", "--tokens", ids)
         assert done.code == 3
-        assert f"the dump has 9 tokens, --tokens {len(ids.split(','))}" in done.error
+        assert f"the dump has 9 tokens, but --tokens has {len(ids.split(','))}" in done.error
 
 
 def heads_first(t: Tensors) -> None:

@@ -335,5 +335,5 @@ def test_a_file_longer_than_it_says_is_read_to_its_limit(tmp_path: Path) -> None
     from stages.files.jsonio import read_bytes
 
     assert Path("/proc/self/status").stat().st_size == 0
-    with pytest.raises(InputError, match="more than the 100 bytes"):
+    with pytest.raises(InputError, match="larger than the 100 bytes"):
         read_bytes("/proc/self/status", 100)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import shutil
@@ -223,9 +222,10 @@ def start(out: Path, model: Path, watch: Path, **pipes: int) -> subprocess.Popen
     watch.touch()
     env = {**os.environ, "PYTHONPATH": str(ROOT), "SVF_WATCH_FILE": str(watch)}
     words = ["forward", str(model), "--tokens", ",".join(["1"] * 300), "--backend", "reference", "--json"]
-    command = [sys.executable, "-P", "-m", "cli", "--no-progress", *words, "--out", str(out)]
-    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background ignores it
-    return subprocess.Popen(command, env=env, preexec_fn=heard, **pipes)  # type: ignore[call-overload, no-any-return]
+    # A shell's background ignores SIGINT, and so would what is started from there.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); import cli; cli.app()"
+    command = [sys.executable, "-P", "-c", code, "--no-progress", *words, "--out", str(out)]
+    return subprocess.Popen(command, env=env, **pipes)  # type: ignore[call-overload, no-any-return]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
