@@ -122,7 +122,9 @@ class Chain:
 
         stage = Stage(STAGE, ("u_scaled",), ("v",), shape="rows cols", dtype=dtype.name, noise=Noise.PRODUCT)
         again = lambda other: self._of(other, dtype, lambdas)  # noqa: E731
-        return Oracle(stage, value, calibrated, rigorous, arguments, {}, lambdas, again=again)
+        off = lambdas[Noise.SUM_RATIO] * noise.sum_ratio_bound(self.top, self.bottom, ratio)
+        options = {"ratio": float(ratio), "ratio_off": float(np.max(off))}
+        return Oracle(stage, value, calibrated, rigorous, arguments, options, lambdas, again=again)
 
 
 def chain_of(c: Components, layout: str) -> Chain:

@@ -117,6 +117,7 @@ def softmax(
     mask: int | None = 0,
     window: int | None = None,
     temperature: float = 1.0,
+    stored: bool = False,
     sink: float | None = None,
     axis: str = "keys",
     fast: float = 0.0,
@@ -124,11 +125,13 @@ def softmax(
 ) -> Value | None:
     """Over the keys up to each query; `chain` says what of difference, exponential, sum and quotient is rounded.
 
-    `mask`: how many keys more or fewer are seen. `fast`: the exponential's relative error,
-    `per`: and in u of its argument.
+    `mask`: how many keys more or fewer are seen. `stored`: what `temperature` divided is rounded first. `fast`: the
+    exponential's relative error, `per`: and in u of its argument.
     """
     x = at.input(0)
-    x = x if temperature == 1.0 else x * (1 / temperature)
+    if temperature != 1.0:
+        x = (x * (1 / temperature)).soft(1)
+        x = at.stored(x) if stored else x
     if axis != "keys":
         x = x.map(lambda a: a.swapaxes(-1, -2))
     seen = _seen(x.mid, mask, window, turned=axis != "keys")
@@ -213,8 +216,11 @@ _SOFTMAX_MODS = (
     *(Mod(f"the mask shows the last {n} keys alone: a window", {"window": n}) for n in (2, 4, 8, 16, 32, 64, 128)),
     Mod("softmax runs over the queries, not over the keys", {"axis": "queries"}),
     Mod("a sink: one more key, of score 0, in the sum", {"sink": 0.0}),
-    *(Mod(f"as if the scores were divided by {t:g} before the softmax", {"temperature": t}) for t in (0.5, 2.0)),
-    Mod("as if the scores were divided by {fit:.9g} before the softmax", {"temperature": FIT}),
+    *(
+        Mod(f"as if the scores were divided by {t} before the softmax{words}", {"temperature": value, **args})
+        for t, value in (("0.5", 0.5), ("2", 2.0), ("{fit:.9g}", FIT))
+        for words, args in (("", {}), (", and rounded", {"stored": True}))
+    ),
 )
 SOFTMAX = Kind("softmax", softmax, _SOFTMAX_FORMS, _SOFTMAX_MODS)
 

@@ -47,6 +47,7 @@ BY_NAME: Mapping[str, Kind] = MappingProxyType(
         "matmul_pre_norm": replay.CONTRACTED,
         "zero_source_f32": replay.CONTRACTED,
         "adapted_source_f32": replay.ADAPTED,
+        "adapted_weight": replay.WHOLE,
         "final_f32": replay.FINAL,
         "final_bf16": replay.CAST,
     }

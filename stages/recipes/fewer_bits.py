@@ -53,11 +53,11 @@ _TF32 = (1 / 4, 1 / 2)
 # what is only cut keep float32's range.
 NARROW: tuple[Narrow, ...] = (
     Narrow("bfloat16-like", 7, lambda x: nearest(x, "bfloat16"), ("float32", "float16"), unit=(1 / 8, 1 / 2)),
-    Narrow("bfloat16-like, truncated", 7, lambda x: keep(x, 7, "truncate"), _WIDE, unit=(1 / 8, 1 / 2)),
+    Narrow("bfloat16-like (truncated)", 7, lambda x: keep(x, 7, "truncate"), _WIDE, unit=(1 / 8, 1 / 2)),
     Narrow("TF32-like", 10, lambda x: keep(x, 10), _WIDE, unit=_TF32),
-    Narrow("TF32-like, ties away", 10, lambda x: keep(x, 10, "away"), _WIDE, unit=_TF32),
-    Narrow("TF32-like, truncated", 10, lambda x: keep(x, 10, "truncate"), _WIDE, unit=_TF32),
-    Narrow("float16-like, with its range", 10, lambda x: nearest(x, "float16"), ("float32", "bfloat16")),
+    Narrow("TF32-like (ties away)", 10, lambda x: keep(x, 10, "away"), _WIDE, unit=_TF32),
+    Narrow("TF32-like (truncated)", 10, lambda x: keep(x, 10, "truncate"), _WIDE, unit=_TF32),
+    Narrow("float16-like (with its range)", 10, lambda x: nearest(x, "float16"), ("float32", "bfloat16")),
     Narrow(
         "float8-like (e4m3), scaled",
         3,

@@ -7,8 +7,9 @@ loosened to make it fit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,8 @@ _NUMBERS = 4
 _DEPTH = 4
 # Of recipes of one class that fit, those are told that have as many bits, or nearly.
 _AS_GOOD = 0.98
+# A recipe that gives fewer of the bits may not be the one.
+_SURE = 0.9
 
 SOUND = (Class.PRESCRIBED, Class.EQUIVALENT)
 Tried = tuple[str, Class, Mapping[str, Any], At, str]
@@ -46,19 +49,34 @@ Tried = tuple[str, Class, Mapping[str, Any], At, str]
 
 @dataclass(frozen=True)
 class Found:
-    """What explains a record: the recipe in words, its class, elements to the last bit out of all.
+    """What explains a record: recipes in words that cannot be told apart, their class, elements to the last bit of all.
 
     `usual`: which library does that by itself, of a narrower one. `nearest`: what comes next, or, where nothing
     fits (`kind` None), nearest.
     """
 
-    words: str
+    ways: tuple[str, ...]
     kind: Class | None
     bits: int
     elements: int
     usual: str = ""
     nearest: str = ""
     ratio: float = 0.0
+
+    @property
+    def words(self) -> str:
+        return either(self.ways)
+
+
+def either(ways: Sequence[str]) -> str:
+    """Ways in words, joined by "or"; what they begin with alike is said once."""
+    if len(ways) < 2:
+        return "".join(ways)
+    alike = list(
+        takewhile(lambda parts: len(set(parts)) == 1, zip(*(way.split(", ")[:-1] for way in ways), strict=False))
+    )
+    start = "".join(f"{parts[0]}, " for parts in alike)
+    return start + (" or " if start else ", or ").join(way[len(start) :] for way in ways)
 
 
 class Match:
@@ -90,7 +108,19 @@ class Match:
             if self.fits:
                 break
             more()
+        if self.fits and max(fit.bits for fit in self.fits) < _SURE * self.observed.size:
+            self._by_more_bits()
         return self._found()
+
+    def _by_more_bits(self) -> None:
+        """Fewer bits have wide bounds: what they explain with few bits may be another function that gives most."""
+        narrow, self.fits = self.fits, []
+        if narrow[0].kind is Class.NARROWER:
+            for more in (self._others, self._times):
+                if not self.fits:
+                    more()
+        best = max(fit.bits for fit in narrow)
+        self.fits = [fit for fit in self.fits if fit.bits * _AS_GOOD > best] or narrow
 
     def through_hidden(self) -> Found:
         """Of inputs that were not recorded: each recipe of them computed again, rounded to be stored or not."""
@@ -229,8 +259,9 @@ class Match:
     def _numbers(self, mod: Mod) -> tuple[Mapping[str, Any] | None, float]:
         if FIT not in mod.args.values():
             return mod.args, 0.0
-        number = filled(self.at, next(iter(mod.args)), self.observed, self.value)
-        return (None, 0.0) if number is None else (dict.fromkeys(mod.args, number), number)
+        name = next(name for name, value in mod.args.items() if value == FIT)
+        number = filled(self.at, name, self.observed, self.value)
+        return (None, 0.0) if number is None else ({**mod.args, name: number}, number)
 
     def _elements(self) -> None:
         """A few elements of a weight: fewer columns than a function's fault shows in."""
@@ -284,7 +315,7 @@ class Match:
 
     def _found(self) -> Found:
         if not self.fits:
-            return Found("", None, 0, self.observed.size, nearest=self.nearest.words if self.nearest else "")
+            return Found((), None, 0, self.observed.size, nearest=self.nearest.words if self.nearest else "")
         order = sorted(self.fits, key=lambda f: (list(Class).index(f.kind), -f.bits))
         best = order[0]
         alike = (
@@ -292,10 +323,10 @@ class Match:
             if not best.kind.sound
             else []
         )
-        words = dict.fromkeys((best.words, *(f.words for f in alike)))
-        after = next((f.words for f in order if f.words not in words), self.nearest.words if self.nearest else "")
+        ways = tuple(dict.fromkeys((best.words, *(f.words for f in alike))))
+        after = next((f.words for f in order if f.words not in ways), self.nearest.words if self.nearest else "")
         usual = best.usual.format(dtype=self.dtype)
-        return Found(", or ".join(words), best.kind, best.bits, best.elements, usual, after, best.ratio)
+        return Found(ways, best.kind, best.bits, best.elements, usual, after, best.ratio)
 
 
 def _loses(narrow: Narrow, a: np.ndarray) -> bool:
@@ -329,7 +360,7 @@ def explain(oracle: Oracle, observed: np.ndarray) -> Found | None:
         element = explain_elements(oracle, observed)
         if element is not None:
             bits = int(np.count_nonzero(oracle.rounded == observed))
-            return Found(str(element), Class.OTHER, bits, observed.size)
+            return Found((str(element),), Class.OTHER, bits, observed.size)
         found = [
             Match(at.but(part=n), *(x[..., columns] for x in (observed, oracle.value, bound))).search()
             for n, columns in enumerate(parts)
@@ -355,15 +386,23 @@ def _together(found: list[Found], oracle: Oracle) -> Found:
     bits, elements, ratio = sum(f.bits for f in found), sum(f.elements for f in found), max(f.ratio for f in found)
     lost = [(name, f) for name, f in zip(names, found, strict=True) if f.kind is None]
     if lost:
-        return Found("", None, bits, elements, nearest=f"{lost[0][0]}: {lost[0][1].nearest}")
+        return Found((), None, bits, elements, nearest=f"{lost[0][0]}: {lost[0][1].nearest}")
     kind = max((f.kind for f in found if f.kind is not None), key=list(Class).index)
-    said: dict[str, list[str]] = {}
-    for name, one in zip(names, found, strict=True):
-        if one.kind is kind:
-            said.setdefault(one.words, []).append(name)
-    words = "; ".join(f"{', '.join(of)}: {text}" if len(of) < len(found) else text for text, of in said.items())
-    # Two that hold each other's weights say the same of both.
-    if len(said) == 1 and all(name in next(iter(said)) for name in next(iter(said.values()))):
-        words = next(iter(said))
     usual, nearest = (next((getattr(f, name) for f in found if getattr(f, name)), "") for name in ("usual", "nearest"))
-    return Found(words, kind, bits, elements, usual, nearest, ratio)
+    ways = _ways([(name, one.ways) for name, one in zip(names, found, strict=True) if one.kind is kind], len(found))
+    return Found(ways, kind, bits, elements, usual, nearest, ratio)
+
+
+def _ways(said: list[tuple[str, tuple[str, ...]]], parts: int) -> tuple[str, ...]:
+    """What explains the parts that are of the worst class: in common where it can be, else each by its name."""
+    common = tuple(way for way in said[0][1] if all(way in ways for _, ways in said))
+    if not common:
+        alike: dict[str, list[str]] = {}
+        for name, ways in said:
+            alike.setdefault(either(ways), []).append(name)
+        return ("; ".join(f"{', '.join(names)}: {words}" for words, names in alike.items()),)
+    names = [name for name, _ in said]
+    # Two that hold each other's weights say the same of both.
+    if len(said) == parts or all(name in common[0] for name in names):
+        return common
+    return tuple(f"{', '.join(names)}: {way}" for way in common)

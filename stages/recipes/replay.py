@@ -7,7 +7,8 @@ import numpy as np
 from stages.recipes.at import At
 from stages.recipes.product import LINEAR, linear
 from stages.recipes.recipe import Kind, Mod, equivalent, narrower, prescribed
-from stages.recipes.value import Value, keep, point, total
+from stages.recipes.value import Value, keep, point, product, total
+from stages.spec.noise import Noise
 
 _WIDE = ("float32",)
 
@@ -107,6 +108,22 @@ ADAPTED = Kind(
         Mod("divided by the normalization, not multiplied", {"power": -1}),
         Mod("normalized twice", {"power": 2}),
     ),
+)
+
+
+def whole(at: At, *, power: int = 1) -> Value | None:
+    """A whole replay's weight, of what it is contracted from: (U scaled_s) V^T times the normalization."""
+    times = point(np.array(at.options["ratio"])).off(np.array(at.options["ratio_off"]))
+    y = product(at.input(0), at.params()[0][1], at.lam(Noise.PRODUCT))
+    return (y * times.map(lambda n: n**power)).soft(1) if power else y
+
+
+WHOLE = Kind(
+    "adapted_weight",
+    whole,
+    (prescribed("a product in float32, times the normalization"),),
+    (Mod("the normalization is missing", {"power": 0}), Mod("normalized twice", {"power": 2})),
+    by_rows=True,
 )
 
 

@@ -100,6 +100,8 @@ class SideVerdict:
             passes = judged.verdict.passes and oracle.unsure is None
             self.recipe, self.kind = (_prescribed(oracle), Class.PRESCRIBED) if passes else (None, None)
             self.nearest, self.reason = found.nearest if found is not None else None, None
+            if self.nearest and verdict is Verdict.SUSPECT:
+                self.reason = f"no known recipe gives it; the nearest is: {self.nearest}"
             return
         self.recipe, self.kind, self.usual = found.words, found.kind, found.usual or None
         self.nearest = found.nearest or None

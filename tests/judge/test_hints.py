@@ -381,8 +381,8 @@ def test_recipes_that_give_the_same_numbers_are_all_told() -> None:
     oracle, side = oracle_of("ffn_gate"), SideVerdict()
     arguments = tuple(keep_bits(a, 10) for a in oracle.arguments)
     side.add(oracle, consult(oracle.stage, arguments, {}).rounded)
-    names = ("TF32-like", "TF32-like, ties away", "float16-like, with its range")  # random numbers have no ties
-    assert side.hint == ", or ".join(f"its operands have 10 mantissa bits, {name}" for name in names)
+    names = ("TF32-like", "TF32-like (ties away)", "float16-like (with its range)")  # random numbers have no ties
+    assert side.hint == f"its operands have 10 mantissa bits, {' or '.join(names)}"
 
 
 def test_gelu_by_tanh_is_told_from_gelu_by_erf_in_bfloat16() -> None:

@@ -16,6 +16,7 @@ from stages.oracle.verdict import Oracle, consult, judged_part
 from stages.recipes.at import At, Unknown
 from stages.recipes.catalogue import kind_of, right_value, told
 from stages.recipes.fewer_bits import NARROW, ways
+from stages.recipes.match import explain
 from stages.recipes.recipe import EVERY, FIT, Class
 from stages.recipes.side import SideVerdict
 from stages.spec.dtypes import stored_dtype
@@ -74,14 +75,16 @@ def read_back(oracle: Oracle) -> Counter[tuple[str, str]]:
     for words, cls, written in rows:
         side = SideVerdict()
         side.add(oracle, written)
-        where = (oracle.stage.name, words, side.verdict, side.recipe)
+        found = explain(oracle, written)
+        ways = (side.recipe or "",) if found is None else found.ways
+        where = (oracle.stage.name, words, side.verdict, ways)
         assert side.kind is not None, where
         if cls.sound or side.kind.sound:  # what fits what the prescribed one fits is no fault in this dtype
             assert side.verdict.passes or side.systematic, where
             assert side.kind.sound, where
-        elif side.recipe not in writes or not np.array_equal(writes[side.recipe], written):  # else one and the same
+        elif not any(way in writes and np.array_equal(writes[way], written) for way in ways):  # else one and the same
             assert side.kind is cls, where
-            assert words in (side.recipe or ""), where
+            assert any(words in way for way in ways), where
         counts[cls.value, side.kind.value] += 1
     return counts
 
