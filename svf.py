@@ -151,22 +151,37 @@ def diff(
     model: str | Path | None = None,
     tokens: Sequence[int] | None = None,
     top: int | None = None,
+    accept: str | None = None,
 ) -> Result:
-    """`svf diff A B`: two dumps, bundles, trees, checkpoints or reports; errors as the command's."""
+    """`svf diff A B`: two dumps, bundles, trees, checkpoints or reports; errors as the command's.
+
+    `accept="usual"` lets fewer bits pass where a popular library computes so by itself.
+    """
     from stages.judge.diff import DiffCommand, diff_any
+    from stages.judge.document import Gates
     from stages.judge.forward_pair import Named
 
     named = Named(None if model is None else str(model), _text(tokens))
-    return Result(diff_any(DiffCommand(Path(a), Path(b), named=named, top=top), _silent))
+    gates = Gates(accept=accept)
+    return Result(diff_any(DiffCommand(Path(a), Path(b), named=named, top=top, gates=gates), _silent))
 
 
 def audit(
-    path: str | Path, *, model: str | Path | None = None, tokens: Sequence[int] | None = None, top: int = 5
+    path: str | Path,
+    *,
+    model: str | Path | None = None,
+    tokens: Sequence[int] | None = None,
+    top: int = 5,
+    accept: str | None = None,
 ) -> Result:
-    """`svf audit PATH`: one recorded run against float64, each stage from its own recorded inputs."""
+    """`svf audit PATH`: one recorded run against float64, each stage from its own recorded inputs.
+
+    `accept` is `diff`'s.
+    """
     from stages.judge.audit import audit as judged
 
-    return Result(judged(Path(path), model=None if model is None else str(model), tokens=_text(tokens), top=top))
+    named = None if model is None else str(model)
+    return Result(judged(Path(path), model=named, tokens=_text(tokens), top=top, accepted=accept))
 
 
 def _text(tokens: Sequence[int] | None) -> str | None:

@@ -10,6 +10,7 @@ import typer
 from stages.commands.backends import load_backend
 from stages.commands.options import (
     ON_BOTH,
+    Accepted,
     Adapted,
     AdaptedLayout,
     Backend,
@@ -406,6 +407,7 @@ def diff(
             help="Fail unless std of b / std of a is within LOW:HIGH in every stage, such as 0.5:2.",
         ),
     ] = None,
+    accept: Accepted = None,
     rerun: Rerun = True,
     html: Html = None,
     force: Force = False,
@@ -433,7 +435,9 @@ def diff(
             stages=stages,
             precision=precision.value if precision else None,
             top=top,
-            gates=Gates(strict_stage_tolerances, strict_current_python, strict_reference, std_ratio=within),
+            gates=Gates(
+                strict_stage_tolerances, strict_current_python, strict_reference, std_ratio=within, accept=accept
+            ),
             explain_order=explain_order,
             rerun=rerun,
             html=html is not None,
@@ -455,6 +459,7 @@ def diff(
     "svf audit recorded.safetensors --model MODEL --tokens 1,2,3",
     "svf audit tree --model MODEL --prompt Hello --stages ffn_gate,ffn_out",
     "svf audit bundle --json",
+    "svf audit recorded.safetensors --model MODEL --tokens 1,2,3 --accept usual",
 )
 def audit(
     dump: Annotated[
@@ -478,6 +483,7 @@ def audit(
     layers: JudgedLayers = None,
     stages: JudgedStages = None,
     top: Annotated[int, comparing(min=0, help="Largest errors kept per stage.")] = 5,
+    accept: Accepted = None,
     rerun: Rerun = True,
     html: Html = None,
     force: Force = False,
@@ -506,6 +512,7 @@ def audit(
             stages=stages,
             top=top,
             rerun=rerun,
+            accepted=accept,
             progress=progress,
         )
     after(document, json, html, render.audit_document)

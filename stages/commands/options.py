@@ -47,6 +47,7 @@ Jit = StrEnum("Jit", ["stage", "layer", "none"])
 ComponentsFrom = StrEnum("ComponentsFrom", ["given", "native"])
 SvdMethod = StrEnum("SvdMethod", ["float64", "torch"])
 ModelDtype = StrEnum("ModelDtype", ["auto", "float32", "bfloat16"])
+Accept = StrEnum("Accept", ["usual"])
 VectorDtype = StrEnum("VectorDtype", ["float32", "float64"])
 
 Html = Annotated[
@@ -81,6 +82,10 @@ Rerun = Annotated[
         "--rerun/--no-rerun",
         help="Run suspect stages again, on the backend that wrote the dump.",
     ),
+]
+Accepted = Annotated[
+    Accept | None,
+    gate("--accept", help="usual: let fewer bits pass where a popular library computes so by itself."),
 ]
 StrictStages = Annotated[
     bool,

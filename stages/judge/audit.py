@@ -22,6 +22,7 @@ from stages.judge.adapted import AdaptedPair, adaptation
 from stages.judge.adapted_right import right_weights
 from stages.judge.culprit import ORACLE, chosen_row, culprit_data, oracle_pieces
 from stages.judge.decomposition import SHOWN_BY, fault_of, in_words, not_known, parts_of, with_faults
+from stages.judge.explained import Explained, accept, accepted_words
 from stages.judge.foreign import open_foreign
 from stages.judge.forward import (
     ForwardRun,
@@ -79,13 +80,14 @@ def audit(
     stages: str | None = None,
     top: int = 5,
     rerun: bool = True,
+    accepted: str | None = None,
     progress: Reporter | None = None,
 ) -> dict[str, Any]:
     """The `svf.audit/1` document of a dump, a component bundle, a stage file, or another program's forward.
 
     `model` and the tokens are needed for another program's, which does not name them, and `adapted` and `layout` where
     it ran on adapted weights. `layers` and `stages` ask for less. `InputError` for a key that is no stage. With
-    `rerun`, suspect stages of our own dumps are run again on their backend.
+    `rerun`, suspect stages of our own dumps are run again on their backend. `accepted`: see `explained.accept`.
     """
     named, wanted = Named(model, tokens, tokens_file, prompt), Wanted.of(layers, stages)
     progress = progress or Reporter(False)
@@ -98,11 +100,11 @@ def audit(
         if kind is Recording.REPLAY:
             if named.ids or adapted is not None:
                 raise UsageError(f"--tokens and --adapted apply to forwards; {path} is a component replay")
-            return _audit_replay(path, named.model, components, wanted, top, rerun, stack, progress)
+            return _audit_replay(path, named.model, components, wanted, top, rerun, accepted, stack, progress)
         if components is not None:
             raise UsageError(f"--components applies to component replays; {path} is a forward")
         run = _open_forward(path, named, adapted, layout, stack, progress)
-        return _audit_forward(run, named.model, wanted, top, rerun, progress)
+        return _audit_forward(run, named.model, wanted, top, rerun, accepted, progress)
 
 
 # -- a forward ----------------------------------------------------------------------------------------------------
@@ -142,7 +144,7 @@ def _open_forward(
 
 
 def _audit_forward(
-    run: ForwardRun, model: str | None, wanted: Wanted, top: int, rerun: bool, progress: Report
+    run: ForwardRun, model: str | None, wanted: Wanted, top: int, rerun: bool, accepted: str | None, progress: Report
 ) -> dict[str, Any]:
     places = order_of(run.path, {*run.side.places, *promised(run)})
     if run.path is not None:
@@ -168,6 +170,7 @@ def _audit_forward(
         return explain_place(place, run, run.read(place)) if known else None
 
     facts = {**run.side.facts, **({"model": model} if model else {})}
+    rows = accept(rows, accepted)
     result = document(rows, run.side.label, facts, kind="forward", explain=explain, notes=run.notes)
     return {**result, "about": about(run, model), "culprit_data": _forward_data(result, run)}
 
@@ -228,6 +231,7 @@ def _audit_replay(
     wanted: Wanted,
     top: int,
     rerun: bool,
+    accepted: str | None,
     stack: ExitStack,
     progress: Report,
 ) -> dict[str, Any]:
@@ -246,6 +250,7 @@ def _audit_replay(
     rows = [row for row in rows if wanted.has_tensor(row["layer"], row["stage"])]
     if rerun:
         resolve_suspects(rows, Recorded(path, side.backend, side.facts, source=components))
+    rows = accept(rows, accepted)
     zero_offset = [t.zero_offset() for t in audits]
     faults = [row for t in audits for row in t.decomposition()]
     result = document(rows, side.label, side.facts, kind="replay", zero_offset=zero_offset, decomposition=faults)
@@ -461,6 +466,7 @@ def document(
     coverage = {"judged": expected - unjudged - missing, "unjudged": unjudged, "expected": expected, "given": given}
     culprits = with_faults(decomposition, _culprits(rows, explain))
     miss = next((z for z in zero_offset if z["fits"] is False), None)
+    explained = Explained.of(rows)
     outcome = "faulty" if culprits else "incomplete" if unjudged or not coverage["judged"] else "sound"
     return {
         "schema": "svf.audit/1",
@@ -468,6 +474,7 @@ def document(
         "verdict": " ".join(
             (
                 in_words(decomposition, "") or _sentence(rows, culprits, miss, coverage),
+                *filter(None, (None if culprits else explained.words, accepted_words(rows))),
                 *(f"{n[0].upper()}{n[1:]}." for n in notes),
             )
         ),
@@ -478,6 +485,7 @@ def document(
         "zero_offset": list(zero_offset),
         "decomposition": list(decomposition),
         "coverage": coverage,
+        "explained": explained.document(),
         "kind": kind,
         "source": source,
         "facts": dict(facts),

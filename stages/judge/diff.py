@@ -140,6 +140,7 @@ class DiffCommand:
             "--strict-current-python": gates.current_python,
             "--strict-reference": gates.reference,
             "--std-ratio": gates.std_ratio is not None,
+            "--accept": gates.accept is not None,
             "--no-rerun": not self.rerun,
             "--html": self.html,
         }
@@ -147,7 +148,7 @@ class DiffCommand:
 
 _STRICT = ("--strict-stage-tolerances", "--strict-current-python", "--strict-reference")
 _TOKENS = ("--model", "--tokens", "--tokens-file", "--prompt")
-_ROWS = ("--components", "--layers", "--stages", "--precision", "--std-ratio", "--no-rerun", "--html")
+_ROWS = ("--components", "--layers", "--stages", "--precision", "--std-ratio", "--accept", "--no-rerun", "--html")
 # Kinds that go together, how one of them is called, and the options that say something to them.
 _GROUPS: tuple[tuple[frozenset[Recording], tuple[str, ...]], ...] = (
     (frozenset({Recording.REPLAY}), (*_ROWS, *_STRICT, "--explain-order")),
@@ -263,7 +264,7 @@ def diff_aprt_files(
     """Two APRT files. With a model and tokens, each is judged from its inputs, the files beside it in its tree;
     otherwise they are compared flat: the format stores neither shape nor dtype."""
     a, b = AprtFile(path_a), AprtFile(path_b)
-    only = diff.Gates(std_ratio=gates.std_ratio if gates else None)
+    only = diff.Gates(std_ratio=gates.std_ratio, accept=gates.accept) if gates else None
     if named is not None and named.given:
         if a.place != b.place:
             raise InputError(f"{path_a} and {path_b} are files of two stages; give two files of the same stage")

@@ -12,6 +12,7 @@ from stages.errors import InputError, UsageError, shown
 from stages.files.selection import layer_of
 from stages.judge.basis import of_basis, unexplained
 from stages.judge.decomposition import in_words, with_faults
+from stages.judge.explained import Explained, accept, accepted_words
 from stages.judge.guarantees import RULES
 from stages.judge.metrics import walk
 from stages.judge.next_steps import Step
@@ -32,6 +33,7 @@ STD_RATIO = "std_ratio"
 class Gates:
     """Gates that were asked for, and the hashes that the original comparator's need.
 
+    `accept` is which failures pass (explained.py).
     `current` is the reference side's current final bf16 hash, `historical` the stored one (None: unknown);
     `reference_hashes` and `replayed_hashes` are the final bf16 hashes that each side reached; `next_step` is what to
     do when the current one is not among these. `std_ratio` is between what b's standard deviation over a's must be in
@@ -46,6 +48,7 @@ class Gates:
     reference_hashes: tuple[str, ...] = ()
     replayed_hashes: tuple[str, ...] = ()
     std_ratio: tuple[float, float] | None = None
+    accept: str | None = None
     next_step: Step | None = None
 
     def results(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, bool]:
@@ -179,6 +182,7 @@ def finish(
     `lacks` are, by side, the keys that the other one alone holds and nothing promised, so that they have no row.
     `explain` gives a hint at why a row's side, a or b, failed, where the row itself has none; `words` are said too.
     """
+    rows = accept(rows, gates.accept if gates else None)
     walk(rows)
     gate_results = gates.results(rows) if gates else {}
     spread = {STD_RATIO: std_ratios(rows, gates.std_ratio)} if gates and gates.std_ratio else {}
@@ -187,6 +191,7 @@ def finish(
     culprits = with_faults(decomposition, find_culprits(rows, explain))
     verdict = _of_components(decomposition, a, b)
     verdict = verdict or sentence(rows, zero_offset, culprits, gate_results, a, b, coverage, lacks, decomposition)
+    explained = Explained.of(rows)
     step = gates.next_step if gates and not culprits and gate_results.get(STRICT_CURRENT_PYTHON) is False else None
     step = None if basis else step
     return {
@@ -199,6 +204,8 @@ def finish(
                 None,
                 [
                     verdict,
+                    None if culprits else explained.words,
+                    accepted_words(rows),
                     how_far(rows, culprits[0] if culprits else None, (extra or {}).get("logits")),
                     f"Gate --std-ratio: {std_ratio_words(spread)}." if gate_results.get(STD_RATIO) is False else None,
                     about_precision(a, b),
@@ -216,6 +223,7 @@ def finish(
         "basis": list(basis),
         "decomposition": list(decomposition),
         "coverage": coverage,
+        "explained": explained.document(),
         "lacks": {letter: list(lacks.get(letter, ())) for letter in "ab"},
         "gates": gate_results,
         "next": [step.command] if step else [],
