@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 from forward_models import MODELS, random_weights, tokens_of
+from helpers import svf as program
 from plain_forward import Plain, step
-from typer.testing import CliRunner
 
 import svf
-from cli import app
 from stages.errors import UsageError
 from stages.files.tensorfile import write_tensors
 from stages.judge.explained import Explained
@@ -81,10 +80,11 @@ def test_a_diff_accepts_by_side(half: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_settings_accept_too(half: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "svf.toml").write_text('accept = "usual"\n')
     monkeypatch.chdir(tmp_path)
-    arguments = ["audit", str(half["path"]), "--model", str(half["model"]), "--tokens", ",".join(map(str, TOKENS))]
-    assert CliRunner().invoke(app, arguments).exit_code == 0
+    arguments = ["audit", half["path"], "--model", half["model"], "--tokens", ",".join(map(str, TOKENS))]
+    assert program(*arguments).code == 1
+    (tmp_path / "svf.toml").write_text('accept = "usual"\n')
+    assert program(*arguments).code == 0
 
 
 def test_another_word_is_refused(half: dict[str, Any]) -> None:
