@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stages.oracle.bounds import TINY
+from stages.oracle.bounds import RMS_COUNT, TINY
 from stages.oracle.rounding import round_once
 from stages.oracle.verdict import canonical
 from stages.recipes.recipe import Class
@@ -55,14 +55,30 @@ def places_beyond(value: Value, observed: np.ndarray, stage: Stage | None = None
     return differs, beyond
 
 
-def fit(words: str, kind: Class, value: Value, observed: np.ndarray, stage: Stage, usual: str = "") -> Fit | None:
-    """`value` against what was recorded; None of another shape."""
+def fit(
+    words: str,
+    kind: Class,
+    value: Value,
+    observed: np.ndarray,
+    stage: Stage,
+    usual: str = "",
+    rms: float = np.inf,
+) -> Fit | None:
+    """`value` against what was recorded; None of another shape. Errors of a larger `rms` fit nowhere."""
     if value.mid.shape != observed.shape:
         return None
     differs, beyond = places_beyond(value, observed, stage)
+    if rms < np.inf and observed.size >= RMS_COUNT and _rms(value, observed) > rms:
+        beyond = np.ones_like(beyond)
     return Fit(
         words, kind, int((~differs).sum()), int(beyond.sum()), observed.size, usual, _ratio(value, observed, differs)
     )
+
+
+def _rms(value: Value, observed: np.ndarray) -> float:
+    """The root mean square of all errors, in parts of half of what lies between the ends."""
+    middle, half = (value.lo + value.hi) / 2, np.maximum((value.hi - value.lo) / 2, TINY)
+    return float(np.sqrt(np.mean(np.square((observed.astype(np.float64) - middle) / half))))
 
 
 def _ratio(value: Value, observed: np.ndarray, differs: np.ndarray) -> float:

@@ -7,8 +7,8 @@ loosened to make it fit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
@@ -44,7 +44,18 @@ _AS_GOOD = 0.98
 _SURE = 0.9
 
 SOUND = (Class.PRESCRIBED, Class.EQUIVALENT)
-Tried = tuple[str, Class, Mapping[str, Any], At, str]
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A recipe to be asked: its words and class, the emulator's arguments, the stage at hand; see Form for the rest."""
+
+    words: str
+    kind: Class
+    args: Mapping[str, Any]
+    at: At
+    usual: str = ""
+    rms: float = np.inf
 
 
 @dataclass(frozen=True)
@@ -128,7 +139,7 @@ class Match:
         for rounded, words in ((True, ""), (False, f"; of unrounded {' and '.join(hidden)}")):
             at = self.at.but(unrounded=hidden, rounded=rounded)
             self._ask(
-                (f"{self._words(form)}{words}", Class.EQUIVALENT, form.args, at, "")
+                self._of(form, at, words, Class.EQUIVALENT)
                 for form in forms_of(self.kind, self.dtype, *SOUND)
                 if rounded or not form.deep
             )
@@ -169,13 +180,13 @@ class Match:
     def _plain(self, classes: tuple[Class, ...], *, deep: bool) -> Iterator[Tried]:
         for form in forms_of(self.kind, self.dtype, *classes):
             if form.deep == deep and not form.unseen:
-                yield self._words(form), _class(form, self.dtype), form.args, self.at, form.usual
+                yield self._of(form)
 
     def _unrounded(self) -> None:
         """Any rounding between stages may be left out: fused kernels, XLA's excess precision."""
         for at, words in self._without_roundings():
             self._ask(
-                (f"{self._words(form)}; of {words}", Class.EQUIVALENT, form.args, at, "")
+                self._of(form, at, f"; of {words}", Class.EQUIVALENT)
                 for form in forms_of(self.kind, self.dtype, *SOUND)
                 if not form.deep
             )
@@ -202,7 +213,7 @@ class Match:
             self._ask(self._plain((Class.NARROWER,), deep=True))
         for at, words in self._without_roundings() if not self.fits else ():
             self._ask(
-                (f"{self._words(form)}; of {words}", Class.NARROWER, form.args, at, form.usual)
+                self._of(form, at, f"; of {words}")
                 for form in forms_of(self.kind, self.dtype, Class.NARROWER)
                 if not form.deep
             )
@@ -230,7 +241,7 @@ class Match:
             if self.dtype in narrow.dtypes:
                 changed = [_loses(narrow, a) for a in arguments]
                 for words, lost in ways(self.at.stage.inputs, changed, narrow):
-                    yield words, Class.NARROWER, args, self.at.but(lost=lost), ""
+                    yield Tried(words, Class.NARROWER, args, self.at.but(lost=lost))
 
     def _others(self) -> None:
         for form in forms_of(self.kind, self.dtype, *SOUND):
@@ -254,7 +265,7 @@ class Match:
                 continue
             args, number = self._numbers(mod)
             if args is not None:
-                yield f"{self._words(mod, number)}{said}", Class.OTHER, {**form.args, **args}, self.at, ""
+                yield Tried(f"{self._words(mod, number)}{said}", Class.OTHER, {**form.args, **args}, self.at)
 
     def _numbers(self, mod: Mod) -> tuple[Mapping[str, Any] | None, float]:
         if FIT not in mod.args.values():
@@ -275,30 +286,36 @@ class Match:
     def _words(self, row: Form | Mod, number: float = 0.0) -> str:
         return told(row, self.at, number)
 
-    def _ask(self, tried: Iterator[Tried], *, enough: bool = False) -> None:
+    def _of(self, form: Form, at: At | None = None, words: str = "", kind: Class | None = None) -> Tried:
+        """A form as a row of this stage; `words` are added to its own."""
+        kind = kind or _class(form, self.dtype)
+        return Tried(f"{self._words(form)}{words}", kind, form.args, at or self.at, form.usual, form.rms)
+
+    def _ask(self, tried: Iterable[Tried], *, enough: bool = False) -> None:
         """Compute recipes and keep those that fit; `enough`: stop at one that gives every bit."""
-        for words, kind, args, at, usual in tried:
-            found = self._one(words, kind, args, at, usual)
+        for one in tried:
+            found = self._one(one)
             if found is not None and enough and found.fits and (found.bits == found.elements or not self.kind.cheap):
                 return
 
-    def _one(self, words: str, kind: Class, args: Mapping[str, Any], at: At, usual: str) -> Fit | None:
-        if self.few is not None and not (at.lost is not None and at.lost.narrow.whole):
-            near = self._against(words, kind, args, at.but(**self.few), usual, self._sample(self.observed))
+    def _one(self, tried: Tried) -> Fit | None:
+        if self.few is not None and not (tried.at.lost is not None and tried.at.lost.narrow.whole):
+            some = replace(tried, at=tried.at.but(**self.few), rms=np.inf)
+            near = self._against(some, self._sample(self.observed))
             if near is None or not near.fits:
                 self._note(near)
                 return None
-        found = self._against(words, kind, args, at, usual, self.observed)
+        found = self._against(tried, self.observed)
         if found is not None and found.fits:
             self.fits.append(found)
         self._note(found)
         return found
 
-    def _against(
-        self, words: str, kind: Class, args: Mapping[str, Any], at: At, usual: str, observed: np.ndarray
-    ) -> Fit | None:
-        value = self._value(args, at)
-        return None if value is None else fit(words, kind, value, observed, self.at.stage, usual)
+    def _against(self, tried: Tried, observed: np.ndarray) -> Fit | None:
+        value = self._value(tried.args, tried.at)
+        if value is None:
+            return None
+        return fit(tried.words, tried.kind, value, observed, self.at.stage, tried.usual, tried.rms)
 
     def _note(self, found: Fit | None) -> None:
         """Keep what came nearest, by the part of the elements asked that it cannot give."""

@@ -8,7 +8,7 @@ from stages.oracle import decoder as forward
 from stages.oracle.bounds import U32
 from stages.recipes.at import At
 from stages.recipes.recipe import FIT, NARROW, Kind, Mod, equivalent, narrower, prescribed
-from stages.recipes.value import Value, total
+from stages.recipes.value import Value, nearest, total
 
 
 def inputs(at: At) -> Value:
@@ -27,7 +27,7 @@ def norm(
     cast: str = "before",
     source: str = "record",
     stat: str = "float32",
-    sums: float = 0.25,
+    chain: bool = False,
     eps: float | None = None,
     centred: bool = False,
     weight: float | None = None,
@@ -38,7 +38,8 @@ def norm(
 ) -> Value | None:
     """x / sqrt(mean(x^2) + eps) * weight; `cast` says where the product with the weight is rounded.
 
-    `sums`: the mean's noise in sqrt(K) u. `weight`: a factor of the weight instead of 1, what is added is 1 less it.
+    `chain`: the squares are added one after another, in float32. `weight`: a factor of the weight instead of 1, what is
+    added is 1 less it.
     """
     x, w = inputs(at), at.params()[-1][1]
     if source != "record":
@@ -56,21 +57,32 @@ def norm(
     if centred:
         mean = x.mid.mean(axis=-1, keepdims=True)
         x = (x - mean).off(U32 * (np.abs(x.mid) + 4 * np.abs(x.mid).mean(axis=-1, keepdims=True)))
-    y = _normed(at, x, w, cast, _root(at, x, stat, sums, eps, outside=outside, summed=summed))
+    y = _normed(at, x, w, cast, _root(at, x, stat, eps, chain=chain, outside=outside, summed=summed))
     return y.map(lambda a: a.reshape(shape))
 
 
-def _root(at: At, x: Value, stat: str, sums: float, eps: float, *, outside: bool, summed: bool) -> Value:
+def _root(at: At, x: Value, stat: str, eps: float, *, chain: bool, outside: bool, summed: bool) -> Value:
     """1 / sqrt(mean(x^2) + eps), `[.., 1]`."""
     stat = at.inside if stat == "own" else stat
     squares = (x * x).to(stat)
     if not squares.sure:
         squares = Value(np.maximum(squares.lo, 0), squares.mid, squares.hi)
     k = x.mid.shape[-1]
-    mean = (total(squares, sums * np.sqrt(k) + 2) * (1.0 if summed else 1.0 / k)).to(stat)
+    added = _one_by_one(squares) if chain else total(squares)
+    mean = (added * (1.0 if summed else 1.0 / k)).to(stat)
     if outside:
         return (mean.map(np.sqrt) + eps).falling(lambda a: 1 / a).soft(4)
     return (mean + eps).to(stat).falling(lambda a: 1 / np.sqrt(a)).soft(3).to(stat)
+
+
+def _one_by_one(squares: Value) -> Value:
+    """Their float32 sum in the order in which they stand, kept; a doubt of theirs is one of the sum."""
+    sums = [np.add.accumulate(a, axis=-1, dtype=np.float32)[..., -1:].astype(np.float64) for a in _ends(squares)]
+    return Value(sums[0], sums[1], sums[2])
+
+
+def _ends(x: Value) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return x.lo, nearest(x.mid, "float32"), x.hi
 
 
 def _normed(at: At, x: Value, w: np.ndarray, cast: str, root: Value) -> Value:
@@ -100,14 +112,13 @@ FORMS = (
         cast="after",
     ),
     equivalent("the weight folded into the inverse root", who="flax.nnx.RMSNorm", cast="folded"),
+    equivalent("the squares added one after another", who="MLX fast.rms_norm on a CPU", chain=True),
     equivalent(
-        "the weight folded into the inverse root, summed in an order that errs by sqrt(K) u",
-        who="MLX fast.rms_norm",
-        wider=True,
-        sums=1.0,
+        "the squares added one after another, the weight folded into the inverse root",
+        who="MLX nn.RMSNorm on a CPU",
+        chain=True,
         cast="folded",
     ),
-    equivalent("the mean summed in an order that errs by sqrt(K) u", who="MLX fast.rms_norm", wider=True, sums=1.0),
     equivalent(
         "of a residual stream kept in float32", dtypes=NARROW, deep=True, who="residual_in_fp32", source="stream"
     ),

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+import numpy as np
+
 from stages.recipes.value import Value
 
 NARROW = ("bfloat16", "float16")
@@ -40,7 +42,8 @@ class Form:
     hold. `who` does it, as far as it was read or run. `usual` says who does it by itself, of a narrower row. A `deep`
     one computes what is before the stage's inputs again by itself; an `unseen` one is asked only of inputs that were
     not recorded, since beside recorded ones its bound would hide faults; a `wider` one has the prescribed one's numbers
-    and a wider bound.
+    and a wider bound. `rms`: its errors' root mean square, in parts of its bound, is no larger where there are many
+    elements: half as much again as was measured of who does it, so that a wide bound hides no fault of that size.
     """
 
     words: str
@@ -51,6 +54,7 @@ class Form:
     deep: bool = False
     wider: bool = False
     unseen: bool = False
+    rms: float = np.inf
 
     def of(self, dtype: str) -> Class | None:
         return self.classes.get(dtype)
@@ -79,9 +83,11 @@ def equivalent(
     deep: bool = False,
     wider: bool = False,
     unseen: bool = False,
+    rms: float = np.inf,
     **args: Any,
 ) -> Form:
-    return Form(words, dict.fromkeys(dtypes, Class.EQUIVALENT), args, who, deep=deep, wider=wider, unseen=unseen)
+    classes = dict.fromkeys(dtypes, Class.EQUIVALENT)
+    return Form(words, classes, args, who, deep=deep, wider=wider, unseen=unseen, rms=rms)
 
 
 def narrower(
