@@ -16,6 +16,7 @@ JOBS = {
     "decompose": "stages.commands.frameworks:decomposed",
     "forward": "stages.jobs.forward:forward",
     "framework": "stages.commands.frameworks:framework",
+    "natives": "stages.judge.natives:natives",
     "probe": "stages.jobs.probe:probe_request",
     "replay": "stages.jobs.replay:replay",
     "rerun": "stages.judge.rerun:run_again",

@@ -28,6 +28,7 @@ from stages.commands.options import (
     JudgedStages,
     LayoutName,
     MaxMemory,
+    Natives,
     OneLayout,
     Operands,
     Positions,
@@ -460,6 +461,7 @@ def diff(
     "svf audit tree --model MODEL --prompt Hello --stages ffn_gate,ffn_out",
     "svf audit bundle --json",
     "svf audit recorded.safetensors --model MODEL --tokens 1,2,3 --accept usual",
+    "svf audit dumps/torch --natives",
 )
 def audit(
     dump: Annotated[
@@ -484,6 +486,7 @@ def audit(
     stages: JudgedStages = None,
     top: Annotated[int, comparing(min=0, help="Largest errors kept per stage.")] = 5,
     accept: Accepted = None,
+    natives: Natives = False,
     rerun: Rerun = True,
     html: Html = None,
     force: Force = False,
@@ -491,7 +494,7 @@ def audit(
 ) -> None:
     """Judge one recorded run, every stage against float64.
 
-    Each stage is judged from the inputs that the run recorded. Loads no framework.
+    Each stage is judged from the inputs that the run recorded. Loads no framework, but for --natives.
     """
     from stages.judge import audit as job
     from stages.progress import Progress
@@ -513,6 +516,7 @@ def audit(
             top=top,
             rerun=rerun,
             accepted=accept,
+            natives=natives,
             progress=progress,
         )
     after(document, json, html, render.audit_document)

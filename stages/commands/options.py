@@ -83,6 +83,13 @@ Rerun = Annotated[
         help="Run suspect stages again, on the backend that wrote the dump.",
     ),
 ]
+Natives = Annotated[
+    bool,
+    comparing(
+        "--natives",
+        help="Ask PyTorch and JAX too, in a process each, whether they give the recorded bits.",
+    ),
+]
 Accepted = Annotated[
     Accept | None,
     gate("--accept", help="usual: let fewer bits pass where a popular library computes so by itself."),

@@ -12,24 +12,20 @@ import numpy as np
 
 from stages.errors import InputError, UsageError, shown
 from stages.files.forward_dump import Place, forward_key
-from stages.files.kinds import Recording, one_recording, recording_at
+from stages.files.kinds import Recording, one_recording
 from stages.files.replay_recorded import SideTensor, open_side
 from stages.files.source import ModelSource, open_model
-from stages.files.tokens import token_ids
 from stages.judge import document as diff
 from stages.judge import stats
 from stages.judge.adapted import AdaptedPair, adaptation
-from stages.judge.adapted_right import right_weights
 from stages.judge.culprit import ORACLE, chosen_row, culprit_data, oracle_pieces
 from stages.judge.decomposition import SHOWN_BY, fault_of, in_words, not_known, parts_of, with_faults
 from stages.judge.explained import Explained, accept, accepted_words
-from stages.judge.foreign import open_foreign
 from stages.judge.forward import (
     ForwardRun,
     about,
     explain_place,
     given_places,
-    open_run,
     oracles_of,
     order_of,
     part,
@@ -41,22 +37,23 @@ from stages.judge.forward import (
     through_words,
     why_unjudged,
 )
-from stages.judge.forward_pair import NEEDS, Named
+from stages.judge.forward_pair import Named
 from stages.judge.metrics import Difference
+from stages.judge.natives import NativesRequest, ask
+from stages.judge.opened import open_forward
 from stages.judge.replay import judge_chunk
 from stages.judge.rerun import Recorded, recorded_of, resolve_suspects
 from stages.judge.rows import Row, alone_row, in_forward, in_replay
 from stages.judge.spread import Spread
 from stages.judge.wanted import Wanted
 from stages.judge.wording import how_far, times
-from stages.oracle.bounds import LAMBDA, Lambdas
+from stages.oracle.bounds import Lambdas
 from stages.oracle.residual import Residual
 from stages.oracle.verdict import Oracle, Verdict, consult, judged_part
 from stages.progress import Progress as Reporter
 from stages.progress import Report
 from stages.recipes.side import SideVerdict
 from stages.run.calibration import lambdas_of
-from stages.run.production import with_stored_head
 from stages.run.replay import chunk_plan, default_chunk_rows
 from stages.spec.noise import Noise
 from stages.spec.replay import REPLAY
@@ -81,6 +78,7 @@ def audit(
     top: int = 5,
     rerun: bool = True,
     accepted: str | None = None,
+    natives: bool = False,
     progress: Reporter | None = None,
 ) -> dict[str, Any]:
     """The `svf.audit/1` document of a dump, a component bundle, a stage file, or another program's forward.
@@ -88,9 +86,12 @@ def audit(
     `model` and the tokens are needed for another program's, which does not name them, and `adapted` and `layout` where
     it ran on adapted weights. `layers` and `stages` ask for less. `InputError` for a key that is no stage. With
     `rerun`, suspect stages of our own dumps are run again on their backend. `accepted`: see `explained.accept`.
+    With `natives`, what is within rounding is asked of the backends' own functions too.
     """
     named, wanted = Named(model, tokens, tokens_file, prompt), Wanted.of(layers, stages)
     progress = progress or Reporter(False)
+    asked = NativesRequest(path, "", (), **vars(named), adapted=adapted, layout=layout, components=components)
+    how = _How(wanted, top, rerun, accepted, asked if natives else None)
     with ExitStack() as stack:
         kind = one_recording(path)
         if kind is Recording.APRT:
@@ -100,68 +101,50 @@ def audit(
         if kind is Recording.REPLAY:
             if named.ids or adapted is not None:
                 raise UsageError(f"--tokens and --adapted apply to forwards; {path} is a component replay")
-            return _audit_replay(path, named.model, components, wanted, top, rerun, accepted, stack, progress)
+            return _audit_replay(path, named.model, components, how, stack, progress)
         if components is not None:
             raise UsageError(f"--components applies to component replays; {path} is a forward")
-        run = _open_forward(path, named, adapted, layout, stack, progress)
-        return _audit_forward(run, named.model, wanted, top, rerun, accepted, progress)
+        run = open_forward(path, named, adapted, layout, stack, progress)
+        return _audit_forward(run, named.model, how, progress)
+
+
+@dataclass(frozen=True)
+class _How:
+    """What is asked of an audit, whatever it is of."""
+
+    wanted: Wanted
+    top: int
+    rerun: bool
+    accepted: str | None
+    natives: NativesRequest | None
+
+    def settled(self, rows: list[Row], progress: Report) -> list[Row]:
+        """Judged rows, with what was asked of the backends and what the user accepts."""
+        if self.natives is not None:
+            ask(rows, self.natives, progress)
+        return accept(rows, self.accepted)
 
 
 # -- a forward ----------------------------------------------------------------------------------------------------
 
 
-def _open_forward(
-    path: Path, named: Named, adapted: Path | None, layout: str, stack: ExitStack, progress: Reporter
-) -> ForwardRun:
-    if layout != "declared" and adapted is None:
-        raise UsageError(f"--layout {layout} needs --adapted COMPONENTS")
-    if recording_at(path) is Recording.FORWARD:
-        if adapted is not None:
-            raise UsageError(f"--adapted applies to another program's dump; {path} keeps the weights that it ran on")
-        run = open_run(path, named.model, stack)
-        if named.ids and run.checkpoint is None:
-            raise UsageError(f"{path}: this dump names its tokens; leave --tokens, --tokens-file and --prompt out")
-        if named.ids and run.checkpoint is not None and token_ids(named, run.checkpoint).tolist() != run.tokens:
-            raise InputError(
-                f"{path}: ran {len(run.tokens)} tokens, which are not those of --tokens; leave the option out"
-            )
-        return run
-    if named.model is None or not named.ids:
-        raise UsageError(f"{path}: {NEEDS}")
-    checkpoint = stack.enter_context(open_model(named.model))
-    checkpoint.check()
-    tokens = token_ids(named, checkpoint).tolist()
-    if adapted is None:
-        return open_foreign(path, checkpoint.config, checkpoint, tokens, stack)
-    weights, found = right_weights(adapted, layout, checkpoint, LAMBDA, stack, progress)
-    run = open_foreign(path, with_stored_head(checkpoint.config, weights), weights, tokens, stack)
-    run.doubts = (weights.doubt(rigorous=False), weights.doubt(rigorous=True))
-    layouts = ", ".join(dict.fromkeys(found.layouts.values()))
-    run.side.facts["adapted"] = "; ".join(
-        (f"{len(found.layouts)} weights by {adapted}, layout {layouts}", *found.notes)
-    )
-    return run
-
-
-def _audit_forward(
-    run: ForwardRun, model: str | None, wanted: Wanted, top: int, rerun: bool, accepted: str | None, progress: Report
-) -> dict[str, Any]:
+def _audit_forward(run: ForwardRun, model: str | None, how: _How, progress: Report) -> dict[str, Any]:
     places = order_of(run.path, {*run.side.places, *promised(run)})
     if run.path is not None:
-        wanted.check(run.path, run.path.aliases, (layer for layer, _ in places if layer is not None))
-        places = [place for place in places if wanted.has(*place, run.path.aliases)]
+        how.wanted.check(run.path, run.path.aliases, (layer for layer, _ in places if layer is not None))
+        places = [place for place in places if how.wanted.has(*place, run.path.aliases)]
     rows: list[Row] = []
     for number, place in enumerate(places):
         progress(f"auditing {forward_key(place)}", number / len(places))
-        rows.append(_forward_row(place, run, top))
+        rows.append(_forward_row(place, run, how.top))
     given = given_places(run)
     for row in rows:
         if (row["layer"], row["stage"]) in given:
             row |= {"verdict": Verdict.GIVEN.value, "note": f"taken as given, {row['note']}"}
-    if rerun:
+    if how.rerun:
         resolve_suspects(rows, recorded_of(run, model))
     with ExitStack() as stack:
-        of_weights = AdaptedPair.alone(adaptation("", run), stack) if wanted == Wanted() else ()
+        of_weights = AdaptedPair.alone(adaptation("", run), stack) if how.wanted == Wanted() else ()
         rows = [*of_weights, *rows]
 
     def explain(row: Mapping[str, Any]) -> str | None:
@@ -170,7 +153,7 @@ def _audit_forward(
         return explain_place(place, run, run.read(place)) if known else None
 
     facts = {**run.side.facts, **({"model": model} if model else {})}
-    rows = accept(rows, accepted)
+    rows = how.settled(rows, progress)
     result = document(rows, run.side.label, facts, kind="forward", explain=explain, notes=run.notes)
     return {**result, "about": about(run, model), "culprit_data": _forward_data(result, run)}
 
@@ -225,15 +208,7 @@ def _forward_judged(place: Place, run: ForwardRun, observed: np.ndarray, top: in
 
 
 def _audit_replay(
-    path: Path,
-    model: str | None,
-    components: Path | None,
-    wanted: Wanted,
-    top: int,
-    rerun: bool,
-    accepted: str | None,
-    stack: ExitStack,
-    progress: Report,
+    path: Path, model: str | None, components: Path | None, how: _How, stack: ExitStack, progress: Report
 ) -> dict[str, Any]:
     side = stack.enter_context(open_side(path, components))
     if side.unknown:
@@ -242,15 +217,16 @@ def _audit_replay(
         )
     checkpoint = None if model is None else stack.enter_context(open_model(model))
     lambdas = lambdas_of(side.facts, str(path))
-    audits = [_TensorAudit(k, tensor, checkpoint, top, lambdas, side.precision) for k, tensor in side.tensors.items()]
+    judged = (checkpoint, how.top, lambdas, side.precision)
+    audits = [_TensorAudit(key, tensor, *judged) for key, tensor in side.tensors.items()]
     for number, tensor in enumerate(audits):
         tensor.run(lambda label, done, at=number: progress(label, (at + done) / len(audits)))  # type: ignore[misc]
     rows = [row for tensor in audits for row in tensor.rows()]
-    wanted.check(REPLAY, {}, {row["layer"] for row in rows if row["layer"] is not None})
-    rows = [row for row in rows if wanted.has_tensor(row["layer"], row["stage"])]
-    if rerun:
+    how.wanted.check(REPLAY, {}, {row["layer"] for row in rows if row["layer"] is not None})
+    rows = [row for row in rows if how.wanted.has_tensor(row["layer"], row["stage"])]
+    if how.rerun:
         resolve_suspects(rows, Recorded(path, side.backend, side.facts, source=components))
-    rows = accept(rows, accepted)
+    rows = how.settled(rows, progress)
     zero_offset = [t.zero_offset() for t in audits]
     faults = [row for t in audits for row in t.decomposition()]
     result = document(rows, side.label, side.facts, kind="replay", zero_offset=zero_offset, decomposition=faults)

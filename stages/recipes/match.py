@@ -8,6 +8,7 @@ loosened to make it fit.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
@@ -323,12 +324,10 @@ class Match:
             self.nearest = found
 
     def _value(self, args: Mapping[str, Any], at: At) -> Value | None:
-        try:
-            with np.errstate(all="ignore"):
-                value = self.kind.emulator(at, **args)
-                return None if value is None else at.result(value)
-        except Unknown:
-            return None
+        with suppress(Unknown):
+            value = self.kind.emulator(at, **args)
+            return None if value is None else at.result(value)
+        return None
 
     def _found(self) -> Found:
         if not self.fits:
@@ -369,7 +368,7 @@ def explain(oracle: Oracle, observed: np.ndarray) -> Found | None:
         return None
     bound = np.broadcast_to(oracle.bound, oracle.value.shape)
     at, parts = At(oracle, right=right_value), _parts(oracle)
-    try:
+    with suppress(Unknown), np.errstate(all="ignore"):  # what overflows, or is not a number, fits nothing
         if oracle.hidden:
             return Match(at, observed, oracle.value, bound).through_hidden()
         if parts is None:
@@ -383,8 +382,7 @@ def explain(oracle: Oracle, observed: np.ndarray) -> Found | None:
             for n, columns in enumerate(parts)
         ]
         return _together(found, oracle)
-    except Unknown:
-        return None
+    return None
 
 
 def _parts(oracle: Oracle) -> list[slice] | None:
