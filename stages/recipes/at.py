@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from stages.oracle.verdict import Oracle
-from stages.recipes.fewer_bits import Lost, Narrow
+from stages.recipes.fewer_bits import Lost, Narrow, largest
 from stages.recipes.recipe import NARROW
 from stages.recipes.value import Value, nearest, point
 from stages.spec.noise import Noise
@@ -48,6 +48,7 @@ class At:
         self.inside = inside or self.run
         self._memo: dict[Any, Value] = {}
         self._makers: dict[str, At] = {}
+        self._peaks: dict[int, float] = {}
 
     @property
     def run(self) -> str:
@@ -61,7 +62,7 @@ class At:
         """The same stage with other inputs; what was computed for it is kept where it still holds."""
         names = ("unrounded", "depth", "inside", "part", "rows", "columns", "lost", "rounded", "right")
         other = At(self.oracle, **{**{name: getattr(self, name) for name in names}, **changes})
-        other._memo, other._makers = self._memo, self._makers
+        other._memo, other._makers, other._peaks = self._memo, self._makers, self._peaks
         return other
 
     def lam(self, kind: Noise) -> float:
@@ -90,7 +91,7 @@ class At:
         key = ("recorded", number, taken and taken.name)
         if key not in self._memo:
             wide = self.oracle.arguments[number].astype(np.float64)
-            self._memo[key] = point(wide if taken is None else taken.round(wide))
+            self._memo[key] = point(wide if taken is None else taken.of(wide, self._peak(taken, number)))
         return self._memo[key]
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -103,7 +104,15 @@ class At:
         if self.columns is None:
             return self.whole(number).mid
         taken, some = self._taken(number), self.oracle.arguments[number][self.columns].astype(np.float64)
-        return some if taken is None else taken.round(some)
+        return some if taken is None else taken.of(some, self._peak(taken, number))
+
+    def _peak(self, taken: Narrow, number: int) -> float | None:
+        """The largest magnitude of an argument, where its scale goes by that."""
+        if not taken.whole:
+            return None
+        if number not in self._peaks:
+            self._peaks[number] = largest(self.oracle.arguments[number])
+        return self._peaks[number]
 
     def _taken(self, number: int) -> Narrow | None:
         """What an argument is taken to before it is used."""
@@ -111,7 +120,7 @@ class At:
 
     def taken(self, x: np.ndarray) -> np.ndarray:
         """A factor that is made inside the stage, of operands that are taken to fewer bits."""
-        return x if self.lost is None or not self.lost.which else self.lost.narrow.round(x)
+        return x if self.lost is None or not self.lost.which else self.lost.narrow.of(x)
 
     @property
     def unit(self) -> tuple[float, float] | None:
@@ -120,7 +129,7 @@ class At:
 
     def result(self, value: Value) -> Value:
         """What the stage's kernel keeps of its result."""
-        return value.map(self.lost.narrow.round) if self.lost is not None and self.lost.result else value
+        return value.map(self.lost.narrow.of) if self.lost is not None and self.lost.result else value
 
     def params(self) -> list[tuple[str, np.ndarray]]:
         """The stage's weights by the checkpoint's name, float64."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
 import numpy as np
 
-from stages.recipes.value import Function, keep, nearest
+from stages.recipes.value import keep, nearest
 
 
 @dataclass(frozen=True)
@@ -16,20 +16,32 @@ class Narrow:
     """One way in which a kernel loses bits: `round` does to float64 numbers what it does. In words, and how many stay.
 
     `dtypes`: storage in which that loses something. `result`: whether a kernel would keep its result so. `whole`: it
-    goes by all of a tensor, as a scale does. `unit`: what a tensor core then cuts off, in u K of (R, |r|).
+    goes by the largest magnitude of a tensor, as a scale does: `round` takes that too. `unit`: what a tensor core then
+    cuts off, in u K of (R, |r|).
     """
 
     name: str
     bits: int
-    round: Function
+    round: Callable[..., np.ndarray]
     dtypes: tuple[str, ...]
     result: bool = True
     whole: bool = False
     unit: tuple[float, float] | None = None
 
+    def of(self, x: np.ndarray, peak: float | None = None) -> np.ndarray:
+        """What `x` is taken to; `peak` is the largest magnitude of the tensor that `x` is part of, or its own."""
+        if not self.whole:
+            return self.round(x)
+        return self.round(x, largest(x) if peak is None else peak)
+
     @property
     def words(self) -> str:
         return f"{self.bits} mantissa bits, {self.name}" if self.bits else self.name
+
+
+def largest(x: np.ndarray) -> float:
+    """The largest magnitude, 0 of nothing."""
+    return float(max(x.max(initial=0), -x.min(initial=0)))
 
 
 def _by_rows(x: np.ndarray, bits: int) -> np.ndarray:
@@ -38,9 +50,9 @@ def _by_rows(x: np.ndarray, bits: int) -> np.ndarray:
     return np.rint(x / scale) * scale
 
 
-def _scaled(x: np.ndarray, bits: int, largest: float, least: float) -> np.ndarray:
-    """Numbers of few bits, scaled so that the largest of all is the format's."""
-    scale = max(float(np.abs(x).max(initial=0.0)), 1e-300) / largest
+def _scaled(x: np.ndarray, peak: float, bits: int, top: float, least: float) -> np.ndarray:
+    """Numbers of few bits, scaled so that `peak` is the format's largest."""
+    scale = max(peak, 1e-300) / top
     y = x / scale
     return np.where(np.abs(y) < least, np.rint(y / least * 2**bits) * least / 2**bits, keep(y, bits)) * scale
 
@@ -61,7 +73,7 @@ NARROW: tuple[Narrow, ...] = (
     Narrow(
         "float8-like (e4m3), scaled",
         3,
-        lambda x: _scaled(x, 3, 448.0, 2.0**-6),
+        lambda x, peak: _scaled(x, peak, 3, 448.0, 2.0**-6),
         _EVERY,
         result=False,
         whole=True,
@@ -69,7 +81,7 @@ NARROW: tuple[Narrow, ...] = (
     Narrow(
         "float8-like (e5m2), scaled",
         2,
-        lambda x: _scaled(x, 2, 57344.0, 2.0**-14),
+        lambda x, peak: _scaled(x, peak, 2, 57344.0, 2.0**-14),
         _EVERY,
         result=False,
         whole=True,

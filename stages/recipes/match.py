@@ -228,10 +228,10 @@ class Match:
         got = self.observed.astype(np.float64)
         for narrow in NARROWER:
             fewer = self.dtype in narrow.dtypes and narrow.result and got.size > _NUMBERS
-            if fewer and np.array_equal(narrow.round(got), got):
+            if fewer and np.array_equal(narrow.of(got), got):
                 allowed = self.bound + 2.0**-narrow.bits * (np.abs(self.value) + self.bound)
                 if (np.abs(got - self.value) <= allowed).all():
-                    bits = int(np.count_nonzero(narrow.round(self.value) == got))
+                    bits = int(np.count_nonzero(narrow.of(self.value) == got))
                     self.fits.append(Fit(f"its result has {narrow.words}", Class.NARROWER, bits, 0, got.size))
                     return
 
@@ -300,7 +300,7 @@ class Match:
                 return
 
     def _one(self, tried: Tried) -> Fit | None:
-        if self.few is not None and not (tried.at.lost is not None and tried.at.lost.narrow.whole):
+        if self.few is not None:
             some = replace(tried, at=tried.at.but(**self.few), rms=np.inf)
             near = self._against(some, self._sample(self.observed))
             if near is None or not near.fits:
@@ -349,9 +349,9 @@ def _loses(narrow: Narrow, a: np.ndarray) -> bool:
     """Whether an argument has more bits than a format keeps: mostly its first numbers tell."""
     if a.dtype.kind == "i":
         return False
-    parts = (a[: _ROWS + 1], a) if a.ndim > 1 and not narrow.whole else (a,)
+    parts = (a[: _ROWS + 1], a) if a.ndim > 1 else (a,)
     wide = (part.astype(np.float64) for part in parts)
-    return any(not np.array_equal(narrow.round(x), x) for x in wide)
+    return any(not np.array_equal(narrow.of(x), x) for x in wide)
 
 
 def _class(form: Form, dtype: str) -> Class:

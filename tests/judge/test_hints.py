@@ -538,7 +538,7 @@ def test_places_in_a_chunk_of_rows_are_those_of_the_whole() -> None:
 @pytest.mark.parametrize("stage", ["qkv_matmul", "attn_scores", "attn_norm", "ffn_silu", "ffn_swigl", "rope_cos"])
 def test_operands_of_fewer_bits_are_a_matter_of_precision(stage: str, narrow: Any) -> None:
     oracle = oracle_of(stage)
-    arguments = tuple(narrow.round(a.astype(np.float64)).astype(np.float32) for a in oracle.arguments)
+    arguments = tuple(narrow.of(a.astype(np.float64)).astype(np.float32) for a in oracle.arguments)
     side = SideVerdict()
     side.add(oracle, consult(oracle.stage, arguments, oracle.options).rounded)
     assert side.verdict is Verdict.PRECISION

@@ -50,7 +50,7 @@ def rows_of(oracle: Oracle) -> Iterator[tuple[str, Class, np.ndarray]]:
     rows = [(told(form, at), form.of(dtype), dict(form.args), at) for form in kind.forms if form.of(dtype)]
     for narrow in NARROW:
         if dtype in narrow.dtypes:
-            more = [a.dtype.kind != "i" and bool((narrow.round(a.astype(float)) != a).any()) for a in oracle.arguments]
+            more = [a.dtype.kind != "i" and bool((narrow.of(a.astype(float)) != a).any()) for a in oracle.arguments]
             for words, lost in ways(oracle.stage.inputs, more, narrow):
                 rows.append((words, Class.NARROWER, {}, at.but(lost=lost)))
     rows += [(told(mod, at), Class.OTHER, dict(mod.args), at) for mod in kind.mods if FIT not in mod.args.values()]
