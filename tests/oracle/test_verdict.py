@@ -239,7 +239,7 @@ def test_the_worst_of_a_sides_chunks_counts_and_stays() -> None:
 
 def test_the_order_of_verdicts_and_which_of_them_pass() -> None:
     assert worst(Verdict.EXACT, Verdict.SHAPE, Verdict.ROUNDING) is Verdict.SHAPE
-    assert [v for v in Verdict if v.passes] == [Verdict.EXACT, Verdict.ROUNDING]
+    assert [v for v in Verdict if v.passes] == [Verdict.EXACT, Verdict.ROUNDING, Verdict.ACCEPTED]
     assert {v for v in Verdict if not v.passes and not v.fails} == {Verdict.GIVEN, Verdict.UNJUDGED}
 
 
