@@ -143,7 +143,7 @@ def softmax(
     if sink is not None:
         top = np.where(seen, x.mid, -np.inf).max(axis=-1, keepdims=True)
         t = t + np.exp(sink - top)
-    if chain == "all":
+    if chain in ("quotient", "inverse"):
         t = at.stored(t)
     p = at.stored(e * at.stored(t.falling(lambda a: 1 / a))) if chain == "inverse" else (e / t).soft(1)
     return p if axis == "keys" else p.map(lambda a: a.swapaxes(-1, -2))
@@ -197,15 +197,22 @@ _CUBIC = (0.00010703434948458272, 0.30354260500649682, -0.22433836478672356, -0.
 _SOFTMAX_FORMS = (
     prescribed("in float32, cast", who="transformers eager"),
     narrower(
-        "in {dtype}: difference, exponential, sum and quotient each rounded",
+        "in {dtype}: difference, exponential, sum and its inverse each rounded, then the product",
         dtypes=NARROW,
         usual="as jax.nn.softmax does on {dtype}",
-        chain="all",
+        usual_in=("float16",),
+        chain="inverse",
     ),
     narrower(
         "in {dtype}: difference and exponential rounded, sum and quotient in float32", dtypes=NARROW, chain="some"
     ),
-    narrower("in {dtype}: each step rounded, times the sum's rounded inverse", dtypes=NARROW, chain="inverse"),
+    narrower(
+        "in {dtype}: difference, exponential, sum and quotient each rounded",
+        dtypes=NARROW,
+        usual="as jax.nn.softmax does on {dtype}",
+        usual_in=("bfloat16",),
+        chain="quotient",
+    ),
     narrower("by CUDA's __expf", dtypes=("float32",), per=2.34),
     narrower("by a fast exponential, right to 1e-4", dtypes=("float32",), fast=1.2e-4),
 )

@@ -290,7 +290,8 @@ class Match:
     def _of(self, form: Form, at: At | None = None, words: str = "", kind: Class | None = None) -> Tried:
         """A form as a row of this stage; `words` are added to its own."""
         kind = kind or _class(form, self.dtype)
-        return Tried(f"{self._words(form)}{words}", kind, form.args, at or self.at, form.usual, form.rms)
+        usual = form.usual if self.dtype in form.usual_in else ""
+        return Tried(f"{self._words(form)}{words}", kind, form.args, at or self.at, usual, form.rms)
 
     def _ask(self, tried: Iterable[Tried], *, enough: bool = False) -> None:
         """Compute recipes and keep those that fit; `enough`: stop at one that gives every bit."""

@@ -39,8 +39,8 @@ class Form:
     """Where a stage is rounded.
 
     `classes` is its class by the dtype in which the stage is stored; where a dtype is not there, the row does not
-    hold. `who` does it, as far as it was read or run. `usual` says who does it by itself, of a narrower row. A `deep`
-    one computes what is before the stage's inputs again by itself; an `unseen` one is asked only of inputs that were
+    hold. `who` does it, as far as it was read or run. `usual` says who does it by itself, of a narrower row, and
+    `usual_in` on which dtypes. A `deep` one computes what is before the stage's inputs again by itself; an `unseen` one is asked only of inputs that were
     not recorded, since beside recorded ones its bound would hide faults; a `wider` one has the prescribed one's numbers
     and a wider bound. `rms`: its errors' root mean square, in parts of its bound, is no larger where there are many
     elements: half as much again as was measured of who does it, so that a wide bound hides no fault of that size.
@@ -51,6 +51,7 @@ class Form:
     args: Mapping[str, Any] = field(default_factory=dict)
     who: str = ""
     usual: str = ""
+    usual_in: tuple[str, ...] = EVERY
     deep: bool = False
     wider: bool = False
     unseen: bool = False
@@ -95,13 +96,14 @@ def narrower(
     *,
     who: str = "",
     usual: str = "",
+    usual_in: tuple[str, ...] = EVERY,
     dtypes: tuple[str, ...] = EVERY,
     sound: tuple[str, ...] = (),
     **args: Any,
 ) -> Form:
     """`sound`: dtypes in which the same roundings lose nothing."""
     classes = {**dict.fromkeys(dtypes, Class.NARROWER), **dict.fromkeys(sound, Class.EQUIVALENT)}
-    return Form(words, classes, args, who, usual)
+    return Form(words, classes, args, who, usual, usual_in)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Kernels of engines that others wrote, run as they are: right ones are sound or in fewer bits as told, wrong ones not.
 
-MLX on its CPU and ONNX Runtime, stage by stage from random operands; a whole model of either is another test's.
+MLX on its CPU, ONNX Runtime, PyTorch and JAX, stage by stage from random operands.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,6 +17,9 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
+import torch.nn.functional as F
+from flax import nnx
 from onnx import helper
 
 import svf
@@ -93,6 +98,55 @@ def test_a_wrong_stage_of_mlx_is_a_bug(name: str, dtype: str) -> None:
     assert found.verdict == "bug", found
     unnamed = name == "gelu" and dtype != "float32"  # its own roundings are nobody's row
     assert found.hint is None if unnamed else words in (found.hint or ""), found
+
+
+# -- PyTorch's and JAX's own functions ------------------------------------------------------------------------------
+
+
+def _torch(function: Callable[..., torch.Tensor]) -> Callable[..., Array]:
+    """A function of torch tensors, on numpy arrays of any of the three dtypes."""
+
+    def called(*arrays: Array) -> Array:
+        given = [torch.from_numpy(a.astype(np.float32)).to(getattr(torch, a.dtype.name)) for a in arrays]
+        return np.asarray(function(*given).float().numpy()).astype(arrays[0].dtype)
+
+    return called
+
+
+def _norm_of_flax(x: Array, w: Array) -> Array:
+    norm = nnx.RMSNorm(x.shape[-1], epsilon=1e-6, dtype=x.dtype, param_dtype=w.dtype, rngs=nnx.Rngs(0))
+    norm.scale[...] = jnp.asarray(w)
+    return np.asarray(norm(jnp.asarray(x)))
+
+
+LIBRARIES: dict[str, tuple[str, Callable[..., Array], str]] = {
+    "F.rms_norm": ("attn_norm", _torch(lambda x, w: F.rms_norm(x, x.shape[-1:], w, 1e-6)), ""),
+    "nnx.RMSNorm": ("attn_norm", _norm_of_flax, ""),
+    "F.linear": ("ffn_gate", _torch(F.linear), ""),
+    "jnp.matmul": ("ffn_gate", lambda x, w: np.asarray(jnp.asarray(x) @ jnp.asarray(w).T), ""),
+    "F.silu": ("ffn_silu", _torch(F.silu), ""),
+    "jax.nn.silu": ("ffn_silu", lambda x: np.asarray(jax.nn.silu(jnp.asarray(x))), "as jax.nn.silu does on"),
+    "F.softmax": ("attn_softmax", _torch(lambda x: F.softmax(x, -1, dtype=torch.float32)), ""),
+    "jax.nn.softmax": (
+        "attn_softmax",
+        lambda x: np.asarray(jax.nn.softmax(jnp.asarray(x), axis=-1)),
+        "as jax.nn.softmax does on",
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_a_function_of_a_library_is_right_or_in_fewer_bits_as_it_does(name: str, dtype: str) -> None:
+    stage, function, usual = LIBRARIES[name]
+    operands, options, _ = calls(256)[stage]
+    kind = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    given = [a.astype(kind) for a in operands]
+    found = svf.judge(stage, function(*given), *given, **options)
+    if usual and dtype != "float32":
+        assert (found.verdict, usual in (found.hint or "")) == ("precision", True), found
+    else:
+        assert found, found
 
 
 # -- ONNX Runtime -------------------------------------------------------------------------------------------------
