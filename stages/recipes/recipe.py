@@ -39,11 +39,12 @@ class Form:
     """Where a stage is rounded.
 
     `classes` is its class by the dtype in which the stage is stored; where a dtype is not there, the row does not
-    hold. `who` does it, as far as it was read or run. `usual` says who does it by itself, of a narrower row. A `deep`
-    one computes what is before the stage's inputs again by itself; an `unseen` one is asked only of inputs that were
-    not recorded, since beside recorded ones its bound would hide faults; a `wider` one has the prescribed one's numbers
-    and a wider bound. `rms`: its errors' root mean square, in parts of its bound, is no larger where there are many
-    elements: half as much again as was measured of who does it, so that a wide bound hides no fault of that size.
+    hold. `who` does it, each with how that is known: (ran) here, or its source (read). `usual` says who does it by
+    itself, of a narrower row. A `deep` one computes what is before the stage's inputs again by itself; an `unseen` one
+    is asked only of inputs that were not recorded, since beside recorded ones its bound would hide faults; a `wider`
+    one has the prescribed one's numbers and a wider bound. `rms`: its errors' root mean square, in parts of its bound,
+    is no larger where there are many elements: half as much again as was measured of who does it, so that a wide bound
+    hides no fault of that size.
     """
 
     words: str
@@ -109,7 +110,7 @@ class Kind:
     """The recipes of a stage: an emulator of the value before its last rounding, its forms and its mods.
 
     `cheap`: its recipes cost little beside a product, so that all are asked for more bits. `by_rows`: rows of the
-    result are of the same rows of the inputs.
+    result are of the same rows of the inputs. `doc`: what the stages compute, and where they may differ.
     """
 
     name: str
@@ -118,3 +119,4 @@ class Kind:
     mods: tuple[Mod, ...] = ()
     cheap: bool = True
     by_rows: bool = False
+    doc: str = ""
