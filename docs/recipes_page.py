@@ -17,7 +17,8 @@ _LEAST = -30
 
 
 def row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    """A line of a table; a bar in a cell is told from one between cells."""
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
 def head(*cells: str) -> list[str]:

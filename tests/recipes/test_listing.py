@@ -83,7 +83,8 @@ def test_a_stage_is_told_as_the_page_tells_it(stage: str) -> None:
         assert f"`{stage}`" in there
         assert kind.doc in there
         assert kind.doc in printed.out
-        rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in there.splitlines() if row.startswith("| ")]
+        found = [re.split(r"(?<!\\)\|", row)[1:-1] for row in there.splitlines() if row.startswith("| ")]
+        rows = [[cell.strip().replace("\\|", "|") for cell in row] for row in found]
         table = {row[0]: row[1:] for row in rows[2:]}
         dtypes = rows[0][1:-1]
         lines = joined(form_lines(kind))
