@@ -65,12 +65,12 @@ def contents() -> Iterator[str]:
             yield row([f"`{name}`", ", ".join(sections[name])])
 
 
-def forms(kind: Kind, floors: Floors) -> Iterator[str]:
-    """The table of a kind's forms; in the cell of a sound one, the smallest fault that is still seen beside it."""
+def forms(kind: Kind, floors: Floors, only: str = "") -> Iterator[str]:
+    """The table of a kind's forms, or of one; in a sound one's cell the smallest fault that is still seen beside it."""
     dtypes = dtypes_of(kind)
     yield from head(_shown_fault(kind, floors), *dtypes, "who does it")
     for line in joined(form_lines(kind)):
-        if any(dtype in line.classes for dtype in dtypes):
+        if any(dtype in line.classes for dtype in dtypes) and only in ("", line.words):
             yield row([_words(line), *(_cell(kind, line, dtype, floors) for dtype in dtypes), _who(line)])
     yield ""
 
@@ -126,20 +126,15 @@ def formats() -> Iterator[str]:
 
 
 def worked(floors: Floors) -> Iterator[str]:
-    """Three rows as they stand below, and how to read them; `KeyError` where one is there no more."""
-    yield from head("row", "how it is read")
+    """Three rows as they stand below, each with how to read it; `AssertionError` where one stands there no more."""
     for name, words, read in WORKED:
         kind = KINDS[name]
-        lines = {line.words: line for line in form_lines(kind)}
-        if words in lines:
-            line = lines[words]
-            cells = "; ".join(
-                f"{dtype}: {_cell(kind, line, dtype, floors)}" for dtype in EVERY if dtype in line.classes
-            )
-            shown = f"[{name}](#{name}): **{words}**. {cells}. {_who(line)}"
-        else:
-            shown = f"[{name}](#{name}): **{ {text: text for text in joined_words(mod_lines(kind))}[words] }**"
-        yield row([shown, read])
+        shown = list(forms(kind, floors, words))
+        told = [f"- {text}" for text in mod_lines(kind) if text == words] or shown[2:-1]
+        assert told, words
+        seen = next(one["beside"].get(words) for one in floors if one["kind"] == name and one["dtype"] == "bfloat16")
+        read = read.format(seen=size(seen))
+        yield from [*(shown[:2] if told == shown[2:-1] else []), *told, "", f"[{name}](#{name}). {read}", ""]
 
 
 WORKED = (
@@ -147,18 +142,19 @@ WORKED = (
         "norm",
         "times the weight in float32, rounded once",
         "A bfloat16 run that computes RMSNorm so is right, `exact` or `rounding`, although about a quarter of its "
-        "numbers are not the prescribed ones (412 of 1,536 in a run of keras-hub). In float32 both are one recipe.",
+        "numbers are not the prescribed ones (412 of 1,536 in a run of keras-hub). In float32 both are one recipe. A "
+        "bfloat16 norm that is off by a factor of 1 + {seen} is still seen while this row is allowed.",
     ),
     (
         "scores",
         "the scale itself rounded to the storage dtype",
         "The right function in fewer bits: `precision`, which fails, with the words of this row. JAX does it by "
-        "itself, so `--accept usual` lets it pass, and says so.",
+        "itself, so that with `--accept usual` the verdict is `accepted`, which passes.",
     ),
     (
         "rope",
         "pairs are interleaved (2i, 2i + 1), not halves (i, i + d/2)",
-        "Another function: `bug`, and these words are the hint.",
+        "Another function, whoever computes it: `bug`, and these words are the hint.",
     ),
 )
 
@@ -172,10 +168,9 @@ recipe gives what was recorded. One that gives every number, within its own boun
 right engine is told from a wrong one, and a lost bit from a wrong formula.
 
 A recipe is a *form* and perhaps a *mod*. The form says where the stage is rounded, the mod which function stands in
-its place. Three rows, to begin with:
+its place. Three rows, to begin with.
 
 WORKED
-
 ## How to read the tables
 
 Each form has a *class* in each dtype in which a stage may be stored. The class decides the verdict:
@@ -184,7 +179,7 @@ Each form has a *class* in each dtype in which a stage may be stored. The class 
 |---|---|---|
 | prescribed | rounded where the model's own code, `transformers`, rounds | `exact` with all bits, else `rounding` |
 | equivalent | the same function, rounded elsewhere, in no fewer bits | `exact` or `rounding`; the recipe is named |
-| narrower | the same function in fewer bits | `precision`, which fails; `--accept usual` lets *usual* rows pass |
+| narrower | the same function in fewer bits | `precision`, which fails; *usual* rows may be `accepted` |
 | other | another function: every mod | `bug` |
 
 Where no recipe gives the record, the verdict is `suspect`, or `bug` when no order of summation could give it
@@ -202,7 +197,8 @@ Where no recipe gives the record, the verdict is `suspect`, or `bug` when no ord
 Beside the rows, any rounding between two stages may be left out in 16 bits: a fused kernel keeps in float32 what is
 recorded rounded. The report says then *of unrounded* and the name of the input. Two more explanations need no row: a
 weight of which a few elements, a row or a column are wrong, and one number that all values are times what they should
-be. `svf stages NAME` prints the rows of one stage.
+be. In float32 no row knows another library's exponential or the order of its sums: `--natives` asks PyTorch's and
+JAX's own functions for the last bits. `svf stages NAME` prints the rows of one stage.
 
 ## Which section a stage is in
 """
