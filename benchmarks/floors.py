@@ -198,9 +198,9 @@ def worst(found: list[Floors]) -> Floors:
     return one
 
 
-def cases() -> Iterator[tuple[str, Fault, list[Oracle]]]:
-    """Dtype, fault, and the oracles of the places where it is planted."""
-    for dtype in EVERY:
+def cases(dtypes: Sequence[str] = EVERY) -> Iterator[tuple[str, Fault, list[Oracle]]]:
+    """Dtype, fault, and the oracles of the places where it is planted; last the replay's."""
+    for dtype in dtypes:
         source = recorded(MODEL, dtype, TOKENS)
         for fault in FAULTS:
             stage = source.path[fault.stage]
