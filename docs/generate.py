@@ -2,6 +2,7 @@
 
 python docs/generate.py [--check]
 python docs/generate.py --record FILE ...   (keep the figures of what 'svf selftest --json' printed)
+python docs/generate.py --floors FILE   (keep what benchmarks/floors.py printed)
 """
 
 import ast
@@ -15,14 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import typer.rich_utils
+from recipes_page import floors_table
+from recipes_page import page as recipes_page
 
 import cli
 from stages.commands.program import COMMANDS
-from stages.jobs.synth import config_json
+from stages.jobs.stages import plain
 from stages.oracle.bounds import LAMBDA
 from stages.selftest import tables
 from stages.spec.families import FAMILIES
-from stages.spec.family import Family
 from stages.spec.layouts import LAYOUTS
 from stages.spec.noise import Noise
 from stages.spec.replay import REPLAY
@@ -36,14 +38,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 STAGES = ROOT / "stages"
 README = ROOT / "README.md"
-RECORDED = HERE / "selftest.json"
-
-
-def plain(family: Family) -> tuple[Stage, ...]:
-    """The stages of a family's plain model, of which nothing optional is asked."""
-    config = family.parse({**config_json("tiny"), "model_type": family.name}, family.name)
-    (layer,) = family.kinds(config).values()
-    return (*family.before.stages, *layer.stages, *family.after.stages)
+RECORDED, FLOORS = HERE / "selftest.json", HERE / "floors.json"
 
 
 def noise_of(stage: Stage) -> str:
@@ -288,6 +283,10 @@ def _recorded() -> Any:
     return json.loads(RECORDED.read_text())
 
 
+def _floors() -> Any:
+    return json.loads(FLOORS.read_text())
+
+
 def readme_page() -> str:
     """The README with what is generated in its place."""
     text = filled(README.read_text(), "selftest", [tables.counts(_recorded())])
@@ -403,7 +402,8 @@ PAGES = {
     HERE / "stages.md": stages_page,
     HERE / "foreign-dumps.md": foreign_page,
     HERE / "cli.md": cli_page,
-    HERE / "selftest.md": lambda: tables.page(_recorded()),
+    HERE / "selftest.md": lambda: tables.page(_recorded()) + "\n".join(["", *floors_table(_floors()), ""]),
+    HERE / "recipes.md": lambda: recipes_page(_floors()),
     HERE / "architecture.md": architecture_page,
     README: readme_page,
 }
@@ -424,4 +424,6 @@ def main(check: bool) -> int:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--record"]:
         record(sys.argv[2:])
+    elif sys.argv[1:2] == ["--floors"]:
+        FLOORS.write_text(Path(sys.argv[2]).read_text())
     sys.exit(main("--check" in sys.argv))

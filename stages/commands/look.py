@@ -1,4 +1,4 @@
-"""What reads and computes nothing: inspect, verify, report, stats, doctor."""
+"""What reads and computes nothing: inspect, stages, verify, report, stats, doctor."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from stages.commands.options import Force, Json, compute, output
-from stages.commands.program import STATE, answer, command
+from stages.commands.options import Dtype, Force, Json, compute, output
+from stages.commands.program import STATE, answer, command, refuse_idle
 
 
 @command(
@@ -32,6 +32,31 @@ def inspect(
 
     document = job.inspect(source)
     answer(document, json, render.inspect_document)
+
+
+@command(
+    "Look",
+    "svf stages",
+    "svf stages attn_norm",
+    "svf stages ffn_silu --dtype bfloat16 --json",
+)
+def stages(
+    name: Annotated[str | None, typer.Argument(help="A stage, such as attn_norm; none: list them all.")] = None,
+    dtype: Annotated[Dtype | None, output("--dtype", help="Only recipes that hold for results stored so.")] = None,
+    json: Json = False,
+) -> None:
+    """Say how a stage may be rounded, by whom, and what each way is called.
+
+    Of one stage: its declaration, its recipes with their class, and the usual mistakes. Reads nothing.
+    """
+    from stages.jobs import stages as job
+    from stages.show import recipes as render
+
+    refuse_idle(
+        {"--dtype chooses among the recipes of one stage; name it: svf stages attn_norm": bool(dtype and not name)}
+    )
+    document = job.stages() if name is None else job.one_stage(name, dtype and dtype.value)
+    answer(document, json, render.stages_document)
 
 
 @command(

@@ -42,7 +42,16 @@ from stages.spec.noise import Noise
 from stages.spec.stage import Stage
 from stages.spec.values import ReplayTask
 
-STAGE = "adapted_weight"
+DECLARED = Stage(
+    "adapted_weight",
+    ("u_scaled",),
+    ("v",),
+    shape="rows cols",
+    dtype="model",
+    noise=Noise.PRODUCT,
+    doc="A whole adapted weight as a side has it, judged from the bundle",
+)
+STAGE = DECLARED.name
 _F32 = np.dtype(np.float32)
 # A cause explains a wrong weight when that lies within twice the bound of what the cause gives: its own rounding, and
 # what the cause was estimated from.
@@ -120,7 +129,7 @@ class Chain:
             of_ratio = noise.sum_ratio_rigorous(self.top, self.bottom, ratio)
             return bound(noise.product_rigorous(us, vt, product), of_ratio)
 
-        stage = Stage(STAGE, ("u_scaled",), ("v",), shape="rows cols", dtype=dtype.name, noise=Noise.PRODUCT)
+        stage = replace(DECLARED, dtype=dtype.name)
         again = lambda other: self._of(other, dtype, lambdas)  # noqa: E731
         off = lambdas[Noise.SUM_RATIO] * noise.sum_ratio_bound(self.top, self.bottom, ratio)
         options = {"ratio": float(ratio), "ratio_off": float(np.max(off))}

@@ -40,9 +40,9 @@ def scores(
         return None
     q, k = q.map(lambda x: x.swapaxes(0, 1)), k.map(lambda x: _keys_for(x, heads, tiled))
     q, k = (k, q) if swapped else (q, k)
-    if form == "scale narrow":
+    if form in ("scale narrow", "narrow in q"):
         scale = float(at.narrow(np.float64(scale)))
-    if form == "in q":
+    if form in ("in q", "narrow in q"):
         q, scale = at.stored(q * scale), 1.0
     if form == "in q, float32":
         q, scale = (q * scale).soft(1), 1.0
@@ -66,16 +66,20 @@ def _times(at: At, factor: str | float) -> float:
 
 
 _SCORE_FORMS = (
-    prescribed("the product rounded, then scaled", who="transformers eager"),
+    prescribed("the product rounded, then scaled", who="transformers eager (ran)"),
     equivalent(
         "scaled in float32, rounded once",
         dtypes=NARROW,
-        who="flash attention, ggml, XLA under jit",
+        who="flash attention 2 csrc/flash_attn/src/softmax.h (read); ggml ggml-cpu/ops.cpp (read)",
         form="once",
     ),
-    equivalent("the scale folded into q, which is rounded", who="Bumblebee, keras-hub, MLX", form="in q"),
-    equivalent("the scale folded into q in float32", dtypes=NARROW, who="flashinfer", form="in q, float32"),
-    equivalent("its root folded into q and into k", who="torch sdpa (math), torch.onnx", form="root"),
+    equivalent(
+        "the scale folded into q, which is rounded",
+        who="an early Bumblebee, lib/bumblebee/layers.ex (read)",
+        form="in q",
+    ),
+    equivalent("the scale folded into q in float32", dtypes=NARROW, form="in q, float32"),
+    equivalent("its root folded into q and into k", who="torch.onnx, which writes sdpa so (read and ran)", form="root"),
     *(
         equivalent(
             f"the product summed by a tensor core, whose accumulators truncate{words}",
@@ -90,9 +94,15 @@ _SCORE_FORMS = (
     narrower(
         "the scale itself rounded to {dtype}",
         dtypes=NARROW,
-        who="a Python number times an array: JAX, Nx, MLX",
-        usual="as JAX multiplies a {dtype} array by a Python number",
+        who="JAX (ran); keras-hub Qwen3Attention (read); Bumblebee lib/bumblebee/layers.ex (read)",
+        usual="as JAX rounds a Python number that multiplies {dtype}",
         form="scale narrow",
+    ),
+    narrower(
+        "the scale rounded to {dtype} and folded into q, which is rounded",
+        dtypes=NARROW,
+        who="MLX sdpa's fallback, mlx/fast.cpp (read)",
+        form="narrow in q",
     ),
     *(narrower(words, dtypes=("float32",), pieces=pieces) for words, pieces in IN_PIECES.items()),
 )
@@ -104,7 +114,14 @@ _SCORE_MODS = (
     Mod("queries and keys are swapped", {"swapped": True}),
     *(Mod(f"capped softly at {cap:g}", {"cap": cap}) for cap in (20.0, 30.0, 50.0)),
 )
-SCORES = Kind("scores", scores, _SCORE_FORMS, _SCORE_MODS, cheap=False)
+SCORES = Kind(
+    "scores",
+    scores,
+    _SCORE_FORMS,
+    _SCORE_MODS,
+    cheap=False,
+    doc="q k^T / sqrt(head_dim), before the mask: a product, and a scale that engines put before it, inside or after.",
+)
 
 
 # -- softmax ------------------------------------------------------------------------------------------------------
@@ -195,10 +212,11 @@ _CUBIC = (0.00010703434948458272, 0.30354260500649682, -0.22433836478672356, -0.
 
 
 _SOFTMAX_FORMS = (
-    prescribed("in float32, cast", who="transformers eager"),
+    prescribed("in float32, cast", who="transformers eager (ran)"),
     narrower(
         "in {dtype}: difference, exponential, sum and its inverse each rounded, then the product",
         dtypes=NARROW,
+        who="jax.nn.softmax (ran)",
         usual="as jax.nn.softmax does on {dtype}",
         usual_in=("float16",),
         chain="inverse",
@@ -209,11 +227,12 @@ _SOFTMAX_FORMS = (
     narrower(
         "in {dtype}: difference, exponential, sum and quotient each rounded",
         dtypes=NARROW,
+        who="jax.nn.softmax (ran)",
         usual="as jax.nn.softmax does on {dtype}",
         usual_in=("bfloat16",),
         chain="quotient",
     ),
-    narrower("by CUDA's __expf", dtypes=("float32",), per=2.34),
+    narrower("by CUDA's __expf", dtypes=("float32",), who="nvcc with fast math, CUDA C++ guide (read)", per=2.34),
     narrower("by a fast exponential, right to 1e-4", dtypes=("float32",), fast=1.2e-4),
 )
 _SOFTMAX_MODS = (
@@ -229,7 +248,14 @@ _SOFTMAX_MODS = (
         for words, args in (("", {}), (", and rounded", {"stored": True}))
     ),
 )
-SOFTMAX = Kind("softmax", softmax, _SOFTMAX_FORMS, _SOFTMAX_MODS)
+SOFTMAX = Kind(
+    "softmax",
+    softmax,
+    _SOFTMAX_FORMS,
+    _SOFTMAX_MODS,
+    doc="exp(s - max) / sum over the keys that a query may see. The base of the exponential and the order of the sum "
+    "are free, and inside the bound.",
+)
 
 
 # -- weighted values ----------------------------------------------------------------------------------------------
@@ -288,34 +314,33 @@ def _numerators(at: At, p: str, fast: float) -> tuple[Value, Value]:
 
 
 _WEIGHTED_FORMS: tuple[Form, ...] = (
-    prescribed("of the recorded probabilities, summed in float32, rounded once", who="transformers eager"),
+    prescribed("of the recorded probabilities, summed in float32, rounded once", who="transformers eager (ran)"),
     equivalent(
         "float32 numerators, divided by their sum at the end",
         dtypes=NARROW,
         deep=True,
-        who="torch sdpa on the CPU, XLA, ggml",
         p="numerators",
     ),
     equivalent(
-        "float32 numerators, divided by their sum at the end",
+        "float32 numerators of scores that were not recorded, divided by their sum at the end",
         dtypes=("float32",),
         deep=True,
         unseen=True,
-        who="torch sdpa on the CPU, XLA, ggml",
+        who="torch sdpa on a CPU (ran)",
         p="numerators",
     ),
     equivalent(
         "numerators rounded to {dtype}, divided by their sum at the end",
         dtypes=NARROW,
         deep=True,
-        who="flash attention 2 and 3",
+        who="flash attention 2 csrc/flash_attn/src/flash_fwd_kernel.h (read)",
         p="cast numerators",
     ),
     equivalent(
         "numerators by a fast exponential, rounded to {dtype}, divided by their sum at the end",
         dtypes=NARROW,
         deep=True,
-        who="torch sdpa on the CPU in bfloat16 and float16",
+        who="torch sdpa on a CPU, fexp_u20 (read and ran)",
         p="cast numerators",
         fast=1.2e-4,
     ),
@@ -326,8 +351,6 @@ _WEIGHTED_FORMS: tuple[Form, ...] = (
     narrower(
         "numerators and values in float16, divided by their sum at the end",
         dtypes=("float32", "bfloat16"),
-        who="llama.cpp with flash attention",
-        usual="as llama.cpp's flash attention does",
         p="half numerators",
     ),
     *(narrower(words, dtypes=("float32",), pieces=pieces) for words, pieces in IN_PIECES.items()),
@@ -339,4 +362,12 @@ _WEIGHTED_MODS = (
     Mod("value heads are dealt out in turn, not each to consecutive query heads", {"tiled": True}),
     Mod("heads are joined in reverse order", {"reverse": True}),
 )
-WEIGHTED = Kind("attention", weighted, _WEIGHTED_FORMS, _WEIGHTED_MODS, cheap=False)
+WEIGHTED = Kind(
+    "attention",
+    weighted,
+    _WEIGHTED_FORMS,
+    _WEIGHTED_MODS,
+    cheap=False,
+    doc="p v of each head, heads joined. Fused kernels store no probabilities: they sum values times exp(s - max), and "
+    "divide by the sum of those numerators at the end.",
+)

@@ -52,6 +52,7 @@ BY_NAME: Mapping[str, Kind] = MappingProxyType(
         "final_bf16": replay.CAST,
     }
 )
+KINDS: Mapping[str, Kind] = MappingProxyType({kind.name: kind for kind in (*BY_NOISE.values(), *BY_NAME.values())})
 
 
 def kind_of(stage: Stage) -> Kind | None:

@@ -94,16 +94,16 @@ SILU = Kind(
     "silu",
     silu,
     (
-        prescribed("in float32, rounded once", who="torch F.silu"),
+        prescribed("in float32, rounded once", who="torch F.silu (ran); vLLM csrc/activation_kernels.cu (read)"),
         equivalent(
             "its sigmoid right to 3 u of 1, not of itself: by tanh or a polynomial",
             dtypes=("float32",),
-            who="ONNX Runtime",
+            who="ONNX Runtime 1.32 (ran)",
             wider=True,
             rms=0.25,  # 0.10 to 0.17 of ONNX Runtime 1.32, over gates of deviation 0.1 to 3 and all of [-25, 25]
             units=(0.0, 3.1),
         ),
-        equivalent("each step rounded to float32", dtypes=("float32",), who="torch F.silu, numpy", chain="quotient"),
+        equivalent("each step rounded to float32", dtypes=("float32",), who="torch F.silu (ran)", chain="quotient"),
         narrower(
             "the sigmoid rounded to {dtype} before the product",
             dtypes=NARROW,
@@ -115,6 +115,7 @@ SILU = Kind(
             "in {dtype}: exponential, sum, inverse and product each rounded",
             dtypes=NARROW,
             sound=("float32",),
+            who="jax.nn.silu under jit, flax.nnx (read and ran)",
             usual="as jax.nn.silu does on {dtype}",
             chain="steps",
         ),
@@ -131,6 +132,8 @@ SILU = Kind(
         Mod("gelu (by sigmoid) instead of silu", {"slope": 1.702}),
     ),
     by_rows=True,
+    doc="x sigmoid(x): an exponential, a sum, a quotient or an inverse, a product. Rounded once by a kernel that "
+    "computes it in float32, up to four times where each step is an operation of the framework.",
 )
 
 
@@ -144,13 +147,18 @@ def multiply(at: At, *, left: int | None = 0, right: int | None = 1, plus: bool 
 SWIGL = Kind(
     "swigl",
     multiply,
-    (prescribed("the recorded silu times up, rounded once", who="transformers, vLLM silu_and_mul"),),
+    (
+        prescribed(
+            "the recorded silu times up, rounded once", who="transformers (ran); vLLM csrc/activation_kernels.cu (read)"
+        ),
+    ),
     (
         Mod("the product with ffn_up is missing", {"right": None}),
         Mod("the product with ffn_silu is missing", {"left": None}),
         Mod("ffn_silu and ffn_up are added, not multiplied", {"plus": True}),
     ),
     by_rows=True,
+    doc="silu(gate) * up: one product.",
 )
 
 
@@ -183,22 +191,19 @@ RESIDUAL = Kind(
     "residual",
     residual,
     (
-        prescribed("the recorded operands, rounded once", who="transformers, vLLM"),
-        equivalent(
-            "added inside the product before it", dtypes=NARROW, deep=True, who="a GEMM's epilogue", form="inside"
-        ),
+        prescribed("the recorded operands, rounded once", who="transformers (ran)"),
+        equivalent("added inside the product before it", dtypes=NARROW, deep=True, form="inside"),
         equivalent(
             "a residual stream kept in float32, recorded in {dtype}",
             dtypes=NARROW,
             deep=True,
-            who="residual_in_fp32, Megatron fp32_residual_connection",
+            who="mamba_ssm Block, residual_in_fp32 (read); Megatron-LM fp32_residual_connection (read)",
             form="stream",
         ),
         equivalent(
             "a float32 residual stream of unrounded products, recorded in {dtype}",
             dtypes=NARROW,
             deep=True,
-            who="ggml, autocast",
             form="raw stream",
         ),
     ),
@@ -212,6 +217,8 @@ RESIDUAL = Kind(
         Mod("added to the norm's output, not to its input", {"first": "norm"}),
     ),
     by_rows=True,
+    doc="What came in plus what the block adds: one sum. Some engines keep that stream in float32, and round it only "
+    "for what reads it.",
 )
 
 
@@ -225,12 +232,13 @@ def embedding(at: At, *, shift: int = 0, times: str = "") -> Value | None:
 EMBEDDING = Kind(
     "embedding",
     embedding,
-    (prescribed("rows of the table"),),
+    (prescribed("rows of the table", who="transformers (ran)"),),
     (
         Mod("each token has the row of its id +1", {"shift": 1}),
         Mod("each token has the row of its id -1", {"shift": -1}),
         Mod("times sqrt(hidden)", {"times": "root"}),
     ),
+    doc="A row of the table for each token: a copy.",
 )
 
 
@@ -238,4 +246,9 @@ def copy(at: At) -> Value | None:
     return at.input(0) if at.stage.inputs else point(at.params()[0][1])
 
 
-COPY = Kind("copy", copy, (prescribed("a copy"),))
+COPY = Kind(
+    "copy",
+    copy,
+    (prescribed("a copy"),),
+    doc="The same values again: an input as it was read, or a step that this family lacks.",
+)

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from stages.oracle.bounds import TINY
-from stages.oracle.verdict import Oracle, judged_part
+from stages.oracle.rounding import round_once
+from stages.oracle.verdict import Oracle, canonical, judged_part
 from stages.recipes.at import At, Unknown
 from stages.recipes.catalogue import forms_of, held, kind_of, right_value, told
 from stages.recipes.elements import explain_elements
@@ -26,6 +27,7 @@ from stages.recipes.fit import Fit, fit
 from stages.recipes.open_numbers import filled, one_factor
 from stages.recipes.recipe import FIT, NARROW, Class, Form, Kind, Mod
 from stages.recipes.value import Value
+from stages.spec.noise import Noise
 
 # Rows and columns that are asked first, whether a recipe is worth the whole.
 _ROWS = 3
@@ -113,7 +115,9 @@ class Match:
 
     def search(self) -> Found:
         """The recipe that explains the record."""
-        self._ask(self._plain(SOUND, deep=False), enough=True)
+        self._as_prescribed()
+        if not self.fits or (self.kind.cheap and self.fits[0].bits < self.fits[0].elements):
+            self._ask(self._plain((Class.EQUIVALENT,), deep=False), enough=True)
         # Of a number or two anything may be a rounding.
         less = (self._narrower, self._others) if self.observed.size > _NUMBERS else (self._others, self._narrower)
         for more in (self._elements, self._unrounded, self._deep, *less, self._times):
@@ -177,6 +181,21 @@ class Match:
             raise Unknown(self.at.stage.function)
 
     # -- what is tried, in order -----------------------------------------------------------------------------------
+
+    def _as_prescribed(self) -> None:
+        """The prescribed recipe: its value and its bound are the oracle's, which right kernels were measured by."""
+        form = forms_of(self.kind, self.dtype, Class.PRESCRIBED)[0]
+        got = canonical(self.observed)
+        same = canonical(round_once(self.value, self.observed.dtype)) == got
+        ratio = np.abs(got.astype(np.float64) - self.value) / np.maximum(self.bound, TINY)
+        # What is correctly rounded everywhere has no other bits.
+        beyond = ~same & ((ratio > 1) | (self.at.stage.noise is Noise.EXACT))
+        beyond = judged_part(self.at.stage, beyond)
+        words, largest = self._words(form), float(np.where(same, 0.0, ratio).max(initial=0.0))
+        found = Fit(words, Class.PRESCRIBED, int(same.sum()), int(beyond.sum()), got.size, ratio=largest)
+        if found.fits:
+            self.fits.append(found)
+        self._note(found)
 
     def _plain(self, classes: tuple[Class, ...], *, deep: bool) -> Iterator[Tried]:
         for form in forms_of(self.kind, self.dtype, *classes):
@@ -290,8 +309,8 @@ class Match:
     def _of(self, form: Form, at: At | None = None, words: str = "", kind: Class | None = None) -> Tried:
         """A form as a row of this stage; `words` are added to its own."""
         kind = kind or _class(form, self.dtype)
-        usual = form.usual if self.dtype in form.usual_in else ""
-        return Tried(f"{self._words(form)}{words}", kind, form.args, at or self.at, usual, form.rms)
+        said = f"{self._words(form)}{words}"
+        return Tried(said, kind, form.args, at or self.at, form.usual_of(self.dtype), form.rms)
 
     def _ask(self, tried: Iterable[Tried], *, enough: bool = False) -> None:
         """Compute recipes and keep those that fit; `enough`: stop at one that gives every bit."""

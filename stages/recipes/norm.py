@@ -64,15 +64,20 @@ def norm(
 def _root(at: At, x: Value, stat: str, eps: float, *, chain: bool, outside: bool, summed: bool) -> Value:
     """1 / sqrt(mean(x^2) + eps), `[.., 1]`."""
     stat = at.inside if stat == "own" else stat
-    squares = (x * x).to(stat)
+    squares = x * x
     if not squares.sure:
         squares = Value(np.maximum(squares.lo, 0), squares.mid, squares.hi)
-    k = x.mid.shape[-1]
-    added = _one_by_one(squares) if chain else total(squares)
-    mean = (added * (1.0 if summed else 1.0 / k)).to(stat)
+    added = _one_by_one(squares.soft(1)) if chain else total(_held(squares, stat))
+    mean = _held(added * (1.0 if summed else 1.0 / x.mid.shape[-1]), stat)
     if outside:
         return (mean.map(np.sqrt) + eps).falling(lambda a: 1 / a).soft(4)
-    return (mean + eps).to(stat).falling(lambda a: 1 / np.sqrt(a)).soft(3).to(stat)
+    return _held(_held(mean + eps, stat).falling(lambda a: 1 / np.sqrt(a)).soft(3), stat)
+
+
+def _held(value: Value, stat: str) -> Value:
+    """A step kept in `stat`. In float32 what it may err by is in the units of the sum and of the root: all of them
+    together make sqrt(K)/8 + 6 u, as bounds.norm_bound has it."""
+    return value.soft(0) if stat == "float32" else value.once(stat)
 
 
 def _one_by_one(squares: Value) -> Value:
@@ -103,30 +108,38 @@ def _last(at: At, value: Value) -> Value:
 FORMS = (
     prescribed(
         "in float32, cast, then times the weight",
-        who="transformers Qwen3RMSNorm, vLLM csrc/layernorm_kernels.cu, MLX rms_norm.metal",
+        who="transformers Qwen3RMSNorm (ran); vLLM csrc/layernorm_kernels.cu (read); MLX rms_norm.metal (read); "
+        "Bumblebee lib/bumblebee/layers.ex, upcast :normalization (read); "
+        "Liger ops/rms_norm.py, casting mode llama (read)",
     ),
     equivalent(
         "times the weight in float32, rounded once",
         dtypes=NARROW,
-        who="flashinfer norm.cuh, TensorRT-LLM rmsnormKernels.cu, keras-hub, ggml, torch.compile",
+        who="torch.compile (ran); keras-hub Qwen3LayerNorm (read and ran); flashinfer norm.cuh (read); "
+        "TensorRT-LLM rmsnormKernels.cu (read); ggml ggml-cpu/ops.cpp, its sum in float64 (read); "
+        "Liger ops/rms_norm.py, casting mode gemma (read)",
         cast="after",
     ),
-    equivalent("the weight folded into the inverse root", who="flax.nnx.RMSNorm", cast="folded"),
-    equivalent("the squares added one after another", who="MLX fast.rms_norm on a CPU", chain=True),
+    equivalent("the weight folded into the inverse root", who="flax.nnx.RMSNorm (read and ran)", cast="folded"),
+    equivalent("the squares added one after another", who="MLX fast.rms_norm on a CPU (ran)", chain=True),
     equivalent(
         "the squares added one after another, the weight folded into the inverse root",
-        who="MLX nn.RMSNorm on a CPU",
+        who="MLX nn.RMSNorm on a CPU (ran)",
         chain=True,
         cast="folded",
     ),
     equivalent(
-        "of a residual stream kept in float32", dtypes=NARROW, deep=True, who="residual_in_fp32", source="stream"
+        "of a residual stream kept in float32",
+        dtypes=NARROW,
+        deep=True,
+        who="mamba_ssm Block, residual_in_fp32 (read)",
+        source="stream",
     ),
     equivalent(
         "of a residual stream kept in float32, rounded once",
         dtypes=NARROW,
         deep=True,
-        who="ggml, flashinfer FusedAddRMSNorm",
+        who="flashinfer FusedAddRMSNorm (read)",
         source="stream",
         cast="after",
     ),
@@ -134,12 +147,16 @@ FORMS = (
         "of a float32 residual stream of unrounded products, rounded once",
         dtypes=NARROW,
         deep=True,
-        who="ggml",
         source="raw stream",
         cast="after",
     ),
     narrower("the inverse root rounded to {dtype} first", dtypes=NARROW, cast="root"),
-    narrower("mean square and root in {dtype}", dtypes=NARROW, stat="own"),
+    narrower(
+        "mean square and root in {dtype}",
+        dtypes=NARROW,
+        who="Liger ops/rms_norm.py, casting mode none (read)",
+        stat="own",
+    ),
     narrower(
         "mean square and root in {dtype}, times the weight before the cast", dtypes=NARROW, stat="own", cast="after"
     ),
@@ -158,4 +175,12 @@ MODS = (
     Mod("eps is added to the root, not under it", {"outside": True}),
     Mod("normalised over all heads at once", {"whole": True}),
 )
-NORM = Kind("norm", norm, FORMS, MODS, by_rows=True)
+NORM = Kind(
+    "norm",
+    norm,
+    FORMS,
+    MODS,
+    by_rows=True,
+    doc="RMSNorm, x / sqrt(mean(x^2) + eps) * weight, of a row or of each head. The model's own code rounds to the "
+    "storage dtype between the root and the weight; many kernels do not.",
+)

@@ -185,13 +185,13 @@ IN_PIECES: dict[str, Pieces] = {
 }
 _SPLIT = "as ranks add partial sums that travel in {dtype}, and cuBLAS those of a split K"
 FORMS = (
-    prescribed("summed in float32, rounded once", who="oneDNN, cuBLAS, XLA"),
-    equivalent("the product rounded, then the bias added", dtypes=NARROW, who="keras-hub, MLX", bias="after"),
+    prescribed("summed in float32, rounded once", who="PyTorch and JAX on a CPU (ran)"),
+    equivalent("the product rounded, then the bias added", dtypes=NARROW, who="keras-hub (ran)", bias="after"),
     *(
         equivalent(
             "summed by a tensor core, whose accumulators truncate",
             dtypes=(dtype,),
-            who="cuBLAS on Volta, Ampere, Hopper" if dtype == "float16" else "cuBLAS on Ampere, Hopper",
+            who="NVIDIA from Volta in float16, from Ampere in bfloat16: arXiv 2511.10909 (read)",
             wider=True,
             unit=unit,
         )
@@ -230,4 +230,13 @@ MODS = (
     Mod("the heads of its input are joined column by column", {"other": "columns first"}),
     Mod("the heads of its input are in reverse order", {"other": "heads reversed"}),
 )
-LINEAR = Kind("product", linear, FORMS, MODS, cheap=False, by_rows=True)
+LINEAR = Kind(
+    "product",
+    linear,
+    FORMS,
+    MODS,
+    cheap=False,
+    by_rows=True,
+    doc="x W^T, and a bias where the model has one. Operands are taken as they are stored and summed in float32; the "
+    "order of that sum is free, and inside the bound. Of projections that a stage joins each has its own recipe.",
+)

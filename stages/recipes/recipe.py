@@ -39,11 +39,12 @@ class Form:
     """Where a stage is rounded.
 
     `classes` is its class by the dtype in which the stage is stored; where a dtype is not there, the row does not
-    hold. `who` does it, as far as it was read or run. `usual` says who does it by itself, of a narrower row, and
-    `usual_in` on which dtypes. A `deep` one computes what is before the stage's inputs again by itself; an `unseen` one is asked only of inputs that were
-    not recorded, since beside recorded ones its bound would hide faults; a `wider` one has the prescribed one's numbers
-    and a wider bound. `rms`: its errors' root mean square, in parts of its bound, is no larger where there are many
-    elements: half as much again as was measured of who does it, so that a wide bound hides no fault of that size.
+    hold. `who` does it, each with how that is known: (ran) here, or its source (read). `usual` says who does it by
+    itself, of a narrower row, and `usual_in` on which dtypes. A `deep` one computes what is before the stage's
+    inputs again by itself; an `unseen` one is asked only of inputs that were not recorded, since beside recorded
+    ones its bound would hide faults; a `wider` one has the prescribed one's numbers and a wider bound. `rms`: its
+    errors' root mean square, in parts of its bound, is no larger where there are many elements: half as much again
+    as was measured of who does it, so that a wide bound hides no fault of that size.
     """
 
     words: str
@@ -59,6 +60,10 @@ class Form:
 
     def of(self, dtype: str) -> Class | None:
         return self.classes.get(dtype)
+
+    def usual_of(self, dtype: str) -> str:
+        """Who computes so by itself on `dtype`, in words that have that for `{dtype}`; empty for nobody."""
+        return self.usual if dtype in self.usual_in else ""
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,7 @@ class Kind:
     """The recipes of a stage: an emulator of the value before its last rounding, its forms and its mods.
 
     `cheap`: its recipes cost little beside a product, so that all are asked for more bits. `by_rows`: rows of the
-    result are of the same rows of the inputs.
+    result are of the same rows of the inputs. `doc`: what the stages compute, and where they may differ.
     """
 
     name: str
@@ -120,3 +125,4 @@ class Kind:
     mods: tuple[Mod, ...] = ()
     cheap: bool = True
     by_rows: bool = False
+    doc: str = ""

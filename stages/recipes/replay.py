@@ -29,7 +29,7 @@ SCALED_S = Kind(
     scaled_s,
     (
         prescribed("1 + z rounded, times S"),
-        equivalent("contracted: S + S z in one operation", dtypes=_WIDE, who="XLA under jit, nvcc", form="contracted"),
+        equivalent("contracted: S + S z in one operation", dtypes=_WIDE, who="XLA under jit (ran)", form="contracted"),
         narrower("1 + z in bfloat16", dtypes=_WIDE, form="bfloat16"),
         narrower("1 + z in float16", dtypes=_WIDE, form="float16"),
     ),
@@ -39,6 +39,7 @@ SCALED_S = Kind(
         Mod("S + offsets instead of S * (1 + offsets)", {"instead": "sum"}),
         Mod("S * exp(offsets) instead of S * (1 + offsets)", {"instead": "exp"}),
     ),
+    doc="S (1 + z), z the offsets: a sum and a product in float32.",
 )
 
 
@@ -70,6 +71,7 @@ RATIO = Kind(
         Mod("the quotient is of norms, not of sums", {"instead": "norms"}),
         Mod("the normalization is missing: it is 1", {"instead": "one"}),
     ),
+    doc="sum(S) / sum(scaled_s): two sums in float32, in any order, and a quotient.",
 )
 
 
@@ -91,6 +93,7 @@ U_SCALED = Kind(
         Mod("the product with scaled_s is missing", {"instead": "none"}),
         Mod("rows of U are scaled, not columns", {"instead": "rows"}),
     ),
+    doc="Column j of U times scaled_s[j]: one product.",
 )
 
 
@@ -108,6 +111,7 @@ ADAPTED = Kind(
         Mod("divided by the normalization, not multiplied", {"power": -1}),
         Mod("normalized twice", {"power": 2}),
     ),
+    doc="matmul_pre_norm times the normalization: one product.",
 )
 
 
@@ -124,6 +128,7 @@ WHOLE = Kind(
     (prescribed("a product in float32, times the normalization"),),
     (Mod("the normalization is missing", {"power": 0}), Mod("normalized twice", {"power": 2})),
     by_rows=True,
+    doc="(U scaled_s) V^T times the normalization: a whole adapted weight, judged from the bundle's U, S, V, offsets.",
 )
 
 
@@ -132,7 +137,13 @@ def final(at: At, *, turned: bool = False) -> Value | None:
     return at.input(0).map(lambda x: x.T if bool(at.options["transpose"]) != turned else x)
 
 
-FINAL = Kind("final", final, (prescribed("a copy"),), (Mod("{turned}", {"turned": True}),))
+FINAL = Kind(
+    "final",
+    final,
+    (prescribed("a copy"),),
+    (Mod("{turned}", {"turned": True}),),
+    doc="The adapted weight in the target's orientation: a copy, transposed or not.",
+)
 
 
 def cast(at: At, *, how: str = "") -> Value | None:
@@ -149,6 +160,7 @@ CAST = Kind(
         Mod("truncated, not rounded to nearest even", {"how": "truncate"}),
         Mod("ties rounded away, not to even", {"how": "away"}),
     ),
+    doc="final_f32 cast to bfloat16: one rounding.",
 )
 
 
@@ -159,4 +171,5 @@ CONTRACTED = Kind(
     tuple(form for form in LINEAR.forms if form.of("float32")),
     (Mod("V is contracted as {other_layouts}, the layout says {layout}", {"other": "transposed"}),),
     cheap=False,
+    doc="u_scaled V^T, and (U S) V^T of the replay without offsets: products of float32.",
 )

@@ -91,10 +91,17 @@ def _stored(at: At, product: Value) -> Value:
 
 
 FORMS = (
-    prescribed("each product rounded, then their sum", who="transformers apply_rotary_pos_emb"),
-    equivalent("contracted: the product with the cosine not rounded", who="XLA under jit, nvcc", form="cos not"),
-    equivalent("contracted: the product with the sine not rounded", who="XLA under jit, nvcc", form="sin not"),
-    equivalent("in float32, rounded once", who="torch.compile, flashinfer, MLX fast.rope, ggml", form="once"),
+    prescribed(
+        "each product rounded, then their sum",
+        who="transformers apply_rotary_pos_emb (ran); MLX rope's fallback, mlx/fast.cpp (read)",
+    ),
+    equivalent("contracted: the product with the cosine not rounded", who="XLA under jit (ran)", form="cos not"),
+    equivalent("contracted: the product with the sine not rounded", who="XLA under jit (ran)", form="sin not"),
+    equivalent(
+        "in float32, rounded once",
+        who="torch.compile (ran); flashinfer pos_enc.cuh (read); MLX rope.metal (read)",
+        form="once",
+    ),
 )
 MODS = (
     Mod("pairs are interleaved (2i, 2i + 1), not halves (i, i + d/2)", {"pairs": "interleaved"}),
@@ -105,7 +112,15 @@ MODS = (
     Mod("the term with rope_sin is missing", {"left_out": "sin"}),
     *(Mod(f"only {name} of each head is turned", {"of": part}) for name, part in (("half", 0.5), ("a quarter", 0.25))),
 )
-ROPE = Kind("rope", rope, FORMS, MODS, by_rows=True)
+ROPE = Kind(
+    "rope",
+    rope,
+    FORMS,
+    MODS,
+    by_rows=True,
+    doc="x cos + x' sin, x' the other half of each head, one of the two with its sign turned. Two products and a sum: "
+    "each may be rounded, or contracted with the next.",
+)
 
 
 # -- tables -------------------------------------------------------------------------------------------------------
@@ -125,10 +140,16 @@ TABLE = Kind(
     "table",
     table,
     (
-        prescribed("of float32 angles, in float32, cast"),
-        equivalent("within two floats of the right one", who="CUDA's cosf and sinf", wider=True, units=6.0),
+        prescribed("of float32 angles, in float32, cast", who="transformers (ran)"),
+        equivalent(
+            "within two floats of the right one",
+            who="CUDA's cosf, by LLVM libc's table of GPU functions (read)",
+            wider=True,
+            units=6.0,
+        ),
     ),
     (Mod("cosine and sine are swapped", {"swapped": True}),),
+    doc="cos or sin of the angles in float32, times the attention factor, cast once.",
 )
 
 
@@ -143,13 +164,14 @@ def angle(at: At, *, shift: int = 0, pairs: bool = False, reverse: bool = False)
 ANGLE = Kind(
     "angle",
     angle,
-    (prescribed("position times inv_freq, in float32"),),
+    (prescribed("position times inv_freq, in float32", who="transformers (ran)"),),
     (
         Mod("positions are shifted by +1", {"shift": 1}),
         Mod("positions are shifted by -1", {"shift": -1}),
         Mod("frequencies are repeated in pairs, not as halves", {"pairs": True}),
         Mod("positions are counted from the end", {"reverse": True}),
     ),
+    doc="position * inv_freq, the frequencies twice over: one product in float32, so that its bits are certain.",
 )
 
 
@@ -169,9 +191,10 @@ _THETAS = (1e4, 1e5, 5e5, 1e6, 5e6, 1e7)
 INV_FREQ = Kind(
     "inv_freq",
     inv_freq,
-    (prescribed("a power, in float32"),),
+    (prescribed("a power, in float32", who="transformers (ran)"),),
     (
         *(Mod(f"as if rope_theta were {theta:.9g}, not {{rope_theta:.9g}}", {"theta": theta}) for theta in _THETAS),
         Mod("as if rope_theta were {fit:.9g}, not {rope_theta:.9g}", {"theta": FIT}),
     ),
+    doc="theta^(-2i/head_dim), scaled as the rope_type says. However the power is made, it is inside one bound.",
 )

@@ -26,6 +26,8 @@ def fields(heading: str) -> set[str]:
         ("verify", "{c}"),
         ("inspect", "{c}"),
         ("stats", "{c}"),
+        ("stages",),
+        ("stages", "ffn_silu"),
         ("selftest", "--list"),
         ("skill",),
         ("audit", "nowhere"),
