@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from stages.jobs.synth import config_json, random_tensor
-from stages.oracle.bounds import RMS_COUNT
+from stages.oracle.bounds import RMS_COUNT, Lambdas
 from stages.oracle.verdict import Oracle, Verdict, consult, measure
 from stages.progress import Progress
 from stages.run import calibration
@@ -25,7 +25,7 @@ from stages.spec.noise import Noise
 from stages.spec.replay import REPLAY
 from stages.spec.values import ReplayTask
 
-_ONE = dict.fromkeys(Noise, 1.0)
+_ONE = Lambdas(dict.fromkeys(Noise, 1.0))
 # Preset, tokens and seed: products over K of 64 to 4,864, softmax over 1 to 500 keys; one token, where libraries take
 # other kernels; both families. The vocabulary is cut to one chunk: more columns are more of the same sums.
 FORWARDS = (

@@ -4,18 +4,21 @@
 All bounds are per element, in the units of the result, against the *unrounded* float64 value.
 
 A kind has two bounds. The calibrated one is a noise scale times lambda, which covers what right kernels were seen
-to do. The rigorous one holds for any order of summation in float32; where a kind calls an elementary function,
-it also assumes that function within 4 ulps (8 u), which the ones of MKL, Sleef and XLA are.
+to do. The rigorous one holds for any order of summation in float32, and for tensor cores where they take the operands;
+where a kind calls an elementary function, it also assumes that function within 4 ulps (8 u), which the ones of MKL,
+Sleef and XLA are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import ml_dtypes
 import numpy as np
 
+from stages.oracle.cores import WIDEST, Core, Cores
 from stages.oracle.rounding import round_once
 from stages.spec.noise import Noise
 
@@ -27,10 +30,26 @@ U_BF16 = 2.0**-8
 TINY = 2.0**-126
 
 
+@dataclass(frozen=True)
+class Lambdas(Mapping[Noise, float]):
+    """How far right kernels go: by kind of noise a factor of its scale, and the tensor `cores` that may have summed."""
+
+    by_kind: Mapping[Noise, float]
+    cores: Cores = field(default_factory=lambda: WIDEST)
+
+    def __getitem__(self, kind: Noise) -> float:
+        return self.by_kind[kind]
+
+    def __iter__(self) -> Iterator[Noise]:
+        return iter(self.by_kind)
+
+    def __len__(self) -> int:
+        return len(self.by_kind)
+
+
 # Largest |error| / bound seen on correct kernels (numerics.md, docs/findings/forward.md): products 2.9, scaled scores
 # and weighted values 2.7, RMSNorm 0.67, softmax 0.6, silu 0.67, RoPE 1.0, cos and sin 0.99, inv_freq 0.25.
-Lambdas = Mapping[Noise, float]
-LAMBDA: Lambdas = MappingProxyType(
+LAMBDA = Lambdas(
     {
         Noise.EXACT: 1.0,
         Noise.SUM_RATIO: 4.0,
@@ -124,15 +143,16 @@ def _flushed(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return TINY * a.shape[-1] * (2 + top + float(np.abs(b).max(initial=0.0)))
 
 
-def product_rigorous(a: np.ndarray, b: np.ndarray, result: np.ndarray) -> np.ndarray:
-    """No float32 summation order errs by more: gamma_K |a| |b| with gamma_K = K u / (1 - K u).
+def product_rigorous(a: np.ndarray, b: np.ndarray, result: np.ndarray, core: Core | None = None) -> np.ndarray:
+    """No float32 summation order, nor a tensor `core`, errs by more: gamma_K |a| |b| with gamma_K = K u / (1 - K u).
 
     N. Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., eq. 3.5. Half an ulp is added
     for the final rounding of a result summed in higher precision.
     """
     k = a.shape[-1] * U32
+    most = max(_gamma(a.shape[-1]), 0.0 if core is None else U32 * core.worst(a.shape[-1]))
     # float32 products of absolute values may fall short by their own gamma; hence the factor.
-    worst = _gamma(a.shape[-1]) * (1 + 2 * k) * (np.abs(a) @ np.abs(b)).astype(np.float64) + U32 * np.abs(result)
+    worst = most * (1 + 2 * k) * (np.abs(a) @ np.abs(b)).astype(np.float64) + U32 * np.abs(result)
     return worst + _flushed(a, b)
 
 
@@ -194,10 +214,12 @@ def scores_bound(
     return error * scale + lam * U32 * np.abs(result)
 
 
-def scores_rigorous(q: np.ndarray, k: np.ndarray, scale: float, dtype: np.dtype, result: np.ndarray) -> np.ndarray:
+def scores_rigorous(
+    q: np.ndarray, k: np.ndarray, scale: float, dtype: np.dtype, result: np.ndarray, core: Core | None = None
+) -> np.ndarray:
     """As `scores_bound`, from the product's rigorous bound; u for the scale's own rounding, u for the last one."""
     product = q.astype(np.float64) @ k.astype(np.float64)
-    error = after_prescribed(product, product_rigorous(q, k, product), dtype)
+    error = after_prescribed(product, product_rigorous(q, k, product, core), dtype)
     return (error * scale + 2 * U32 * np.abs(result)) * (1 + 4 * U32)
 
 
@@ -206,9 +228,9 @@ def weighted_bound(lam: float, p: np.ndarray, v: np.ndarray, result: np.ndarray)
     return _joined(lam * product_bound(p, v, _by_head(result, len(p))))
 
 
-def weighted_rigorous(p: np.ndarray, v: np.ndarray, result: np.ndarray) -> np.ndarray:
+def weighted_rigorous(p: np.ndarray, v: np.ndarray, result: np.ndarray, core: Core | None = None) -> np.ndarray:
     """As `weighted_bound`, each head's product by its rigorous bound."""
-    return _joined(product_rigorous(p, v, _by_head(result, len(p))))
+    return _joined(product_rigorous(p, v, _by_head(result, len(p)), core))
 
 
 def _by_head(x: np.ndarray, heads: int) -> np.ndarray:
@@ -329,6 +351,10 @@ BOUNDS: Mapping[Noise, tuple[Callable[..., np.ndarray], Callable[..., np.ndarray
 )
 
 
+# Kinds that a tensor core may sum.
+PRODUCTS = (Noise.PRODUCT, Noise.SCORES, Noise.WEIGHTED)
+
+
 def calibrated(
     kind: Noise,
     operands: tuple,
@@ -346,10 +372,16 @@ def calibrated(
 
 
 def rigorous(
-    kind: Noise, operands: tuple, result: np.ndarray, dtype: np.dtype, more: np.ndarray | float = 0.0
+    kind: Noise,
+    operands: tuple,
+    result: np.ndarray,
+    dtype: np.dtype,
+    more: np.ndarray | float = 0.0,
+    core: Core | None = None,
 ) -> np.ndarray:
-    """The bound of `kind` that no order of summation exceeds, stored in `dtype`."""
-    noise = 0.0 if kind is Noise.EXACT else BOUNDS[kind][1](*operands, result)
+    """The bound of `kind` that no order of summation exceeds, nor a tensor `core`, stored in `dtype`."""
+    summed = {"core": core} if kind in PRODUCTS else {}
+    noise = 0.0 if kind is Noise.EXACT else BOUNDS[kind][1](*operands, result, **summed)
     return _stored(kind, noise, more, result, dtype)
 
 

@@ -17,6 +17,7 @@ from stages.oracle import bounds as noise
 from stages.oracle import components as reference
 from stages.oracle import decoder
 from stages.oracle import router as reference_router
+from stages.oracle.cores import Core
 from stages.oracle.rounding import round_once
 from stages.spec.causal import up_to_query
 from stages.spec.dtypes import stored_dtype
@@ -145,12 +146,19 @@ def consult(
         stage,
         value,
         lambda: noise.calibrated(stage.noise, operands, value, dtype, lambdas, more(0)),
-        lambda: noise.rigorous(stage.noise, operands, value, dtype, more(1)),
+        lambda: noise.rigorous(stage.noise, operands, value, dtype, more(1), core_of(stage, arguments, lambdas)),
         arguments,
         options,
         lambdas,
         unsure,
     )
+
+
+def core_of(stage: Stage, arguments: tuple[np.ndarray, ...], lambdas: noise.Lambdas) -> Core | None:
+    """The tensor core that may have summed a stage's product; None where operands have more bits than it takes."""
+    # Inputs that were not recorded are float64.
+    formats = {a.dtype.name for a in arguments} - {"float64"} or {stage.dtype}
+    return lambdas.cores.get(formats.pop()) if len(formats) == 1 else None
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from stages.oracle.cores import WIDEST, Core
 from stages.oracle.verdict import Oracle
 from stages.recipes.fewer_bits import Lost, Narrow, largest
 from stages.recipes.recipe import NARROW
@@ -122,10 +123,23 @@ class At:
         """A factor that is made inside the stage, of operands that are taken to fewer bits."""
         return x if self.lost is None or not self.lost.which else self.lost.narrow.of(x)
 
-    @property
-    def unit(self) -> tuple[float, float] | None:
-        """What accumulators cut off where operands are narrow enough for a tensor core."""
-        return self.lost.narrow.unit if self.lost is not None and self.lost.which else None
+    def core(self, pieces: str | None, *, asked: bool) -> Core | None:
+        """The tensor core that sums a product: of `pieces` of that format, of what it is taken to, or of the run's.
+
+        `asked`: by a row that is about it; `Unknown` where the device has none. Otherwise one of the run's own format
+        counts only where the device is known.
+        """
+        cores = self.oracle.lambdas.cores
+        taken = self.lost.narrow.core if self.lost is not None and self.lost.which else None
+        core = cores.get(pieces or taken or self.run)
+        if asked and core is None:
+            raise Unknown("a tensor core")
+        return core if asked or pieces or taken or cores is not WIDEST else None
+
+    def on_gpu(self) -> None:
+        """`Unknown` on a CPU."""
+        if not self.oracle.lambdas.cores:
+            raise Unknown("a GPU")
 
     def result(self, value: Value) -> Value:
         """What the stage's kernel keeps of its result."""

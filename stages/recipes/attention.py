@@ -7,9 +7,9 @@ import numpy as np
 from stages.oracle import decoder as forward
 from stages.oracle.bounds import U32
 from stages.recipes.at import At
-from stages.recipes.product import IN_PIECES, UNITS, cut_off
+from stages.recipes.product import IN_PIECES, summed
 from stages.recipes.recipe import FIT, NARROW, Form, Kind, Mod, equivalent, narrower, prescribed
-from stages.recipes.value import Pieces, Value, nearest, product, total
+from stages.recipes.value import Pieces, Value, nearest, total
 from stages.spec.causal import up_to_query
 from stages.spec.noise import Noise
 
@@ -28,7 +28,7 @@ def scores(
     tiled: bool = False,
     swapped: bool = False,
     cap: float | None = None,
-    unit: tuple[float, float] | None = None,
+    core: bool = False,
     pieces: Pieces | None = None,
 ) -> Value | None:
     """q k^T scaled, `[heads, queries, keys]`; `form` says where the scale goes and what is rounded before it."""
@@ -49,8 +49,7 @@ def scores(
     if form == "root":
         q, k, scale = at.stored(q * np.sqrt(scale)), at.stored(k * np.sqrt(scale)), 1.0
     k = k.map(lambda x: x.swapaxes(1, 2))
-    y = product(q, k, at.lam(Noise.SCORES), pieces)
-    y = cut_off(at, y, q, k, unit)
+    y = summed(at, q, k, at.lam(Noise.SCORES), core=core, pieces=pieces)
     if form in ("each", "scale narrow"):
         y = at.stored(y)
     y = (y * scale).soft(1) if scale != 1.0 else y
@@ -83,12 +82,11 @@ _SCORE_FORMS = (
     *(
         equivalent(
             f"the product summed by a tensor core, whose accumulators truncate{words}",
-            dtypes=(dtype,),
+            dtypes=NARROW,
             wider=True,
-            unit=unit,
+            core=True,
             form=form,
         )
-        for dtype, unit in UNITS.items()
         for form, words in (("each", ""), ("once", "; rounded once"))
     ),
     narrower(
@@ -139,12 +137,15 @@ def softmax(
     axis: str = "keys",
     fast: float = 0.0,
     per: float = 0.0,
+    cuda: bool = False,
 ) -> Value | None:
     """Over the keys up to each query; `chain` says what of difference, exponential, sum and quotient is rounded.
 
     `mask`: how many keys more or fewer are seen. `stored`: what `temperature` divided is rounded first. `fast`: the
-    exponential's relative error, `per`: and in u of its argument.
+    exponential's relative error, `per`: and in u of its argument. `cuda`: on GPUs alone.
     """
+    if cuda:
+        at.on_gpu()
     x = at.input(0)
     if temperature != 1.0:
         x = (x * (1 / temperature)).soft(1)
@@ -232,7 +233,13 @@ _SOFTMAX_FORMS = (
         usual_in=("bfloat16",),
         chain="quotient",
     ),
-    narrower("by CUDA's __expf", dtypes=("float32",), who="nvcc with fast math, CUDA C++ guide (read)", per=2.34),
+    narrower(
+        "by CUDA's __expf",
+        dtypes=("float32",),
+        who="nvcc with fast math, CUDA C++ guide (read)",
+        per=2.34,
+        cuda=True,
+    ),
     narrower("by a fast exponential, right to 1e-4", dtypes=("float32",), fast=1.2e-4),
 )
 _SOFTMAX_MODS = (
@@ -271,7 +278,7 @@ def weighted(
     unjoined: bool = False,
     transposed: bool = False,
     reverse: bool = False,
-    unit: tuple[float, float] | None = None,
+    core: bool = False,
     pieces: Pieces | None = None,
 ) -> Value | None:
     """p @ v, heads joined, `[tokens, heads * head_dim]`.
@@ -294,8 +301,7 @@ def weighted(
         a = a.map(lambda x: x.swapaxes(-1, -2))
     if p == "half numerators":
         v = v.once("float16")
-    y = product(a, v, at.lam(Noise.WEIGHTED), pieces)
-    y = cut_off(at, y, a, v, unit)
+    y = summed(at, a, v, at.lam(Noise.WEIGHTED), core=core, pieces=pieces)
     if t is not None:
         y = (y / t).soft(1)
     y = y.map(lambda x: x[::-1]) if reverse else y
@@ -344,10 +350,7 @@ _WEIGHTED_FORMS: tuple[Form, ...] = (
         p="cast numerators",
         fast=1.2e-4,
     ),
-    *(
-        equivalent("summed by a tensor core, whose accumulators truncate", dtypes=(dtype,), wider=True, unit=unit)
-        for dtype, unit in UNITS.items()
-    ),
+    equivalent("summed by a tensor core, whose accumulators truncate", dtypes=NARROW, wider=True, core=True),
     narrower(
         "numerators and values in float16, divided by their sum at the end",
         dtypes=("float32", "bfloat16"),

@@ -50,16 +50,21 @@ def silu(
     units: tuple[float, float] = (8.0, 0.0),
     instead: str = "",
     slope: float = 1.0,
+    cuda: bool = False,
+    per: float = 0.0,
 ) -> Value | None:
     """x sigmoid(slope x); `chain` says which of exponential, sum, inverse and product are rounded.
 
-    `units`: what it errs by, in u of the result and of its argument.
+    `units`: what it errs by, in u of the result and of its argument; `per`: its exponential, in u times the exponent.
+    `cuda`: on GPUs alone.
     """
+    if cuda:
+        at.on_gpu()
     x = at.input(0)
     if chain == "once":
-        return _silu_once(
-            x, ACTIVATIONS[instead] if instead else lambda a: a * sigmoid(slope * a), units, bool(instead)
-        )
+        y = _silu_once(x, ACTIVATIONS[instead] if instead else lambda a: a * sigmoid(slope * a), units, bool(instead))
+        # Of exp(-x) / (1 + exp(-x)), which 1 less the sigmoid is, the quotient errs by what the exponential does.
+        return y.off(per * U32 * np.abs(x.mid * y.mid) * (1 - sigmoid(x.mid))) if per else y
     x = point(x.mid)
     z = at.stored(x * slope)
     if chain in ("sigmoid", "sigmoid rounded"):
@@ -104,6 +109,22 @@ SILU = Kind(
             units=(0.0, 3.1),
         ),
         equivalent("each step rounded to float32", dtypes=("float32",), who="torch F.silu (ran)", chain="quotient"),
+        equivalent(
+            "its exponential and its quotient right to two floats",
+            who="CUDA's expf, by LLVM libc's table of GPU functions, and division, by the PTX manual (read)",
+            wider=True,
+            rms=0.25,  # 3 u: no GPU was at hand; functions that are seldom at their limits give half of it
+            units=(12.0, 0.0),
+            cuda=True,
+        ),
+        narrower(
+            "by CUDA's __expf",
+            dtypes=("float32",),
+            who="nvcc with fast math, CUDA C++ guide (read)",
+            units=(12.0, 0.0),
+            per=2.34,
+            cuda=True,
+        ),
         narrower(
             "the sigmoid rounded to {dtype} before the product",
             dtypes=NARROW,

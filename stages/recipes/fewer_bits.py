@@ -16,8 +16,8 @@ class Narrow:
     """One way in which a kernel loses bits: `round` does to float64 numbers what it does. In words, and how many stay.
 
     `dtypes`: storage in which that loses something. `result`: whether a kernel would keep its result so. `whole`: it
-    goes by the largest magnitude of a tensor, as a scale does: `round` takes that too. `unit`: what a tensor core then
-    cuts off, in u K of (R, |r|).
+    goes by the largest magnitude of a tensor, as a scale does: `round` takes that too. `core`: the format of the tensor
+    core that takes such operands.
     """
 
     name: str
@@ -26,7 +26,7 @@ class Narrow:
     dtypes: tuple[str, ...]
     result: bool = True
     whole: bool = False
-    unit: tuple[float, float] | None = None
+    core: str | None = None
 
     def of(self, x: np.ndarray, peak: float | None = None) -> np.ndarray:
         """What `x` is taken to; `peak` is the largest magnitude of the tensor that `x` is part of, or its own."""
@@ -59,16 +59,14 @@ def _scaled(x: np.ndarray, peak: float, bits: int, top: float, least: float) -> 
 
 _WIDE = ("float32",)
 _EVERY = ("float32", "bfloat16", "float16")
-# By unit: Ampere's, the widest of those that know TF32; of bfloat16 too.
-_TF32 = (1 / 4, 1 / 2)
 # Nearest even is what a cast does, truncation what a tensor core does to operands that were not cast before. TF32 and
 # what is only cut keep float32's range.
 NARROW: tuple[Narrow, ...] = (
-    Narrow("bfloat16-like", 7, lambda x: nearest(x, "bfloat16"), ("float32", "float16"), unit=(1 / 8, 1 / 2)),
-    Narrow("bfloat16-like (truncated)", 7, lambda x: keep(x, 7, "truncate"), _WIDE, unit=(1 / 8, 1 / 2)),
-    Narrow("TF32-like", 10, lambda x: keep(x, 10), _WIDE, unit=_TF32),
-    Narrow("TF32-like (ties away)", 10, lambda x: keep(x, 10, "away"), _WIDE, unit=_TF32),
-    Narrow("TF32-like (truncated)", 10, lambda x: keep(x, 10, "truncate"), _WIDE, unit=_TF32),
+    Narrow("bfloat16-like", 7, lambda x: nearest(x, "bfloat16"), ("float32", "float16"), core="bfloat16"),
+    Narrow("bfloat16-like (truncated)", 7, lambda x: keep(x, 7, "truncate"), _WIDE, core="bfloat16"),
+    Narrow("TF32-like", 10, lambda x: keep(x, 10), _WIDE, core="tf32"),
+    Narrow("TF32-like (ties away)", 10, lambda x: keep(x, 10, "away"), _WIDE, core="tf32"),
+    Narrow("TF32-like (truncated)", 10, lambda x: keep(x, 10, "truncate"), _WIDE, core="tf32"),
     Narrow("float16-like (with its range)", 10, lambda x: nearest(x, "float16"), ("float32", "bfloat16")),
     Narrow(
         "float8-like (e4m3), scaled",

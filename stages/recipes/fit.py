@@ -17,7 +17,10 @@ from stages.spec.stage import Stage
 
 @dataclass(frozen=True)
 class Fit:
-    """A recipe against the record: elements that have its bits, and elements that it cannot give."""
+    """A recipe against the record: elements that have its bits, and elements that it cannot give.
+
+    `off` is the sum of the squares of what the record is off its stored numbers.
+    """
 
     words: str
     kind: Class
@@ -26,6 +29,7 @@ class Fit:
     elements: int
     usual: str = ""
     ratio: float = 0.0
+    off: float = 0.0
 
     @property
     def missed(self) -> float:
@@ -70,9 +74,8 @@ def fit(
     differs, beyond = places_beyond(value, observed, stage)
     if rms < np.inf and observed.size >= RMS_COUNT and _rms(value, observed) > rms:
         beyond = np.ones_like(beyond)
-    return Fit(
-        words, kind, int((~differs).sum()), int(beyond.sum()), observed.size, usual, _ratio(value, observed, differs)
-    )
+    ratio, off = _distance(value, observed, differs)
+    return Fit(words, kind, int((~differs).sum()), int(beyond.sum()), observed.size, usual, ratio, off)
 
 
 def _rms(value: Value, observed: np.ndarray) -> float:
@@ -81,12 +84,13 @@ def _rms(value: Value, observed: np.ndarray) -> float:
     return float(np.sqrt(np.mean(np.square((observed.astype(np.float64) - middle) / half))))
 
 
-def _ratio(value: Value, observed: np.ndarray, differs: np.ndarray) -> float:
-    """The largest distance from the recipe's own number, in parts of the largest that it may have."""
+def _distance(value: Value, observed: np.ndarray, differs: np.ndarray) -> tuple[float, float]:
+    """The largest distance from the recipe's own number in parts of the largest that it may have, and `Fit.off`."""
     at = np.flatnonzero(differs)
     lo, mid, hi = (np.broadcast_to(x, observed.shape).reshape(-1)[at] for x in (value.lo, value.mid, value.hi))
     got = observed.reshape(-1)[at].astype(np.float64)
     with np.errstate(all="ignore"):
         low, high = (round_once(end, observed.dtype).astype(np.float64) for end in (lo, hi))
         reach = np.maximum(np.maximum(high - mid, mid - low), TINY)
-        return float((np.abs(got - mid) / reach).max(initial=0.0))
+        off = got - round_once(mid, observed.dtype).astype(np.float64)
+        return float((np.abs(got - mid) / reach).max(initial=0.0)), float(off @ off)

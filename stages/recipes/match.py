@@ -43,6 +43,8 @@ _NUMBERS = 4
 _DEPTH = 4
 # Of recipes of one class that fit, those are told that have as many bits, or nearly.
 _AS_GOOD = 0.98
+# Where few bits fit, those whose squared distance is as near: what accumulators cut off is common to all.
+_NEAR = 0.9
 # A recipe that gives fewer of the bits may not be the one.
 _SURE = 0.9
 
@@ -136,7 +138,8 @@ class Match:
                 if not self.fits:
                     more()
         best = max(fit.bits for fit in narrow)
-        self.fits = [fit for fit in self.fits if fit.bits * _AS_GOOD > best] or narrow
+        # One or two that agree are chance.
+        self.fits = [fit for fit in self.fits if fit.bits * _AS_GOOD > best + _NUMBERS] or narrow
 
     def through_hidden(self) -> Found:
         """Of inputs that were not recorded: each recipe of them computed again, rounded to be stored or not."""
@@ -192,7 +195,8 @@ class Match:
         beyond = ~same & ((ratio > 1) | (self.at.stage.noise is Noise.EXACT))
         beyond = judged_part(self.at.stage, beyond)
         words, largest = self._words(form), float(np.where(same, 0.0, ratio).max(initial=0.0))
-        found = Fit(words, Class.PRESCRIBED, int(same.sum()), int(beyond.sum()), got.size, ratio=largest)
+        off = float(np.square(np.where(same, 0.0, got.astype(np.float64) - self.value)).sum())
+        found = Fit(words, Class.PRESCRIBED, int(same.sum()), int(beyond.sum()), got.size, ratio=largest, off=off)
         if found.fits:
             self.fits.append(found)
         self._note(found)
@@ -352,17 +356,21 @@ class Match:
     def _found(self) -> Found:
         if not self.fits:
             return Found((), None, 0, self.observed.size, nearest=self.nearest.words if self.nearest else "")
-        order = sorted(self.fits, key=lambda f: (list(Class).index(f.kind), -f.bits))
+        # Where few have all bits, as of accumulators that truncate, the distance tells more.
+        few = max(f.bits for f in self.fits) < _SURE * self.observed.size
+        order = sorted(self.fits, key=lambda f: (list(Class).index(f.kind), f.off if few else -f.bits))
         best = order[0]
         alike = (
-            [f for f in order[1:] if f.kind is best.kind and f.bits >= _AS_GOOD * best.bits]
-            if not best.kind.sound
-            else []
+            [f for f in order[1:] if f.kind is best.kind and _as_good(f, best, few=few)] if not best.kind.sound else []
         )
         ways = tuple(dict.fromkeys((best.words, *(f.words for f in alike))))
         after = next((f.words for f in order if f.words not in ways), self.nearest.words if self.nearest else "")
         usual = best.usual.format(dtype=self.dtype)
         return Found(ways, best.kind, best.bits, best.elements, usual, after, best.ratio)
+
+
+def _as_good(fit: Fit, best: Fit, *, few: bool) -> bool:
+    return _NEAR * fit.off <= best.off if few else fit.bits >= _AS_GOOD * best.bits
 
 
 def _loses(narrow: Narrow, a: np.ndarray) -> bool:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial as applied
+from functools import reduce
 
 import numpy as np
 
 from stages.oracle.bounds import U32
 from stages.recipes.at import At, Unknown
-from stages.recipes.recipe import NARROW, Kind, Mod, equivalent, narrower, prescribed
-from stages.recipes.value import Pieces, Value, joined, nearest, point, product
+from stages.recipes.recipe import NARROW, Form, Kind, Mod, equivalent, narrower, prescribed
+from stages.recipes.value import Pieces, Value, any_of, joined, nearest, point, product
 from stages.spec.layouts import LAYOUTS
 from stages.spec.noise import Noise
 
@@ -69,65 +70,92 @@ def linear(
     *,
     bias: str = "inside",
     blocks: int = 0,
+    step: int = 1,
     partial: str = "own",
     added: str = "float32",
-    unit: tuple[float, float] | None = None,
+    core: bool = False,
     pieces: Pieces | None = None,
     order: Sequence[str] = (),
     other: str = "",
 ) -> Value | None:
     """y = x W^T (+ bias) of each projection, joined.
 
-    `blocks`: partial sums of so many slices of K rounded to `partial`, and `added` in that. `unit`: what a tensor core
-    cuts off, in u K of (R, |r|). `pieces`: see `value.product`.
+    `blocks`: partial sums of so many slices of K, multiples of `step` long, rounded to `partial`, and `added` in that.
+    `core`: summed by a tensor core. `pieces`: see `value.product`.
     """
     done = []
     for factor in factors(at, order):
         changed = _changed(at, factor, other)
         if changed is None or changed.w.shape[0] != changed.x.mid.shape[-1]:
             return None
-        y = _sum(at, changed, blocks, partial, added, unit, pieces)
+        if blocks:
+            y = _of_slices(at, changed, _slices(len(changed.w), blocks, step), partial, added)
+        else:
+            y = summed(at, changed.x, point(changed.w), at.lam(Noise.PRODUCT), core=core, pieces=pieces)
         if changed.bias is not None and bias != "missing":
-            y = (at.stored(y) if bias == "after" else y) + changed.bias
-            y = y.off(U32 * np.abs(y.mid))
+            # Ranks add it to what they have stored, a split K to the sum.
+            y = any_of([y, at.stored(y)]) if blocks else at.stored(y) if bias == "after" else y
+            y = (y + changed.bias).off(U32 * np.abs(y.mid + changed.bias))
         done.append(y)
     return joined(done) if len(done) > 1 else done[0]
 
 
-def _sum(
-    at: At,
-    factor: Factor,
-    blocks: int,
-    partial: str,
-    added: str,
-    unit: tuple[float, float] | None,
-    pieces: Pieces | None,
-) -> Value:
-    lam = at.lam(Noise.PRODUCT)
-    if not blocks:
-        y = product(factor.x, factor.w, lam, pieces)
-        return cut_off(at, y, factor.x, factor.w, unit)
-    dtype = at.inside if partial == "own" else partial
-    found: Value | None = None
-    for part in np.array_split(np.arange(len(factor.w)), blocks):
+def _slices(k: int, count: int, step: int) -> list[np.ndarray]:
+    """K in so many slices, even ones or of as many whole steps; `Unknown` where the steps change nothing."""
+    length = -(-k // (count * step)) * step
+    if step == 1:
+        return np.array_split(np.arange(k), count)
+    if length * count == k or length >= k:
+        raise Unknown("slices")
+    return np.split(np.arange(k), np.arange(length, k, length))
+
+
+def _of_slices(at: At, factor: Factor, slices: list[np.ndarray], partial: str, added: str) -> Value:
+    """Partial sums rounded to be stored, and added in float32 or in the format that they have."""
+    dtype, lam, terms = at.inside if partial == "own" else partial, at.lam(Noise.PRODUCT), []
+    for part in slices:
         x = factor.x.map(applied(np.take, indices=part, axis=-1))
-        term = cut_off(at, product(x, factor.w[part], lam), x, factor.w[part], UNITS.get(at.run)).once(dtype)
-        found = term if found is None else (found + term).to(dtype if added == "own" else "float32")
-    assert found is not None
-    return found
+        core = at.run in at.oracle.lambdas.cores
+        terms.append(summed(at, x, point(factor.w[part]), lam, core=core).once(dtype))
+    if added == "own":
+        return _added(terms, dtype)
+    return reduce(lambda total, term: (total + term).soft(1), terms)
 
 
-def cut_off(at: At, y: Value, a: Value | np.ndarray, b: Value | np.ndarray, unit: tuple[float, float] | None) -> Value:
-    """`y` = a @ b with what accumulators that truncate lose: u K (R r1 + |y| r2), R the root of all terms' squares.
+def _added(terms: list[Value], dtype: str) -> Value:
+    """Partial sums added in their own format: in the order of ranks, or, of few, as rings and trees go."""
+    ways = [reduce(lambda total, term: (total + term).once(dtype), terms)]
+    if 2 < len(terms) <= _RANKS:
+        lo, hi = (_in_orders(np.stack([getattr(term, end) for term in terms]), dtype) for end in ("lo", "hi"))
+        ways.append(Value(lo.min(axis=0), ways[0].mid, hi.max(axis=0)))
+    return any_of(ways)
 
-    docs/findings/gpu.md has where it comes from. None: of a sum in float32, unless operands are in fewer bits.
+
+def _in_orders(x: np.ndarray, dtype: str) -> np.ndarray:
+    """Sums of `[ranks, ...]` over the ranks: of a ring that begins anywhere and runs either way, of two trees."""
+    places = np.arange(len(x))
+    around = np.stack([np.roll(line, -n) for n in places for line in (places, places[::-1])])
+    rings = x[around[:, 0]]
+    for places in around.T[1:]:
+        rings = nearest(rings + x[places], dtype)
+    near = far = x
+    while len(near) > 1:
+        near, half = nearest(near[::2] + near[1::2], dtype), len(far) // 2
+        far = nearest(far[:half] + far[half:], dtype)
+    return np.concatenate([rings, near, far])
+
+
+def summed(at: At, a: Value, b: Value, lam: float, *, core: bool = False, pieces: Pieces | None = None) -> Value:
+    """`a @ b` in float32, with what a tensor core's accumulators cut off: u K of the root of all terms' squares and of
+    the result (oracle/cores.py). `core`: see `At.core`.
     """
-    unit = unit or at.unit
-    if unit is None:
+    y, found = product(a, b, lam, pieces), at.core(None if pieces is None else pieces.core, asked=core)
+    if found is None:
         return y
-    x, w = (np.square(point(m).mid.astype(np.float32)) for m in (a, b))
+    x, w = (np.square(m.mid.astype(np.float32)) for m in (a, b))
     root = np.sqrt((x @ w).astype(np.float64) + y.mid * y.mid)
-    return y.off(U32 * x.shape[-1] * (unit[0] * root + unit[1] * np.abs(y.mid)))
+    of_root, of_result = found.lost
+    return y.off(U32 * x.shape[-1] * (of_root * root + of_result * np.abs(y.mid)))
 
 
 def _changed(at: At, factor: Factor, other: str) -> Factor | None:
@@ -174,49 +202,43 @@ _OTHERS: dict[str, Callable[[At, Factor], dict | None]] = {
     "heads reversed": _heads(lambda x: x[:, ::-1]),
 }
 
-# Half of R / L and |r| / 2 of shared/gpu-rounding.md's table: what is taken when the device is not known.
-UNITS = {"bfloat16": (1 / 8, 1 / 2), "float16": (1 / 4, 1.0)}
-
 # Ways to make float32 products of narrow ones on tensor cores, in words and as pieces.
 IN_PIECES: dict[str, Pieces] = {
-    "in three products of TF32 pieces (3xTF32)": (2, 10),
-    "in three products of bfloat16 pieces (BF16x3)": (2, 7),
-    "in six products of bfloat16 pieces (BF16x6)": (3, 7),
+    "in three products of TF32 pieces (3xTF32)": Pieces(2, 10, "tf32"),
+    "in three products of bfloat16 pieces (BF16x3)": Pieces(2, 7, "bfloat16"),
+    "in six products of bfloat16 pieces (BF16x6)": Pieces(3, 7, "bfloat16"),
 }
-_SPLIT = "as ranks add partial sums that travel in {dtype}, and cuBLAS those of a split K"
+_SPLIT = (
+    "as ranks add partial sums that travel in {dtype}, and cuBLAS those of a split K where torch's "
+    "allow_bf16_reduced_precision_reduction and allow_fp16_... let it"
+)
+# Ranks that share a product; a split K has up to 32 slices, of whole tiles.
+_RANKS = 8
+_SPLITS = ((2, 1), (4, 1), (8, 1), (16, 1), (32, 1), (4, 64), (8, 64))
+
+
+def _split(dtypes: tuple[str, ...], partial: str, usual: str, splits: Sequence[tuple[int, int]]) -> Iterator[Form]:
+    """Rows of partial sums that are stored in few bits."""
+    kept = "{dtype}" if partial == "own" else partial
+    for added, then in (("float32", ""), ("own", ", and added in it")):
+        for n, step in splits:
+            tiles = f", {step} and its multiples long," if step > 1 else ""
+            words = f"partial sums of {n} slices of K{tiles} rounded to {kept}{then}"
+            yield narrower(words, dtypes=dtypes, usual=usual, blocks=n, step=step, partial=partial, added=added)
+
+
 FORMS = (
     prescribed("summed in float32, rounded once", who="PyTorch and JAX on a CPU (ran)"),
     equivalent("the product rounded, then the bias added", dtypes=NARROW, who="keras-hub (ran)", bias="after"),
-    *(
-        equivalent(
-            "summed by a tensor core, whose accumulators truncate",
-            dtypes=(dtype,),
-            who="NVIDIA from Volta in float16, from Ampere in bfloat16: arXiv 2511.10909 (read)",
-            wider=True,
-            unit=unit,
-        )
-        for dtype, unit in UNITS.items()
+    equivalent(
+        "summed by a tensor core, whose accumulators truncate",
+        dtypes=NARROW,
+        who="NVIDIA from Volta in float16, from Ampere in bfloat16: arXiv 2511.10909 (read)",
+        wider=True,
+        core=True,
     ),
-    *(
-        narrower(f"partial sums of {n} slices of K rounded to {{dtype}}", dtypes=NARROW, usual=_SPLIT, blocks=n)
-        for n in (2, 4, 8)
-    ),
-    *(
-        narrower(
-            f"partial sums of {n} slices of K rounded to {{dtype}}, and added in it",
-            dtypes=NARROW,
-            usual=_SPLIT,
-            blocks=n,
-            added="own",
-        )
-        for n in (2, 4, 8)
-    ),
-    *(
-        narrower(
-            f"partial sums of {n} slices of K rounded to bfloat16", dtypes=("float32",), blocks=n, partial="bfloat16"
-        )
-        for n in (2, 4, 8)
-    ),
+    *_split(NARROW, "own", _SPLIT, _SPLITS),
+    *_split(("float32",), "bfloat16", "", _SPLITS[:3]),
     *(narrower(words, dtypes=("float32",), pieces=pieces) for words, pieces in IN_PIECES.items()),
 )
 MODS = (

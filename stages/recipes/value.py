@@ -120,17 +120,22 @@ def point(x: Value | np.ndarray | float) -> Value:
     return Value(x, x, x)
 
 
-Pieces = tuple[int, int]
+@dataclass(frozen=True)
+class Pieces:
+    """Operands as sums of `count` numbers of so many mantissa `bits`, multiplied by the tensor `core` of a format."""
+
+    count: int
+    bits: int
+    core: str
 
 
 def product(a: Value | np.ndarray, b: Value | np.ndarray, lam: float, pieces: Pieces | None = None) -> Value:
     """`a @ b` summed in float32 in any order, off by `lam` of the product's noise scale (bounds.product_bound).
 
-    `pieces`: of (n, bits), operands are sums of n numbers of so many mantissa bits, and products of the pieces i and j
-    are summed where i + j < n: what 3xTF32 and BF16x3 do.
+    `pieces`: of n pieces, products of i and j are summed where i + j < n: what 3xTF32 and BF16x3 do.
     """
     a, b = point(a), point(b)
-    mid = a.mid @ b.mid if pieces is None else _of_pieces(a.mid, b.mid, *pieces)
+    mid = a.mid @ b.mid if pieces is None else _of_pieces(a.mid, b.mid, pieces)
     noise = lam * bounds.product_bound(a.mid.astype(np.float32), b.mid.astype(np.float32), mid)
     if not a.sure:
         noise = noise + np.maximum(a.hi - a.mid, a.mid - a.lo) @ np.abs(b.mid)
@@ -139,15 +144,15 @@ def product(a: Value | np.ndarray, b: Value | np.ndarray, lam: float, pieces: Pi
     return Value(mid - noise, nearest(mid, "float32"), mid + noise)
 
 
-def _of_pieces(a: np.ndarray, b: np.ndarray, count: int, bits: int) -> np.ndarray:
+def _of_pieces(a: np.ndarray, b: np.ndarray, pieces: Pieces) -> np.ndarray:
     split: list[list[np.ndarray]] = []
     for rest in (a, b):
         found = []
-        for _ in range(count):
-            found.append(keep(rest, bits))
+        for _ in range(pieces.count):
+            found.append(keep(rest, pieces.bits))
             rest = rest - found[-1]
         split.append(found)
-    pairs = [(x, y) for i, x in enumerate(split[0]) for y in split[1][: count - i]]
+    pairs = [(x, y) for i, x in enumerate(split[0]) for y in split[1][: pieces.count - i]]
     return np.sum([x @ y for x, y in pairs], axis=0)
 
 
@@ -156,6 +161,11 @@ def total(x: Value, units: float | None = None) -> Value:
     w = (np.sqrt(x.mid.shape[-1]) / 4 + 2 if units is None else units) * U32
     lo, mid, hi = (a.sum(axis=-1, keepdims=True) for a in (x.lo, x.mid, x.hi))
     return Value(lo * (1 - w), nearest(mid, "float32"), hi * (1 + w))
+
+
+def any_of(ways: list[Value]) -> Value:
+    """What one of several ways gives, in each element another perhaps; `mid` is the first one's."""
+    return Value(np.minimum.reduce([v.lo for v in ways]), ways[0].mid, np.maximum.reduce([v.hi for v in ways]))
 
 
 def joined(parts: list[Value]) -> Value:

@@ -11,7 +11,7 @@ import json
 import platform
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -20,6 +20,7 @@ from stages.errors import InputError, OutputError, shown
 from stages.files.cache import accumulation, cache_folder
 from stages.files.jsonio import read_object, write_json
 from stages.oracle.bounds import LAMBDA, RMS, RMS_FACTOR, Lambdas
+from stages.oracle.cores import cores_of
 from stages.spec.backend import Backend
 from stages.spec.noise import Noise
 
@@ -44,7 +45,7 @@ class Calibration:
     @property
     def lambdas(self) -> Lambdas:
         """The lambdas to judge by: shipped, or `SAFETY` times what was seen where that is more; never less."""
-        return {kind: max(shipped, SAFETY * self.seen.get(kind, 0.0)) for kind, shipped in LAMBDA.items()}
+        return Lambdas({kind: max(shipped, SAFETY * self.seen.get(kind, 0.0)) for kind, shipped in LAMBDA.items()})
 
     @property
     def faults(self) -> list[str]:
@@ -78,11 +79,12 @@ def limit_seen(kind: Noise) -> float:
 def lambdas_of(facts: Mapping[str, str], where: str) -> Lambdas:
     """The lambdas that a dump is judged by, as its facts record them; the shipped ones where they do not.
 
+    The tensor cores are those of the device that its facts name.
     `InputError` naming `where` for a fact that is none, or that loosens a bound further than a calibration may.
     """
-    text = facts.get(FACT, SHIPPED)
+    text, cores = facts.get(FACT, SHIPPED), cores_of(facts.get("device"))
     if text == SHIPPED:
-        return LAMBDA
+        return replace(LAMBDA, cores=cores)
     kinds = {kind.value: kind for kind in LAMBDA}
     lambdas = dict(LAMBDA)
     date, _, parts = str(text).partition(": ")
@@ -98,7 +100,7 @@ def lambdas_of(facts: Mapping[str, str], where: str) -> Lambdas:
                 f"{LAMBDA[kind]:g} to {CAP * LAMBDA[kind]:g}"
             )
         lambdas[kind] = max(value, LAMBDA[kind])
-    return MappingProxyType(lambdas)
+    return Lambdas(MappingProxyType(lambdas), cores)
 
 
 def facts_of(backend: Backend) -> dict[str, str]:
