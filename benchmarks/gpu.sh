@@ -11,8 +11,10 @@ jax=gpu; torch=cuda; preset=qwen3-0.6b; layer=2; dry=""
 [ "${2:-}" = cpu ] && { jax=cpu; torch=cpu; preset=tiny; layer=1; dry=--cpu; }
 python=${PYTHON:-python3}; svf="$python -m cli --no-progress"; t0=$SECONDS
 step() {  # NAME LIMIT COMMAND...: stdout to a file; exit code and time to the log
-    local name=$1 limit=$2 at=$SECONDS; shift 2
+    local name=$1 limit=$2 at=$SECONDS left=$((870 + t0 - SECONDS)); shift 2
     [ "$only" = "  " ] || [[ $only == *" $name "* ]] || return
+    [ "$left" -gt 5 ] || { echo "$name: no time left" | tee -a "$o/log"; return; }
+    [ "$left" -gt "$limit" ] || limit=$left
     timeout "$limit" "$@" > "$o/$name.json" 2> "$o/$name.err"; local code=$?
     echo "$name: exit $code, $((SECONDS - at)) s, $((SECONDS - t0)) s in all" | tee -a "$o/log"
     [ -s "$o/$name.err" ] && tail -n 2 "$o/$name.err"
@@ -31,6 +33,6 @@ step diff 30 $svf diff "$w/j-bfloat16" "$w/t" --json
 step decompose 60 $svf decompose "$w/m" --vector "$w/r.npy" --layers $layer --out "$w/c"
 step replay-torch 40 $svf replay "$w/c" --backend torch --device $torch --json
 step replay-jax 40 $svf replay "$w/c" --backend jax --device $jax --json
-step calibrate 40 $svf calibrate --backend jax --device $jax --json
+step calibrate 90 $svf calibrate --backend jax --device $jax --json
 step production 90 $forward --backend jax --device $jax --dtype bfloat16 --out "$w/p"  # last: XLA tunes all of it
 $python "$here/gpu.py" summary "$o"

@@ -360,10 +360,10 @@ class Match:
         few = max(f.bits for f in self.fits) < _SURE * self.observed.size
         order = sorted(self.fits, key=lambda f: (list(Class).index(f.kind), f.off if few else -f.bits))
         best = order[0]
-        alike = (
-            [f for f in order[1:] if f.kind is best.kind and _as_good(f, best, few=few)] if not best.kind.sound else []
-        )
-        ways = tuple(dict.fromkeys((best.words, *(f.words for f in alike))))
+        alike = [f for f in order[1:] if f.kind is best.kind and not best.kind.sound and _as_good(f, best, few=few)]
+        # The likelier ones were asked first.
+        told = [f for f in self.fits if f is best or f in alike] if few else [best, *alike]
+        ways = tuple(dict.fromkeys(f.words for f in told))
         after = next((f.words for f in order if f.words not in ways), self.nearest.words if self.nearest else "")
         usual = best.usual.format(dtype=self.dtype)
         return Found(ways, best.kind, best.bits, best.elements, usual, after, best.ratio)
