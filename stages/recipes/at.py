@@ -24,9 +24,9 @@ class At:
 
     `unrounded` names inputs that are computed again from their own recorded inputs, not rounded to the storage dtype;
     of `depth` 2 and more, theirs are too. `rounded`: they are, of inputs that were not recorded. `inside` is the dtype
-    of the roundings inside the stage, `lost` what its kernel does in fewer bits. `part`: of a joined product one alone;
-    `rows` and `columns`: of the result, where not all are asked for. `right` gives what the prescribed recipe of
-    another stage gives.
+    of the roundings inside the stage, of which those `left_out` are not done; `lost` is what its kernel does in fewer
+    bits. `part`: of a joined product one alone; `rows` and `columns`: of the result, where not all are asked for.
+    `right` gives what the prescribed recipe of another stage gives.
     """
 
     def __init__(
@@ -41,11 +41,14 @@ class At:
         columns: np.ndarray | None = None,
         lost: Lost | None = None,
         rounded: bool = False,
+        left_out: frozenset[str] = frozenset(),
         right: Callable[[At], Value] | None = None,
     ):
         self.oracle, self.stage, self.options = oracle, oracle.stage, oracle.options
         self.unrounded, self.depth, self.part, self.rows = unrounded, depth, part, rows
         self.columns, self.lost, self.rounded, self.right = columns, lost, rounded, right
+        self.left_out = left_out
+        self.steps: dict[str, None] = {}
         self.inside = inside or self.run
         self._memo: dict[Any, Value] = {}
         self._makers: dict[str, At] = {}
@@ -61,7 +64,7 @@ class At:
 
     def but(self, **changes: Any) -> At:
         """The same stage with other inputs; what was computed for it is kept where it still holds."""
-        names = ("unrounded", "depth", "inside", "part", "rows", "columns", "lost", "rounded", "right")
+        names = ("unrounded", "depth", "inside", "part", "rows", "columns", "lost", "rounded", "left_out", "right")
         other = At(self.oracle, **{**{name: getattr(self, name) for name in names}, **changes})
         other._memo, other._makers, other._peaks = self._memo, self._makers, self._peaks
         return other
@@ -195,9 +198,11 @@ class At:
         added = self.cut(self.raw(branch, 1)) if raw else self.recorded(1)
         return (stream + added).soft(1)
 
-    def stored(self, value: Value) -> Value:
-        """A rounding inside the stage, to the activations' dtype."""
-        return value.to(self.inside)
+    def stored(self, value: Value, step: str = "") -> Value:
+        """A rounding inside the stage, to the activations' dtype; `steps` keeps the names of what was rounded."""
+        if step:
+            self.steps[step] = None
+        return value.soft(1) if step in self.left_out else value.to(self.inside)
 
     def narrow(self, x: np.ndarray | float) -> np.ndarray:
         """A number that is held in the activations' dtype."""

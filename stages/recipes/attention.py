@@ -162,8 +162,8 @@ def softmax(
         top = np.where(seen, x.mid, -np.inf).max(axis=-1, keepdims=True)
         t = t + np.exp(sink - top)
     if chain in ("quotient", "inverse"):
-        t = at.stored(t)
-    p = at.stored(e * at.stored(t.falling(lambda a: 1 / a))) if chain == "inverse" else (e / t).soft(1)
+        t = at.stored(t, "sum")
+    p = at.stored(e * at.stored(t.falling(lambda a: 1 / a), "inverse")) if chain == "inverse" else (e / t).soft(1)
     return p if axis == "keys" else p.map(lambda a: a.swapaxes(-1, -2))
 
 
@@ -190,11 +190,11 @@ def exponentials(at: At, x: Value, seen: np.ndarray, chain: str = "float32", fas
         # u of the difference, which is an exponent, and of the product with log2(e); and the exponential's own.
         d = Value(d.lo, nearest(d.mid, "float32"), d.hi).off(U32 * (2 * np.abs(d.mid) + 4))
     else:
-        d = at.stored(d)
+        d = at.stored(d, "difference")
     e = d.map(lambda a: np.where(seen, np.exp(np.minimum(a, 80.0)), 0.0))
     if fast:
         e = Value(e.lo * (1 - fast), np.where(seen, cubic_exponential(d.mid), 0.0), e.hi * (1 + fast))
-    return e.soft(0) if chain == "float32" else at.stored(e)
+    return e.soft(0) if chain == "float32" else at.stored(e, "exponential")
 
 
 def cubic_exponential(x: np.ndarray) -> np.ndarray:

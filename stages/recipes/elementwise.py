@@ -70,18 +70,19 @@ def silu(
     if chain in ("sigmoid", "sigmoid rounded"):
         return at.stored(z.map(sigmoid).soft(4)) * x.mid
     if chain == "away":
-        return at.stored(_away(at, z)) * x.mid
-    e = at.stored((-z).map(lambda a: np.exp(np.minimum(a, 88.7))).soft(3))
-    t = at.stored(e + 1.0)
+        return at.stored(_away(at, z), "sigmoid") * x.mid
+    e = at.stored((-z).map(lambda a: np.exp(np.minimum(a, 88.7))).soft(3), "exponential")
+    t = at.stored(e + 1.0, "sum")
     if chain == "steps":
-        return at.stored(t.falling(lambda a: 1 / a)) * x.mid
+        return at.stored(t.falling(lambda a: 1 / a), "inverse") * x.mid
     ends = x.mid / t.lo, x.mid / t.hi
     return Value(np.minimum(*ends), x.mid / t.mid, np.maximum(*ends))
 
 
 def _away(at: At, z: Value) -> Value:
     """The sigmoid by 1 / (1 + exp|z|), which is it below 0, and 1 less it above; the exponential alone is rounded."""
-    small = (at.stored(z.map(lambda a: np.exp(np.minimum(np.abs(a), 88.7))).soft(3)) + 1.0).falling(lambda a: 1 / a)
+    e = at.stored(z.map(lambda a: np.exp(np.minimum(np.abs(a), 88.7))).soft(3), "exponential")
+    small = (e + 1.0).falling(lambda a: 1 / a)
     large, below = point(np.ones(1)) - small.soft(1), z.mid < 0
     ends = zip((small.lo, small.mid, small.hi), (large.lo, large.mid, large.hi), strict=True)
     return Value(*(np.where(below, a, b) for a, b in ends)).soft(1)

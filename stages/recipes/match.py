@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import takewhile
+from itertools import combinations, takewhile
 from typing import Any
 
 import numpy as np
@@ -122,7 +122,7 @@ class Match:
             self._ask(self._plain((Class.EQUIVALENT,), deep=False), enough=True)
         # Of a number or two anything may be a rounding.
         less = (self._narrower, self._others) if self.observed.size > _NUMBERS else (self._others, self._narrower)
-        for more in (self._elements, self._unrounded, self._deep, *less, self._times):
+        for more in (self._elements, self._unrounded, self._deep, *less, self._times, self._placements):
             if self.fits:
                 break
             more()
@@ -281,6 +281,18 @@ class Match:
         if found is not None:
             words, bits = found
             self.fits.append(Fit(words, Class.OTHER, bits, 0, self.observed.size))
+
+    def _placements(self) -> None:
+        """Where no row fits: the narrower rows with some of their roundings left out, all that there are."""
+        for form in forms_of(self.kind, self.dtype, Class.NARROWER) if self.kind.cheap and self.dtype in NARROW else ():
+            at = self.at.but(**(self.few or {}))
+            if form.deep or self._value(form.args, at) is None:
+                continue
+            some = (steps for n in range(1, len(at.steps)) for steps in combinations(at.steps, n))
+            self._ask(
+                self._of(form, self.at.but(left_out=frozenset(steps)), f", but not the {' nor the '.join(steps)}")
+                for steps in some
+            )
 
     def _with_mods(self, form: Form) -> Iterator[Tried]:
         said = "" if _class(form, self.dtype) is Class.PRESCRIBED else f"; {self._words(form)}"

@@ -67,17 +67,20 @@ def _root(at: At, x: Value, stat: str, eps: float, *, chain: bool, outside: bool
     squares = x * x
     if not squares.sure:
         squares = Value(np.maximum(squares.lo, 0), squares.mid, squares.hi)
-    added = _one_by_one(squares.soft(1)) if chain else total(_held(squares, stat))
-    mean = _held(added * (1.0 if summed else 1.0 / x.mid.shape[-1]), stat)
+    added = _one_by_one(squares.soft(1)) if chain else total(_held(at, squares, stat, "squares"))
+    mean = _held(at, added * (1.0 if summed else 1.0 / x.mid.shape[-1]), stat, "mean")
     if outside:
         return (mean.map(np.sqrt) + eps).falling(lambda a: 1 / a).soft(4)
-    return _held(_held(mean + eps, stat).falling(lambda a: 1 / np.sqrt(a)).soft(3), stat)
+    under = _held(at, mean + eps, stat, "mean + eps")
+    return _held(at, under.falling(lambda a: 1 / np.sqrt(a)).soft(3), stat, "inverse root")
 
 
-def _held(value: Value, stat: str) -> Value:
+def _held(at: At, value: Value, stat: str, step: str) -> Value:
     """A step kept in `stat`. In float32 what it may err by is in the units of the sum and of the root: all of them
     together make sqrt(K)/8 + 6 u, as bounds.norm_bound has it."""
-    return value.soft(0) if stat == "float32" else value.once(stat)
+    if stat == "float32":
+        return value.soft(0)
+    return at.stored(value, step) if stat == at.inside else value.once(stat)
 
 
 def _one_by_one(squares: Value) -> Value:

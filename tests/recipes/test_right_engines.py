@@ -7,12 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from forward_models import MODELS, tokens_of, write_model
 from helpers import svf, tensors_of
 from plain_forward import Array, Plain
 from safetensors.numpy import save_file
+
+import svf as library
 
 MODEL = "qwen3-gqa4"
 COUNT = 16
@@ -129,3 +132,14 @@ def test_roundings_left_out_between_stages_are_found(tmp_path: Path) -> None:
     code, document = audited(tmp_path, "bfloat16", "swigl", fused)
     assert (code, document["outcome"]) == (0, "sound"), document["verdict"]
     assert row_of(document, "ffn_swigl")["recipe"] == "the recorded silu times up, rounded once; of unrounded ffn_silu"
+
+
+def test_roundings_that_no_row_has_are_found_by_leaving_out_some() -> None:
+    """A silu that rounds its exponential and its inverse, but not the sum between them."""
+    rng = np.random.default_rng(3)
+    r = lambda a: a.astype(np.float32).astype(ml_dtypes.bfloat16).astype(np.float32)  # noqa: E731
+    gate = r(2 * rng.standard_normal((32, 64)))
+    written = r(r(1 / (1 + r(np.exp(-gate.astype(np.float64))))) * gate).astype(ml_dtypes.bfloat16)
+    found = library.judge("ffn_silu", written, gate.astype(ml_dtypes.bfloat16))
+    words = "exponential, sum, inverse and product each rounded, but not the sum"
+    assert (found.verdict, words in (found.hint or "")) == ("precision", True), found
