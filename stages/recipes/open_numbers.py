@@ -99,7 +99,7 @@ def one_factor(at: At, observed: np.ndarray, right: np.ndarray) -> tuple[str, in
                     return text, _bits(right * usual, observed)
             bits = _bits(right * factor, observed)
             # In few bits most values may be either; then a factor explains no more than none.
-            return (f"every value is {factor:.9g} times what it should be", bits) if bits > own else None
+            return (f"every value is {factor:.9g} times what it should be", bits) if bits >= own else None
     return None
 
 

@@ -43,6 +43,8 @@ def factors(at: At, order: Sequence[str] = ()) -> list[Factor]:
 
 def _bias(at: At, weight: str) -> np.ndarray | None:
     name = weight.removesuffix("weight") + "bias"
+    if at.lost is not None and not at.lost.narrow.cast:
+        at = at.but(lost=None)
     return at.weight(name) if name in at.stage.params else None
 
 

@@ -27,7 +27,8 @@ from stages.selftest.making import (
 
 NORMS = ("attn_norm", "ffn_norm", "final_norm")
 ROPED, SCORES, SOFTMAX, ATTENTION = ("q_post_rope", "k_post_rope"), ("attn_scores",), ("attn_softmax",), ("attention",)
-PRODUCTS, HEAD = ("attn_out", "ffn_gate", "ffn_up", "ffn_out"), ("lm_head",)
+PRODUCTS, QKV, HEAD = ("attn_out", "ffn_gate", "ffn_up", "ffn_out"), ("qkv_matmul",), ("lm_head",)
+ANGLE, EMBEDDING = ("rope_angle",), ("embedding",)
 SUMS, SILU, SWIGL = ("post_attn_residual", "post_ffn_residual"), ("ffn_silu",), ("ffn_swigl",)
 REPLAYED = ("matmul_pre_norm", "zero_source_f32")
 # Both families, all dtypes; of a described one, one family in two dtypes.
@@ -46,6 +47,10 @@ def _rms(x: np.ndarray, axis: int | tuple[int, ...] = -1) -> np.ndarray:
 def _over(root: Callable[[np.ndarray], np.ndarray]) -> Plant:
     """A norm that divides by another root."""
     return another(lambda x, w: x / root(x) * w)
+
+
+def _rms_of_fewer(x: np.ndarray) -> np.ndarray:
+    return _rms(x) * np.float32(x.shape[-1] / (x.shape[-1] - 1)) ** 0.5
 
 
 def _of_halves(x: np.ndarray, w: np.ndarray) -> np.ndarray:
@@ -94,6 +99,10 @@ def _capped(at: float) -> Plant:
 def _sigmoid(x: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):
         return 1 / (1 + np.exp(-x))
+
+
+def _silu(x: np.ndarray) -> np.ndarray:
+    return x * _sigmoid(x)
 
 
 def _gelu_erf(x: np.ndarray) -> np.ndarray:
@@ -173,6 +182,10 @@ def _interleaved(call: Call) -> np.ndarray:
     return x * c + np.stack((-x[..., 1::2], x[..., ::2]), axis=-1).reshape(x.shape) * s
 
 
+def _scaled_by_more(call: Call) -> np.ndarray:
+    return call.of(scaling=(call.options["scaling"] ** -2 + 1) ** -0.5)
+
+
 def _tiled_keys(call: Call) -> np.ndarray:
     q, k = map(float32, call.arguments)
     keys = k[:, np.arange(q.shape[1]) % k.shape[1]]
@@ -214,12 +227,7 @@ def _described() -> Iterator[Row]:
     yield "window of 8", SOFTMAX, _softmax(lambda back: (back >= 0) & (back < 8)), "last 8 keys"
     yield "values are the keys", ATTENTION, _of_keys, "values are the keys"
     yield "probabilities transposed", ATTENTION, of_operands(lambda p, v: (p.swapaxes(1, 2), v)), "transposed"
-    yield (
-        "k and v swapped",
-        ("qkv_matmul",),
-        of_operands(lambda x, q, k, v: (x, q, v, k)),
-        "k_proj and v_proj are swapped",
-    )
+    yield "k and v swapped", QKV, of_operands(lambda x, q, k, v: (x, q, v, k)), "k_proj and v_proj are swapped"
     yield "residual missing", SUMS, another(lambda x, y: y), "residual is missing"
     yield "block subtracted", SUMS, another(lambda x, y: x - y), "is subtracted"
     yield "gelu by erf", SILU, another(_gelu_erf), "by erf"
@@ -261,16 +269,11 @@ _PLACE = (
     r"|no element is beyond .*|no known recipe gives it.*"
 )
 _FACTORS, _ORDER, _MASK = r".* off by a factor each.*", r".* in another order: .*", r"another mask: .*"
-_ANGLES = r"turned by other angles .*|.*(positions?|angles?|frequencies) .*"
+_ANGLES = r"turned by other angles .*|.*(positions?|angles?|frequencies|scaled?|factor|times) .*"
 
 
 def _norms() -> Iterator[Row]:
-    yield (
-        "mean over K - 1",
-        NORMS,
-        _over(lambda x: _rms(x) * (x.shape[-1] / (x.shape[-1] - 1)) ** 0.5),
-        r"every value is 0\.99.*",
-    )
+    yield "mean over K - 1", NORMS, _over(_rms_of_fewer), r"every value is 0\.99.*"
     yield "normalised twice", NORMS, another(lambda x, w: _twice(x / _rms(x) * w)), _FACTORS
     yield "norm of each half of the columns", NORMS, another(_of_halves), ""
     yield "norm by the mean magnitude", NORMS, _over(lambda x: np.abs(x).mean(-1, keepdims=True) + 1e-6), _FACTORS
@@ -289,16 +292,11 @@ def _ropes() -> Iterator[Row]:
     yield (
         "tables of the next token",
         ROPED,
-        of_operands(lambda x, *t: (x, *(np.roll(a, -1, axis=0) for a in t))),
+        of_operands(lambda x, c, s: (x, np.roll(c, -1, 0), np.roll(s, -1, 0))),
         _ANGLES,
     )
-    yield (
-        "positions halved",
-        ("rope_angle",),
-        of_operands(lambda f, p: (f / 2, p)),
-        rf"{_ANGLES}|.*(scal|factor|times).*",
-    )
-    yield "positions past a cache", ("rope_angle",), of_operands(lambda f, p: (f, p - (p >= 12))), _ANGLES
+    yield "positions halved", ANGLE, of_operands(lambda f, p: (f / 2, p)), _ANGLES
+    yield "positions past a cache", ANGLE, of_operands(lambda f, p: (f, p - (p >= 12))), _ANGLES
     yield "angle in degrees", ("rope_cos",), another(lambda a: np.cos(a * np.pi / 180)), ""
 
 
@@ -309,12 +307,7 @@ def _attentions() -> Iterator[Row]:
     yield "scores biased by distance", SCORES, then(lambda s: s - np.float32(2.0**-7) * _back(s)), ""
     yield "scores times log(n)", SCORES, then(lambda s: s * np.log(np.arange(len(s[0])) + 3)[:, None]), r"queries .*"
     yield "queries and keys of 4 bits", SCORES, all_operands(_whole_numbers), ""
-    yield (
-        "scale 1/sqrt(d + 1)",
-        SCORES,
-        lambda c: c.of(scaling=(c.options["scaling"] ** -2 + 1) ** -0.5),
-        r"every value is 0\.9.*",
-    )
+    yield "scale 1/sqrt(d + 1)", SCORES, _scaled_by_more, r"every value is 0\.9.*"
     yield "window of 6", SOFTMAX, _softmax(lambda back: (back >= 0) & (back < 6)), r".* last 6 keys .*"
     yield "window of 11", SOFTMAX, _softmax(lambda back: (back >= 0) & (back < 11)), r".* last 11 keys .*"
     yield "a sink of each head's own", SOFTMAX, another(_sink), r"queries .*"
@@ -338,28 +331,18 @@ def _products() -> Iterator[Row]:
     yield "two of four weights pruned", PRODUCTS, _weights(_pruned), ""
     yield "weights clipped at twice their RMS", PRODUCTS, _weights(lambda w: np.clip(w, -2 * w.std(), 2 * w.std())), ""
     yield "an adapter of rank 1 left in", PRODUCTS, _weights(_adapted), r".*low rank.*|.*rank 1.*"
-    yield (
-        "last term of K missing",
-        PRODUCTS,
-        of_operands(lambda x, w: (_without_last(x), w)),
-        r".*column.*|.*low rank.*",
-    )
+    yield "last term of K missing", PRODUCTS, of_operands(_without_last), r".*column.*|.*low rank.*"
     yield "logits shifted by one", HEAD, then(lambda r: np.roll(r, 1, axis=-1)), _ORDER
     yield "logits capped at 1.7", HEAD, _capped(1.7), ""
 
 
-def _without_last(x: np.ndarray) -> np.ndarray:
-    return np.asarray(x * (np.arange(x.shape[-1]) < x.shape[-1] - 1))
+def _without_last(x: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return x * (np.arange(x.shape[-1]) < x.shape[-1] - 1), w
 
 
 def _others() -> Iterator[Row]:
     yield "gelu by tanh, of 0.05 for 0.044715", SILU, another(_gelu_tanh), ""
-    yield (
-        "silu, its argument cut at 0.55",
-        SILU,
-        another(lambda x: np.minimum(x, 0.55) * _sigmoid(np.minimum(x, 0.55))),
-        "",
-    )
+    yield "silu, its argument cut at 0.55", SILU, another(lambda x: _silu(np.minimum(x, 0.55))), ""
     yield "silu of slope 1.1", SILU, another(lambda x: x * _sigmoid(np.float32(1.1) * x)), ""
     yield "mish", SILU, another(lambda x: x * np.tanh(np.log1p(np.exp(x)))), ""
     yield "hard swish", SILU, another(lambda x: x * np.clip(x + 3, 0, 6) / 6), ""
@@ -368,13 +351,8 @@ def _others() -> Iterator[Row]:
     yield "block x 1.1", SUMS, another(lambda x, y: x + np.float32(1.1) * y), ""
     yield "last token's residual dropped", SUMS, another(lambda x, y: y + _with(-1, lambda r: 0 * r)(x)), ""
     yield "block normed before the sum", SUMS, another(lambda x, y: x + _twice(y)), ""
-    yield (
-        "ids of the next tokens",
-        ("embedding",),
-        of_operands(lambda t, w: (np.roll(t, -1), w)),
-        r".*order.*|.*token.*",
-    )
-    yield "embedding halved", ("embedding",), then(lambda r: r * np.float32(0.5)), r"every value is 0\.5 times .*"
+    yield "ids of the next tokens", EMBEDDING, of_operands(lambda t, w: (np.roll(t, -1), w)), r".*order.*|.*token.*"
+    yield "embedding halved", EMBEDDING, then(lambda r: r * np.float32(0.5)), r"every value is 0\.5 times .*"
 
 
 def _mixed(load: Load) -> np.ndarray:

@@ -10,7 +10,7 @@ import re
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,11 @@ from stages.judge.forward import open_run, oracles_of
 from stages.oracle.rounding import round_once
 from stages.oracle.verdict import Oracle, consult, judged_part
 from stages.recipes.at import At, Unknown
-from stages.recipes.catalogue import kind_of, right_value, told
+from stages.recipes.catalogue import forms_of, kind_of, right_value, told
 from stages.recipes.fewer_bits import NARROW, ways
 from stages.recipes.fit import places_beyond
 from stages.recipes.recipe import FIT, Class, Kind
+from stages.recipes.value import Value
 from stages.selftest.fault import FORWARD
 from stages.selftest.fault import REPLAY as REPLAYED
 from stages.selftest.specimens import SPECIMENS
@@ -43,7 +44,6 @@ MADE_OF = ("qwen3", "qwen3-bf16", "qwen3-f16", "qwen2-bf16", "square")
 LAYER = 1
 # Of a quick selftest, one row in so many, others for another seed.
 _QUICK = 12
-GROUP = "rows of the catalogue"
 # What stands for a number that the judge is to estimate.
 _OPEN: Mapping[str, float] = {"eps": 0.003, "temperature": 1.3, "theta": 3e5}
 _VERDICTS = {Class.NARROWER: "precision", Class.OTHER: "bug"}
@@ -92,8 +92,8 @@ class Written:
     own: bool  # a form or a mod of its kind, not the general ones of fewer bits
 
 
-def written(oracle: Oracle) -> Iterator[Written]:
-    """Each row of a stage that holds for its dtype, and has what it reads."""
+def written(oracle: Oracle, numbers: Mapping[str, float] = {}) -> Iterator[Written]:
+    """Each row of a stage that holds for its dtype and has what it reads; `numbers`: those that a row leaves open."""
     kind, dtype = kind_of(oracle.stage), oracle.stage.dtype
     assert kind is not None
     at = At(oracle, right=right_value)
@@ -102,49 +102,37 @@ def written(oracle: Oracle) -> Iterator[Written]:
     for narrow in NARROW:
         if dtype in narrow.dtypes:
             wide = [a.astype(np.float64) if a.dtype.kind != "i" else None for a in oracle.arguments]
-            more = [x is not None and not np.array_equal(narrow.round(x), x) for x in wide]
+            more = [x is not None and not np.array_equal(narrow.of(x), x) for x in wide]
             lost = ways(oracle.stage.inputs, more, narrow)
             rows += [(words, Class.NARROWER, {}, at.but(lost=what), False) for words, what in lost]
     for mod in kind.mods:
-        open_numbers = {name: _OPEN[name] for name, value in mod.args.items() if value == FIT}
-        words = told(mod, at, *open_numbers.values())
-        rows.append((words, Class.OTHER, {**mod.args, **open_numbers}, at, True))
+        left_open = [name for name, value in mod.args.items() if value == FIT]
+        if set(left_open) <= set(numbers):
+            given = {name: numbers[name] for name in left_open}
+            rows.append((told(mod, at, *given.values()), Class.OTHER, {**mod.args, **given}, at, True))
     for words, cls, args, of, own in rows:
         assert cls is not None
-        array = _array(kind, of, args)
-        if array is not None:
-            yield Written(words, cls, array, own)
+        value = _value(kind, of, args)
+        if value is not None:
+            array = round_once(of.result(value).mid, stored_dtype(dtype))
+            if np.isfinite(array).all():
+                yield Written(words, cls, judged_part(oracle.stage, array), own)
 
 
-def _array(kind: Kind, at: At, args: Mapping[str, Any]) -> np.ndarray | None:
-    try:
-        with np.errstate(all="ignore"):
-            value = kind.emulator(at, **args)
-            if value is None or value.mid.shape != at.oracle.value.shape:
-                return None
-            array = round_once(at.result(value).mid, stored_dtype(at.stage.dtype))
-    except Unknown:
-        return None
-    return judged_part(at.stage, array) if np.isfinite(array).all() else None
+def _value(kind: Kind, at: At, args: Mapping[str, Any]) -> Value | None:
+    with suppress(Unknown), np.errstate(all="ignore"):
+        value = kind.emulator(at, **args)
+        return value if value is not None and value.mid.shape == at.oracle.value.shape else None
+    return None
 
 
 def _may_be_right(oracle: Oracle, array: np.ndarray) -> bool:
     """Whether a right way may give it: then no fault was planted."""
-    kind = kind_of(oracle.stage)
+    kind, at, dtype = kind_of(oracle.stage), At(oracle, right=right_value), oracle.stage.dtype
     assert kind is not None
-    at, dtype = At(oracle, right=right_value), oracle.stage.dtype
-    for form in kind.forms:
-        cls = form.of(dtype)
-        if cls is None or not cls.sound or form.unseen:
-            continue
-        try:
-            with np.errstate(all="ignore"):
-                value = kind.emulator(at, **form.args)
-        except Unknown:
-            continue
-        if value is not None and not places_beyond(value, array, oracle.stage)[1].any():
-            return True
-    return False
+    forms = (form for form in forms_of(kind, dtype, Class.PRESCRIBED, Class.EQUIVALENT) if not form.unseen)
+    values = (_value(kind, at, form.args) for form in forms)
+    return any(value is not None and not places_beyond(value, array, oracle.stage)[1].any() for value in values)
 
 
 # -- what is planted where ----------------------------------------------------------------------------------------
@@ -205,7 +193,7 @@ def judged(folder: Path, specimen: str, backend: str, chosen: Sequence[str], qui
                 continue
             alike = [other for other in places if _name_of(other) == _name_of(place)]
             shutil.copytree(folder, copy)
-            writes = [*written(place.oracle)]
+            writes = [*written(place.oracle, _OPEN)]
             for row in writes:
                 turn = zlib.crc32(f"{specimen} {row.words} {seed}".encode())
                 here = row.kind.sound or alike[(turn // 2 + (backend == "jax")) % len(alike)] is place

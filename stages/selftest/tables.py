@@ -14,18 +14,27 @@ def digest(documents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     Of several documents the clean runs are added up, and a kind of fault is as the last one has it.
     """
-    kinds = {kind["kind"]: kind for document in documents for kind in document["kinds"]}
+    kinds = {
+        kind["kind"]: {**kind, "misnamed": _misnamed(document, kind["kind"])}
+        for document in documents
+        for kind in document["kinds"]
+    }
     order = [*FAULTS, *ROWS]
     return {
         "schema": documents[0]["schema"],
         "seeds": [document["seed"] for document in documents],
-        **{name: sum(kind[name] for kind in kinds.values()) for name in ("planted", "found", "named")},
-        **{name: sum(document.get(name, 0) for document in documents) for name in _ROWS},
+        **{name: sum(kind[name] for kind in kinds.values()) for name in ("planted", "found", "named", "misnamed")},
+        "rows": sum(kind["planted"] for kind in kinds.values() if kind["kind"] in ROWS),
+        "rows_unseen": documents[0]["rows_unseen"],
         **{name: sum(document[name] for document in documents) for name in ("clean_runs", "false_alarms")},
         "kinds": sorted(kinds.values(), key=lambda kind: order.index(kind["kind"])),
         "recordings": _tally(documents, "recorded", "recording", lambda row: row["twin"]["named"], "sound"),
         "uses": _tally(documents, "used", "use", lambda row: row["twin"]["outcome"] != "agree", "agree"),
     }
+
+
+def _misnamed(document: Mapping[str, Any], kind: str) -> int:
+    return sum(row.get("misnamed", False) for row in document["faults"] if row["fault"] == kind)
 
 
 def _tally(
@@ -90,11 +99,11 @@ def summary(recorded: Mapping[str, Any]) -> list[str]:
 
 
 _HOW = (
-    "A row of the [catalogue](recipes.md) is written by the emulator that the judge asks of it, in the place of what a "
-    "backend recorded: this proves the search and the words. {rows_unseen} more rows change no number beyond what a right "
-    "way may give, and are not counted. What is written apart shares nothing with the emulators: where a row describes it, "
-    "the row must be named; where none does, it must be found, and nothing may be said that it is not. Each right way of "
-    "the catalogue, written so, is a clean comparison."
+    "A row of the [catalogue](recipes.md) is written by the emulator that the judge asks of it, in the place of what "
+    "a backend recorded: this proves the search and the words. {rows_unseen} more change no number beyond what a right "
+    "way may give, and are not counted. What is written apart shares nothing with the emulators: where a row describes "
+    "it, the row must be named; where none does, it must be found, and nothing may be said that it is not. Each right "
+    "way of the catalogue, written so, is a clean comparison."
 )
 _RECORDINGS = (
     "Forwards of torch and JAX, Qwen3 and Qwen2, in float32, bfloat16 and float16, recorded as engines record them and "
@@ -105,7 +114,6 @@ _USES = (
     "Each on a float32 and a bfloat16 model, as a user would. The twin has a stage off by 1/32 on one side, or a "
     "bundle whose label of the layout lies, and must not agree."
 )
-_ROWS = ("rows", "rows_unseen", "misnamed")
 _MEASURED = ("size", "first wrong stage", "error / bound", "found", "named")
 
 
@@ -126,9 +134,9 @@ def _stages(names: Sequence[str], limit: int = 3) -> str:
 
 def counts(recorded: Mapping[str, Any]) -> str:
     return (
-        f"{len(recorded['kinds'])} kinds of fault, planted {recorded['planted']} times, {recorded['rows']} of these by "
-        f"rows of the catalogue: {recorded['found']} found, {recorded['named']} named, {recorded['misnamed']} called what "
-        f"they are not. {recorded['clean_runs']} clean comparisons: {recorded['false_alarms']} "
+        f"{len(recorded['kinds'])} kinds of fault, planted {recorded['planted']} times, {recorded['rows']} of these as "
+        f"rows of the catalogue: {recorded['found']} found, {recorded['named']} named, {recorded['misnamed']} called "
+        f"what they are not. {recorded['clean_runs']} clean comparisons: {recorded['false_alarms']} "
         f"false alarms. {_share(recorded['recordings'])} right recordings, of {len(recorded['recordings'])} kinds, are "
         f"sound; {_share(recorded['uses'])} right uses of commands agree."
     )

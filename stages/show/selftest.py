@@ -39,8 +39,9 @@ def selftest_document(document: Mapping[str, Any]) -> None:
     style, word = ("bold green", "PASSED") if document["passed"] else ("bold red", "FAILED")
     out.print(
         f"[{style}]{word}[/]  {document['named']} of {document['planted']} planted faults of {len(document['kinds'])} "
-        f"kinds named, {document['found']} found, {document['misnamed']} called what they are not; {document['false_alarms']} false alarms in {document['clean_runs']} "
-        f"clean comparisons; {document['recordings_sound']} of {document['recordings']} recordings sound, "
+        f"kinds named, {document['found']} found, {document['misnamed']} called what they are not; "
+        f"{document['false_alarms']} false alarms in {document['clean_runs']} clean comparisons; "
+        f"{document['recordings_sound']} of {document['recordings']} recordings sound, "
         f"{document['recordings_twins_named']} of their twins named; {document['uses_agreeing']} of {document['uses']} "
         f"uses agree, {document['uses_twins_told']} of their twins told; {document['seconds']:.0f} s.",
         soft_wrap=True,
