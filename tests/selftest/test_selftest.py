@@ -48,7 +48,11 @@ def found() -> dict[str, Any]:
 def test_what_is_planted_is_named_and_clean_runs_raise_no_alarm(found: dict[str, Any]) -> None:
     assert [row["fault"] for row in found["faults"] if not row["named"]] == []
     assert all(row["changed_elements"] > 0 for row in found["faults"])
-    assert (found["planted"] - found["rows"], found["misnamed"], found["false_alarms"]) == (len(FEW) + len(ONCE_WRONG), 0, 0)
+    assert (found["planted"] - found["rows"], found["misnamed"], found["false_alarms"]) == (
+        len(FEW) + len(ONCE_WRONG),
+        0,
+        0,
+    )
     assert found["passed"]
     assert exit_code(found) == 0
 
