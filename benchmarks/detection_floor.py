@@ -7,7 +7,8 @@ import sys
 
 from stages.progress import Progress
 from stages.selftest.faults import FAULTS
-from stages.selftest.options import SelftestOptions, selftest
+from stages.selftest.options import SelftestOptions
+from stages.selftest.run import selftest
 
 
 def main(halvings: int, names: list[str]) -> None:

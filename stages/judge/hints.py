@@ -342,6 +342,9 @@ def grows_with_position(case: Case) -> str | None:
     at = np.arange(rms.size)
     if rms[-1] < 3 * rms[1] or rms[1:].min() <= 0 or rms[0] > rms[1:].min():
         return None
+    wrong = np.asarray(case.along(case.value.ndim - 1, case.wrong).any(axis=1))
+    if not (wrong[0] or wrong[len(wrong) // 2]):  # the first pair turns most
+        return None
     # Of a quantity in step with t, log against log has slope 1; the first position has no logarithm.
     slope, _ = np.polyfit(np.log(at[1:]), np.log(rms[1:]), 1)
     if not 0.7 < slope < 1.3 or np.corrcoef(at, rms)[0, 1] < 0.9:

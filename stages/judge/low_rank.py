@@ -31,6 +31,8 @@ def explain_low_rank(oracle: Oracle, observed: np.ndarray) -> str | None:
         rank = _low_rank(*(x[tokens, columns] for x in (error, bound, oracle.value, wrong)))
         if rank is None:
             return None
+        if rank == 1 and (np.ptp(error[:, part.columns], axis=0) <= 2 * bound[:, part.columns].max(axis=0)).all():
+            return f"the same is added to every token, as if the bias of {part.name} were another"
         ranks[part.name] = rank
     if not ranks:
         return None

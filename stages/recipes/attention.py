@@ -29,6 +29,7 @@ def scores(
     swapped: bool = False,
     cap: float | None = None,
     core: bool = False,
+    steps: bool = False,
     pieces: Pieces | None = None,
 ) -> Value | None:
     """q k^T scaled, `[heads, queries, keys]`; `form` says where the scale goes and what is rounded before it."""
@@ -53,7 +54,11 @@ def scores(
     if form in ("each", "scale narrow"):
         y = at.stored(y)
     y = (y * scale).soft(1) if scale != 1.0 else y
-    return y if cap is None else (y * (1 / cap)).map(np.tanh).soft(8) * cap
+    if cap is None:
+        return y
+    if steps:
+        return at.stored(at.stored(at.stored(y) / cap).map(np.tanh).soft(8)) * cap
+    return (y / cap).map(np.tanh).soft(8) * cap
 
 
 def _times(at: At, factor: str | float) -> float:
@@ -110,7 +115,11 @@ _SCORE_MODS = (
     Mod("the scores are multiplied by sqrt(head_dim), not divided", {"factor": "upside down"}),
     Mod("key heads are dealt out in turn, not each to consecutive query heads", {"tiled": True}),
     Mod("queries and keys are swapped", {"swapped": True}),
-    *(Mod(f"capped softly at {cap:g}", {"cap": cap}) for cap in (20.0, 30.0, 50.0)),
+    *(
+        Mod(f"capped softly at {cap:g}{words}", {"cap": cap, **args})
+        for cap in (20.0, 30.0, 50.0)
+        for words, args in (("", {}), (", each step rounded", {"steps": True}))
+    ),
 )
 SCORES = Kind(
     "scores",

@@ -17,7 +17,7 @@ class Narrow:
 
     `dtypes`: storage in which that loses something. `result`: whether a kernel would keep its result so. `whole`: it
     goes by the largest magnitude of a tensor, as a scale does: `round` takes that too. `core`: the format of the tensor
-    core that takes such operands.
+    core that takes such operands. `cast`: a dtype, to which a product's bias is cast too.
     """
 
     name: str
@@ -27,6 +27,7 @@ class Narrow:
     result: bool = True
     whole: bool = False
     core: str | None = None
+    cast: bool = False
 
     def of(self, x: np.ndarray, peak: float | None = None) -> np.ndarray:
         """What `x` is taken to; `peak` is the largest magnitude of the tensor that `x` is part of, or its own."""
@@ -62,12 +63,12 @@ _EVERY = ("float32", "bfloat16", "float16")
 # Nearest even is what a cast does, truncation what a tensor core does to operands that were not cast before. TF32 and
 # what is only cut keep float32's range.
 NARROW: tuple[Narrow, ...] = (
-    Narrow("bfloat16-like", 7, lambda x: nearest(x, "bfloat16"), ("float32", "float16"), core="bfloat16"),
+    Narrow("bfloat16-like", 7, lambda x: nearest(x, "bfloat16"), ("float32", "float16"), core="bfloat16", cast=True),
     Narrow("bfloat16-like (truncated)", 7, lambda x: keep(x, 7, "truncate"), _WIDE, core="bfloat16"),
     Narrow("TF32-like", 10, lambda x: keep(x, 10), _WIDE, core="tf32"),
     Narrow("TF32-like (ties away)", 10, lambda x: keep(x, 10, "away"), _WIDE, core="tf32"),
     Narrow("TF32-like (truncated)", 10, lambda x: keep(x, 10, "truncate"), _WIDE, core="tf32"),
-    Narrow("float16-like (with its range)", 10, lambda x: nearest(x, "float16"), ("float32", "bfloat16")),
+    Narrow("float16-like (with its range)", 10, lambda x: nearest(x, "float16"), ("float32", "bfloat16"), cast=True),
     Narrow(
         "float8-like (e4m3), scaled",
         3,

@@ -31,6 +31,7 @@ def norm(
     eps: float | None = None,
     centred: bool = False,
     weight: float | None = None,
+    kept: bool = False,
     outside: bool = False,
     summed: bool = False,
     skip: bool = False,
@@ -38,8 +39,8 @@ def norm(
 ) -> Value | None:
     """x / sqrt(mean(x^2) + eps) * weight; `cast` says where the product with the weight is rounded.
 
-    `chain`: the squares are added one after another, in float32. `weight`: a factor of the weight instead of 1, what is
-    added is 1 less it.
+    `chain`: the squares are added one after another, in float32. `weight`: 0 for ones in its place, 1 for one more than
+    it, which is `kept` in its own dtype.
     """
     x, w = inputs(at), at.params()[-1][1]
     if source != "record":
@@ -47,7 +48,7 @@ def norm(
     eps = at.options["eps"] if eps is None else eps
     shape = x.mid.shape
     if weight is not None:
-        w = np.ones_like(w) if weight == 0 else 1.0 + w
+        w = np.ones_like(w) if weight == 0 else at.narrow(1.0 + w) if kept else 1.0 + w
     if whole:
         if x.mid.ndim < 3:
             return None
@@ -171,6 +172,7 @@ MODS = (
     Mod("as if eps were {fit:g}, not {eps:g}", {"eps": FIT}),
     Mod("the norm's weight is missing", {"weight": 0}),
     Mod("the norm's weight is 1 + what is stored", {"weight": 1}),
+    Mod("the norm's weight is 1 + what is stored, rounded", {"weight": 1, "kept": True}),
     Mod("the norm is missing", {"skip": True, "weight": 0}),
     Mod("the norm divides nothing: its input times its weight", {"skip": True}),
     Mod("its mean is subtracted first: LayerNorm", {"centred": True}),

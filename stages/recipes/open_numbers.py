@@ -13,6 +13,7 @@ from stages.recipes import norm as norms
 from stages.recipes.at import At
 from stages.recipes.elements import interval, shortest
 from stages.recipes.recorded_product import cell
+from stages.spec.dtypes import stored_dtype
 
 # A fitted number must exclude the right one by this much of it.
 CLEAR = 256 * U32
@@ -27,15 +28,22 @@ def filled(at: At, name: str, observed: np.ndarray, right: np.ndarray) -> float 
 
 
 def _eps(at: At, y: np.ndarray, right: np.ndarray) -> float | None:
-    """From rows in which eps weighs most."""
+    """The one of fewest digits that no value excludes: each says between which two its row's root lies."""
     x, w = norms.inputs(at).mid, at.params()[-1][1]
-    weighted = x * w
-    root = (y * weighted).sum(axis=-1) / np.maximum((weighted * weighted).sum(axis=-1), 1e-300)
+    x, weighted, y = (a.reshape(-1, x.shape[-1]) for a in (x, x * w, y))
+    # Rounded before the product with the weight and after it.
+    off = (
+        1.5 * rounding_unit(stored_dtype(at.inside)) + rounding_unit(stored_dtype(at.stage.dtype)) + 4 * U32
+    ) * np.abs(y)
+    smallest, largest = interval((y - off).T, (y + off).T, weighted.T)
     square = (x * x).mean(axis=-1)
-    eps = (1 / root**2 - square).reshape(-1)
-    some = eps[np.argsort(square.reshape(-1))][: max(1, eps.size // 8)]
-    found = float(f"{max(float(np.median(some)), 0.0):.2g}")
-    return None if not np.isfinite(found) or abs(found - at.options["eps"]) < 1e-3 * at.options["eps"] else found
+    some = (smallest > 0) & np.isfinite(largest)
+    least, most = (edge[some] ** -2.0 - square[some] for edge in (largest, smallest))
+    low, high = max(float(least.max(initial=0.0)), 0.0), float(most.min(initial=np.inf))
+    own = at.options["eps"]
+    if not low <= high < np.inf or low <= own * (1 + 1e-3) <= high:
+        return None
+    return shortest(low, high)
 
 
 def _temperature(at: At, y: np.ndarray, right: np.ndarray) -> float | None:
@@ -78,7 +86,7 @@ def one_factor(at: At, observed: np.ndarray, right: np.ndarray) -> tuple[str, in
     y, wide = observed.astype(np.float64), float(np.vdot(right, right))
     if not wide or not y.any() or noise.mid.shape != right.shape:
         return ("all values are 0", 0) if wide and not y.any() else None
-    fitted = float(np.vdot(right, y)) / wide
+    fitted, own = float(np.vdot(right, y)) / wide, _bits(right, observed)
     least, most = cell(observed)
     room = (noise.hi - noise.lo) / 2 * abs(fitted) + TINY + U32 * np.abs(y)
     for again in (0.0, rounding_unit(observed.dtype)):
@@ -88,10 +96,15 @@ def one_factor(at: At, observed: np.ndarray, right: np.ndarray) -> tuple[str, in
             factor = shortest(low, high)
             for text, usual in _scales(at).items():
                 if low <= usual <= high:
-                    return text, int(np.count_nonzero(round_once(right * usual, observed.dtype) == observed))
-            bits = int(np.count_nonzero(round_once(right * factor, observed.dtype) == observed))
-            return f"every value is {factor:.9g} times what it should be", bits
+                    return text, _bits(right * usual, observed)
+            bits = _bits(right * factor, observed)
+            # In few bits most values may be either; then a factor explains no more than none.
+            return (f"every value is {factor:.9g} times what it should be", bits) if bits >= own else None
     return None
+
+
+def _bits(value: np.ndarray, observed: np.ndarray) -> int:
+    return int(np.count_nonzero(round_once(value, observed.dtype) == observed))
 
 
 def _scales(at: At) -> dict[str, float]:

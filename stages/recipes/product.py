@@ -43,6 +43,8 @@ def factors(at: At, order: Sequence[str] = ()) -> list[Factor]:
 
 def _bias(at: At, weight: str) -> np.ndarray | None:
     name = weight.removesuffix("weight") + "bias"
+    if at.lost is not None and not at.lost.narrow.cast:
+        at = at.but(lost=None)
     return at.weight(name) if name in at.stage.params else None
 
 
@@ -59,9 +61,11 @@ def _swapped(names: Sequence[str], order: Sequence[str]) -> dict[str, str]:
 def _replayed(at: At) -> Factor:
     """matmul_pre_norm from u_scaled, zero_source_f32 from U times S as float32 has it."""
     v = at.params()[-1][1]
-    left = (
-        at.input(0) if at.stage.inputs else point(at.taken(nearest(at.params()[0][1] * at.params()[1][1], "float32")))
-    )
+    if at.stage.inputs:
+        left = at.input(0)
+    else:
+        u, s = (a.astype(np.float64) for a in at.oracle.arguments[:2])
+        left = point(at.taken(nearest(u * s, "float32")))
     return Factor("V", left, v.T if LAYOUTS[at.options["layout"]].transposed else v)
 
 

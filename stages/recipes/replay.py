@@ -99,7 +99,8 @@ U_SCALED = Kind(
 
 def adapted(at: At, *, power: int = 1) -> Value | None:
     """matmul_pre_norm times the normalization."""
-    return at.input(0) * at.input(1).map(lambda n: n**power)
+    y = at.input(0) * at.input(1).map(lambda n: n**power)
+    return y.soft(2) if power > 1 else y  # one factor after the other, or their product
 
 
 ADAPTED = Kind(

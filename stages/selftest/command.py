@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from stages.errors import UsageError, shown
-from stages.selftest.document import listing
 from stages.selftest.fault import Fault
 from stages.selftest.faults import FAULTS
 from stages.selftest.options import SelftestOptions
 from stages.selftest.recordings import RECORDINGS
+from stages.selftest.rows import ROWS, Rows
 from stages.selftest.run import selftest
 from stages.selftest.uses import USES
 from stages.spec.backend import SIDES
@@ -28,16 +28,26 @@ def options(backend: str, names: Sequence[str] | None, *, quick: bool, clean: in
     count = (_CLEAN_QUICK if quick else _CLEAN) if clean is None else clean
     recordings = tuple(RECORDINGS) if names is None else ()
     uses = tuple(USES) if names is None else ()
-    return SelftestOptions(_faults(names), chosen, quick, recordings, uses, count, seed)
+    faults, rows = _chosen(names)
+    return SelftestOptions(faults, chosen, quick, recordings, uses, tuple(rows), count, seed)
 
 
 def listed(names: Sequence[str] | None) -> dict[str, Any]:
     """The `svf.faults/1` document: every kind of fault, or those of `names`."""
-    return {"schema": "svf.faults/1", "faults": listing({fault.name: fault for fault in _faults(names)})}
+    faults, rows = _chosen(names)
+    kinds: list[Fault | Rows] = [*faults, *(ROWS[name] for name in rows)]
+    return {
+        "schema": "svf.faults/1",
+        "faults": [
+            {"kind": f.name, "path": f.path, "changes": list(f.at), "doc": f.doc, "size": f.size} for f in kinds
+        ],
+    }
 
 
-def _faults(names: Sequence[str] | None) -> tuple[Fault, ...]:
+def _chosen(names: Sequence[str] | None) -> tuple[tuple[Fault, ...], list[str]]:
+    """The faults written by hand, and the kinds of recipes whose rows are planted."""
     for name in names or ():
-        if name not in FAULTS:
+        if name not in FAULTS and name not in ROWS:
             raise UsageError(f"--fault '{shown(name)}': there is no such fault; 'svf selftest --list' names all")
-    return tuple(FAULTS[name] for name in names or FAULTS)
+    chosen = names or (*FAULTS, *ROWS)
+    return tuple(FAULTS[name] for name in chosen if name in FAULTS), [name for name in chosen if name in ROWS]

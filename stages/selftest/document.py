@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from stages.selftest.faults import group_of
+from stages.selftest.faults import FAULTS, group_of
+from stages.selftest.rows import ROWS
 
 if TYPE_CHECKING:
     from stages.selftest.options import SelftestOptions
@@ -23,6 +24,8 @@ def document(
     used: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """The whole document; `passed` when enough faults are named and no clean run or right recording raised an alarm."""
+    unseen, faults = [r for r in faults if r.get("unseen")], [r for r in faults if not r.get("unseen")]
+    misnamed = sum(row.get("misnamed", False) for row in faults)
     alarms = [row for row in clean if row["outcome"] != "agree"]
     sound = sum(row["outcome"] == "sound" for row in recorded)
     twins = sum(row["twin"]["named"] for row in recorded)
@@ -32,6 +35,7 @@ def document(
     return {
         "schema": "svf.selftest/1",
         "passed": not alarms
+        and not misnamed
         and named >= LEAST_NAMED * len(faults)
         and sound == twins == len(recorded)
         and agreeing == other == len(used)
@@ -43,6 +47,9 @@ def document(
         "planted": len(faults),
         "found": sum(row["found"] for row in faults),
         "named": named,
+        "misnamed": misnamed,
+        "rows": sum("row" in row for row in faults),
+        "rows_unseen": len(unseen),
         "clean_runs": len(clean),
         "false_alarms": len(alarms),
         "recordings": len(recorded),
@@ -51,7 +58,7 @@ def document(
         "uses": len(used),
         "uses_agreeing": agreeing,
         "uses_twins_told": other,
-        "kinds": [_kind(options, name, rows) for name, rows in _grouped(faults).items()],
+        "kinds": [_kind(name, rows) for name, rows in _grouped(faults).items()],
         "faults": list(faults),
         "clean": list(clean),
         "recorded": list(recorded),
@@ -67,8 +74,8 @@ def _grouped(faults: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str,
     return groups
 
 
-def _kind(options: SelftestOptions, name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    fault = next(fault for fault in options.faults if fault.name == name)
+def _kind(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    fault = FAULTS.get(name) or ROWS[name]
     ratios = [row["ratio"] for row in rows if row["ratio"] is not None]
     return {
         "kind": name,
@@ -83,13 +90,6 @@ def _kind(options: SelftestOptions, name: str, rows: Sequence[Mapping[str, Any]]
         "verdicts": sorted({str(row["verdict"]) for row in rows}),
         "least_ratio": min(ratios) if ratios else None,
     }
-
-
-def listing(faults: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every kind of fault, as `--list` shows it."""
-    return [
-        {"kind": f.name, "path": f.path, "changes": list(f.at), "doc": f.doc, "size": f.size} for f in faults.values()
-    ]
 
 
 def exit_code(document: Mapping[str, Any]) -> int:

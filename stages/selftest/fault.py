@@ -5,6 +5,7 @@ Nothing here knows how a run is judged; no judging module imports this package.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -72,6 +73,7 @@ class Fault:
     """One kind of fault: `plant` changes a call of one of the stages `at`, or `load` a tensor called one of `at`.
 
     `size` is the smallest that is claimed to be found, relative unless `doc` says otherwise; None where it has none.
+    `says` is what a hint of it may say, a regular expression of all of it; where it `must`, of a part that is said.
     """
 
     name: str
@@ -82,11 +84,20 @@ class Fault:
     path: str = FORWARD
     on: tuple[str, ...] = EVERYWHERE
     size: float | None = None
-    square: bool = False  # shows in square tensors alone
+    says: str | None = None
+    must: bool = False
 
     def __post_init__(self) -> None:
         if (self.plant is None) == (self.load is None):
             raise ValueError(f"{self.name}: a fault changes a call or a tensor, one of them")
+
+    def told_by(self, hint: str | None) -> bool:
+        """Whether a hint says what the fault is, or nothing that it is not."""
+        if self.says is None:
+            return True
+        if self.must:
+            return hint is not None and re.search(self.says, hint) is not None
+        return hint is None or re.fullmatch(self.says, hint) is not None
 
 
 # -- what many faults are made of ---------------------------------------------------------------------------------

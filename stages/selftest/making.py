@@ -30,7 +30,7 @@ def then(change: Callable[[np.ndarray], np.ndarray]) -> Plant:
 
 
 def another(function: Callable[..., np.ndarray]) -> Plant:
-    """Another function of the operands, in float32."""
+    """Another function of the operands, in float32; norms of heads and biases are not among them."""
     return lambda call: function(*map(float32, call.arguments))
 
 
@@ -55,3 +55,9 @@ def heads_of(call: Call, part: int, qkv: np.ndarray | None = None) -> np.ndarray
     sizes = [o["heads"], o["kv_heads"], o["kv_heads"]]
     joined = float32(call.arguments[0] if qkv is None else qkv)
     return joined.reshape(len(joined), -1, o["head_dim"])[:, sum(sizes[:part]) : sum(sizes[: part + 1])]
+
+
+def by_heads(call: Call) -> np.ndarray:
+    """What RoPE turns, by heads: normed queries or keys, or a part of the join."""
+    x, heads = call.arguments[0], call.right().shape[1]
+    return float32(x) if x.ndim == 3 else heads_of(call, 0 if heads == call.options["heads"] else 1)

@@ -17,6 +17,7 @@ class SelftestOptions:
     quick: bool = False
     recordings: tuple[str, ...] = ()
     uses: tuple[str, ...] = ()
+    rows: tuple[str, ...] = ()  # kinds of recipes whose rows are planted (rows.py)
     clean: int = 40
     seed: int = 0
     scale: float = 1.0

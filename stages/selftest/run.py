@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import multiprocessing
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,15 +26,14 @@ from stages.judge.diff import DiffCommand, diff_any
 from stages.oracle.components import ReferenceBackend
 from stages.progress import Progress
 from stages.run.children import ChildResult, document_of, run_child
-from stages.selftest import uses
+from stages.selftest import rows, uses
 from stages.selftest.child import SelftestJob
 from stages.selftest.clean import Sample, samples
 from stages.selftest.document import document
-from stages.selftest.fault import BUNDLE
 from stages.selftest.options import SelftestOptions
 from stages.selftest.recorded import plan_recordings, rows_of, runs_of
 from stages.selftest.specimens import SPECIMENS, Specimen
-from stages.selftest.trials import DECOMPOSED, TENSORS, Trial, plan
+from stages.selftest.trials import DECOMPOSED, SELECTED, Trial, plan
 from stages.spec.backend import SIDES
 from stages.spec.families import parameter_shapes
 
@@ -55,38 +56,67 @@ def selftest(options: SelftestOptions, progress: Progress, judge: Judge = compar
     started = time.monotonic()
     trials = plan(options.faults, options.backends, quick=options.quick, seed=options.seed, scale=options.scale)
     with scratch_folder("selftest") as work:
-        faults = _planted(trials, work, judge, progress) if trials else []
+        faults, right = _planted(options, trials, work, judge, progress) if trials or options.rows else ([], [])
         recorded = _recorded(options, work, progress) if options.recordings else []
         used = _used(options, work, progress) if options.uses else []
-        clean = [*_clean(samples(options.clean, options.seed), work, judge, progress)]
+        clean = [*right, *_clean(samples(options.clean, options.seed), work, judge, progress)]
     return document(options, faults, clean, time.monotonic() - started, recorded, used)
 
 
 # -- planted faults -----------------------------------------------------------------------------------------------
 
 
-def _planted(trials: Sequence[Trial], work: Path, judge: Judge, progress: Progress) -> list[dict[str, Any]]:
-    """One row a trial; `changed_elements` is how many elements of the stage or tensor the fault changed."""
-    names = list(dict.fromkeys(trial.specimen for trial in trials))
+def _planted(
+    options: SelftestOptions, trials: Sequence[Trial], work: Path, judge: Judge, progress: Progress
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """One row a fault, and one a right way; `changed_elements` is how many of the stage or tensor the fault changed."""
+    names = list(dict.fromkeys((*(trial.specimen for trial in trials), *(rows.MADE_OF if options.rows else ()))))
     for number, name in enumerate(names):
         progress(f"writing {name}", number / len(names))
-        write_specimen(SPECIMENS[name], work / name, bundle=name in BUNDLE)
+        write_specimen(SPECIMENS[name], work / name, bundle=name in SELECTED)
     jobs: dict[str, list[dict[str, Any]]] = {}
     for side in SIDES:
-        right = [_run(work / name, SPECIMENS[name], work / side / name, name in BUNDLE) for name in names]
+        right = [_run(work, name, work / side / name) for name in names]
         jobs[side] = [*right, *(_planted_run(t, i, work) for i, t in enumerate(trials) if t.backend == side)]
-    rows: list[dict[str, Any]] = []
-    with children(jobs, progress, _ONE_THREAD) as futures:
+    found: list[dict[str, Any]] = []
+    with children(jobs, progress, _ONE_THREAD) as futures, _pool() as pool:
+        of_rows = _of_rows(options, work, pool, lambda folder, side: _await(folder, futures[side]))
         for number, trial in enumerate(trials):
             progress(f"judging {trial.fault.name}", number / len(trials))
             own = _out(work, trial, number)
             pair = {side: work / side / trial.specimen for side in SIDES} | {trial.backend: own}
             for side, folder in pair.items():
                 _await(folder, futures[side])
-            rows.append({**trial.fields(), **verdict_on(trial, judge, pair["torch"], pair["jax"])})
+            found.append({**trial.fields(), **verdict_on(trial, judge, pair["torch"], pair["jax"])})
             shutil.rmtree(own)
+        planted = []
+        for number, future in enumerate(of_rows):
+            progress("judging rows", number / len(of_rows))
+            planted += future.result()
     changed = {side: iter(futures[side].result().document["changed"][len(names) :]) for side in SIDES}
-    return [{**row, "changed_elements": next(changed[row["backend"]])} for row in rows]
+    found = [{**row, "changed_elements": next(changed[row["backend"]])} for row in found]
+    right = [row for row in planted if "outcome" in row and row["class"] in ("prescribed", "equivalent")]
+    alarm = {"sound": "agree"}
+    return [*found, *(row for row in planted if row not in right)], [
+        {**row, "outcome": alarm.get(row["outcome"], row["outcome"])} for row in right
+    ]
+
+
+def _pool() -> ProcessPoolExecutor:
+    """Processes that judge; not forks, since threads of ours are running."""
+    return ProcessPoolExecutor(len(SIDES), multiprocessing.get_context("spawn"))
+
+
+def _of_rows(
+    options: SelftestOptions, work: Path, pool: ProcessPoolExecutor, wait: Callable[[Path, str], None]
+) -> list[Future[list[dict[str, Any]]]]:
+    """The rows of each right run, judged beside the rest."""
+    asked = []
+    for name, side in itertools.product(rows.MADE_OF if options.rows else (), options.backends):
+        wait(work / side / name, side)
+        given = (work / side / name, name, side, options.rows, options.quick, options.seed)
+        asked.append(pool.submit(rows.judged, *given))
+    return asked
 
 
 def _out(work: Path, trial: Trial, number: int) -> Path:
@@ -94,17 +124,21 @@ def _out(work: Path, trial: Trial, number: int) -> Path:
 
 
 def _planted_run(trial: Trial, number: int, work: Path) -> dict[str, Any]:
-    run = _run(work / trial.specimen, SPECIMENS[trial.specimen], _out(work, trial, number), trial.specimen in BUNDLE)
     fault = {"fault": trial.fault.name, "at": trial.at, "call": trial.call, "size": trial.size, "seed": trial.seed}
-    return {**run, **fault}
+    return {**_run(work, trial.specimen, _out(work, trial, number)), **fault}
 
 
-def _run(folder: Path, specimen: Specimen, out: Path, replay: bool) -> dict[str, Any]:
-    """A run without a fault, as a child takes it."""
+def _run(work: Path, name: str, out: Path) -> dict[str, Any]:
+    """A run without a fault of a specimen, as a child takes it."""
+    return as_run(work / name, SPECIMENS[name], out, SELECTED.get(name))
+
+
+def as_run(folder: Path, specimen: Specimen, out: Path, select: tuple[str, ...] | None) -> dict[str, Any]:
+    """A forward, or the replay of the tensors that are to `select`: of all for ()."""
     return {
-        "source": str(folder / "components" if replay else folder),
-        "tokens": None if replay else specimen.token_ids(),
-        "select": TENSORS if replay else (),
+        "source": str(folder if select is None else folder / "components"),
+        "tokens": specimen.token_ids() if select is None else None,
+        "select": select or (),
         "out": str(out),
         "fault": None,
     }
@@ -126,9 +160,12 @@ def verdict_on(trial: Trial, judge: Judge, a: Path, b: Path) -> dict[str, Any]:
         }
     culprit = found["culprit"] or dict.fromkeys(("side", "layer", "tensor", "stage", "verdict", "ratio", "hint"))
     expected = {"side": trial.side, "layer": trial.layer, "tensor": trial.tensor, "stage": trial.stage}
+    there = all(culprit[name] == value for name, value in expected.items())
+    told = trial.fault.told_by(culprit["hint"])
     return {
         "found": found["outcome"] == "diverged",
-        "named": all(culprit[name] == value for name, value in expected.items()),
+        "named": there and (told or not trial.fault.must),
+        "misnamed": found["outcome"] == "diverged" and there and not told,
         "side": culprit["side"],
         "stage": culprit["stage"],
         "named_layer": culprit["layer"],
@@ -175,8 +212,8 @@ def _clean(todo: Sequence[Sample], work: Path, judge: Judge, progress: Progress)
             folder = work / f"clean-{number}"
             write_specimen(sample.specimen, folder, bundle=sample.replay, offsets=sample.offsets)
             for side in SIDES:
-                run = _run(folder, sample.specimen, work / side / f"clean-{number}", sample.replay)
-                jobs[side].append({**run, "select": ()})
+                out = work / side / f"clean-{number}"
+                jobs[side].append(as_run(folder, sample.specimen, out, () if sample.replay else None))
         with children(jobs, progress) as futures:
             for number, sample in enumerate(batch, start):
                 progress(f"judging {sample.label}", number / len(todo))

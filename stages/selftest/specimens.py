@@ -157,5 +157,6 @@ SPECIMENS: Mapping[str, Specimen] = {
     "sharp": dataclasses.replace(_SMALL, sharpness=10.0, seed=7),
     # Its decomposed layer is 1; the bundle has nine tensors: tall, wide and square ones.
     "bundle": dataclasses.replace(_SMALL, seed=8),
+    "square": dataclasses.replace(_SMALL, seed=8),
     "bundle-bf16": dataclasses.replace(_SMALL, dtype="bfloat16", seed=8),
 }

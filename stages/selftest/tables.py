@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from stages.selftest.faults import FAULTS
+from stages.selftest.rows import ROWS
 
 
 def digest(documents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -13,17 +14,27 @@ def digest(documents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     Of several documents the clean runs are added up, and a kind of fault is as the last one has it.
     """
-    kinds = {kind["kind"]: kind for document in documents for kind in document["kinds"]}
-    order = list(FAULTS)
+    kinds = {
+        kind["kind"]: {**kind, "misnamed": _misnamed(document, kind["kind"])}
+        for document in documents
+        for kind in document["kinds"]
+    }
+    order = [*FAULTS, *ROWS]
     return {
         "schema": documents[0]["schema"],
         "seeds": [document["seed"] for document in documents],
-        **{name: sum(kind[name] for kind in kinds.values()) for name in ("planted", "found", "named")},
+        **{name: sum(kind[name] for kind in kinds.values()) for name in ("planted", "found", "named", "misnamed")},
+        "rows": sum(kind["planted"] for kind in kinds.values() if kind["kind"] in ROWS),
+        "rows_unseen": documents[0]["rows_unseen"],
         **{name: sum(document[name] for document in documents) for name in ("clean_runs", "false_alarms")},
         "kinds": sorted(kinds.values(), key=lambda kind: order.index(kind["kind"])),
         "recordings": _tally(documents, "recorded", "recording", lambda row: row["twin"]["named"], "sound"),
         "uses": _tally(documents, "used", "use", lambda row: row["twin"]["outcome"] != "agree", "agree"),
     }
+
+
+def _misnamed(document: Mapping[str, Any], kind: str) -> int:
+    return sum(row.get("misnamed", False) for row in document["faults"] if row["fault"] == kind)
 
 
 def _tally(
@@ -55,6 +66,8 @@ def page(recorded: Mapping[str, Any]) -> str:
         counts(recorded),
         "",
         *summary(recorded),
+        "",
+        _HOW.format(**recorded),
     ]
     for group, kinds in _grouped(recorded["kinds"]).items():
         heading = ["", f"## {group[0].upper()}{group[1:]}", ""]
@@ -85,6 +98,13 @@ def summary(recorded: Mapping[str, Any]) -> list[str]:
     return [*lines, "", *_table("smallest claimed", *_MEASURED), *(_row(kind["kind"], *_cells(kind)) for kind in sized)]
 
 
+_HOW = (
+    "A row of the [catalogue](recipes.md) is written by the emulator that the judge asks of it, in the place of what "
+    "a backend recorded: this proves the search and the words. {rows_unseen} more change no number beyond what a right "
+    "way may give, and are not counted. What is written apart shares nothing with the emulators: where a row describes "
+    "it, the row must be named; where none does, it must be found, and nothing may be said that it is not. Each right "
+    "way of the catalogue, written so, is a clean comparison."
+)
 _RECORDINGS = (
     "Forwards of torch and JAX, Qwen3 and Qwen2, in float32, bfloat16 and float16, recorded as engines record them and "
     "judged by `svf audit` with nothing but model and tokens. The twin has one recorded stage off by 1/32, which must "
@@ -114,8 +134,9 @@ def _stages(names: Sequence[str], limit: int = 3) -> str:
 
 def counts(recorded: Mapping[str, Any]) -> str:
     return (
-        f"{len(recorded['kinds'])} kinds of fault, planted {recorded['planted']} times: {recorded['found']} found, "
-        f"{recorded['named']} named. {recorded['clean_runs']} clean comparisons: {recorded['false_alarms']} "
+        f"{len(recorded['kinds'])} kinds of fault, planted {recorded['planted']} times, {recorded['rows']} of these as "
+        f"rows of the catalogue: {recorded['found']} found, {recorded['named']} named, {recorded['misnamed']} called "
+        f"what they are not. {recorded['clean_runs']} clean comparisons: {recorded['false_alarms']} "
         f"false alarms. {_share(recorded['recordings'])} right recordings, of {len(recorded['recordings'])} kinds, are "
         f"sound; {_share(recorded['uses'])} right uses of commands agree."
     )

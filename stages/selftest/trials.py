@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from stages.selftest.fault import BUNDLE, Fault
 from stages.selftest.fault import REPLAY as REPLAYED
+from stages.selftest.fault import Fault
 from stages.selftest.specimens import SPECIMENS
 from stages.spec.forward import forward_pipeline
 from stages.spec.replay import REPLAY
@@ -25,6 +24,8 @@ TALL, SQUARE, WIDE = (
     "model.layers.1.mlp.down_proj.weight",
 )
 TENSORS = (TALL, SQUARE, WIDE)  # in state-dict order, as a replay takes them
+# What a replay of a bundle takes.
+SELECTED = {"bundle": TENSORS, "square": (SQUARE,)}
 DECOMPOSED = 1
 
 
@@ -131,15 +132,13 @@ def _places(fault: Fault, specimen: str) -> list[tuple[str, bool]]:
 
 
 def _calls(fault: Fault, specimen: str, row: int, backends: Sequence[str]) -> list[tuple[str, int]]:
-    """Backend and layer of each trial in a specimen: first, middle and last layer, the backends in turn.
+    """Backend and layer of each trial in a specimen: of the first one its first and last layer, of others one layer.
 
-    Of a second family the turns are the other ones; of more specimens one layer each. A replay is planted in on each
-    backend, in a tall, a square and a wide tensor.
+    The backends are taken in turn. A replay is planted in on each backend, in a tall, a square or a wide tensor.
     """
-    if specimen in BUNDLE:
-        tensors = [TENSORS.index(SQUARE)] if fault.square else range(len(TENSORS))
-        return list(itertools.product(backends, tensors))
-    layers = range(SPECIMENS[specimen].layers)
-    if row >= 2:
-        layers = range((zlib.crc32(fault.name.encode()) + row) % len(layers), len(layers), len(layers))
-    return [(backends[(layer + row) % len(backends)], layer) for layer in layers]
+    turn = zlib.crc32(fault.name.encode()) + row
+    if specimen in SELECTED:
+        return [(backend, (turn + i) % len(SELECTED[specimen])) for i, backend in enumerate(backends)]
+    layers = SPECIMENS[specimen].layers
+    chosen = (0, layers - 1) if row == 0 else ((turn // 2) % layers,)
+    return [(backends[(turn + i) % len(backends)], layer) for i, layer in enumerate(chosen)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -105,18 +104,26 @@ def _lay(folder: Path, layout: str, *, lying: bool) -> None:
 
 
 def spoiled(dump: Path, stage: str) -> Path:
-    """The dump with one recorded stage off in its last layer or tensor, its manifest's hash following."""
-    manifest = json.loads((dump / MANIFEST_FILE).read_text())
+    """The dump with one recorded stage off in its last layer or tensor."""
+    manifest = read_object(dump / MANIFEST_FILE)
     key = next(k for k in reversed(manifest["tensors"]) if k.rpartition(".")[2] == stage)
+    with TensorFile(dump / manifest["tensors"][key]["file"]) as file:
+        array = file.read(key)
+    replaced(dump, key, (array.astype(np.float32) * np.float32(SPOILED_BY)).astype(array.dtype))
+    return dump
+
+
+def replaced(dump: Path, key: str, array: np.ndarray) -> None:
+    """Put another array in the place of a recorded one, its hash in the manifest following."""
+    manifest = read_object(dump / MANIFEST_FILE)
     entry = manifest["tensors"][key]
     path = dump / entry["file"]
     with TensorFile(path) as file:
         arrays = {name: file.read(name) for name in file.tensors}
-    arrays[key] = (arrays[key].astype(np.float32) * np.float32(SPOILED_BY)).astype(arrays[key].dtype)
+    arrays[key] = np.ascontiguousarray(array)
     write_tensors(path, arrays)
     entry["sha256"] = sha256(arrays[key])
     write_json(dump / MANIFEST_FILE, manifest)
-    return dump
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,9 @@ def selftest_document(document: Mapping[str, Any]) -> None:
     if document["kinds"]:
         out.print(_kinds(document["kinds"]))
     for row in document["faults"]:
-        if not row["named"]:
+        if row.get("misnamed"):
+            out.print(f"[red]misnamed[/]  {escape(_missed(row))}", soft_wrap=True)
+        elif not row.get("unseen") and not row["named"]:
             out.print(f"[red]missed[/]  {escape(_missed(row))}", soft_wrap=True)
     for row in document["clean"]:
         if row["outcome"] != "agree":
@@ -37,8 +39,9 @@ def selftest_document(document: Mapping[str, Any]) -> None:
     style, word = ("bold green", "PASSED") if document["passed"] else ("bold red", "FAILED")
     out.print(
         f"[{style}]{word}[/]  {document['named']} of {document['planted']} planted faults of {len(document['kinds'])} "
-        f"kinds named, {document['found']} found; {document['false_alarms']} false alarms in {document['clean_runs']} "
-        f"clean comparisons; {document['recordings_sound']} of {document['recordings']} recordings sound, "
+        f"kinds named, {document['found']} found, {document['misnamed']} called what they are not; "
+        f"{document['false_alarms']} false alarms in {document['clean_runs']} clean comparisons; "
+        f"{document['recordings_sound']} of {document['recordings']} recordings sound, "
         f"{document['recordings_twins_named']} of their twins named; {document['uses_agreeing']} of {document['uses']} "
         f"uses agree, {document['uses_twins_told']} of their twins told; {document['seconds']:.0f} s.",
         soft_wrap=True,
@@ -67,12 +70,16 @@ def _kinds(kinds: Sequence[Mapping[str, Any]]) -> Table:
 
 def _missed(row: Mapping[str, Any]) -> str:
     place = row["tensor"] or ("the model" if row["layer"] is None else f"layer {row['layer']}")
-    where = f"{row['fault']} in {row['changed']} of {place}, {row['specimen']}, {row['backend']}"
-    what = f"{row['verdict']} at {row['stage']} of side {row['side']}" if row["found"] else "not found"
-    return f"{where}: {what}, expected {row['expected_stage']} of side {row['expected_side']} ({row['hint']})"
+    of = f": {row['row']}" if "row" in row else ""
+    where = f"{row['fault']}{of} in {row['changed']} of {place}, {row['specimen']}, {row['backend']}"
+    side, expected = (f" of side {row[name]}" if row[name] else "" for name in ("side", "expected_side"))
+    what = f"{row['verdict']} at {row['stage']}{side}" if row["found"] else "not found"
+    return f"{where}: {what}, expected {row['expected_stage']}{expected} ({row['hint']})"
 
 
 def _alarm(row: Mapping[str, Any]) -> str:
+    if "row" in row:
+        return f"{row['changed']}, {row['row']}, {row['specimen']}, {row['backend']}: {row['verdict']} ({row['hint']})"
     what = f"{row['path']} of {row['family']}, {row['dtype']}, {row['manner']} weights, seed {row['seed']}"
     return f"{what}, {row['tokens']} tokens: {row['verdict']}"
 

@@ -158,10 +158,10 @@ PLANTED: dict[str, Callable[[Path, dict[str, Backend]], Walk]] = {
     **{f"dump: {name}": _dump(name) for name in NAMED if name not in _ELSEWHERE},
     "layer outputs alone": _sparse,
     "two flat trees": _trees,
-    "torch: no eps": _planted("torch", "no eps", "attn_norm"),
+    "torch: another eps": _planted("torch", "eps 1e-3", "attn_norm"),
     "torch: residual missing": _planted("torch", "residual missing", "post_attn_residual"),
-    "jax: scores transposed": _planted("jax", "scores transposed", "attn_scores"),
-    "jax: hard swish for silu": _planted("jax", "hard swish for silu", "ffn_silu"),
+    "jax: a head transposed": _planted("jax", "one head's q and k exchanged", "attn_scores"),
+    "jax: hard swish": _planted("jax", "hard swish", "ffn_silu"),
     "a wrong label": _label,
     "weights under a wrong layout": _adapted,
 }

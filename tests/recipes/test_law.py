@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -11,15 +10,11 @@ from recorded_models import recorded
 from replays import factors, make_offsets, task_of, whole
 
 from stages.oracle.components import ReferenceBackend
-from stages.oracle.rounding import round_once
-from stages.oracle.verdict import Oracle, consult, judged_part
-from stages.recipes.at import At, Unknown
-from stages.recipes.catalogue import kind_of, right_value, told
-from stages.recipes.fewer_bits import NARROW, ways
+from stages.oracle.verdict import Oracle, consult
 from stages.recipes.match import explain
-from stages.recipes.recipe import EVERY, FIT, Class
+from stages.recipes.recipe import EVERY
 from stages.recipes.side import SideVerdict
-from stages.spec.dtypes import stored_dtype
+from stages.selftest.rows import written
 from stages.spec.replay import REPLAY
 from stages.spec.stage import Scope
 
@@ -42,47 +37,23 @@ STAGES = (
 )
 
 
-def rows_of(oracle: Oracle) -> Iterator[tuple[str, Class, np.ndarray]]:
-    """Each row of a stage that holds for its dtype: words, class, and what it writes."""
-    kind, dtype = kind_of(oracle.stage), oracle.stage.dtype
-    assert kind is not None
-    at = At(oracle, right=right_value)
-    rows = [(told(form, at), form.of(dtype), dict(form.args), at) for form in kind.forms if form.of(dtype)]
-    for narrow in NARROW:
-        if dtype in narrow.dtypes:
-            more = [a.dtype.kind != "i" and bool((narrow.of(a.astype(float)) != a).any()) for a in oracle.arguments]
-            for words, lost in ways(oracle.stage.inputs, more, narrow):
-                rows.append((words, Class.NARROWER, {}, at.but(lost=lost)))
-    rows += [(told(mod, at), Class.OTHER, dict(mod.args), at) for mod in kind.mods if FIT not in mod.args.values()]
-    for words, cls, args, of in rows:
-        try:
-            with np.errstate(all="ignore"):
-                value = kind.emulator(of, **args)
-                if value is None or value.mid.shape != oracle.value.shape:
-                    continue
-                written = round_once(of.result(value).mid, stored_dtype(dtype))
-        except Unknown:
-            continue
-        assert cls is not None
-        yield words, cls, judged_part(oracle.stage, written)
-
-
 def read_back(oracle: Oracle) -> Counter[tuple[str, str]]:
     """How often each class was read as which; a row that is not read back must be within the right one's bound."""
     counts: Counter[tuple[str, str]] = Counter()
-    rows = list(rows_of(oracle))
-    writes = {words: written for words, _, written in rows}
-    for words, cls, written in rows:
+    rows = list(written(oracle))
+    writes = {row.words: row.array for row in rows}
+    for row in rows:
+        words, cls, wrote = row.words, row.kind, row.array
         side = SideVerdict()
-        side.add(oracle, written)
-        found = explain(oracle, written)
+        side.add(oracle, wrote)
+        found = explain(oracle, wrote)
         ways = (side.recipe or "",) if found is None else found.ways
         where = (oracle.stage.name, words, side.verdict, ways)
         assert side.kind is not None, where
         if cls.sound or side.kind.sound:  # what fits what the prescribed one fits is no fault in this dtype
             assert side.verdict.passes or side.systematic, where
             assert side.kind.sound, where
-        elif not any(way in writes and np.array_equal(writes[way], written) for way in ways):  # else one and the same
+        elif not any(way in writes and np.array_equal(writes[way], wrote) for way in ways):  # else one and the same
             assert side.kind is cls, where
             assert any(words in way for way in ways), where
         counts[cls.value, side.kind.value] += 1

@@ -12,12 +12,14 @@ from helpers import ROOT, fresh, svf
 
 from stages.errors import InputError
 from stages.progress import Progress
+from stages.selftest.apart import APART
 from stages.selftest.clean import samples
 from stages.selftest.document import document, exit_code
 from stages.selftest.fault import FORWARD, Fault
 from stages.selftest.faults import FAULTS
 from stages.selftest.options import SelftestOptions
 from stages.selftest.planted import Plant, PlantedWeights
+from stages.selftest.rows import ROWS, as_rows, names_in
 from stages.selftest.run import selftest, verdict_on
 from stages.selftest.specimens import SPECIMENS
 from stages.selftest.tables import digest, page
@@ -26,7 +28,10 @@ from stages.spec.replay import REPLAY
 
 PACKAGE = ROOT / "stages" / "selftest"
 # One stage fault of each path, one of a weight, one of a size.
-FEW = ("positions from the end", "gate and up swapped", "offsets off by one", "theta x (1 + size)", "product in TF32")
+FEW = ("positions past a cache", "gate and up swapped", "S x offsets", "theta x (1 + size)", "products in TF32")
+# What was misnamed, or not named, before.
+ONCE_WRONG = ("3/8 of each head turned", "bias of another layer", "normalized twice", "replay in TF32")
+ROW = "rows of swigl"
 BACKENDS = ("torch", "jax")
 
 
@@ -36,16 +41,29 @@ def few(names: tuple[str, ...] = FEW, **changed: Any) -> SelftestOptions:
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
-    """A selftest of a few kinds, judged as `svf diff` does."""
-    return selftest(few(), Progress(False))
+    """A selftest of a few kinds, judged as `svf diff` does, and of one kind of rows, as `svf audit` does."""
+    return selftest(few((*FEW, *ONCE_WRONG), rows=(ROW,)), Progress(False))
 
 
 def test_what_is_planted_is_named_and_clean_runs_raise_no_alarm(found: dict[str, Any]) -> None:
     assert [row["fault"] for row in found["faults"] if not row["named"]] == []
     assert all(row["changed_elements"] > 0 for row in found["faults"])
-    assert (found["planted"], found["false_alarms"], found["clean_runs"]) == (len(FEW), 0, 2)
+    assert (found["planted"] - found["rows"], found["misnamed"], found["false_alarms"]) == (
+        len(FEW) + len(ONCE_WRONG),
+        0,
+        0,
+    )
     assert found["passed"]
     assert exit_code(found) == 0
+
+
+def test_rows_are_planted_on_every_dtype_and_right_ways_are_clean_runs(found: dict[str, Any]) -> None:
+    rows = [row for row in found["faults"] if row["fault"] == ROW]
+    assert len(rows) == found["rows"] >= 3
+    assert {row["changed"] for row in rows} == {"ffn_swigl"}
+    right = [row for row in found["clean"] if "row" in row]
+    assert {(row["class"], row["outcome"]) for row in right} <= {("prescribed", "agree"), ("equivalent", "agree")}
+    assert found["clean_runs"] == len(right) + 2
 
 
 def test_a_fault_below_the_floor_is_not_found_and_fails() -> None:
@@ -66,7 +84,7 @@ CONTENT = {"outcome": "agree", "culprit": None}
 
 def rows_of(judge: Callable[[Trial], dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows of all trials of a full selftest, judged without running anything."""
-    trials = plan(FAULTS.values(), BACKENDS, quick=False, seed=0)
+    trials = plan([f for f in FAULTS.values() if not f.must], BACKENDS, quick=False, seed=0)
     return [{**t.fields(), **verdict_on(t, lambda _a, _b, t=t: judge(t), Path(), Path())} for t in trials]
 
 
@@ -84,6 +102,55 @@ def test_a_culprit_with_one_thing_wrong_is_found_and_not_named(wrong: dict[str, 
     rows = rows_of(lambda trial: culprit(trial, **wrong))
     assert all(row["found"] for row in rows)
     assert not any(row["named"] for row in rows)
+
+
+def test_what_is_said_of_a_fault_must_be_true_of_it() -> None:
+    alone, row = FAULTS["silu of slope 1.1"], FAULTS["LayerNorm"]
+    assert alone.told_by(None)
+    assert not alone.told_by("gelu (by erf) instead of silu")
+    assert row.told_by("its mean is subtracted first: LayerNorm")
+    assert not row.told_by(None)
+    said = rows_of(lambda trial: culprit(trial, hint="relu instead of silu"))
+    misnamed = {r["fault"] for r in said if r["misnamed"]}
+    assert "silu of slope 1.1" in misnamed
+    assert not document(few(), [r for r in said if r["misnamed"]], [], 0.0)["passed"]
+
+
+@pytest.mark.parametrize(
+    ("hint", "names"),
+    [
+        ("its operands have 10 mantissa bits, TF32-like", ["its operands have 10 mantissa bits, TF32-like"]),
+        (
+            "its operands have 10 mantissa bits, TF32-like (truncated)",
+            ["its operands have 10 mantissa bits, TF32-like (truncated)"],
+        ),
+        (
+            "its operands have 10 mantissa bits, TF32-like or TF32-like (truncated)",
+            [
+                "its operands have 10 mantissa bits, TF32-like",
+                "its operands have 10 mantissa bits, TF32-like (truncated)",
+            ],
+        ),
+        ("the mask shows one position too many", ["the mask shows one position too many"]),
+        ("only heads 0 of 4 are wrong", []),
+    ],
+)
+def test_a_hint_names_the_rows_that_it_names(hint: str, names: list[str]) -> None:
+    ends = ("TF32-like", "TF32-like (truncated)", "TF32-like (ties away)")
+    rows = [f"its operands have 10 mantissa bits, {end}" for end in ends]
+    assert names_in(hint, [*rows, "the mask shows one position too many"]) == set(names)
+
+
+def test_ropes_judge_has_other_words_for_rows() -> None:
+    as_of = {
+        ("inv_freq", "as if the inverse frequencies were in bfloat16"): "its result has 7 mantissa bits, bfloat16-like",
+        ("rope_angle", "as if the inverse frequencies were in bfloat16"): "its operands have 7 mantissa bits, ",
+        ("rope_angle", "as if the inverse frequencies and the angles were in float16"): "its operands and its result",
+        ("rope_cos", "as if cos and sin were in float16"): "its result has 10 mantissa bits, float16-like",
+        ("q_post_rope", "positions are 0 from token 1 on"): "not turned by RoPE at all",
+    }
+    for (stage, hint), words in as_of.items():
+        assert as_rows(stage, hint).startswith(words)
 
 
 def test_a_refusal_to_compare_finds_nothing() -> None:
@@ -141,6 +208,7 @@ def test_judging_loads_no_fault_and_listing_faults_no_framework() -> None:
 def test_every_kind_is_planted_at_a_stage_that_exists_and_there_are_many() -> None:
     trials = plan(FAULTS.values(), BACKENDS, quick=False, seed=0)
     assert len(FAULTS) >= 40
+    assert sum(not f.must for f in APART) >= 25
     assert {trial.fault.name for trial in trials} == set(FAULTS)
     for trial in trials:
         assert trial.stage in (path_of(trial.specimen) if trial.fault.path == FORWARD else REPLAY)
@@ -153,8 +221,9 @@ def test_faults_are_planted_in_all_layers_families_backends_and_stages() -> None
         (backend, layer, family) for backend in BACKENDS for layer in (0, 1, 2) for family in ("qwen3", "qwen2")
     }
     path = path_of("qwen3")
-    assert {t.stage for t in trials} >= {name for name in path if not path[name].identity}
-    assert {t.stage for t in trials} >= set(REPLAY) - {"source_f32", "offsets_f32"}
+    stages = {t.stage for t in trials} | {stage for rows in ROWS.values() for stage in rows.at}
+    assert stages >= {name for name in path if not path[name].identity}
+    assert stages >= set(REPLAY) - {"source_f32", "offsets_f32"}
 
 
 @pytest.mark.parametrize("backends", [("torch",), ("jax",)])
@@ -208,7 +277,7 @@ def test_a_fault_changes_a_call_or_a_tensor() -> None:
 def test_the_list_names_every_kind() -> None:
     listed = svf("selftest", "--list", "--json").json
     assert listed["schema"] == "svf.faults/1"
-    assert [row["kind"] for row in listed["faults"]] == list(FAULTS)
+    assert [row["kind"] for row in listed["faults"]] == [*FAULTS, *ROWS]
 
 
 @pytest.mark.parametrize(
