@@ -195,11 +195,12 @@ Where no recipe gives the record, the verdict is `suspect`, or `bug` when no ord
 - *(deep)*: ASKED_DEEP. *(wider)*: ASKED_WIDER. *(unseen)*: ASKED_UNSEEN.
 
 Beside the rows, any rounding between two stages may be left out in 16 bits: a fused kernel keeps in float32 what is
-recorded rounded. The report says then *of unrounded* and the name of the input. Where no row fits, the narrower rows of
-a norm, a softmax or an activation are asked once more, each with some of its roundings left out: *but not the sum*. Two
-more explanations need no row: a weight of which a few elements, a row or a column are wrong, and one number that all
-values are times what they should be. In float32 no row knows another library's exponential or the order of its sums: `--natives` asks PyTorch's and
-JAX's own functions for the last bits. `svf stages NAME` prints the rows of one stage.
+recorded rounded. The report says then *of unrounded* and the name of the input. Where no row fits, the narrower rows
+of a norm, a softmax or an activation are asked once more, each with some of its roundings left out: *but not the
+sum*. Two more explanations need no row: a weight of which a few elements, a row or a column are wrong, and one number
+that all values are times what they should be. In float32 no row knows another library's exponential or the order of
+its sums: `--natives` asks PyTorch's and JAX's own functions for the last bits. `svf stages NAME` prints the rows of
+one stage.
 
 ## Which section a stage is in
 """
