@@ -173,15 +173,18 @@ def audit(
     tokens: Sequence[int] | None = None,
     top: int = 5,
     accept: str | None = None,
+    natives: bool = False,
 ) -> Result:
     """`svf audit PATH`: one recorded run against float64, each stage from its own recorded inputs.
 
-    `accept` is `diff`'s.
+    `accept` is `diff`'s. With `natives`, PyTorch's and JAX's own functions are asked for the last bits, in processes of
+    their own.
     """
     from stages.judge.audit import audit as judged
 
     named = None if model is None else str(model)
-    return Result(judged(Path(path), model=named, tokens=_text(tokens), top=top, accepted=accept))
+    words = _text(tokens)
+    return Result(judged(Path(path), model=named, tokens=words, top=top, accepted=accept, natives=natives))
 
 
 def _text(tokens: Sequence[int] | None) -> str | None:

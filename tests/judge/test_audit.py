@@ -16,6 +16,7 @@ import pytest
 from forward_models import MODELS, tokens_of, write_model
 from helpers import GATE, K_PROJ, ROOT, Result, fresh, svf, tensors_of, with_json, with_tensors
 
+import svf as library
 from stages.files import dump
 from stages.files.bundle import ALL_STAGES_FILE, COMPONENTS_FILE, MANIFEST_FILE, tensor_stage_key
 from stages.files.tensorfile import sha256, write_tensors
@@ -185,6 +186,7 @@ BFLOAT16_FAULTS = ("no 1/sqrt(d)", "eps", "wrong kv head map", "no mask", "sin h
 # Model and dtype -> file or folder, and what is wrong with it.
 RUNS: dict[tuple[str, str], dict[str, str]] = {
     ("qwen3", "float32"): {"folder": "", "cos": "no cos", "unknown.safetensors": "unknown key", "decode": "decode"}
+    | {"sdpa.safetensors": "sdpa"}
     | {"heads.safetensors": "head-first"}
     | {f"{number}.safetensors": fault for number, fault in enumerate(FAULTS)},
     ("qwen3", "bfloat16"): {
@@ -193,6 +195,7 @@ RUNS: dict[tuple[str, str], dict[str, str]] = {
         "batch": "a batch axis",
         "decode": "decode",
         "heads.safetensors": "head-first",
+        "sdpa.safetensors": "sdpa",
     }
     | {f"{number}.safetensors": fault for number, fault in enumerate(BFLOAT16_FAULTS)},
     ("qwen2", "float32"): {"one.safetensors": ""},
@@ -236,6 +239,23 @@ def test_its_dump_is_sound(models: Path, programs: Path, name: str, dtype: str) 
     assert done.json["facts"]["dtype"] == dtype
     assert done.json["coverage"]["judged"] == (45 if name == "qwen3" else 39)
     assert svf("audit", done.json["source"]).code == 2  # which model, and which tokens?
+
+
+@pytest.mark.parametrize("attention", ["", "sdpa"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_transformers_is_explained_to_the_last_bit(models: Path, programs: Path, dtype: str, attention: str) -> None:
+    """Eager and sdpa, by rows alone; of float32, where a sum's order decides, every bit by PyTorch's own functions."""
+    out = next(out for out, what in RUNS["qwen3", dtype].items() if what == attention)
+    given: dict[str, Any] = {"model": models / f"qwen3-{dtype}", "tokens": [int(token) for token in TOKENS.split(",")]}
+    path = programs / f"qwen3-{dtype}" / out
+    document = library.audit(path, **given, natives=dtype == "float32" and not attention).document
+    verdicts = {row["verdict"] for row in document["rows"]}
+    assert verdicts <= {"exact", "rounding", "unjudged"}, document["verdict"]
+    found = document["explained"]
+    if dtype == "bfloat16":
+        assert found["bits"] >= 0.999 * found["elements"] > 10_000
+    elif not attention:
+        assert found["bits"] == found["elements"] > 10_000
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

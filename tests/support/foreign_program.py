@@ -16,7 +16,8 @@ ROTATE = modeling_qwen3.apply_rotary_pos_emb
 
 
 def run(folder, tokens, dtype, out, fault):
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="eager")
+    attention = "sdpa" if fault == "sdpa" else "eager"  # sdpa lets out neither scores nor probabilities
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation=attention)
     stages: dict[str, torch.Tensor] = {}
 
     def keep(key, value):
