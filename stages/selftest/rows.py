@@ -22,7 +22,7 @@ from stages.files.replay_recorded import open_side
 from stages.judge.audit import audit
 from stages.judge.forward import open_run, oracles_of
 from stages.oracle.rounding import round_once
-from stages.oracle.verdict import Oracle, consult, judged_part
+from stages.oracle.verdict import Oracle, consult, judged_part, measure
 from stages.recipes.at import At, Unknown
 from stages.recipes.catalogue import forms_of, kind_of, right_value, told
 from stages.recipes.fewer_bits import NARROW, ways
@@ -127,12 +127,13 @@ def _value(kind: Kind, at: At, args: Mapping[str, Any]) -> Value | None:
 
 
 def _may_be_right(oracle: Oracle, array: np.ndarray) -> bool:
-    """Whether a right way may give it: then no fault was planted."""
+    """Whether a right way may give it, or it is within the stage's bound: then no fault was planted."""
     kind, at, dtype = kind_of(oracle.stage), At(oracle, right=right_value), oracle.stage.dtype
     assert kind is not None
     forms = (form for form in forms_of(kind, dtype, Class.PRESCRIBED, Class.EQUIVALENT) if not form.unseen)
     values = (_value(kind, at, form.args) for form in forms)
-    return any(value is not None and not places_beyond(value, array, oracle.stage)[1].any() for value in values)
+    fits = (value is not None and not places_beyond(value, array, oracle.stage)[1].any() for value in values)
+    return measure(oracle, array).verdict.passes or any(fits)
 
 
 # -- what is planted where ----------------------------------------------------------------------------------------

@@ -111,7 +111,7 @@ _RECORDINGS = (
     "be named."
 )
 _USES = (
-    "Each on a float32 and a bfloat16 model, as a user would. The twin has a stage off by 1/32 on one side, or a "
+    "On a float32 and a bfloat16 model in turn, as a user would. The twin has a stage off by 1/32 on one side, or a "
     "bundle whose label of the layout lies, and must not agree."
 )
 _MEASURED = ("size", "first wrong stage", "error / bound", "found", "named")

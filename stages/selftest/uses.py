@@ -240,9 +240,9 @@ USES: Mapping[str, Use] = {
 def rows_of(
     names: Sequence[str], scenes: Sequence[Scene], *, quick: bool, seed: int, progress: Progress
 ) -> Iterator[dict[str, Any]]:
-    """One row a use and scene: what was said of the right use and of its twin; with `quick` few uses, a scene each."""
-    pairs = [(name, scene) for name in names for scene in scenes]
-    for number, (name, scene) in enumerate(pairs[seed % _QUICK :: _QUICK * 2 - 1] if quick else pairs):
+    """One row a use, in the scenes in turn: what was said of it and of its twin; with `quick` of few uses."""
+    pairs = [(name, scenes[(number + seed) % len(scenes)]) for number, name in enumerate(names)]
+    for number, (name, scene) in enumerate(pairs[seed % _QUICK :: _QUICK] if quick else pairs):
         progress(f"using {name}", number / len(pairs))
         use = USES[name]
         right, twin = (_said(part, scene) for part in (use.right, use.twin))
