@@ -505,8 +505,10 @@ def _sentence(
             f"{coverage['unjudged']} could not be judged, first {first['key']} ({first['note']})."
         )
     exact = sum(row["verdict"] == Verdict.EXACT for row in rows)
-    inexact = coverage["judged"] - exact
+    passed = sum(row["verdict"] == Verdict.ACCEPTED for row in rows)
+    inexact = coverage["judged"] - exact - passed
     right = f"{coverage['judged']} stages are right from their own inputs: {exact} exact, {inexact} within rounding"
+    right += f", {passed} accepted" if passed else ""
     through = [row for row in rows if row.get("floor") is not None]
     if through:
         blind = max(row["floor"] for row in through)

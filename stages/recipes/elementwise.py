@@ -129,7 +129,7 @@ SILU = Kind(
         narrower(
             "the sigmoid rounded to {dtype} before the product",
             dtypes=NARROW,
-            usual="as x * sigmoid(x) does on {dtype}: JAX, MLX",
+            usual="as x * torch.sigmoid(x) does on {dtype}",
             sound=("float32",),
             chain="sigmoid",
         ),

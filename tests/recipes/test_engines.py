@@ -126,6 +126,12 @@ LIBRARIES: dict[str, tuple[str, Callable[..., Array], str]] = {
     "jnp.matmul": ("ffn_gate", lambda x, w: np.asarray(jnp.asarray(x) @ jnp.asarray(w).T), ""),
     "F.silu": ("ffn_silu", _torch(F.silu), ""),
     "jax.nn.silu": ("ffn_silu", lambda x: np.asarray(jax.nn.silu(jnp.asarray(x))), "as jax.nn.silu does on"),
+    "torch.sigmoid": ("ffn_silu", _torch(lambda x: x * torch.sigmoid(x)), "as x * torch.sigmoid(x) does on"),
+    "jax.nn.sigmoid": (
+        "ffn_silu",
+        lambda x: np.asarray(jnp.asarray(x) * jax.nn.sigmoid(jnp.asarray(x))),
+        "as jax.nn.silu does on",
+    ),
     "F.softmax": ("attn_softmax", _torch(lambda x: F.softmax(x, -1, dtype=torch.float32)), ""),
     "jax.nn.softmax": (
         "attn_softmax",
