@@ -148,6 +148,13 @@ class At:
         """What the stage's kernel keeps of its result."""
         return value.map(self.lost.narrow.of) if self.lost is not None and self.lost.result else value
 
+    @property
+    def biases(self) -> tuple[int, ...]:
+        """Which arguments are biases of a product: vectors beside matrices."""
+        first = len(self.stage.inputs)
+        of_weights = [(i, a.ndim) for i, a in enumerate(self.oracle.arguments) if i >= first]
+        return tuple(i for i, axes in of_weights if axes == 1) if any(axes == 2 for _, axes in of_weights) else ()
+
     def params(self) -> list[tuple[str, np.ndarray]]:
         """The stage's weights by the checkpoint's name, float64."""
         first = len(self.stage.inputs)

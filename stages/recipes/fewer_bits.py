@@ -105,10 +105,12 @@ class Lost:
     result: bool = False
 
 
-def ways(inputs: tuple[str, ...], changed: list[bool], narrow: Narrow) -> Iterator[tuple[str, Lost]]:
+def ways(
+    inputs: tuple[str, ...], changed: list[bool], narrow: Narrow, biases: tuple[int, ...] = ()
+) -> Iterator[tuple[str, Lost]]:
     """In which ways `narrow` may have lost bits of a stage, likeliest first, in words.
 
-    `changed`: which of its arguments have more bits than that, the inputs first.
+    `changed`: which of its arguments have more bits than that, the inputs first; `biases`: which are a product's.
     """
     numbers = tuple(i for i, more in enumerate(changed) if more)
     own, weights = (tuple(i for i in numbers if (i < len(inputs)) == first) for first in (True, False))
@@ -120,6 +122,9 @@ def ways(inputs: tuple[str, ...], changed: list[bool], narrow: Narrow) -> Iterat
     if own and weights:
         yield f"its inputs have {narrow.words}", Lost(narrow, own)
         yield f"its weights have {narrow.words}", Lost(narrow, weights)
+    matrices = tuple(i for i in weights if i not in biases)
+    if narrow.cast and matrices and matrices != weights:
+        yield f"its weights have {narrow.words}; its biases do not", Lost(narrow, matrices)
     if len(own) > 1:
         for i in own:
             yield f"its values of {inputs[i]} have {narrow.words}", Lost(narrow, (i,))

@@ -264,7 +264,7 @@ class Match:
         for narrow in NARROWER:
             if self.dtype in narrow.dtypes:
                 changed = [_loses(narrow, a) for a in arguments]
-                for words, lost in ways(self.at.stage.inputs, changed, narrow):
+                for words, lost in ways(self.at.stage.inputs, changed, narrow, self.at.biases):
                     yield Tried(words, Class.NARROWER, args, self.at.but(lost=lost))
 
     def _others(self) -> None:

@@ -103,7 +103,7 @@ def written(oracle: Oracle, numbers: Mapping[str, float] = {}) -> Iterator[Writt
         if dtype in narrow.dtypes:
             wide = [a.astype(np.float64) if a.dtype.kind != "i" else None for a in oracle.arguments]
             more = [x is not None and not np.array_equal(narrow.of(x), x) for x in wide]
-            lost = ways(oracle.stage.inputs, more, narrow)
+            lost = ways(oracle.stage.inputs, more, narrow, at.biases)
             rows += [(words, Class.NARROWER, {}, at.but(lost=what), False) for words, what in lost]
     for mod in kind.mods:
         left_open = [name for name, value in mod.args.items() if value == FIT]

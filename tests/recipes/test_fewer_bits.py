@@ -19,3 +19,14 @@ def test_a_tensor_core_takes_a_products_operands_in_tf32_and_not_its_bias() -> N
     assert found is not None
     assert found.kind is Class.NARROWER
     assert found.words == "its operands have 10 mantissa bits, TF32-like (truncated)"
+
+
+def test_weights_read_in_bfloat16_beside_biases_that_were_not() -> None:
+    oracle = recorded("qwen2", "float32").oracle((1, "qkv_bias"))
+    x, q, k, v, *biases = (a.astype(np.float64) for a in oracle.arguments)
+    weights = (q, k, keep(v, 7))
+    parts = [x @ w.T + bias for w, bias in zip(weights, biases, strict=True)]
+    found = explain(oracle, round_once(np.concatenate(parts, axis=-1), np.dtype(np.float32)))
+    assert found is not None
+    assert found.kind is Class.NARROWER
+    assert found.words == "v_proj: its weights have 7 mantissa bits, bfloat16-like; its biases do not"
