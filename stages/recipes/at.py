@@ -107,8 +107,12 @@ class At:
         number = len(self.stage.inputs) + self.stage.params.index(name)
         if self.columns is None:
             return self.whole(number).mid
-        taken, some = self._taken(number), self.oracle.arguments[number][self.columns].astype(np.float64)
-        return some if taken is None else taken.of(some, self._peak(taken, number))
+        taken = self._taken(number)
+        key = ("columns", number, taken and taken.name, self.columns.tobytes())
+        if key not in self._memo:
+            some = self.oracle.arguments[number][self.columns].astype(np.float64)
+            self._memo[key] = point(some if taken is None else taken.of(some, self._peak(taken, number)))
+        return self._memo[key].mid
 
     def _peak(self, taken: Narrow, number: int) -> float | None:
         """The largest magnitude of an argument, where its scale goes by that."""

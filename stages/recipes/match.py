@@ -108,7 +108,6 @@ class Match:
         self.bound = bound
         self.fits: list[Fit] = []
         self.nearest: Fit | None = None
-        self._sound: list[Value] = []
         self.few = None
         if at.oracle.hidden:
             return

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial as applied
 from functools import reduce
+from operator import itemgetter
 
 import numpy as np
 
@@ -116,11 +117,15 @@ def _slices(k: int, count: int, step: int) -> list[np.ndarray]:
 
 def _of_slices(at: At, factor: Factor, slices: list[np.ndarray], partial: str, added: str) -> Value:
     """Partial sums rounded to be stored, and added in float32 or in the format that they have."""
-    dtype, lam, terms = at.inside if partial == "own" else partial, at.lam(Noise.PRODUCT), []
-    for part in slices:
-        x = factor.x.map(applied(np.take, indices=part, axis=-1))
-        core = at.run in at.oracle.lambdas.cores
-        terms.append(summed(at, x, point(factor.w[part]), lam, core=core).once(dtype))
+    dtype, count = at.inside if partial == "own" else partial, len(slices)
+    summed_up = applied(summed, at, lam=at.lam(Noise.PRODUCT), core=at.run in at.oracle.lambdas.cores)
+    if len({len(part) for part in slices}) == 1:  # all at once
+        x = factor.x.map(lambda a: a.reshape(len(a), count, -1).swapaxes(0, 1))
+        found = summed_up(x, point(factor.w.reshape(count, -1, factor.w.shape[-1]))).once(dtype)
+        terms = [found.map(itemgetter(n)) for n in range(count)]
+    else:
+        parts = ((factor.x.map(applied(np.take, indices=part, axis=-1)), factor.w[part]) for part in slices)
+        terms = [summed_up(x, point(w)).once(dtype) for x, w in parts]
     if added == "own":
         return _added(terms, dtype)
     return reduce(lambda total, term: (total + term).soft(1), terms)
