@@ -51,7 +51,7 @@ def calls(hidden: int) -> dict[str, Call]:
     """Stage -> its operands in float32, its options, and how MLX computes it of MLX's arrays."""
     x, gate = _random(TOKENS, hidden), _random(TOKENS, hidden, seed=1, size=3)
     near_1 = 1 + _random(hidden, seed=2, size=0.2)
-    wide = _random(3 * hidden, hidden, seed=3, size=hidden**-0.5)
+    wide = _random(192, hidden, seed=3, size=hidden**-0.5)
     scores = np.where(np.tri(TOKENS, dtype=bool), _random(HEADS, TOKENS, TOKENS, seed=4, size=3), -np.inf)
     return {
         "attn_norm": ((x, near_1), {"eps": 1e-6}, lambda a, w: mx.fast.rms_norm(a, w, 1e-6)),
@@ -210,7 +210,7 @@ def test_a_wrong_slope_shows_beside_onnx_runtimes_sigmoid(power: int) -> None:
 def test_other_stages_of_onnx_runtime_are_sound(hidden: int) -> None:
     node = helper.make_node
     x, w = _random(TOKENS, hidden, seed=6), 1 + _random(hidden, seed=7, size=0.2)
-    wide = _random(3 * hidden, hidden, seed=8, size=hidden**-0.5)
+    wide = _random(192, hidden, seed=8, size=hidden**-0.5)
     scores = np.where(np.tri(TOKENS, dtype=bool), _random(HEADS, TOKENS, TOKENS, seed=9, size=3), np.float32(-1e9))
     found = {
         "norm": svf.judge("attn_norm", _norm(x, w), x, w, eps=1e-6),
