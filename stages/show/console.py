@@ -21,7 +21,12 @@ from stages.oracle.verdict import Verdict
 _MOST = 30
 # Bits that are rounded off when a result is stored: of these dtypes that is nearly all of a stage's bound.
 _NARROW = ("bfloat16", "float16")
-_STYLES = {"exact": "green", "rounding": "green", "given": "default", "unjudged": "yellow", "suspect": "yellow"}
+_STYLES = {
+    "exact": "green",
+    "rounding": "green",
+    "given": "default",
+    **dict.fromkeys(("accepted", "unjudged", "suspect"), "yellow"),
+}
 
 
 def console() -> Console:
