@@ -9,7 +9,7 @@ demo: .venv/installed
 
 # What a change breaks first, of every room, and nothing that starts a framework anew or compiles for long.
 QUICK = tests/spec tests/files tests/oracle tests/order/test_order.py tests/show/test_show.py \
-	tests/judge/test_diff.py tests/judge/test_elements.py tests/judge/test_hints.py tests/judge/test_layouts.py \
+	tests/judge/test_diff.py tests/recipes/test_elements.py tests/judge/test_hints.py tests/judge/test_layouts.py \
 	tests/judge/test_metrics.py tests/jobs/test_inspect.py tests/commands/test_before_sides.py
 
 quick: .venv/dev

@@ -63,3 +63,10 @@ def test_an_issue_asks_for_what_reproduces_it() -> None:
 
 def test_no_badge_can_lie() -> None:
     assert not re.search(r"shields\.io|badge\.svg|!\[[^]]*\]\(https?:", (ROOT / "README.md").read_text())
+
+
+def test_what_make_quick_runs_is_there() -> None:
+    text = (ROOT / "Makefile").read_text().replace("\\\n", " ")
+    listed = next(line for line in text.splitlines() if line.startswith("QUICK =")).split()[2:]
+    assert len(listed) > 8
+    assert [path for path in listed if not (ROOT / path).exists()] == []
