@@ -54,7 +54,7 @@ def stages() -> dict[str, Any]:
                 "doc": there[0][1].doc,
             }
         )
-    return {"schema": SCHEMA, "stages": rows, "next": ["How one is rounded, and by whom: svf stages attn_norm"]}
+    return {"schema": SCHEMA, "stages": rows}
 
 
 def one_stage(name: str, dtype: str | None = None) -> dict[str, Any]:
@@ -75,9 +75,6 @@ def one_stage(name: str, dtype: str | None = None) -> dict[str, Any]:
         "dtype": dtype,
         "declared": _declarations(found),
         "recipes": _recipes([one for _, one in found if not one.absent], dtype),
-        "next": [f"Judge it in a recorded run: svf audit RECORDED --model MODEL --tokens TOKENS --stages {stage}"]
-        if any(place in FAMILIES for place, _ in found)
-        else [],
     }
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from stages.judge.low_rank import explain_low_rank
 from stages.oracle import bounds as noise
 from stages.oracle.verdict import STAGES, Oracle, judged_part
+from stages.recipes.attention import SOFTMAX
 from stages.recipes.elements import CLEAR, EVIDENT, interval, shortest
 from stages.recipes.match import explain as ask
 from stages.recipes.recipe import Class
@@ -26,13 +27,9 @@ from stages.spec.noise import Noise
 # What is wrong, the value that gives, and where that function cancels how far a right one may err beside the bound.
 Wrong = tuple[str, np.ndarray] | tuple[str, np.ndarray, np.ndarray]
 
-# Wrong causal masks, of how far back a key is from its query: which keys they show.
-MASKS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = MappingProxyType(
-    {
-        "the causal mask is missing": lambda back: np.ones(back.shape, bool),
-        "the mask hides a query's own position": lambda back: back > 0,
-        "the mask shows one position too many": lambda back: back >= -1,
-    }
+# Wrong causal masks by the catalogue's words: how many keys beyond its own a query sees; None: all.
+MASKS: Mapping[str, int | None] = MappingProxyType(
+    {mod.words: mod.args["mask"] for mod in SOFTMAX.mods if "mask" in mod.args}
 )
 
 # A wrong value explained by another function is this many times nearer to that function than to the right one.
@@ -187,7 +184,7 @@ def _mask_said(shown: np.ndarray, causal: np.ndarray, seen: np.ndarray, unknown:
     known = ~unknown[..., None] & (seen | ~causal) & np.ones_like(shown)
     window, first = int(np.where(known & shown, at, 0).max()) + 1, int(np.argmax((known & shown).any(axis=(0, 1))))
     masks = {
-        **{text: shows(at) for text, shows in MASKS.items()},
+        **{text: np.ones(at.shape, bool) if ahead is None else at >= -ahead for text, ahead in MASKS.items()},
         f"the mask shows the last {window} keys alone: a window": (at >= 0) & (at < window),
         f"the first {first} keys are hidden from all queries": (at >= 0) & (np.arange(keys) >= first),
     }

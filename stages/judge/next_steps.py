@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from stages.spec.families import FAMILIES
+
 Document = Mapping[str, Any]
 
 # Options of the first command that the second one writes itself, and whether they take a value.
@@ -199,12 +201,21 @@ def _of_error(document: Document) -> list[str]:
     return [step.replace("COMMAND", failed) for step in re.findall(r"'(svf [^']+)'", str(document["message"]))]
 
 
+def _of_stages(document: Document) -> list[str]:
+    """Of all stages the recipes of one; of one, which a model has, the audit of it in a recorded run."""
+    if "stages" in document:
+        return ["svf stages attn_norm"]
+    of_models = any(place in FAMILIES for row in document["declared"] for place in row["in"])
+    return [f"svf audit RECORDED --model MODEL --tokens TOKENS --stages {document['stage']}"] if of_models else []
+
+
 _RULES: dict[str, Callable[[Document], list[str]]] = {
     "svf.diff/1": _of_diff,
     "svf.audit/1": _of_audit,
     "svf.layouts/1": _of_layouts,
     "svf.forward/1": _of_forward,
     "svf.inspect/1": _of_inspect,
+    "svf.stages/1": _of_stages,
     "svf.synth/1": lambda d: [shlex.join(["svf", "forward", str(d["out"]), "--tokens", "1,2,3", "--backend", "both"])],
     "svf.decompose/1": lambda d: [shlex.join(["svf", "replay", str(d["out"]), "--backend", "both"])],
     "svf.error/1": _of_error,

@@ -282,7 +282,7 @@ def weighted(
     *,
     p: str = "recorded",
     fast: float = 0.0,
-    values: int = 2,
+    keys: bool = False,
     tiled: bool = False,
     unjoined: bool = False,
     transposed: bool = False,
@@ -293,16 +293,13 @@ def weighted(
     """p @ v, heads joined, `[tokens, heads * head_dim]`.
 
     `p`: the probabilities as recorded, or `numerators` made again from the scores, divided by their sum at the end;
-    `cast` rounds them first, `half` does it in float16.
+    `cast` rounds them first, `half` does it in float16. `keys`: these stand in the place of the values.
     """
     a, t = (at.input(0), None) if p == "recorded" else _numerators(at, p, fast)
     heads = a.mid.shape[0]
     o = at.options
-    split = (forward._queries, forward._keys, forward._values)[values]
-    sizes = (o["kv_heads"], o["head_dim"]) if values else (o["head_dim"],)
-    if values == 0:
-        return None
-    v = at.input(1).map(lambda x: split(x, o["heads"], *sizes))
+    split = forward._keys if keys else forward._values
+    v = at.input(1).map(lambda x: split(x, o["heads"], o["kv_heads"], o["head_dim"]))
     if tiled and not 1 < v.mid.shape[1] < heads:
         return None
     v = v.map(lambda x: _keys_for(x, heads, tiled))
@@ -368,7 +365,7 @@ _WEIGHTED_FORMS: tuple[Form, ...] = (
     *(narrower(words, dtypes=("float32",), pieces=pieces) for words, pieces in IN_PIECES.items()),
 )
 _WEIGHTED_MODS = (
-    Mod("values are the keys", {"values": 1}),
+    Mod("values are the keys", {"keys": True}),
     Mod("attn_softmax is transposed", {"transposed": True}),
     Mod("heads are joined without bringing the tokens first", {"unjoined": True}),
     Mod("value heads are dealt out in turn, not each to consecutive query heads", {"tiled": True}),

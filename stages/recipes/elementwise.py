@@ -67,7 +67,7 @@ def silu(
         return y.off(per * U32 * np.abs(x.mid * y.mid) * (1 - sigmoid(x.mid))) if per else y
     x = point(x.mid)
     z = at.stored(x * slope)
-    if chain in ("sigmoid", "sigmoid rounded"):
+    if chain == "sigmoid":
         return at.stored(z.map(sigmoid).soft(4)) * x.mid
     if chain == "away":
         return at.stored(_away(at, z), "sigmoid") * x.mid
