@@ -4,6 +4,7 @@ Every message is one line: what was expected, what came, where, and what to try.
 """
 
 import errno
+import resource
 from typing import Any
 
 SCHEMA = "svf.error/1"
@@ -77,10 +78,18 @@ def exhausted(error: BaseException | None) -> str | None:
         text = f"{type(error).__name__} {error}"
         if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE) or "Too many open files" in text:
             return "no file handles left; allow more with 'ulimit -n', or end other programs"
-        if getattr(error, "errno", None) == errno.ENOMEM or any(words in text for words in _NO_MEMORY):
+        if getattr(error, "errno", None) == errno.ENOMEM or any(words in text for words in _NO_MEMORY) or _unset(error):
             return "out of memory; try fewer tokens or a smaller --chunk-rows, or allow more (ulimit -v, --max-memory)"
         error = error.__cause__ or error.__context__
     return None
+
+
+def _unset(error: BaseException) -> bool:
+    """Whether C code gave up without a word, which CPython reports as SystemError, under a limit of memory: its
+    allocation failed."""
+    limited = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+    said = ("without exception set", "without setting an exception")
+    return limited and isinstance(error, SystemError) and any(words in str(error) for words in said)
 
 
 _NO_MEMORY = ("MemoryError", "allocate memory", "RESOURCE_EXHAUSTED", "bad_alloc", "failed to map segment")

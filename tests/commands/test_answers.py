@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ import cli
 from stages import errors
 from stages.commands import settings
 from stages.commands.program import COMMANDS
-from stages.errors import NotFoundError, SvfError
+from stages.errors import NotFoundError, SvfError, exhausted
 from stages.files.tensorfile import write_tensors
 from stages.jobs.forward_one import ForwardCommand
 from stages.progress import Progress
@@ -242,6 +243,16 @@ def test_without_handles_or_memory_it_says_so(script: Path, made: Path, limit: s
     assert len(lines) == 1
     assert lines[0].startswith("svf: no file handles left" if "-n" in limit else "svf: out of memory"), lines
     assert json.loads(done.stdout)["error"] == "resource"
+
+
+def test_c_code_that_gave_up_without_a_word_ran_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPython says "error return without exception set" where an allocation failed unreported (seen once, at 40 MB)."""
+    silent = SystemError("error return without exception set")
+    monkeypatch.setattr(resource, "getrlimit", lambda _which: (40_000 * 1024, resource.RLIM_INFINITY))
+    assert (exhausted(silent) or "").startswith("out of memory")
+    assert exhausted(SystemError("bad argument to internal function")) is None
+    monkeypatch.setattr(resource, "getrlimit", lambda _which: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert exhausted(silent) is None  # a bug, and told as one
 
 
 def test_a_limit_that_suffices_changes_nothing(script: Path, made: Path) -> None:
