@@ -15,7 +15,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from stages.commands import child, compare, look, make, prove, route, skill
+from stages.commands import child, compare, engines, look, make, prove, route, skill
 from stages.commands.program import COMMANDS, STATE, emit, with_next
 
 
@@ -148,7 +148,7 @@ app = App(
     rich_markup_mode="rich",
 )
 # Modules of commands, each panel of --help in its turn.
-PANELS = (compare, make, look, skill, prove, route, child)
+PANELS = (compare, engines, make, look, skill, prove, route, child)
 for declared in (one for panel in PANELS for one in COMMANDS if one.function.__module__ == panel.__name__):
     app.command(declared.name, hidden=declared.panel is None, rich_help_panel=declared.panel)(declared.function)
 

@@ -6,6 +6,9 @@
     svf.assert_rounding_only("attn_norm", torch_fn, jax_fn, x, weight, eps=1e-6)            # for pytest
     svf.diff("dumps/torch", "dumps/jax")                        # what `svf diff` prints, as an object
     svf.audit("recorded.safetensors", model="MODEL", tokens=[1, 2, 3])
+    with svf.capture(model) as recorded:                        # a model of transformers, or of flax.nnx
+        model(ids)
+    recorded.audit()
 
 Arrays are numpy's, torch's, JAX's, or anything that speaks DLPack. A stage must be one that is declared
 (docs/stages.md): a function that nobody declared has no bound, and gets an error instead of an invented tolerance.
@@ -14,7 +17,9 @@ Arrays are numpy's, torch's, JAX's, or anything that speaks DLPack. A stage must
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,9 +28,10 @@ if TYPE_CHECKING:
     import numpy as np
 
     from stages.oracle.verdict import Oracle
+    from stages.run.captured import Record
     from stages.spec.stage import Stage
 
-__all__ = ["Judgement", "Result", "assert_rounding_only", "audit", "diff", "judge", "stages"]
+__all__ = ["Captured", "Judgement", "Result", "assert_rounding_only", "audit", "capture", "diff", "judge", "stages"]
 
 
 @dataclass(frozen=True)
@@ -185,6 +191,65 @@ def audit(
     named = None if model is None else str(model)
     words = _text(tokens)
     return Result(judged(Path(path), model=named, tokens=words, top=top, accepted=accept, natives=natives))
+
+
+class Captured:
+    """What a model computed while it was captured: to be written, or judged at once."""
+
+    def __init__(self, record: Record):
+        self._record = record
+
+    @property
+    def tokens(self) -> list[list[int]]:
+        """The token ids of every sequence that was run, padding left out."""
+        return [sequence.tokens for sequence in self._record.sequences()]
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """How the model was run: engine, versions, attention, compiled, cache, dtype of weights, autocast, device."""
+        return dict(self._record.facts)
+
+    def write(self, folder: str | Path) -> list[Path]:
+        """Write a forward dump of each sequence: in the new `folder`, or of several in `0`, `1`, ... in it.
+
+        A model that was made in memory is written beside each, so that it can be judged. `OutputError` for a folder
+        that cannot be written, `InputError` where nothing was captured.
+        """
+        return self._record.write(Path(folder))
+
+    def audit(self, sequence: int | None = None, *, top: int = 5, accept: str | None = None) -> Result:
+        """`svf audit` of one sequence, by its number; without one, of the first that is not sound, or of the first."""
+        with tempfile.TemporaryDirectory(prefix="svf-captured-") as scratch:
+            folders = self.write(Path(scratch) / "dump")
+            chosen = folders if sequence is None else [folders[sequence]]
+            first: Result | None = None
+            for folder in chosen:
+                result = audit(folder, top=top, accept=accept)
+                if not result:
+                    return result
+                first = first or result
+            assert first is not None
+            return first
+
+
+@contextmanager
+def capture(model: Any, *, source: str | Path | None = None, deep: bool = False) -> Iterator[Captured]:
+    """Record what the modules of `model` compute, in every call of it in the block.
+
+    `model` is one of `transformers`, compiled or not, or a module of `flax.nnx` whose modules have the same names.
+    `source` is the checkpoint that its weights are of, by default where the model says that it came from. With `deep`,
+    queries and keys after RoPE too. `TypeError` for a model of another kind, `InputError` where its config or names
+    are not known, or where a call names no tokens or begins in the middle of a sequence.
+    """
+    from stages.commands.backends import ENGINES, attribute
+
+    frameworks = {cls.__module__.partition(".")[0] for cls in type(model).__mro__}
+    engine = next((name for of, name in {"torch": "transformers", "flax": "nnx"}.items() if of in frameworks), None)
+    if engine is None:
+        raise TypeError(f"capture takes a model of transformers or flax.nnx, got {type(model).__name__}")
+    named = None if source is None else str(source)
+    with attribute(f"{ENGINES[engine]}:capture")(model, source=named, deep=deep) as record:
+        yield Captured(record)
 
 
 def _text(tokens: Sequence[int] | None) -> str | None:

@@ -77,10 +77,7 @@ class TorchBackend:
 
     def get(self, array: Tensor) -> np.ndarray:
         """The bits of `array` as a C-contiguous numpy array."""
-        array = array.detach().contiguous().cpu()
-        if array.dtype == torch.bfloat16:
-            return array.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-        return array.numpy()
+        return to_numpy(array)
 
     def svd(self, source: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         u, s, v = self.compile(svd)(self.put(source))
@@ -126,7 +123,7 @@ class TorchBackend:
         return {
             "backend": self.name,
             "torch": torch.__version__,
-            "device": _device_name(self.device),
+            "device": device_name(self.device),
             "threads": str(torch.get_num_threads()),
             "float32_matmul_precision": torch.get_float32_matmul_precision(),
             "blas": "mkl" if torch.backends.mkl.is_available() else "other",
@@ -136,5 +133,14 @@ class TorchBackend:
         }
 
 
-def _device_name(device: str) -> str:
+def to_numpy(array: Tensor) -> np.ndarray:
+    """The bits of `array` as a C-contiguous numpy array."""
+    array = array.detach().contiguous().cpu()
+    if array.dtype == torch.bfloat16:
+        return array.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return array.numpy()
+
+
+def device_name(device: str) -> str:
+    """A device as facts name it: with the GPU's model."""
     return f"{device}: {torch.cuda.get_device_name(device)}" if device.startswith("cuda") else device

@@ -1,4 +1,4 @@
-"""The table of backends: where each class is, and each framework's probe; imported when one is needed."""
+"""The table of backends: where each class, engine and framework's probe is; imported when one is needed."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ BACKENDS = {
     "jax": "svf_jax.backend:JaxBackend",
     "reference": "stages.oracle.components:ReferenceBackend",
 }
+# Engines whose own models can be captured: the module with its `capture` and `run`.
+ENGINES = {"transformers": "svf_torch.capture", "nnx": "svf_jax.capture"}
 PROBES = {"torch": "svf_torch.probe:probe", "jax": "svf_jax.probe:probe"}
 
 

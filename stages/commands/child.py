@@ -13,6 +13,7 @@ from stages.commands.program import STATE, command, emit
 # A job's name, as its request class has it -> the function that answers it: (request, loader of backends, progress).
 JOBS = {
     "calibrate": "stages.jobs.calibrate:calibrate",
+    "capture": "stages.commands.frameworks:captured",
     "decompose": "stages.commands.frameworks:decomposed",
     "forward": "stages.jobs.forward:forward",
     "framework": "stages.commands.frameworks:framework",

@@ -5,7 +5,8 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import Any
 
-from stages.commands.backends import PROBES, attribute
+from stages.commands.backends import ENGINES, PROBES, attribute
+from stages.jobs.capture import CaptureCommand
 from stages.jobs.decompose_options import DecomposeOptions
 from stages.jobs.doctor import FrameworkRequest
 from stages.progress import Progress
@@ -25,6 +26,13 @@ def decomposed(options: DecomposeOptions, load: Loader, progress: Progress) -> d
     if options.svd == "torch":
         return job.decompose(options, attribute("svf_torch.svd:TORCH_SVD"), backend, progress)
     return job.decompose(options, job.FLOAT64, backend, progress)
+
+
+def captured(command: CaptureCommand, _load: object, _progress: object) -> dict[str, Any]:
+    """Run an engine's own model and write what hooks saw; the `svf.capture/1` document."""
+    from stages.jobs import capture as job
+
+    return job.captured(command, attribute(f"{ENGINES[command.engine]}:run"))
 
 
 def framework(request: FrameworkRequest, _load: object, _progress: object) -> dict[str, Any]:

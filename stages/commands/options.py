@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from stages.commands.backends import BACKENDS, PROBES
+from stages.commands.backends import BACKENDS, ENGINES, PROBES
 
 
 def _panel(title: str) -> Callable[..., Any]:
@@ -33,6 +33,10 @@ OneBackend = StrEnum("OneBackend", [*BACKENDS])  # type: ignore[misc]
 ON_TORCH = OneBackend("torch")
 CalibrateName = StrEnum("CalibrateName", [*PROBES, "both"])  # type: ignore[misc]
 CALIBRATE_BOTH = CalibrateName("both")
+EngineName = StrEnum("EngineName", [*ENGINES])  # type: ignore[misc]
+ON_TRANSFORMERS = EngineName("transformers")
+Attention = StrEnum("Attention", ["eager", "sdpa", "flex_attention", "flash_attention_2"])
+CacheKind = StrEnum("CacheKind", ["dynamic", "static", "none"])
 OneLayout = StrEnum("OneLayout", ["declared", "torch_v", "nx", "vh"])
 LayoutName = StrEnum("LayoutName", ["declared", "torch_v", "nx", "vh", "all"])
 DumpMode = StrEnum("DumpMode", ["full", "hash", "none"])

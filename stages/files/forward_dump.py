@@ -17,6 +17,8 @@ from stages.files.folders import new_folder
 from stages.files.jsonio import write_json
 from stages.files.source import ModelSource
 from stages.files.tensorfile import sha256, write_tensors
+from stages.spec.forward import ANY_MODEL
+from stages.spec.sites import stage_of_module
 from stages.spec.values import StageResult
 
 MODEL_FILE = "model.safetensors"
@@ -37,20 +39,6 @@ def parse_key(key: str) -> Place | None:
     return (int(layer), stage) if layer.isascii() and layer.isdigit() and stage and "." not in stage else None
 
 
-# Modules of `transformers` by the last part of their names -> the stage that their output is.
-_MODULES = {
-    "embed_tokens": "embedding",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "o_proj": "attn_out",
-    "self_attn": "attn_out",
-    "gate_proj": "ffn_gate",
-    "up_proj": "ffn_up",
-    "act_fn": "ffn_silu",
-    "down_proj": "ffn_out",
-    "mlp": "ffn_out",
-    "norm": "final_norm",
-}
 _PARTS = tuple(f"{name}{end}" for name in "qkv" for end in ("", "_proj"))
 
 
@@ -61,8 +49,8 @@ def advice(key: str) -> str:
     found = ["drop 'model.'"] if prefix == "model" and rest else []
     if last in _PARTS:
         found.append("join q, k, v on the last axis as qkv_bias")
-    elif last in _MODULES:
-        found.append(f"call it {_MODULES[last]}")
+    elif (stage := stage_of_module(last, ANY_MODEL)) is not None:
+        found.append(f"call it {stage}")
     return f": {', '.join(found)}" if found else ""
 
 

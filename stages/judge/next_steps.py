@@ -218,5 +218,6 @@ _RULES: dict[str, Callable[[Document], list[str]]] = {
     "svf.stages/1": _of_stages,
     "svf.synth/1": lambda d: [shlex.join(["svf", "forward", str(d["out"]), "--tokens", "1,2,3", "--backend", "both"])],
     "svf.decompose/1": lambda d: [shlex.join(["svf", "replay", str(d["out"]), "--backend", "both"])],
+    "svf.capture/1": lambda d: [shlex.join(["svf", "audit", d["sequences"][0]["out"]])],
     "svf.error/1": _of_error,
 }

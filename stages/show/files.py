@@ -48,3 +48,14 @@ def import_document(document: Mapping[str, Any]) -> None:
         )
     for what in document["not_kept"]:
         _line(f"Left out: {shown(what)}")
+
+
+def capture_document(document: Mapping[str, Any]) -> None:
+    """A `svf.capture/1` document."""
+    facts = ", ".join(f"{name} {value}" for name, value in document["facts"].items())
+    _line(f"{document['engine']} on {document['model']}: {facts}")
+    for row in filter(None, document["generated"]):
+        _line(f"Generated: {row}")
+    for sequence in document["sequences"]:
+        about = "; ".join(f"{name}: {value}" for name, value in sequence["about"].items())
+        _line(f"Wrote {sequence['tensors']} tensors of {sequence['tokens']} tokens to {sequence['out']} ({about})")
