@@ -38,9 +38,9 @@ def best(functions: dict[str, Callable[[], object]]) -> dict[str, float]:
 def measure(name: str, rows: int) -> None:
     """Print the seconds and ratios of one backend, in this process."""
     from stages.commands.backends import load_backend
-    from stages.order.evaluate import product
     from stages.order.ordered_backend import BLOCKED, OrderedBackend
-    from stages.order.text import parse_order
+    from stages.sums.evaluate import product
+    from stages.sums.text import parse_order
 
     backend, stage = load_backend(name, "cpu"), "matmul_pre_norm"
     rng = np.random.default_rng(0)

@@ -10,6 +10,9 @@ from stages.recipes.catalogue import KINDS, kind_of
 from stages.recipes.fewer_bits import NARROW
 from stages.recipes.listing import ASKED, Line, form_lines, joined, joined_words, mod_lines
 from stages.recipes.recipe import EVERY, Class, Kind
+from stages.sums.candidates import BLOCK_SIZES, LANES, family
+from stages.sums.orders import Blocks, Lanes, inside, joins
+from stages.sums.orders import words as told
 
 Floors = Sequence[Mapping[str, Any]]
 # Sizes at which the benchmark ends; what is seen there is seen at any size.
@@ -39,7 +42,13 @@ def page(recorded: Mapping[str, Any]) -> str:
             "",
         ]
         lines += [*forms(kind, recorded["rows"]), *mods(kind)]
-    lines += [FEWER.rstrip("\n"), "", *head("format", *EVERY, "of results too"), *formats()]
+    lines += [FEWER.rstrip("\n"), "", *head("format", *EVERY, "of results too"), *formats(), ""]
+    lines += [
+        SUMMED.rstrip("\n"),
+        "",
+        *head("terms in", "of how many", "summed in each by", "their sums added"),
+        *orders(),
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -125,6 +134,27 @@ def formats() -> Iterator[str]:
         yield row([narrow.words, *holds, "yes" if narrow.result else "no"])
 
 
+def orders() -> Iterator[str]:
+    """The orders of summation that are asked; in one line those that differ in numbers, or in how sums are added."""
+    alike: dict[tuple[str, str], list[Blocks | Lanes]] = {}
+    for order in family(max(BLOCK_SIZES) + 1):
+        if "FMA" in told(order):
+            continue
+        match order:
+            case Blocks(_, inner, _, centred):
+                how = "consecutive blocks, the first and the last cut alike" if centred else "consecutive blocks"
+                alike.setdefault((how, inside(inner)), []).append(order)
+            case Lanes(_, inner, _, _, head):
+                how = "interleaved lanes, as many terms before them in lane 0" if head else "interleaved lanes"
+                alike.setdefault((how, inside(inner)), []).append(order)
+            case _:
+                yield row([told(order, "all"), "-", "-", "-"])
+    for (how, inner), of in alike.items():
+        sizes = sorted({one.size if isinstance(one, Blocks) else one.count for one in of} & {*BLOCK_SIZES, *LANES})
+        said = f"{sizes[0]} to {sizes[-1]}" if len(sizes) > len(LANES) else ", ".join(map(str, sizes))
+        yield row([how, said, inner, "; ".join(dict.fromkeys(joins(one.outer) for one in of))])
+
+
 def worked(floors: Floors) -> Iterator[str]:
     """Three rows as they stand below, each with how to read it; `AssertionError` where one stands there no more."""
     for name, words, read in WORKED:
@@ -198,9 +228,9 @@ Beside the rows, any rounding between two stages may be left out in 16 bits: a f
 recorded rounded. The report says then *of unrounded* and the name of the input. Where no row fits, the narrower rows
 of a norm, a softmax or an activation are asked once more, each with some of its roundings left out: *but not the
 sum*. Two more explanations need no row: a weight of which a few elements, a row or a column are wrong, and one number
-that all values are times what they should be. In float32 no row knows another library's exponential or the order of
-its sums: `--natives` asks PyTorch's and JAX's own functions for the last bits. `svf stages NAME` prints the rows of
-one stage.
+that all values are times what they should be. In float32 no row knows another library's exponential:
+`--natives` asks PyTorch's and JAX's own functions for the last bits, and then [orders of
+summation](#orders-of-summation). `svf stages NAME` prints the rows of one stage.
 
 ## Which section a stage is in
 """
@@ -212,6 +242,18 @@ FEWER = """## Fewer bits
 Any stage may have been computed in a narrower format: its operands, some of them, its result, or both. All of these
 are *narrower*, and the words say what has how many bits: *its weights have 10 mantissa bits, TF32-like*. Where two
 formats give the same numbers, both are told.
+"""
+
+
+SUMMED = """## Orders of summation
+
+In float32 the last bits of a product, or of a norm's squares, tell the order of its sum. With `--natives`, where
+neither backend's own functions give all bits, these orders are asked, of the products and norms of a float32 run: each
+with products rounded before they are added, and by FMA. A stage that one of them gives to the last bit is `exact`, and
+named by it (*K in blocks of 192, an FMA chain in each, blocks added left to right*). They are equivalent, like every
+order: the bound of a product holds for them all. Blocks also have the sizes that part K into 2 to 8; the terms
+that are left over when K is no multiple of the lanes are dealt on, chained to lane 0, or summed and added to it.
+`svf infer` finds the same orders, margins too.
 """
 
 

@@ -91,7 +91,7 @@ Natives = Annotated[
     bool,
     comparing(
         "--natives",
-        help="Ask PyTorch and JAX too, in a process each, whether they give the recorded bits.",
+        help="Ask PyTorch, JAX and orders of summation too, in a process each, for the last bits.",
     ),
 ]
 Accepted = Annotated[

@@ -13,13 +13,13 @@ from stages.errors import UsageError
 from stages.files import cache
 from stages.order import black_boxes as boxes
 from stages.order import probe
-from stages.order.orders import Order, words
 from stages.order.reveal import NoTreeError
-from stages.order.text import format_order
 from stages.progress import Progress
 from stages.run.calibration import cpu_model
 from stages.run.children import document_of, run_child
 from stages.spec.backend import Backend, Loader
+from stages.sums.orders import Order, words
+from stages.sums.text import format_order
 
 SCHEMA = "svf.probe/1"
 # M, N, K of products: one row, few, many; narrow and wide; K below, at, above and off the blocks of known libraries.

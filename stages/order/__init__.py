@@ -1,6 +1,5 @@
-"""The order in which many terms are summed: declared, revealed by probing, inferred from recorded bytes.
+"""The order in which many terms are summed: revealed by probing, inferred from recorded bytes, computed in.
 
-Two float32 sums of the same terms differ by their order alone. An order is a plain value here (`orders`), with a
-text form (`text`) and a slow exact evaluator (`evaluate`). `reveal` finds the tree of a black box, `recognise` names
-it, `probe` does both for a backend's stages; `infer` finds the order that reproduces recorded bytes.
+`reveal` finds the tree of a black box, `recognise` names it, `probe` does both for a backend's stages; `infer_recorded`
+finds the orders of a recorded run, and `ordered_backend` computes in them.
 """

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from stages.order.infer import Inference, Part
-from stages.order.orders import Order, words
 from stages.order.probe import ranges
-from stages.order.text import format_order
+from stages.sums.infer import Inference, Part
+from stages.sums.orders import Order, words
+from stages.sums.text import format_order
 
 SCHEMA = "svf.orders/1"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +12,14 @@ import numpy as np
 from stages.errors import InputError
 from stages.files.forward_dump import Place, forward_key
 from stages.judge.forward import ForwardRun, fits, open_run, oracles_of, order_of, span_of, why_unjudged
-from stages.oracle.verdict import Oracle
-from stages.order.candidates import family
 from stages.order.findings import Found, known_first
-from stages.order.infer import ProductEvidence, infer
+from stages.recipes.orders import sums_of
 from stages.spec.noise import Noise
 from stages.spec.stage import Stage
+from stages.sums.candidates import family
+from stages.sums.infer import ProductEvidence, infer
 
-# Noise kinds of stages that are sums of products, and what they do to the sum afterwards.
+# Noise kinds of stages that are sums of products.
 PRODUCT_KINDS = (Noise.PRODUCT, Noise.SCORES, Noise.WEIGHTED)
 
 
@@ -61,41 +62,21 @@ def _infer_place(place: Place, run: ForwardRun, before: list[Found], columns: in
 
 
 def _evidence(place: Place, run: ForwardRun, recorded: np.ndarray) -> Iterator[ProductEvidence]:
-    """The products that a recorded stage is made of: one a weight, or one a head."""
-    assert run.path is not None
-    stage, start = run.path.at(place), 0
+    """The products that a recorded stage is made of: one a weight, or all heads' in one."""
     for chosen, oracle in oracles_of(place, run, recorded):
-        if stage.noise is Noise.PRODUCT:
-            x, *weights = oracle.arguments
-            for weight in weights:
-                at = slice(start, start + len(weight)) if chosen == slice(None) else chosen
-                yield ProductEvidence(x[-len(recorded) :], weight.T, recorded[:, at])
-                start += len(weight)
-        elif stage.noise is Noise.SCORES:
-            yield from _scores(oracle, recorded)
-        else:
-            yield from _weighted(oracle, recorded)
-
-
-def _scores(oracle: Oracle, recorded: np.ndarray) -> Iterator[ProductEvidence]:
-    q, k = oracle.arguments
-    scaling = np.float32(oracle.options["scaling"])
-    for head in range(q.shape[1]):
-        keys = k[:, head // (q.shape[1] // k.shape[1])]
-        yield ProductEvidence(q[:, head], keys.T, recorded[head], finish=lambda sums: sums * scaling)
-
-
-def _weighted(oracle: Oracle, recorded: np.ndarray) -> Iterator[ProductEvidence]:
-    probabilities, qkv = oracle.arguments
-    heads, kv_heads, dim = (oracle.options[name] for name in ("heads", "kv_heads", "head_dim"))
-    values = qkv[:, (heads + kv_heads) * dim :].reshape(len(qkv), kv_heads, dim)
-    for head in range(heads):
-        columns = recorded[:, head * dim : (head + 1) * dim]
-        yield ProductEvidence(probabilities[head], values[:, head // (heads // kv_heads)], columns)
+        for sums in sums_of(oracle, recorded[..., chosen]):
+            first = next(iter(sums.ways.values()))
+            assert isinstance(first, ProductEvidence)
+            yield first
 
 
 def _some_columns(evidence: ProductEvidence, count: int) -> ProductEvidence:
     """`count` of the columns, spread evenly, the first and the last among them."""
     width = evidence.recorded.shape[1]
     at = np.unique(np.linspace(0, width - 1, min(count, width)).astype(int))
-    return ProductEvidence(evidence.a, evidence.b[:, at], evidence.recorded[:, at], evidence.finish)
+    return replace(
+        evidence,
+        b=evidence.b[..., at],
+        recorded=evidence.recorded[:, at],
+        finish=lambda sums, rows, cols: evidence.finish(sums, rows, at[cols]),
+    )

@@ -11,9 +11,7 @@ from stages.errors import InputError, UsageError
 from stages.files.kinds import Recording
 from stages.files.replay_recorded import Side, SideTensor, open_side
 from stages.judge.diff import kind_of
-from stages.order.candidates import family, family_of_sums
 from stages.order.findings import Found, document, known_first
-from stages.order.infer import ProductEvidence, SumEvidence, infer
 from stages.order.infer_forward import infer_forward
 from stages.progress import Report
 from stages.run.replay import MIN_CHUNK_ROWS, chunk_plan, default_chunk_rows
@@ -22,6 +20,8 @@ from stages.spec.noise import Noise
 from stages.spec.replay import REPLAY
 from stages.spec.stage import Stage
 from stages.spec.values import Chunk
+from stages.sums.candidates import family, family_of_sums
+from stages.sums.infer import ProductEvidence, SumEvidence, infer
 
 PRODUCTS = tuple(stage for stage in REPLAY.values() if stage.noise is Noise.PRODUCT)
 RATIOS = tuple(stage for stage in REPLAY.values() if stage.noise is Noise.SUM_RATIO)

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 
 from stages.errors import UsageError
-from stages.order import evaluate
-from stages.order.evaluate import Products, Sum
 from stages.order.ordered_forward import forward_stages
-from stages.order.orders import Blocks, Chain, Order, block_ranges, lower
-from stages.order.text import format_order
 from stages.spec.backend import Backend, Delegate
 from stages.spec.layouts import LAYOUTS
 from stages.spec.noise import Noise
 from stages.spec.replay import REPLAY
+from stages.sums import evaluate
+from stages.sums.evaluate import Products, Sum
+from stages.sums.orders import Blocks, Chain, Order, block_ranges, lower
+from stages.sums.text import format_order
 
 # (stage, how many terms) -> the order to sum them in.
 Orders = Mapping[tuple[str, int], Order]

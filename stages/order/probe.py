@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from stages.order.black_boxes import ProductBox, RowBox
-from stages.order.orders import Explicit, Order, fused, lower
-from stages.order.program import Program, Step, Tree
 from stages.order.recognise import recognise
 from stages.order.reveal import NoTreeError, reveal, reveal_positive
+from stages.sums.orders import Explicit, Order, fused, lower
+from stages.sums.program import Program, Step, Tree
 
 # Swallows any sum of as many ones as a matrix has columns, and is far from overflow.
 _LARGE = np.float32(2.0**60)

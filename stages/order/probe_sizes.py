@@ -9,9 +9,9 @@ from stages.order import black_boxes as boxes
 from stages.order import probe
 from stages.order.findings import SCHEMA
 from stages.order.infer_recorded import PRODUCTS, RATIOS
-from stages.order.text import format_order
 from stages.progress import Progress
 from stages.spec.backend import Loader
+from stages.sums.text import format_order
 
 
 @dataclass(frozen=True)

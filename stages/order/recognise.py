@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from stages.order.orders import (
+from stages.sums.orders import (
     TAILS,
     Blocks,
     Chain,
@@ -20,8 +20,8 @@ from stages.order.orders import (
     lanes_of,
     lower,
 )
-from stages.order.program import Tree
-from stages.order.text import format_order
+from stages.sums.program import Tree
+from stages.sums.text import format_order
 
 _SIMPLE: tuple[Order, ...] = (Chain(), Chain(backward=True), Pairs(), Halves())
 # XLA's reductions run over windows of 32, centred on the terms.

@@ -12,13 +12,13 @@ from stages.files.jsonio import read_object
 from stages.order.findings import SCHEMA
 from stages.order.infer_recorded import infer_recorded
 from stages.order.ordered_backend import Orders
-from stages.order.orders import Order
 from stages.order.probe_sizes import SizesRequest
-from stages.order.text import parse_order
 from stages.progress import Progress
 from stages.run.calibration import cpu_model
 from stages.run.children import document_of, run_child
 from stages.spec.backend import SIDES
+from stages.sums.orders import Order
+from stages.sums.text import parse_order
 
 NATIVE, INFERRED = "native", "inferred"
 # Rows of each recorded tensor that its order is inferred from: thousands of elements.

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from stages.errors import SvfError
-from stages.order.program import Tree, tree_of
+from stages.sums.program import Tree, tree_of
 
 # (i, js) -> for each j, how many terms lie below the node where i and j meet.
 Meeting = Callable[[int, Sequence[int]], np.ndarray]

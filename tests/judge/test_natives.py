@@ -11,11 +11,20 @@ import pytest
 from forward_models import MODELS, change_dump, dumped, trace, write_model
 from helpers import svf
 
+from stages.commands.backends import load_backend
 from stages.files.tensorfile import write_tensors
 from stages.judge import natives
 from stages.judge.audit import audit
+from stages.order.infer_forward import PRODUCT_KINDS
+from stages.order.ordered_backend import OrderedBackend
+from stages.progress import Progress
+from stages.recipes.orders import SAMPLE
 from stages.spec.backend import Backend
 from stages.spec.forward import DECLARED
+from stages.sums.candidates import family
+from stages.sums.evaluate import product
+from stages.sums.orders import words
+from stages.sums.text import parse_order
 
 TOKENS = "3,141,59,26,53,58,97,93"
 BOTH = ["torch", "jax"]
@@ -87,3 +96,70 @@ def test_elements_alike_are_counted_as_far_as_they_are_judged() -> None:
     x = np.array([[1.0, 2.0], [3.0, 4.0]], np.float32)
     assert natives._alike(stage, x, np.where(x == 3, 0, x).astype(np.float32)) == 3
     assert natives._alike(stage, x, x.astype(np.float64)) is None
+
+
+SUMMED = (
+    "left",
+    "fma",
+    "right",
+    "pairs",
+    "halves",
+    "blocks(24, fma, left)",
+    "blocks(16, left, halves)",
+    "lanes(8, fma, halves)",
+    "lanes(4, blocks(4, left, left), left)",
+    "lanes(8, left, pairs, first)",
+)
+
+
+def in_order(folder: Path, text: str, backend: Backend) -> Path:
+    """A float32 dump of one whose products are all summed in that order."""
+    order, model = parse_order(text), write_model(folder / "model", MODELS["qwen3"], "float32")
+    products = [stage.name for stage in DECLARED.values() if stage.noise in PRODUCT_KINDS]
+    ordered = OrderedBackend(backend, {(name, k): order for name in products for k in range(1, 257)}, text)
+    trace(model, ordered, out=folder / "dump", tokens=TOKENS)
+    return folder / "dump"
+
+
+@pytest.mark.parametrize("text", SUMMED)
+def test_products_are_explained_by_the_order_that_they_were_summed_in(
+    text: str, tmp_path: Path, torch_backend: Backend
+) -> None:
+    dump = in_order(tmp_path, text, torch_backend)
+    rows = {row["key"]: row for row in audit(dump)["rows"]}
+    asked = [key for key, row in rows.items() if DECLARED[row["stage"]].noise in PRODUCT_KINDS]
+    keys = tuple(key for key in asked if rows[key]["elements"] - rows[key]["bits"] >= SAMPLE)
+    assert len(keys) >= 12
+    found = natives.natives(natives.NativesRequest(dump, natives.ORDERS, keys), load_backend, Progress(False))["stages"]
+    assert {key: one["bits"] for key, one in found.items()} == {key: rows[key]["elements"] for key in keys}
+    tensors, rng = dumped(dump), np.random.default_rng(0)
+    for stage, made_of in (("ffn_gate", "ffn_norm"), ("ffn_out", "ffn_swigl")):
+        x = rng.standard_normal((60, tensors[f"layers.1.{made_of}"].shape[1]), np.float32)
+        said = found[f"layers.1.{stage}"]["recipe"].removeprefix("summed in float32: ")
+        # The first of those that are the same additions.
+        named = next(order for order in family(x.shape[1]) if words(order, "K") == said)
+        assert np.array_equal(product(named, x, x.T), product(parse_order(text), x, x.T)), said
+
+
+def test_an_audit_names_the_order_and_calls_the_row_exact(tmp_path: Path, torch_backend: Backend) -> None:
+    document = audit(in_order(tmp_path, "blocks(16, left, halves)", torch_backend), natives=True)
+    rows = [row for row in document["rows"] if row["stage"].startswith("ffn_gate")]
+    assert rows
+    for row in rows:
+        assert (row["verdict"], row["class"], row["bits"]) == ("exact", "equivalent", row["elements"])
+        assert row["recipe"].endswith("K in blocks of 16, a chain in each, blocks added upper half on to lower")
+    assert document["explained"]["bits"] == document["explained"]["elements"]
+
+
+def test_one_changed_bit_is_explained_by_no_order(tmp_path: Path, torch_backend: Backend) -> None:
+    dump = in_order(tmp_path, "blocks(16, left, halves)", torch_backend)
+    key = "layers.1.ffn_gate"
+
+    def nudge(tensors: dict[str, np.ndarray]) -> None:
+        changed = tensors[key].copy()
+        changed[3, 5] = np.nextafter(changed[3, 5], np.float32(np.inf))
+        tensors[key] = changed
+
+    change_dump(dump, nudge)
+    found = natives.natives(natives.NativesRequest(dump, natives.ORDERS, (key,)), load_backend, Progress(False))
+    assert found["stages"] == {}

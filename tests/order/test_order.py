@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.errors import InputError
-from stages.order.candidates import family, family_of_sums
-from stages.order.evaluate import Products, Sum, evaluate, fma, product
-from stages.order.infer import ProductEvidence, SumEvidence, infer
-from stages.order.orders import Blocks, Chain, Halves, Lanes, Order, Pairs, fused, lower, words
 from stages.order.probe import ProductProbe, SquaresProbe, softmax, total
 from stages.order.recognise import recognise
 from stages.order.reveal import NoTreeError, reveal
-from stages.order.text import format_order, parse_order
+from stages.sums.candidates import family, family_of_sums
+from stages.sums.evaluate import Products, Sum, evaluate, fma, product
+from stages.sums.infer import ProductEvidence, SumEvidence, infer
+from stages.sums.orders import Blocks, Chain, Halves, Lanes, Order, Pairs, fused, lower, words
+from stages.sums.text import format_order, parse_order
 
 # Every kind of order, as libraries have them; the one table that the tests go through.
 ORDERS = (

@@ -21,18 +21,18 @@ from stages.jobs.replay_one import ReplayCommand, ReplayJob
 from stages.judge.diff import diff_recorded
 from stages.judge.forward_diff import diff_forward
 from stages.order import black_boxes as boxes
-from stages.order.evaluate import Sum, evaluate, product
 from stages.order.explain import explain_recorded
 from stages.order.infer_recorded import infer_recorded
 from stages.order.ordered_backend import BLOCKED, NATIVE, STEPPED, OrderedBackend, with_order
-from stages.order.orders import lower
 from stages.order.probe import ProductProbe, total
 from stages.order.resolve import orders_for, orders_of
-from stages.order.text import parse_order
 from stages.progress import Progress
 from stages.run.calibration import cpu_model, facts_of
 from stages.show import console as render
 from stages.spec.backend import Backend
+from stages.sums.evaluate import Sum, evaluate, product
+from stages.sums.orders import lower
+from stages.sums.text import parse_order
 
 SHAPES = {
     "matmul_pre_norm (torch_v)": ((32, 48, 400), (20, 24, 40)),

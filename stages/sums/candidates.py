@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from stages.order.orders import Blocks, Chain, Halves, Lanes, Order, Pairs, fused
+from stages.sums.orders import Blocks, Chain, Halves, Lanes, Order, Pairs, fused
 
 # Panels of K in BLAS libraries (OpenBLAS 256 to 448, MKL 192 to 384, XLA's Eigen 128 to 512) and in naive tilings.
 BLOCK_SIZES = (
@@ -56,7 +56,10 @@ def _sizes(terms: int) -> Iterator[int]:
 
 
 def _lanes(terms: int) -> Iterator[Order]:
-    for count in (count for count in LANES if count < terms):
+    """Those with a chain in each first: 8 lanes are 4 of 2, and called so."""
+    counts = [count for count in LANES if count < terms]
+    yield from (Lanes(count, Chain(), join) for count in counts for join in _JOINS)
+    for count in counts:
         tails = ("spread", "seed", "first") if terms % count else ("spread",)
         for join in _JOINS:
             yield from (Lanes(count, inner, join, tail) for inner in _inside_lanes() for tail in tails)

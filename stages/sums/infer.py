@@ -8,9 +8,9 @@ from typing import Protocol
 
 import numpy as np
 
-from stages.order.evaluate import CHUNK_ELEMENTS, Products, Sum, Terms, execute
-from stages.order.orders import Order, lower
-from stages.order.program import Program
+from stages.sums.evaluate import CHUNK_ELEMENTS, Products, Sum, Terms, execute
+from stages.sums.orders import Order, lower
+from stages.sums.program import Program
 
 # Elements that every order is tried on first. Two orders agree in an element by chance, 1 in 3 times or fewer at
 # K = 64: not in 200.
@@ -42,26 +42,71 @@ class Evidence(Protocol):
         """The results at the crossings of `rows` and `cols`, a few rows at a time."""
 
 
+# What is done with sums afterwards, by element: (sums, their rows, their columns).
+Finish = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+
+
+def as_summed(sums: np.ndarray, _rows: np.ndarray, _cols: np.ndarray) -> np.ndarray:
+    return sums
+
+
 @dataclass(frozen=True)
 class ProductEvidence:
-    """`recorded` = `finish(a @ b)`: `[M, K]` by `[K, N]`, float32; `finish` by element."""
+    """`recorded` = `finish(a @ b)`: `[M, K]` by `[K, N]`, float32.
+
+    Of a `b` `[heads, K, N]` each is the factor of as many rows of `a`, one head's after another's.
+    """
 
     a: np.ndarray
     b: np.ndarray
     recorded: np.ndarray
-    finish: Callable[[np.ndarray], np.ndarray] = field(default=lambda sums: sums)
+    finish: Finish = as_summed
 
     @property
     def terms(self) -> int:
         return self.a.shape[1]
 
     def compute(self, program: Program, rows: np.ndarray, cols: np.ndarray) -> np.ndarray:
-        return self.finish(execute(program, Products(self.a[rows], self.b.T[cols])))
+        right = self.b.T[cols] if self.b.ndim == 2 else self.b[rows // self._each, :, cols]
+        return self.finish(execute(program, Products(self.a[rows], right)), rows, cols)
 
     def compute_all(self, program: Program, rows: np.ndarray, cols: np.ndarray) -> Iterator[np.ndarray]:
-        right, step = self.b.T[cols], max(1, CHUNK_ELEMENTS // max(1, cols.size))
-        for start in range(0, rows.size, step):
-            yield self.finish(execute(program, Products(self.a[rows[start : start + step], None], right[None])))
+        step = max(1, CHUNK_ELEMENTS // max(1, cols.size))
+        head = rows // self._each
+        for own in np.split(rows, np.flatnonzero(np.diff(head)) + 1):
+            b = self.b if self.b.ndim == 2 else self.b[own[0] // self._each]
+            right = b.T[cols][None]
+            for start in range(0, own.size, step):
+                some = own[start : start + step, None]
+                yield self.finish(execute(program, Products(self.a[some], right)), some, cols)
+
+    @property
+    def _each(self) -> int:
+        """Rows of `a` that one factor is of."""
+        return len(self.a) // (1 if self.b.ndim == 2 else len(self.b))
+
+
+@dataclass(frozen=True)
+class RowEvidence:
+    """`recorded` = `finish` of each row's sum of squares over `x` `[M, K]`: what norms do."""
+
+    x: np.ndarray
+    recorded: np.ndarray
+    finish: Finish
+
+    @property
+    def terms(self) -> int:
+        return self.x.shape[1]
+
+    def compute(self, program: Program, rows: np.ndarray, cols: np.ndarray) -> np.ndarray:
+        some, which = np.unique(rows, return_inverse=True)
+        return self.finish(self._sums(program, some)[which], rows, cols)
+
+    def compute_all(self, program: Program, rows: np.ndarray, cols: np.ndarray) -> Iterator[np.ndarray]:
+        yield self.finish(self._sums(program, rows)[:, None], rows[:, None], cols)
+
+    def _sums(self, program: Program, rows: np.ndarray) -> np.ndarray:
+        return execute(program, Products(self.x[rows], self.x[rows]))
 
 
 @dataclass(frozen=True)

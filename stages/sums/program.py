@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
+
+import numpy as np
 
 
 class Step(NamedTuple):
@@ -29,6 +32,20 @@ class Program:
     def root(self) -> int:
         """The accumulator that holds the sum in the end."""
         return self.steps[-1].into if self.steps else 0
+
+    @cached_property
+    def levels(self) -> list[tuple[np.ndarray, np.ndarray, bool]]:
+        """The same steps, those together that wait for none of each other: `into`, `of` and whether all are fused."""
+        if not self.steps:
+            return []
+        ready, waves = [0] * self.size, []
+        for into, of, fused in self.steps:
+            ready[into] = max(ready[into], ready[of]) + 1
+            waves.append(2 * ready[into] + fused)
+        wave, steps = np.array(waves), np.array(self.steps)
+        order = np.argsort(wave, kind="stable")
+        ends = np.flatnonzero(np.diff(wave[order])) + 1
+        return [(part[:, 0], part[:, 1], bool(part[0, 2])) for part in np.split(steps[order], ends)]
 
     def tree(self) -> Tree:
         """The tree of these steps; which operand came first and what was fused are forgotten."""

@@ -11,8 +11,8 @@ import re
 from dataclasses import replace
 
 from stages.errors import InputError, shown
-from stages.order.orders import TAILS, Blocks, Chain, Explicit, Halves, Lanes, Order, Pairs
-from stages.order.program import Program, Step
+from stages.sums.orders import TAILS, Blocks, Chain, Explicit, Halves, Lanes, Order, Pairs
+from stages.sums.program import Program, Step
 
 NAMED: dict[str, Order] = {
     "left": Chain(),

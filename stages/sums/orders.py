@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from stages.errors import InputError
-from stages.order.program import Program, Step
+from stages.sums.program import Program, Step
 
 # Where the terms go that are left when K is no multiple of the lanes: dealt on over the lanes; chained on to lane 0;
 # or summed by themselves and then added to lane 0.
@@ -174,7 +174,7 @@ def words(order: Order, what: str = "terms") -> str:
             return f"{what} pairwise, upper half on to lower"
         case Blocks(size, inner, outer, centred):
             where = ", the first and the last cut alike" if centred else ""
-            return f"{what} in blocks of {size}{where}, {_inside(inner)} in each, blocks added {_joined(outer)}"
+            return f"{what} in blocks of {size}{where}, {inside(inner)} in each, blocks added {joins(outer)}"
         case Lanes(count, inner, outer, tail, head):
             rest = {
                 "spread": "",
@@ -183,14 +183,15 @@ def words(order: Order, what: str = "terms") -> str:
             }
             start = f", the first {head} before lane 0" if head else ""
             return (
-                f"{what} in {count} interleaved lanes{start}{rest[tail]}, {_inside(inner)} in each, "
-                f"lanes added {_joined(outer)}"
+                f"{what} in {count} interleaved lanes{start}{rest[tail]}, {inside(inner)} in each, "
+                f"lanes added {joins(outer)}"
             )
         case Explicit(program):
             return f"an explicit tree of {program.size} {what}"
 
 
-def _inside(order: Order) -> str:
+def inside(order: Order) -> str:
+    """In words the order that terms of one block or lane are summed in."""
     match order:
         case Chain(fma, backward):
             return f"{'an FMA' if fma else 'a'} chain{' from last to first' if backward else ''}"
@@ -198,7 +199,8 @@ def _inside(order: Order) -> str:
             return f"({words(order, 'its terms')})"
 
 
-def _joined(order: Order) -> str:
+def joins(order: Order) -> str:
+    """In words the order that the blocks' or lanes' sums are added in."""
     match order:
         case Chain(_, backward):
             return "right to left" if backward else "left to right"

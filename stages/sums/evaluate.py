@@ -9,11 +9,13 @@ from typing import Protocol
 
 import numpy as np
 
-from stages.order.orders import Order, lower
-from stages.order.program import Program
+from stages.sums.orders import Order, lower
+from stages.sums.program import Program
 
 # Elements whose accumulators, float64 temporaries included, stay in a core's second-level cache.
 CHUNK_ELEMENTS = 1 << 15
+# So few sums are taken level by level: there a step of an order costs more than its numbers do.
+_FEW = 512
 _LOW = np.uint64((1 << 29) - 1)  # the bits of a float64 that float32 has no room for
 _MIDPOINT = np.uint64(1 << 28)
 _LEAST_NORMAL = 2.0**-126
@@ -26,10 +28,14 @@ class Terms(Protocol):
     def size(self) -> int:
         """K."""
 
-    def rounded(self, k: int) -> np.ndarray:
-        """Term k of every sum, float32."""
+    @property
+    def count(self) -> int:
+        """How many sums there are."""
 
-    def fused(self, accumulator: np.ndarray, k: int) -> np.ndarray:
+    def rounded(self, k: int | np.ndarray) -> np.ndarray:
+        """Term k of every sum, float32; of several, one after another on the first axis."""
+
+    def fused(self, accumulator: np.ndarray, k: int | np.ndarray) -> np.ndarray:
         """accumulator + term k, the term not rounded before."""
 
 
@@ -71,12 +77,12 @@ class Sum:
 
     def __init__(self, x: np.ndarray):
         self._x = np.ascontiguousarray(np.moveaxis(x, -1, 0))
-        self.size = x.shape[-1]
+        self.size, self.count = x.shape[-1], int(np.prod(x.shape[:-1]))
 
-    def rounded(self, k: int) -> np.ndarray:
+    def rounded(self, k: int | np.ndarray) -> np.ndarray:
         return self._x[k]
 
-    def fused(self, accumulator: np.ndarray, k: int) -> np.ndarray:
+    def fused(self, accumulator: np.ndarray, k: int | np.ndarray) -> np.ndarray:
         return accumulator + self._x[k]
 
 
@@ -86,16 +92,19 @@ class Products:
     def __init__(self, a: np.ndarray, b: np.ndarray):
         self._a, self._b = (np.ascontiguousarray(np.moveaxis(x, -1, 0)) for x in (a, b))
         self.size = a.shape[-1]
+        self.count = int(np.prod(np.broadcast_shapes(a.shape[:-1], b.shape[:-1])))
 
-    def rounded(self, k: int) -> np.ndarray:
+    def rounded(self, k: int | np.ndarray) -> np.ndarray:
         return self._a[k] * self._b[k]
 
-    def fused(self, accumulator: np.ndarray, k: int) -> np.ndarray:
+    def fused(self, accumulator: np.ndarray, k: int | np.ndarray) -> np.ndarray:
         return fma(self._a[k], self._b[k], accumulator)
 
 
 def execute(program: Program, terms: Terms) -> np.ndarray:
     """The sums, float32, in the program's order."""
+    if terms.count <= _FEW:
+        return _by_levels(program, terms)
     kept: dict[int, np.ndarray] = {}
 
     def take(slot: int) -> np.ndarray:
@@ -105,6 +114,15 @@ def execute(program: Program, terms: Terms) -> np.ndarray:
         for into, of, fused in program.steps:
             kept[into] = terms.fused(take(into), of) if fused else take(into) + take(of)
     return take(program.root)
+
+
+def _by_levels(program: Program, terms: Terms) -> np.ndarray:
+    """Of few sums, all additions at once that wait for none of each other."""
+    sums = terms.rounded(np.arange(terms.size))
+    with np.errstate(over="ignore", invalid="ignore"):
+        for into, of, fused in program.levels:
+            sums[into] = terms.fused(sums[into], of) if fused else sums[into] + sums[of]
+    return sums[program.root]
 
 
 def evaluate(order: Order, terms: Terms) -> np.ndarray:
