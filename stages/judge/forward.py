@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,7 +25,8 @@ from stages.judge.rope import RopeRun
 from stages.judge.same_model import other_model
 from stages.oracle import rope
 from stages.oracle.bounds import LAMBDA, Lambdas, exact_bound
-from stages.oracle.span import Value, floor, oracle_through, value_through
+from stages.oracle.span import BEYOND_LAYER, WITHIN_LAYER, Value, Way, floor, oracle_through, value_through
+from stages.oracle.spread import Spread
 from stages.oracle.verdict import STAGES, Oracle, Verdict, consult, judge, judged_part
 from stages.recipes.catalogue import LEFT_OUT, wrong_values
 from stages.recipes.elements import explain_rows
@@ -98,6 +98,8 @@ class ForwardRun:
     # What adapted weights may be off that another program adapted itself, by the calibrated and the rigorous bounds.
     doubts: tuple[Weights, ...] = ()
     floors: dict[Place, float] = field(default_factory=dict)  # of stages judged through others: what they can see
+    spans: dict[Place, Span] = field(default_factory=dict)
+    values: dict[Place, Value] = field(default_factory=dict)  # of hidden stages, as far as they are needed again
 
     def read(self, place: Place) -> np.ndarray:
         """A recorded stage's values."""
@@ -265,24 +267,25 @@ def why_unjudged(place: Place, run: ForwardRun) -> str | None:
         return f"the weights {', '.join(params)} are unavailable; give --model"
     if run.positions == "last" and any(map(functools.partial(_mixes_positions, run.path), (span.acting, *span.hidden))):
         return "the dump holds the last position alone, and this stage needs them all"
-    missing = f"not recorded: {', '.join(map(forward_key, span.missing))}"
-    between = sum(layer is not None for layer, _ in span.hidden)
-    if span.from_start or between > _MOST_HIDDEN:
-        return missing if span.from_start else f"{missing}, nor {between - len(span.missing)} stages before"
     misshapen = [forward_key(at) for at in span.recorded if at in run.misshapen or not fits(run, at)]
     if misshapen:
         return f"recorded in another shape: {', '.join(misshapen)}"
+    missing = f"not recorded: {', '.join(map(forward_key, span.missing))}"
+    if span.from_start and not run.tokens:
+        return missing
     if span.hidden and _floor(place, run) > _LEAST_SEEN:
-        return f"{missing}; too far from what was recorded: right programs may differ by {_floor(place, run):.2g} of it"
+        return (
+            f"{missing}; too long to tell: through {len(span.hidden)} hidden stages right programs may differ by "
+            + (f"{_floor(place, run):.2g} of it")
+        )
     return None
 
 
-# Stages of layers that a judgement goes through at most: attention from q and k before their norms has six, a
-# feed-forward five. A whole layer has more, and bounds that add up absolutely are blind there.
-_MOST_HIDDEN = 8
-# A wrong step moves a stage by about its own size. Where right programs may differ by a quarter of that in RMS, and so
-# by all of it in some element, little of it would be seen.
-_LEAST_SEEN = 0.25
+# Stages that absolute bounds are carried through: attention from q and k before their norms has six, a feed-forward
+# five. A whole layer has more, and bounds that add up absolutely are blind there.
+_MOST_ABSOLUTE = 8
+# A wrong step moves a stage by about its own size; of what differs by half of that among right programs, nothing.
+_LEAST_SEEN = 0.5
 
 
 @dataclass(frozen=True)
@@ -303,6 +306,12 @@ class Span:
 
 def span_of(place: Place, run: ForwardRun) -> Span:
     """From what, and through what, a recorded stage is to be judged."""
+    if place not in run.spans:
+        run.spans[place] = _span_of(place, run)
+    return run.spans[place]
+
+
+def _span_of(place: Place, run: ForwardRun) -> Span:
     assert run.path is not None
     acting = place
     while run.path.at(acting).identity and _find(run, _only(sources_of(acting, run))) is None:
@@ -321,7 +330,7 @@ def span_of(place: Place, run: ForwardRun) -> Span:
             from_start |= source[1] == "embedding"
             waiting += sources_of(source, run).values()
     missing = tuple(source for source in sources.values() if source in hidden)
-    return Span(acting, tuple(recorded), tuple(hidden), missing, from_start)
+    return Span(acting, tuple(recorded), tuple(order_of(run.path, hidden)), missing, from_start)
 
 
 def _only(sources: Mapping[str, Place]) -> Place:
@@ -338,10 +347,16 @@ def _floor(place: Place, run: ForwardRun) -> float:
 def through_words(place: Place, run: ForwardRun) -> str | None:
     """What a stage is judged through, in words, and what it can see; None where its inputs were recorded, or follow
     from the config."""
-    named = sorted({stage for _, stage in span_of(place, run).hidden} - {*rope.TABLES})
-    if not named:
+    span = span_of(place, run)
+    hidden = [at for at in span.hidden if at[1] not in rope.TABLES and not run.path.at(at).identity] if run.path else []
+    if not hidden:
         return None
-    return f"judged through {', '.join(named)}, not recorded; errors below {run.floors[place]:.2g} of it are not seen"
+    since = ", ".join(map(forward_key, span.recorded)) or "the tokens"
+    named = ", ".join(dict.fromkeys(stage for _, stage in hidden))
+    layers = {layer for layer, _ in hidden if layer is not None}
+    through = named if len(layers) < 2 else f"{len(hidden)} stages of {len(layers)} layers"
+    unseen = f"errors below {run.floors[place]:.2g} of it are not seen"
+    return f"judged from {since} through {through}, not recorded; {unseen}"
 
 
 def given_places(run: ForwardRun) -> set[Place]:
@@ -518,6 +533,7 @@ def reread(place: Place, run: ForwardRun, observed: np.ndarray) -> Reread | None
                 said = "; ".join(filter(None, (run.read_as.get(place), text, way)))
                 if turn is not None:
                     run.turned[place] = turn
+                    run.values.clear()
                 if not fault:
                     run.read_as[place] = said
                 return Reread(array, said, fault)
@@ -554,7 +570,7 @@ def _oracles_through(
     """As `oracles_of`, where some inputs have to be computed."""
     assert run.path is not None
     assert run.config is not None
-    values = [_value(run, source) for source in sources_of(place, run).values()]
+    values, way = _values(run, sources_of(place, run).values()), _way(place, run)
     if stage.by_vocab and observed.ndim == 2:
         values = [value.last(len(observed)) for value in values]
     options, dtype = stage_options(run.config, stage), stored_dtype(run.path.activations)
@@ -570,31 +586,92 @@ def _oracles_through(
                 return parameters(stage, given, source, place[0], dtype)
 
             doubts = tuple(read(doubt, np.dtype(np.float64)) for doubt in run.doubts) if run.doubts else None
-            oracle = oracle_through(stage, values, read(weights, dtype), options, run.lambdas, dtype, doubts)
+            oracle = oracle_through(stage, values, read(weights, dtype), options, way, doubts)
             gone = tuple(name for name, at in sources_of(place, run).items() if _find(run, at) is None)
             yield columns, dataclasses.replace(oracle, made=_made(place, run), hidden=() if run.doubts else gone)
 
 
-def _value(run: ForwardRun, source: Place, instead: Mapping[Place, np.ndarray] = MappingProxyType({})) -> Value:
-    """A stage as recorded, or computed from what is; `instead` gives values of hidden stages, of wrong programs."""
+def _way(place: Place, run: ForwardRun) -> Way:
+    """How a place is judged through those of its span."""
+    assert run.path is not None
+    span = span_of(place, run)
+    layers = {layer for layer, _ in (*span.hidden, span.acting)} - ({None} if span.acting[0] is not None else set())
+    within = len(layers) == 1
+    return Way(
+        run.lambdas,
+        stored_dtype(run.path.activations),
+        np.asarray(run.tokens)[_chosen(run)],
+        WITHIN_LAYER if within else BEYOND_LAYER,
+        sum(layer is not None for layer, _ in span.hidden) <= _MOST_ABSOLUTE,
+    )
+
+
+def _value(run: ForwardRun, source: Place) -> Value:
+    """A stage as recorded, or computed from what is."""
+    return _values(run, [source])[0]
+
+
+def _values(run: ForwardRun, sources: Iterable[Place]) -> list[Value]:
+    """Stages as recorded, or computed from what is; what a later stage may need again is kept."""
+    found: dict[Place, Value] = {}
+    for source in sources:
+        for at in _up_to(run, source):
+            if at not in run.values:
+                run.values[at] = _computed(run, at)
+                _forget(run, at[0])
+        found[source] = _recorded_value(run, source) or run.values[source]
+    return list(found.values())
+
+
+def _up_to(run: ForwardRun, source: Place) -> list[Place]:
+    """The hidden stages that are still to be computed for a stage, and itself, in execution order."""
+    assert run.path is not None
+    hidden: set[Place] = set()
+    waiting = [source]
+    while waiting:
+        at = waiting.pop()
+        if at not in hidden and at not in run.values and _find(run, at) is None:
+            hidden.add(at)
+            waiting += sources_of(at, run).values()
+    return order_of(run.path, hidden)
+
+
+# Bytes of hidden stages that are kept for the stages after them.
+_MOST_KEPT = 1 << 29
+
+
+def _forget(run: ForwardRun, layer: int | None) -> None:
+    """Drop what no stage of this layer or a later one reads, once there is much of it."""
+    if layer is not None and sum(value.array.nbytes for value in run.values.values()) > _MOST_KEPT:
+        for at in [at for at in run.values if at[0] is not None and at[0] < layer - 1]:
+            del run.values[at]
+
+
+def _recorded_value(run: ForwardRun, source: Place) -> Value | None:
+    assert run.path is not None
+    found = _find(run, source)
+    if found is None:
+        return None
+    array, dtype = run.read(found), stored_dtype(run.path.activations)
+    if not _flows(run, source) or array.dtype.itemsize >= dtype.itemsize:
+        return Value(array)
+    lost = exact_bound(array.astype(np.float64), array.dtype)
+    return Value(array, Spread(lost * lost / 3), lost)
+
+
+def _computed(run: ForwardRun, place: Place) -> Value:
+    """A hidden stage from its inputs, which were recorded or computed."""
     assert run.path is not None
     assert run.config is not None
-    if source in instead:
-        return Value(instead[source])
-    found = _find(run, source)
-    stage, dtype = run.path.at(source), stored_dtype(run.path.activations)
-    if found is not None:
-        array = run.read(found)
-        lossy = _flows(run, source) and array.dtype.itemsize < dtype.itemsize
-        lost = exact_bound(array.astype(np.float64), array.dtype) if lossy else 0.0
-        return Value(array, lost, lost)
-    inputs = [_value(run, at, instead) for at in sources_of(source, run).values()]
+    inputs = [_recorded_value(run, at) or run.values[at] for at in sources_of(place, run).values()]
+    stage, dtype, way = run.path.at(place), stored_dtype(run.path.activations), _way(place, run)
     if stage.identity:
         return inputs[0]
-    options, wide = stage_options(run.config, stage), np.dtype(np.float64)
-    params = parameters(stage, _given(run), _weights_of(run), source[0], dtype)
-    doubts = tuple(parameters(stage, _given(run), doubt, source[0], wide) for doubt in run.doubts) or None
-    return value_through(oracle_through(stage, inputs, params, options, run.lambdas, dtype, doubts), inputs)
+    params = parameters(stage, _given(run), _weights_of(run), place[0], dtype)
+    wide = np.dtype(np.float64)
+    doubts = tuple(parameters(stage, _given(run), doubt, place[0], wide) for doubt in run.doubts) or None
+    oracle = oracle_through(stage, inputs, params, stage_options(run.config, stage), way, doubts)
+    return value_through(oracle, inputs, way)
 
 
 def pieces_of(place: Place, run: ForwardRun, observed: np.ndarray) -> Iterator[Piece]:
@@ -687,7 +764,7 @@ def _of_hidden(place: Place, run: ForwardRun, oracle: Oracle) -> Iterator[Wrong]
     sources, params = sources_of(span.acting, run), oracle.arguments[len(stage.inputs) :]
 
     def result(instead: Mapping[Place, np.ndarray]) -> np.ndarray:
-        arrays = [_value(run, source, instead).array for source in sources.values()]
+        arrays = _arrays(run, span, sources.values(), instead)
         if stage.by_vocab:
             arrays = [array[-len(oracle.value) :] for array in arrays]
         return STAGES[stage.function](*(array.astype(np.float64) for array in arrays), *params, **oracle.options)
@@ -708,6 +785,25 @@ def _of_hidden(place: Place, run: ForwardRun, oracle: Oracle) -> Iterator[Wrong]
             left_out = f"as if {forward_key(at)} were left out"
             said = left_out if text in LEFT_OUT else f"in {forward_key(at)}, which was not recorded: {text}"
             yield said, result({at: value})
+
+
+def _arrays(
+    run: ForwardRun, span: Span, wanted: Iterable[Place], instead: Mapping[Place, np.ndarray]
+) -> list[np.ndarray]:
+    """Stages as they would be, had hidden ones of the span given something else."""
+    assert run.path is not None
+    assert run.config is not None
+    changed = dict(instead)
+    for at in span.hidden:
+        sources = list(sources_of(at, run).values())
+        if at in changed or changed.keys().isdisjoint(sources):
+            continue
+        stage = run.path.at(at)
+        inputs = [changed[s] if s in changed else _value(run, s).array.astype(np.float64) for s in sources]
+        params = parameters(stage, _given(run), _weights_of(run), at[0], stored_dtype(run.path.activations))
+        options = stage_options(run.config, stage)
+        changed[at] = inputs[0] if stage.identity else STAGES[stage.function](*inputs, *params, **options)
+    return [changed[at] if at in changed else _value(run, at).array for at in wanted]
 
 
 # Parameters of one shape that a loader may mix up.

@@ -83,6 +83,9 @@ RMS: Mapping[Noise, float] = MappingProxyType(
     }
 )
 RMS_FACTOR = 3.0
+# Largest RMS of error / standard deviation of a tensor that was judged through others: 1.76 was the most seen on right
+# programs (docs/findings/spans.md).
+RMS_THROUGH = 2.5
 
 
 def rms_limit(kind: Noise, dtype: np.dtype, lambdas: Lambdas = LAMBDA) -> float:

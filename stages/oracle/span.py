@@ -1,46 +1,72 @@
 """Judging through stages that were not recorded: their float64 values, and what right programs may differ by in them.
 
-A hidden stage errs by its own bound, by what its inputs err, and by a rounding to the run's dtype, which a program may
-do or leave out. `carried` says what that becomes in the next stage: absolute bounds, element by element, which hold for
-whatever errors lie within those of the inputs, also ones that agree in sign. So a right program is never beyond them;
-of what passed through long sums they see little, and `floor` says how little.
+A hidden stage errs by its own noise, by what its inputs err, and by a rounding to the run's dtype, which a program may
+do or leave out. `spread.carried` says what that becomes in the next stage as a variance, which sees much through long
+sums; `carried` as an absolute bound, which holds for whatever errors there are and sees little. The smaller of both is
+the bound; `floor` says how small an error it shows.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from stages.oracle.bounds import Lambdas, rounding_unit
-from stages.oracle.verdict import Oracle, consult
+from stages.oracle import spread
+from stages.oracle.bounds import RMS_THROUGH, Lambdas, rounding_unit
+from stages.oracle.spread import RECORDED, Setting, Spread, by_heads, for_heads
+from stages.oracle.verdict import OPERANDS, Oracle, consult
 from stages.spec.causal import up_to_query
+from stages.spec.dtypes import stored_dtype
 from stages.spec.noise import Noise
 from stages.spec.stage import Stage
 
 Options = Mapping[str, Any]
 Errors = Sequence[np.ndarray]
 
+# Standard deviations that right programs stay within, through stages of one layer and of more (docs/findings/spans.md:
+# 9.9 and 16.9 were the most seen, where attention is sharp and the first order ends).
+WITHIN_LAYER, BEYOND_LAYER = 10.0, 20.0
+# What errs ten times more than that is no rounding, though no proof says so.
+SURELY = 10.0
+
 
 @dataclass(frozen=True)
 class Value:
-    """A stage's value as the next one gets it, and what another right program's may lie off: 0 where it was recorded.
+    """A stage's value as the next one gets it, and what another right program's may lie off: nothing if recorded.
 
-    `near` is by the calibrated bounds, `far` by the rigorous ones; `hidden` names the stages that were computed.
+    `far` is an absolute bound; infinite where none was carried.
     """
 
     array: np.ndarray
-    near: np.ndarray | float = 0.0
+    spread: Spread = RECORDED
     far: np.ndarray | float = 0.0
-    hidden: tuple[str, ...] = ()
 
     def last(self, rows: int) -> Value:
         """The last rows of it."""
-        near, far = (error if isinstance(error, float) else error[-rows:] for error in (self.near, self.far))
-        return Value(self.array[-rows:], near, far, self.hidden)
+        far = self.far[-rows:] if isinstance(self.far, np.ndarray) else self.far
+        return Value(self.array[-rows:], self.spread.last(rows), far)
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a span is judged: the run's dtype, its tokens, and how many standard deviations right programs stay within.
+
+    Absolute bounds are carried where `absolute` says so: they say nothing of many stages.
+    """
+
+    lambdas: Lambdas
+    dtype: np.dtype
+    tokens: np.ndarray | None = None
+    deviations: float = WITHIN_LAYER
+    absolute: bool = True
+
+
+Doubts = Sequence[Sequence[np.ndarray]]
 
 
 def oracle_through(
@@ -48,44 +74,99 @@ def oracle_through(
     inputs: Sequence[Value],
     params: Sequence[np.ndarray],
     options: Options,
-    lambdas: Lambdas,
-    run: np.dtype,
-    doubts: Sequence[Sequence[np.ndarray]] | None = None,
+    way: Way,
+    doubts: Doubts | None = None,
 ) -> Oracle:
-    """The oracle of a stage some of whose inputs are not sure, in a run of dtype `run`.
+    """The oracle of a stage some of whose inputs are not sure.
 
     Computed without the roundings that the model prescribes inside the stage; whether they were done is in the bounds.
     `doubts` are what the params may be off, by the calibrated and by the rigorous bounds.
     """
     arguments = (*(value.array.astype(np.float64) for value in inputs), *params)
-    unit = rounding_unit(run) if run.itemsize < 4 else 0.0
+    if not inputs and doubts is None:
+        return consult(stage, arguments, options, way.lambdas)
 
-    def unsure(arguments: tuple[np.ndarray, ...]) -> tuple[np.ndarray, np.ndarray]:
-        given = arguments[: len(inputs)]
+    def unsure(given: tuple[np.ndarray, ...]) -> tuple[np.ndarray, np.ndarray]:
+        same = given is arguments
+        value = oracle.value if same else consult(stage, given, options, way.lambdas).value
+        deviation = way.deviations * np.sqrt((of_inputs() if same else moved(given)).variance(value))
+        far = _far(stage, given, inputs, options, way, None if doubts is None else doubts[1])
+        return np.fmin(deviation, far), np.fmin(SURELY * deviation, far)
 
-        def of(errors: Sequence[np.ndarray | float], which: int) -> np.ndarray:
-            wide = [np.broadcast_to(np.asarray(e), x.shape) for e, x in zip(errors, given, strict=True)]
-            moved = carried(stage, arguments, wide, options, unit) if inputs else np.zeros(())
-            return moved if doubts is None else moved + doubted(stage, arguments, wide, doubts[which])
+    def moved(given: tuple[np.ndarray, ...]) -> Spread:
+        return _moved(stage, given, inputs, options, way, None if doubts is None else doubts[0])
 
-        return of([value.near for value in inputs], 0), of([value.far for value in inputs], 1)
+    of_inputs = functools.cache(lambda: moved(arguments))
+    oracle = consult(stage, arguments, options, way.lambdas, unsure)
 
-    return consult(stage, arguments, options, lambdas, unsure if inputs or doubts is not None else None)
+    def typical() -> np.ndarray:
+        own = _own(oracle, stored_dtype(stage.dtype))
+        return np.sqrt(of_inputs().variance(oracle.value) + own.variance(oracle.value))
+
+    return replace(oracle, typical=typical, carried=of_inputs)
 
 
-def value_through(oracle: Oracle, inputs: Iterable[Value]) -> Value:
-    """A hidden stage's value; its stored rounding is in the oracle's bounds."""
-    before = dict.fromkeys(name for value in inputs for name in value.hidden)
-    return Value(oracle.value, oracle.bound, oracle.rigorous(), (*before, oracle.stage.name))
+def value_through(oracle: Oracle, inputs: Sequence[Value], way: Way) -> Value:
+    """A hidden stage's value, with what it errs itself."""
+    own = _own(oracle, way.dtype if oracle.stage.dtype != "float32" else np.dtype(np.float32))
+    before = RECORDED if oracle.carried is None else oracle.carried()
+    absolute = way.absolute and all(np.ndim(value.far) or value.far < np.inf for value in inputs)
+    return Value(oracle.value, before.plus(own), oracle.rigorous() if absolute else np.inf)
 
 
 def floor(oracles: Iterable[Oracle]) -> float:
-    """The bounds of a stage's parts relative to their values, in RMS: of errors that are smaller nothing is seen."""
-    bounds = values = 0.0
+    """The least error of a tensor, relative to it in RMS, that its statistic shows."""
+    errors = values = 0.0
     for oracle in oracles:
-        bounds += float(np.sum(np.square(np.broadcast_to(oracle.bound, oracle.value.shape))))
+        typical = oracle.bound if oracle.typical is None else oracle.typical()
+        errors += float(np.sum(np.square(np.broadcast_to(typical, oracle.value.shape))))
         values += float(np.sum(np.square(oracle.value)))
-    return float(np.sqrt(bounds / values)) if values else np.inf
+    return RMS_THROUGH * float(np.sqrt(errors / values)) if values else np.inf
+
+
+def _own(oracle: Oracle, dtype: np.dtype) -> Spread:
+    stage = oracle.stage
+    operands: tuple[Any, ...] = oracle.arguments
+    if stage.noise is not Noise.EXACT and stage.function in OPERANDS:
+        operands = OPERANDS[stage.function](*oracle.arguments, **oracle.options)
+    return spread.own(stage.noise, operands, oracle.value, dtype, oracle.lambdas)
+
+
+def _moved(
+    stage: Stage,
+    arguments: tuple[np.ndarray, ...],
+    inputs: Sequence[Value],
+    options: Options,
+    way: Way,
+    doubts: Sequence[np.ndarray] | None,
+) -> Spread:
+    """What a stage's value differs by, of its inputs and of doubtful weights. A doubt is a bound: a third of it is what
+    it errs by in RMS, if it is as likely as not."""
+    found = RECORDED
+    if inputs:
+        found = spread.carried(stage, arguments, [v.spread for v in inputs], Setting(options, way.dtype, way.tokens))
+    if doubts is None:
+        return found
+    x = arguments[0] ** 2 if stage.noise is Noise.PRODUCT else arguments[0]
+    moved = doubted(stage, [x], [np.zeros(())], [doubt * doubt / 3 for doubt in doubts])
+    return replace(found, own=found.own + moved)
+
+
+def _far(
+    stage: Stage,
+    arguments: tuple[np.ndarray, ...],
+    inputs: Sequence[Value],
+    options: Options,
+    way: Way,
+    doubts: Sequence[np.ndarray] | None,
+) -> np.ndarray | float:
+    if not way.absolute or any(np.ndim(value.far) == 0 and value.far == np.inf for value in inputs):
+        return np.inf
+    pairs = zip(inputs, arguments, strict=False)
+    wide = [np.broadcast_to(np.asarray(value.far, np.float64), x.shape) for value, x in pairs]
+    unit = rounding_unit(way.dtype) if way.dtype.itemsize < 4 else 0.0
+    moved = carried(stage, arguments, wide, options, unit) if inputs else np.zeros(())
+    return moved if doubts is None else moved + doubted(stage, arguments, wide, doubts)
 
 
 # -- what an error of the inputs becomes in the result --------------------------------------------------------------
@@ -147,7 +228,7 @@ def _normed(part: int | None) -> Carried:
     def normed(
         x: Sequence[np.ndarray], errors: Errors, params: Sequence[np.ndarray], options: Options, unit: float
     ) -> np.ndarray:
-        a, e = (array if part is None else _by_heads(array, part, options) for array in (x[0], errors[0]))
+        a, e = (array if part is None else by_heads(array, part, options) for array in (x[0], errors[0]))
         root = np.sqrt(np.mean(a * a, axis=-1, keepdims=True) + options["eps"])
         d = np.sqrt(np.mean(e * e, axis=-1, keepdims=True))
         size = np.abs(a) / root
@@ -164,7 +245,7 @@ def _turned(part: int) -> Carried:
         x: Sequence[np.ndarray], errors: Errors, _p: Sequence[np.ndarray], options: Options, unit: float
     ) -> np.ndarray:
         (q, cos, sin), (e, ecos, esin) = x, errors
-        q, e = (_by_heads(array, part, options) for array in (q, e))
+        q, e = (by_heads(array, part, options) for array in (q, e))
         half = q.shape[-1] // 2
         other, eother = (np.roll(array, half, axis=-1) for array in (np.abs(q), e))
         cos, sin, ecos, esin = (array[:, None] for array in (np.abs(cos), np.abs(sin), ecos, esin))
@@ -179,9 +260,9 @@ def _scores(
     x: Sequence[np.ndarray], errors: Errors, _p: Sequence[np.ndarray], options: Options, unit: float
 ) -> np.ndarray:
     (q, k), heads = x, x[0].shape[1]
-    product = np.abs(q.swapaxes(0, 1) @ _for_heads(k, heads).swapaxes(1, 2))
+    product = np.abs(q.swapaxes(0, 1) @ for_heads(k, heads).swapaxes(1, 2))
     (q, eq), (k, ek) = ((np.abs(a), e) for a, e in zip(x, errors, strict=True))
-    (q, eq), (k, ek) = (a.swapaxes(0, 1) for a in (q, eq)), (_for_heads(a, heads).swapaxes(1, 2) for a in (k, ek))
+    (q, eq), (k, ek) = (a.swapaxes(0, 1) for a in (q, eq)), (for_heads(a, heads).swapaxes(1, 2) for a in (k, ek))
     moved = eq @ k + (q + eq) @ ek
     return float(options["scaling"]) * (moved + unit * (product + moved))
 
@@ -201,7 +282,7 @@ def _weighted(
     x: Sequence[np.ndarray], errors: Errors, _p: Sequence[np.ndarray], options: Options, _unit: float
 ) -> np.ndarray:
     (p, qkv), (ep, eqkv) = x, errors
-    v, ev = (_for_heads(_by_heads(np.abs(a), 2, options), len(p)) for a in (qkv, eqkv))
+    v, ev = (for_heads(by_heads(np.abs(a), 2, options), len(p)) for a in (qkv, eqkv))
     moved = ep @ v + (p + ep) @ ev
     return moved.swapaxes(0, 1).reshape(moved.shape[1], -1)
 
@@ -211,19 +292,6 @@ def _silu(x: Sequence[np.ndarray], errors: Errors, *_: Any) -> np.ndarray:
     (gate,), (e,) = x, errors
     sigmoid = 1 / (1 + np.exp(-gate))
     return np.abs(sigmoid * (1 + gate * (1 - sigmoid))) * e + e * e / 4
-
-
-def _by_heads(x: np.ndarray, part: int, options: Options) -> np.ndarray:
-    """q, k or v of their join by heads, `[tokens, heads, head_dim]`; what is by heads already stays."""
-    if x.ndim == 3:
-        return x
-    ends = np.cumsum([options[name] * options["head_dim"] for name in ("heads", "kv_heads")])
-    return np.split(x, ends, axis=-1)[part].reshape(len(x), -1, options["head_dim"])
-
-
-def _for_heads(x: np.ndarray, heads: int) -> np.ndarray:
-    """Keys or values `[tokens, kv_heads, head_dim]` as `[heads, tokens, head_dim]`, each for consecutive heads."""
-    return np.repeat(x.swapaxes(0, 1), heads // x.shape[1], axis=0)
 
 
 CARRIED: Mapping[str, Carried] = MappingProxyType(

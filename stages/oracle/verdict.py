@@ -95,6 +95,9 @@ class Oracle:
     again: Callable[[tuple[np.ndarray, ...]], Oracle] | None = None  # of other arguments, where no table has the stage
     # Of inputs that were computed by stages which were recorded with their own inputs: the oracle of each, by name.
     made: Mapping[str, Callable[[], Oracle | None]] = field(default_factory=dict)
+    # Of a stage that is judged through others: the standard deviation of right programs, and the spread of its inputs'.
+    typical: Callable[[], np.ndarray] | None = None
+    carried: Callable[[], Any] | None = None
     hidden: tuple[str, ...] = ()  # inputs that were not recorded, and can be computed again by their makers
     sizes: Mapping[str, int] = field(default_factory=dict)  # the model's, by name: one may stand for another
 
@@ -199,6 +202,8 @@ def measure(oracle: Oracle, observed: np.ndarray) -> Judged:
     if bits == got.size:
         return Judged(Verdict.EXACT, count=count, bits=bits)
     ratio, squares = _ratios(got, oracle.value, oracle.bound)
+    if oracle.typical is not None:
+        _, squares = _ratios(got, oracle.value, oracle.typical())
     return Judged(_by_element(oracle, got, ratio), ratio, squares, count, bits)
 
 

@@ -84,14 +84,17 @@ class SideVerdict:
             verdict = Verdict.EXACT
         if self.recipe is None or worst(self.elementwise, verdict) is not self.elementwise:
             self._tell(oracle, judged, found, verdict)
-        right = judged if found is None or found.kind is None or not found.kind.sound else Judged(verdict, found.ratio)
+        # What was carried is judged as such, whichever recipe is nearest.
+        told = found is not None and found.kind is not None and found.kind.sound and oracle.typical is None
+        right = Judged(verdict, found.ratio) if found is not None and told else judged
         self.ratio = max(self.ratio, right.ratio)
         self.squares, self.count = self.squares + right.squares, self.count + right.count
         self.bits += judged.bits if found is None else found.bits
         self.elements += observed.size
-        # Of what was carried from stages before, which may err alike, no RMS was measured.
+        # Of RoPE's tables, which err alike in all rows, no RMS was measured.
         sure = oracle.unsure is None
-        self.rms_limit = noise.rms_limit(oracle.stage.noise, observed.dtype, oracle.lambdas) if sure else np.inf
+        limit = noise.rms_limit(oracle.stage.noise, observed.dtype, oracle.lambdas) if sure else np.inf
+        self.rms_limit = limit if oracle.typical is None else noise.RMS_THROUGH
         return verdict
 
     def _tell(self, oracle: Oracle, judged: Judged, found: Found | None, verdict: Verdict) -> None:

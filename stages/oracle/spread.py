@@ -1,0 +1,347 @@
+"""How much right programs differ in a value that they compute through stages nobody recorded: variances, carried on.
+
+First order, element by element, with what errs as one factor of a whole row apart from the rest: the root of a norm
+is common to its row, is divided out by the next norm, and moves a product as a factor. Each hidden stage adds what it
+may err itself: in float32 what right kernels do, in 16 bits a rounding of the stored format, which a program may leave
+out. docs/findings/spans.md has what right programs did, in units of these variances.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from stages.oracle.bounds import BOUNDS, LAMBDA, RMS, U32, half_unit, rounding_unit
+from stages.spec.causal import up_to_query
+from stages.spec.noise import Noise
+from stages.spec.stage import Stage
+
+Array = np.ndarray | float
+# A rounding to a format of unit roundoff u errs by 0.43 u in RMS, relative to the value.
+_TYPICAL = 0.43
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Variances of a value: of each element by itself, and, relative to the value, of a factor common to its row.
+
+    `of_log` is of scores, less what all keys of a query share, and of the logarithms of probabilities before these are
+    normalised: both move together, which `own` does not say. `added` is what the stage itself has added to `own`.
+    """
+
+    own: Array = 0.0
+    row: Array = 0.0
+    of_log: np.ndarray | None = None
+    added: Array = 0.0
+
+    @property
+    def none(self) -> bool:
+        """Whether the value was recorded: no right program differs in it."""
+        return np.ndim(self.own) == 0 and np.ndim(self.row) == 0 and self.own == 0.0 == self.row
+
+    def variance(self, value: np.ndarray) -> np.ndarray:
+        """The variance of each element of `value`."""
+        return np.broadcast_to(np.asarray(self.own + self.row * value * value), value.shape)
+
+    def plus(self, added: Spread) -> Spread:
+        """With what the stage itself errs."""
+        return replace(self, own=self.own + added.own, row=self.row + added.row, added=added.own)
+
+    def last(self, rows: int) -> Spread:
+        """Of the last rows."""
+        own, row = (error[-rows:] if isinstance(error, np.ndarray) else error for error in (self.own, self.row))
+        return Spread(own, row)
+
+
+RECORDED = Spread()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What rules need beside values: the stage's options, the run's dtype, and which tokens are equal, as numbers."""
+
+    options: Mapping[str, Any]
+    dtype: np.dtype
+    tokens: np.ndarray | None = None
+
+    @property
+    def narrow(self) -> bool:
+        """Whether the run rounds to 16 bits."""
+        return self.dtype.itemsize < 4
+
+    def rounding(self, x: np.ndarray) -> Array:
+        """The variance of a rounding inside a stage, which may be done or not; in float32 it is in the stage's own."""
+        return half_unit(x, self.dtype) ** 2 / 3 if self.narrow else 0.0
+
+
+Rule = Callable[[Sequence[np.ndarray], Sequence[Spread], Sequence[np.ndarray], Setting], Spread]
+
+
+def carried(stage: Stage, arguments: Sequence[np.ndarray], spreads: Sequence[Spread], setting: Setting) -> Spread:
+    """The spread of a stage's value that comes of its inputs', and of roundings that may have been done inside.
+
+    `arguments` are the float64 inputs, then the params, in declared order.
+    """
+    count = len(stage.inputs)
+    with np.errstate(all="ignore"):  # an error too large for its stage is infinite
+        return RULES[stage.function](arguments[:count], spreads, arguments[count:], setting)
+
+
+def own(
+    kind: Noise, operands: tuple[Any, ...], value: np.ndarray, dtype: np.dtype, lambdas: Mapping[Noise, float] = LAMBDA
+) -> Spread:
+    """What a stage of that kind errs by itself, stored in `dtype`; `operands` are those of its bound."""
+    stored = half_unit(value, dtype) ** 2 / 3
+    if kind is Noise.EXACT:
+        return Spread(stored)
+    # Of a device that was calibrated, kernels may err more.
+    typical = RMS.get(kind, 1.0) * lambdas[kind] / LAMBDA[kind]
+    if kind is Noise.RMS_NORM:  # the root is common to the row, two products are not
+        width = operands[0].shape[-1]
+        row = (typical * U32 * (np.sqrt(width) / 8 + 6)) ** 2
+        return Spread((U32 * value) ** 2 / 4 + (stored if dtype.itemsize < 4 else 0.0), row)
+    # A kind of which no RMS was measured errs by its scale at most.
+    square = (typical * BOUNDS[kind][0](1.0, *operands, value)) ** 2
+    if dtype.itemsize == 4:
+        return Spread(square)
+    # What is exactly 0 or 1 is so in every format: a probability of one key, or of none.
+    exact = (value == 0) | (value == 1) if kind is Noise.SOFTMAX else False
+    return Spread(np.where(exact, 0.0, square + stored))
+
+
+# -- rules --------------------------------------------------------------------------------------------------------
+
+
+def _summed(x: Sequence[np.ndarray], s: Sequence[Spread], _p: Sequence[np.ndarray], _setting: Setting) -> Spread:
+    return Spread(s[0].variance(x[0]) + s[1].variance(x[1]))
+
+
+def _multiplied(x: Sequence[np.ndarray], s: Sequence[Spread], _p: Sequence[np.ndarray], _setting: Setting) -> Spread:
+    """Factors common to a row may be the same ones: their amplitudes add."""
+    (a, b), (of_a, of_b) = x, s
+    own = b * b * of_a.own + a * a * of_b.own + of_a.own * of_b.own
+    return Spread(own, (np.sqrt(of_a.row) + np.sqrt(of_b.row)) ** 2)
+
+
+def _product(_x: Sequence[np.ndarray], s: Sequence[Spread], params: Sequence[np.ndarray], _setting: Setting) -> Spread:
+    """(W * W) times the variances, by float32 products, ample for a variance; brought to 1 first, lest they vanish."""
+    if np.ndim(s[0].own) == 0:
+        return Spread(0.0, s[0].row)
+    top = float(np.max(s[0].own, initial=0.0)) or 1.0
+    if not np.isfinite(top):
+        return Spread(np.inf)
+    scaled = np.asarray(s[0].own / top, np.float32)
+    weights = (w.astype(np.float32, copy=False) for w in params if w.ndim == 2)
+    return Spread(np.concatenate([scaled @ (w * w).T for w in weights], axis=-1).astype(np.float64) * top, s[0].row)
+
+
+def _angle(_x: Sequence[np.ndarray], s: Sequence[Spread], params: Sequence[np.ndarray], _setting: Setting) -> Spread:
+    positions = params[0].astype(np.float64)[:, None]
+    return Spread(positions * positions * np.tile(np.asarray(s[0].own), 2))
+
+
+def _wave(_x: Sequence[np.ndarray], s: Sequence[Spread], _p: Sequence[np.ndarray], setting: Setting) -> Spread:
+    return Spread(np.minimum(s[0].own, 1.0) * float(setting.options["attention_scaling"]) ** 2)
+
+
+def _normed(part: int | None) -> Rule:
+    """n = x / root: an element moves by its own error less what it moves the root by; the root moves all of the row.
+
+    A factor common to the row is divided out, but for the share that eps has in the root.
+    """
+
+    def rule(x: Sequence[np.ndarray], s: Sequence[Spread], params: Sequence[np.ndarray], setting: Setting) -> Spread:
+        a, spread = x[0], s[0]
+        if part is not None:
+            a, spread = by_heads(a, part, setting.options), _by_heads(spread, x[0], part, setting.options)
+        weight, width = params[0].astype(np.float64), a.shape[-1]
+        square = np.mean(a * a, axis=-1, keepdims=True)
+        root2 = square + setting.options["eps"]
+        n2 = a * a / root2
+        moved = spread.own / root2
+        inside = setting.rounding(np.sqrt(n2))
+        own = weight * weight * (moved * np.maximum(1 - n2 / width, 0) ** 2 + inside)
+        row = np.sum(n2 * moved, axis=-1, keepdims=True) / width**2 + spread.row * (1 - square / root2) ** 2
+        return Spread(own, row)
+
+    return rule
+
+
+def _turned(part: int) -> Rule:
+    """Of x cos + x' sin: each product moves by what its factors do."""
+
+    def rule(x: Sequence[np.ndarray], s: Sequence[Spread], _p: Sequence[np.ndarray], setting: Setting) -> Spread:
+        q, spread = by_heads(x[0], part, setting.options), _by_heads(s[0], x[0], part, setting.options)
+        half = q.shape[-1] // 2
+        other = np.roll(q, half, axis=-1)
+        cos, sin = (table[:, None] for table in x[1:])
+        of_cos, of_sin = (np.asarray(t.own)[:, None] if np.ndim(t.own) else t.own for t in s[1:])
+        own = q * q * of_cos + other * other * of_sin
+        own = own + setting.rounding(q * cos) + setting.rounding(other * sin)
+        if np.ndim(spread.own):
+            own = own + cos * cos * spread.own + sin * sin * np.roll(spread.own, half, axis=-1)
+        return Spread(own, spread.row)
+
+    return rule
+
+
+def _scores(x: Sequence[np.ndarray], s: Sequence[Spread], _p: Sequence[np.ndarray], setting: Setting) -> Spread:
+    """What moves q moves all keys' scores, and softmax sees differences of scores alone: of the mean key it is free.
+
+    Without that a large bias of the keys would hide everything. q and k may be rounded once more, to be scaled.
+    """
+    (q, k), heads, scale = x, x[0].shape[1], float(setting.options["scaling"])
+    q, k = q.swapaxes(0, 1), for_heads(k, heads)
+    of_q = np.broadcast_to(np.asarray(s[0].own), x[0].shape).swapaxes(0, 1)
+    of_k = for_heads(np.broadcast_to(np.asarray(s[1].own), x[1].shape), heads)
+    row_q, row_k = _row(s[0]), _row(s[1])
+    row_k = for_heads(row_k, heads) if np.ndim(row_k) == 3 and row_k.shape[1] > 1 else _leading(row_k)
+    if setting.narrow:
+        unit = (_TYPICAL * rounding_unit(setting.dtype)) ** 2
+        of_q, of_k = of_q + unit * q * q, of_k + unit * k * k
+    product = q @ k.swapaxes(1, 2)
+    scores = product * scale
+    p = probabilities(scores)
+    mean = p @ k
+    k2 = (k * k).swapaxes(1, 2)
+    by_key = (q * q + of_q) @ of_k.swapaxes(1, 2) * scale**2 + np.swapaxes(row_k, -1, -2) * scores**2
+    by_key = by_key + setting.rounding(product) * scale**2
+    by_query = of_q @ k2 * scale**2
+    centred = by_query - 2 * scale**2 * ((of_q * mean) @ k.swapaxes(1, 2))
+    centred = np.maximum(centred + scale**2 * np.sum(of_q * mean * mean, axis=-1, keepdims=True), 0)
+    middle = scores - np.sum(p * np.where(p > 0, scores, 0), axis=-1, keepdims=True)
+    row_q = _leading(row_q)
+    return Spread(by_query + row_q * scores**2 + by_key, of_log=centred + row_q * middle**2 + by_key)
+
+
+def _row(spread: Spread) -> np.ndarray:
+    """The variance of the row's factor as `[tokens, heads or 1, 1]`."""
+    row = np.asarray(spread.row, np.float64)
+    return row.reshape(1, 1, 1) if row.ndim == 0 else row if row.ndim == 3 else row[:, None]
+
+
+def _leading(row: np.ndarray) -> np.ndarray:
+    """`[tokens, heads, 1]` as `[heads, tokens, 1]`."""
+    return row.swapaxes(0, 1)
+
+
+def _softmax(x: Sequence[np.ndarray], s: Sequence[Spread], _p: Sequence[np.ndarray], _setting: Setting) -> Spread:
+    """log p moves by its score less the mean of all scores over p."""
+    p = probabilities(x[0])
+    of_log = s[0].of_log if s[0].of_log is not None else s[0].variance(x[0])
+    of_log = np.where(p > 0, of_log, 0.0)
+    mean = np.sum(p * p * of_log, axis=-1, keepdims=True)
+    return Spread(p * p * (of_log * np.maximum(1 - 2 * p, 0) + mean), of_log=of_log)
+
+
+def _weighted(x: Sequence[np.ndarray], s: Sequence[Spread], _p: Sequence[np.ndarray], setting: Setting) -> Spread:
+    """Probabilities that move together move the mean of the values only by how far these lie from it.
+
+    Keys of equal tokens err alike, so their amplitudes add, where those of others add as squares.
+    """
+    p, heads = x[0], len(x[0])
+    v = for_heads(by_heads(x[1], 2, setting.options), heads)
+    of_v = _by_heads(s[1], x[1], 2, setting.options)
+    mean, own = p @ v, np.zeros((heads, p.shape[1], v.shape[-1]))
+    alike = _alike(setting.tokens, p.shape[-1])
+    if s[0].of_log is not None:
+        moved = p * p * s[0].of_log
+        own = _about(moved, v, mean)
+        if alike is not None:
+            grouped = (alike.T @ v) / alike.sum(axis=0)[:, None]
+            own = np.maximum(own, _about(((p * np.sqrt(s[0].of_log)) @ alike) ** 2, grouped, mean))
+        own = own + np.broadcast_to(np.asarray(s[0].added), p.shape) @ (v * v)
+        if setting.narrow:  # rounded before they are divided by their sum, unless there is one key
+            unit = (_TYPICAL * rounding_unit(setting.dtype)) ** 2
+            own = own + unit * mean * mean * (p.max(axis=-1, keepdims=True) < 1)
+    elif not s[0].none:
+        own = own + s[0].variance(p) @ (v * v)
+    if not of_v.none:
+        moved = for_heads(of_v.variance(by_heads(x[1], 2, setting.options)), heads)
+        if alike is None:
+            own = own + (p * p) @ moved
+        else:
+            own = own + (p @ alike) ** 2 @ ((alike.T @ moved) / alike.sum(axis=0)[:, None])
+    return Spread(own.swapaxes(0, 1).reshape(own.shape[1], -1))
+
+
+def _about(moved: np.ndarray, v: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    """sum of moved * (v - mean)^2 over keys."""
+    total = moved.sum(axis=-1, keepdims=True)
+    return np.maximum(moved @ (v * v) - 2 * mean * (moved @ v) + mean * mean * total, 0)
+
+
+def _alike(tokens: np.ndarray | None, keys: int) -> np.ndarray | None:
+    """A column for each token, with 1 at its places; None where no token comes twice."""
+    if tokens is None or len(tokens) != keys:
+        return None
+    kinds, number = np.unique(tokens, return_inverse=True)
+    return np.eye(len(kinds))[number.reshape(-1)] if len(kinds) < keys else None
+
+
+def _silu(x: Sequence[np.ndarray], s: Sequence[Spread], _p: Sequence[np.ndarray], _setting: Setting) -> Spread:
+    """A factor of the gate's row moves silu by gate * silu', of which silu itself is a factor again."""
+    gate = x[0]
+    sigmoid = 1 / (1 + np.exp(-gate))
+    slope, value = sigmoid * (1 + gate * (1 - sigmoid)), gate * sigmoid
+    return Spread(slope * slope * s[0].own + (slope * gate - value) ** 2 * s[0].row, s[0].row)
+
+
+def by_heads(x: np.ndarray, part: int, options: Mapping[str, Any]) -> np.ndarray:
+    """q, k or v of their join by heads, `[tokens, heads, head_dim]`; what is by heads already stays."""
+    if x.ndim == 3:
+        return x
+    ends = np.cumsum([options[name] * options["head_dim"] for name in ("heads", "kv_heads")])
+    return np.split(x, ends, axis=-1)[part].reshape(len(x), -1, options["head_dim"])
+
+
+def _by_heads(spread: Spread, x: np.ndarray, part: int, options: Mapping[str, Any]) -> Spread:
+    own = by_heads(np.broadcast_to(spread.own, x.shape), part, options) if np.ndim(spread.own) else spread.own
+    row = spread.row
+    return Spread(own, row[:, None] if isinstance(row, np.ndarray) and row.ndim == 2 else row)
+
+
+def for_heads(x: np.ndarray, heads: int) -> np.ndarray:
+    """Keys or values `[tokens, kv_heads, head_dim]` as `[heads, tokens, head_dim]`, each for consecutive heads."""
+    return np.repeat(x.swapaxes(0, 1), heads // x.shape[1], axis=0)
+
+
+def probabilities(scores: np.ndarray) -> np.ndarray:
+    """Softmax over the keys up to each query, in float64."""
+    masked = np.where(up_to_query(scores), scores, -np.inf)
+    p = np.exp(masked - masked.max(axis=-1, keepdims=True))
+    return p / p.sum(axis=-1, keepdims=True)
+
+
+RULES: Mapping[str, Rule] = MappingProxyType(
+    {
+        "rope_angle": _angle,
+        "rope_cos": _wave,
+        "rope_sin": _wave,
+        "attn_norm": _normed(None),
+        "qkv_matmul": _product,
+        "qkv_bias": _product,
+        "q_norm": _normed(0),
+        "k_norm": _normed(1),
+        "q_post_rope": _turned(0),
+        "k_post_rope": _turned(1),
+        "attn_scores": _scores,
+        "attn_softmax": _softmax,
+        "attention": _weighted,
+        "attn_out": _product,
+        "post_attn_residual": _summed,
+        "ffn_norm": _normed(None),
+        "ffn_gate": _product,
+        "ffn_up": _product,
+        "ffn_silu": _silu,
+        "ffn_swigl": _multiplied,
+        "ffn_out": _product,
+        "post_ffn_residual": _summed,
+        "final_norm": _normed(None),
+        "lm_head": _product,
+    }
+)
