@@ -17,7 +17,7 @@ from stages.files.source import ModelSource, open_model
 from stages.files.tensorfile import TensorWriter
 from stages.files.tokens import check_tokens, parse_tokens
 from stages.judge.foreign import open_foreign, open_side
-from stages.judge.forward import ForwardRun, order_of
+from stages.judge.recorded_run import ForwardRun, order_of
 from stages.progress import Progress
 from stages.spec.forward import recorded_shape
 from stages.spec.values import StageResult

@@ -18,7 +18,7 @@ from stages.files.replay_recorded import Side, open_side
 from stages.files.selection import layer_of
 from stages.files.tensorfile import TensorFile
 from stages.judge.foreign import open_side as open_foreign_side
-from stages.judge.forward import Recorded, order_of
+from stages.judge.recorded_run import Recorded, order_of
 from stages.judge.stats import Population
 from stages.progress import Report
 from stages.spec.replay import REPLAY

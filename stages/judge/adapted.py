@@ -24,8 +24,8 @@ from stages.files.forward_dump import ForwardSide
 from stages.files.source import ModelSource
 from stages.files.tensorfile import TensorFile, TensorInfo
 from stages.judge.culprit import Piece
-from stages.judge.forward import ForwardRun
 from stages.judge.metrics import Difference, PairHash
+from stages.judge.recorded_run import ForwardRun
 from stages.judge.replay import row_verdict
 from stages.judge.rows import of_tensor, pair_row
 from stages.oracle import bounds as noise

@@ -22,18 +22,13 @@ from stages.judge.culprit import ORACLE, chosen_row, culprit_data, oracle_pieces
 from stages.judge.decomposition import SHOWN_BY, fault_of, in_words, not_known, parts_of, with_faults
 from stages.judge.explained import Explained, accept, accepted_words
 from stages.judge.forward import (
-    ForwardRun,
-    about,
     explain_place,
     given_places,
     oracles_of,
-    order_of,
     part,
     pieces_of,
-    promised,
     reread,
     rope_cause,
-    span_of,
     through_words,
     why_unjudged,
 )
@@ -41,9 +36,11 @@ from stages.judge.forward_pair import Named
 from stages.judge.metrics import Difference
 from stages.judge.natives import NativesRequest, ask
 from stages.judge.opened import open_forward
+from stages.judge.recorded_run import ForwardRun, about, order_of, promised
 from stages.judge.replay import judge_chunk
 from stages.judge.rerun import Recorded, recorded_of, resolve_suspects
 from stages.judge.rows import Row, alone_row, in_forward, in_replay
+from stages.judge.spans import span_of
 from stages.judge.spread import Spread
 from stages.judge.wanted import Wanted
 from stages.judge.wording import how_far, times

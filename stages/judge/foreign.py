@@ -20,7 +20,7 @@ from stages.errors import InputError, NotFoundError, shown
 from stages.files.aprt import AprtTree, is_aprt_tree
 from stages.files.forward_dump import Place, advice, forward_key, parse_key
 from stages.files.tensorfile import TensorFile, sha256
-from stages.judge.forward import ForwardRun, Turn, order_of
+from stages.judge.recorded_run import ForwardRun, Turn, order_of
 from stages.spec.backend import Weights
 from stages.spec.config import ModelConfig
 from stages.spec.dtypes import stored_dtype

@@ -16,19 +16,10 @@ from stages.judge import stats
 from stages.judge.adapted import STAGE as ADAPTED
 from stages.judge.adapted import AdaptedPair, adaptation
 from stages.judge.culprit import ORACLE, Piece, against_oracle, chosen_row, culprit_data
-from stages.judge.forward import (
-    ForwardRun,
-    about,
-    explain_place,
-    judge_place,
-    order_of,
-    pieces_of,
-    promised,
-    through_words,
-    why_unjudged,
-)
+from stages.judge.forward import explain_place, judge_place, pieces_of, through_words, why_unjudged
 from stages.judge.forward_pair import Named, check_comparable, open_pair
 from stages.judge.metrics import Difference, same_bits
+from stages.judge.recorded_run import ForwardRun, about, order_of, promised
 from stages.judge.replay import holds_nan, row_verdict, same_bytes
 from stages.judge.rerun import recorded_of, resolve_suspects
 from stages.judge.rows import in_forward, pair_row

@@ -14,7 +14,7 @@ from stages.files.kinds import Recording, recording_at
 from stages.files.source import open_model
 from stages.files.tokens import token_ids
 from stages.judge.foreign import open_foreign
-from stages.judge.forward import ForwardRun, open_run
+from stages.judge.recorded_run import ForwardRun, open_run
 from stages.judge.same_model import other_model
 
 NEEDS = "is another program's, so it names neither model nor tokens; give --model and --tokens"

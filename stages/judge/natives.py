@@ -20,9 +20,10 @@ from stages.errors import SvfError
 from stages.files.forward_dump import Place, parse_key
 from stages.files.kinds import Recording, one_recording
 from stages.files.replay_recorded import open_side
-from stages.judge.forward import ForwardRun, inputs_of, oracles_of
+from stages.judge.forward import oracles_of
 from stages.judge.forward_pair import Named
 from stages.judge.opened import open_forward
+from stages.judge.recorded_run import ForwardRun, inputs_of
 from stages.judge.rows import Row
 from stages.oracle.verdict import Oracle, Verdict, canonical, consult, judged_part
 from stages.progress import Progress, Report

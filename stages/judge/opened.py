@@ -11,8 +11,8 @@ from stages.files.source import open_model
 from stages.files.tokens import token_ids
 from stages.judge.adapted_right import right_weights
 from stages.judge.foreign import open_foreign
-from stages.judge.forward import ForwardRun, open_run
 from stages.judge.forward_pair import NEEDS, Named
+from stages.judge.recorded_run import ForwardRun, open_run
 from stages.oracle.bounds import LAMBDA
 from stages.progress import Progress
 from stages.run.production import with_stored_head

@@ -18,9 +18,10 @@ import numpy as np
 from stages.errors import InputError
 from stages.files.forward_dump import ForwardSide, parse_key
 from stages.files.replay_recorded import open_side
-from stages.judge.forward import ForwardRun, inputs_of, oracles_of, part
-from stages.judge.forward import open_run as open_forward_run
+from stages.judge.forward import oracles_of, part
 from stages.judge.metrics import same_bits
+from stages.judge.recorded_run import ForwardRun, inputs_of
+from stages.judge.recorded_run import open_run as open_forward_run
 from stages.judge.rows import Row
 from stages.oracle.verdict import Oracle, Verdict, consult, judged_part, worst
 from stages.progress import Progress

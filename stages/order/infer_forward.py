@@ -11,7 +11,9 @@ import numpy as np
 
 from stages.errors import InputError
 from stages.files.forward_dump import Place, forward_key
-from stages.judge.forward import ForwardRun, fits, open_run, oracles_of, order_of, span_of, why_unjudged
+from stages.judge.forward import oracles_of, why_unjudged
+from stages.judge.recorded_run import ForwardRun, fits, open_run, order_of
+from stages.judge.spans import span_of
 from stages.order.findings import Found, known_first
 from stages.recipes.orders import sums_of
 from stages.spec.noise import Noise

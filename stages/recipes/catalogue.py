@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from stages.oracle.verdict import consult
 from stages.recipes import attention, elementwise, norm, product, replay, rope
 from stages.recipes.at import At, Unknown
+from stages.recipes.fewer_bits import NARROW, ways
 from stages.recipes.recipe import EVERY, FIT, Class, Form, Kind, Mod
 from stages.recipes.value import Value
 from stages.spec.layouts import LAYOUTS
@@ -87,20 +88,49 @@ def told(row: Form | Mod, at: At, number: float = 0.0) -> str:
     return row.words.format(**{**named, "dtype": at.stage.dtype, "fit": number})
 
 
-def wrong_values(
-    stage: Stage, arguments: tuple[np.ndarray, ...], options: Mapping[str, Any]
-) -> Iterator[tuple[str, np.ndarray]]:
-    """What every other function of the rows gives in the place of a stage, in words and in float64."""
-    kind = kind_of(stage)
+@dataclass(frozen=True)
+class Way:
+    """What one row gives in the place of a stage: in words, of its class, the value before its last rounding.
+
+    `own`: a form or a mod of the stage's kind, not a general one of fewer bits.
+    """
+
+    words: str
+    kind: Class
+    value: np.ndarray
+    own: bool
+
+
+def ways_of(
+    at: At, *classes: Class, numbers: Mapping[str, float] = MappingProxyType({}), only: str = ""
+) -> Iterator[Way]:
+    """What each row of some classes gives that holds for the stage's dtype and has what it reads.
+
+    `numbers` are those that a row leaves open, by name; a row that leaves another one open is passed over. `only`
+    the row of these words, if any.
+    """
+    kind, dtype = kind_of(at.stage), at.stage.dtype
     if kind is None:
         return
-    at = At(consult(stage, arguments, options), inside="float64", right=right_value)
+    rows: list[tuple[str, Class | None, Mapping[str, Any], At, bool]]
+    rows = [(told(form, at), form.of(dtype), form.args, at, True) for form in kind.forms if form.of(dtype)]
+    for narrow in NARROW if Class.NARROWER in classes else ():
+        if dtype in narrow.dtypes:
+            wide = [a.astype(np.float64) if a.dtype.kind != "i" else None for a in at.oracle.arguments]
+            more = [x is not None and not np.array_equal(narrow.of(x), x) for x in wide]
+            lost = ways(at.stage.inputs, more, narrow, at.biases)
+            rows += [(words, Class.NARROWER, {}, at.but(lost=what), False) for words, what in lost]
     for mod in kind.mods:
-        if FIT not in mod.args.values():
+        left_open = [name for name, value in mod.args.items() if value == FIT]
+        if set(left_open) <= set(numbers):
+            given = {name: numbers[name] for name in left_open}
+            rows.append((told(mod, at, *given.values()), Class.OTHER, {**mod.args, **given}, at, True))
+    for words, cls, args, of, own in rows:
+        if cls in classes and only in ("", words):
             with suppress(Unknown), np.errstate(all="ignore"):
-                value = kind.emulator(at, **mod.args)
-                if value is not None:
-                    yield told(mod, at), value.mid
+                value = kind.emulator(of, **args)
+                if value is not None and value.mid.shape == at.oracle.value.shape:
+                    yield Way(words, cls, of.result(value).mid, own)
 
 
 def right_value(at: At) -> Value:

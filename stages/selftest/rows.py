@@ -20,14 +20,14 @@ import numpy as np
 from stages.errors import InputError
 from stages.files.replay_recorded import open_side
 from stages.judge.audit import audit
-from stages.judge.forward import open_run, oracles_of
+from stages.judge.forward import oracles_of
+from stages.judge.recorded_run import open_run
 from stages.oracle.rounding import round_once
 from stages.oracle.verdict import Oracle, consult, judged_part, measure
 from stages.recipes.at import At, Unknown
-from stages.recipes.catalogue import forms_of, kind_of, right_value, told
-from stages.recipes.fewer_bits import NARROW, ways
+from stages.recipes.catalogue import forms_of, kind_of, right_value, ways_of
 from stages.recipes.fit import places_beyond
-from stages.recipes.recipe import FIT, Class, Kind
+from stages.recipes.recipe import Class, Kind
 from stages.recipes.value import Value
 from stages.selftest.fault import FORWARD
 from stages.selftest.fault import REPLAY as REPLAYED
@@ -84,39 +84,20 @@ ROWS: Mapping[str, Rows] = _all()
 
 @dataclass(frozen=True)
 class Written:
-    """What one row writes, in words, of its class; `sound` where a right way may give the same."""
+    """What one row writes, in words, of its class; `own`: of the stage's kind, not a general one of fewer bits."""
 
     words: str
     kind: Class
     array: np.ndarray
-    own: bool  # a form or a mod of its kind, not the general ones of fewer bits
+    own: bool
 
 
 def written(oracle: Oracle, numbers: Mapping[str, float] = {}) -> Iterator[Written]:
-    """Each row of a stage that holds for its dtype and has what it reads; `numbers`: those that a row leaves open."""
-    kind, dtype = kind_of(oracle.stage), oracle.stage.dtype
-    assert kind is not None
-    at = At(oracle, right=right_value)
-    rows: list[tuple[str, Class | None, Mapping[str, Any], At, bool]]
-    rows = [(told(form, at), form.of(dtype), form.args, at, True) for form in kind.forms if form.of(dtype)]
-    for narrow in NARROW:
-        if dtype in narrow.dtypes:
-            wide = [a.astype(np.float64) if a.dtype.kind != "i" else None for a in oracle.arguments]
-            more = [x is not None and not np.array_equal(narrow.of(x), x) for x in wide]
-            lost = ways(oracle.stage.inputs, more, narrow, at.biases)
-            rows += [(words, Class.NARROWER, {}, at.but(lost=what), False) for words, what in lost]
-    for mod in kind.mods:
-        left_open = [name for name, value in mod.args.items() if value == FIT]
-        if set(left_open) <= set(numbers):
-            given = {name: numbers[name] for name in left_open}
-            rows.append((told(mod, at, *given.values()), Class.OTHER, {**mod.args, **given}, at, True))
-    for words, cls, args, of, own in rows:
-        assert cls is not None
-        value = _value(kind, of, args)
-        if value is not None:
-            array = round_once(of.result(value).mid, stored_dtype(dtype))
-            if np.isfinite(array).all():
-                yield Written(words, cls, judged_part(oracle.stage, array), own)
+    """What each row writes in the place of a stage, in its dtype; `numbers`: those that a row leaves open."""
+    for way in ways_of(At(oracle, right=right_value), *Class, numbers=numbers):
+        array = round_once(way.value, stored_dtype(oracle.stage.dtype))
+        if np.isfinite(array).all():
+            yield Written(way.words, way.kind, judged_part(oracle.stage, array), way.own)
 
 
 def _value(kind: Kind, at: At, args: Mapping[str, Any]) -> Value | None:

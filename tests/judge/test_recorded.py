@@ -16,7 +16,7 @@ from helpers import Result, svf, tensors_of
 from stages.files.aprt import write_aprt
 from stages.files.forward_dump import forward_key, parse_key
 from stages.files.tensorfile import write_tensors
-from stages.judge.forward import order_of
+from stages.judge.recorded_run import order_of
 from stages.run.forward import oracles
 from stages.spec.forward import forward_pipeline, producers
 

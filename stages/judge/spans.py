@@ -1,0 +1,160 @@
+"""From what a recorded stage is judged, and the values of the stages on the way that were not recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from stages.files.forward_dump import Place
+from stages.judge.recorded_run import (
+    ForwardRun,
+    Span,
+    chosen,
+    find,
+    flows,
+    given,
+    order_of,
+    sources_of,
+    weights_of,
+)
+from stages.oracle.bounds import exact_bound
+from stages.oracle.span import BEYOND_LAYER, WITHIN_LAYER, Value, Way, oracle_through, value_through
+from stages.oracle.spread import Spread
+from stages.run.forward import parameters
+from stages.spec.dtypes import stored_dtype
+from stages.spec.forward import (
+    stage_options,
+)
+from stages.spec.stage import Pipeline
+
+# Stages that absolute bounds are carried through: attention from q and k before their norms has six, a feed-forward
+# five. A whole layer has more, and bounds that add up absolutely are blind there.
+_MOST_ABSOLUTE = 8
+
+
+def span_of(place: Place, run: ForwardRun) -> Span:
+    """From what, and through what, a recorded stage is to be judged."""
+    if place not in run.spans:
+        run.spans[place] = _span_of(place, run)
+    return run.spans[place]
+
+
+def _span_of(place: Place, run: ForwardRun) -> Span:
+    assert run.path is not None
+    acting = place
+    while run.path.at(acting).identity and find(run, _only(sources_of(acting, run))) is None:
+        acting = _only(sources_of(acting, run))
+    sources = sources_of(acting, run)
+    hidden: dict[Place, None] = {}
+    recorded: dict[Place, None] = {}
+    waiting, from_start = list(sources.values()), False
+    while waiting:
+        source = waiting.pop()
+        found = find(run, source)
+        if found is not None:
+            recorded[found] = None
+        elif source not in hidden:
+            hidden[source] = None
+            from_start |= source[1] == "embedding"
+            waiting += sources_of(source, run).values()
+    missing = tuple(source for source in sources.values() if source in hidden)
+    return Span(acting, tuple(recorded), tuple(order_of(run.path, hidden)), missing, from_start)
+
+
+def _only(sources: Mapping[str, Place]) -> Place:
+    (source,) = sources.values()
+    return source
+
+
+def way_of(place: Place, run: ForwardRun) -> Way:
+    """How a place is judged through those of its span."""
+    assert run.path is not None
+    span = span_of(place, run)
+    layers = {layer for layer, _ in (*span.hidden, span.acting)} - ({None} if span.acting[0] is not None else set())
+    within = len(layers) == 1
+    return Way(
+        run.lambdas,
+        stored_dtype(run.path.activations),
+        np.asarray(run.tokens)[chosen(run)],
+        WITHIN_LAYER if within else BEYOND_LAYER,
+        sum(layer is not None for layer, _ in span.hidden) <= _MOST_ABSOLUTE,
+    )
+
+
+def value_of(run: ForwardRun, source: Place) -> Value:
+    """A stage as recorded, or computed from what is."""
+    return values_of(run, [source])[0]
+
+
+def values_of(run: ForwardRun, sources: Iterable[Place]) -> list[Value]:
+    """Stages as recorded, or computed from what is; what a later stage may need again is kept."""
+    found: dict[Place, Value] = {}
+    for source in sources:
+        for at in _up_to(run, source):
+            if at not in run.values:
+                run.values[at] = _computed(run, at)
+                _forget(run, at[0])
+        found[source] = _recorded_value(run, source) or run.values[source]
+    return list(found.values())
+
+
+def _up_to(run: ForwardRun, source: Place) -> list[Place]:
+    """The hidden stages that are still to be computed for a stage, and itself, in execution order."""
+    assert run.path is not None
+    hidden: set[Place] = set()
+    waiting = [source]
+    while waiting:
+        at = waiting.pop()
+        if at not in hidden and at not in run.values and find(run, at) is None:
+            hidden.add(at)
+            waiting += sources_of(at, run).values()
+    return order_of(run.path, hidden)
+
+
+# Bytes of hidden stages that are kept for the stages after them.
+_MOST_KEPT = 1 << 29
+
+
+def _forget(run: ForwardRun, layer: int | None) -> None:
+    """Drop what no stage of this layer or a later one reads, once there is much of it."""
+    if layer is not None and sum(value.array.nbytes for value in run.values.values()) > _MOST_KEPT:
+        for at in [at for at in run.values if at[0] is not None and at[0] < layer - 1]:
+            del run.values[at]
+
+
+def _recorded_value(run: ForwardRun, source: Place) -> Value | None:
+    assert run.path is not None
+    found = find(run, source)
+    if found is None:
+        return None
+    array, dtype = run.read(found), stored_dtype(run.path.activations)
+    if not flows(run, source) or array.dtype.itemsize >= dtype.itemsize:
+        return Value(array)
+    lost = exact_bound(array.astype(np.float64), array.dtype)
+    return Value(array, Spread(lost * lost / 3), lost)
+
+
+def _computed(run: ForwardRun, place: Place) -> Value:
+    """A hidden stage from its inputs, which were recorded or computed."""
+    return computed(run, place, [_recorded_value(run, at) or run.values[at] for at in sources_of(place, run).values()])
+
+
+def computed(run: ForwardRun, place: Place, inputs: Sequence[Value]) -> Value:
+    """A hidden stage from these inputs, with what right programs may differ by in it."""
+    assert run.path is not None
+    assert run.config is not None
+    stage, dtype, way = run.path.at(place), stored_dtype(run.path.activations), way_of(place, run)
+    if stage.identity:
+        return inputs[0]
+    params = parameters(stage, given(run), weights_of(run), place[0], dtype)
+    wide = np.dtype(np.float64)
+    doubts = tuple(parameters(stage, given(run), doubt, place[0], wide) for doubt in run.doubts) or None
+    oracle = oracle_through(stage, inputs, params, stage_options(run.config, stage), way, doubts)
+    return value_through(oracle, inputs, way)
+
+
+def mixes_positions(path: Pipeline, place: Place) -> bool:
+    """Whether one position's result needs another's: attention, whose axes are queries and keys."""
+    stage, own = path.at(place), path.of(place[0])
+    return any("keys" in own[name].shape.split() for name in (stage.name, *stage.inputs) if name in own)

@@ -1,0 +1,365 @@
+"""Which hidden stage of a failing span is wrong: each is given another function, number or weight, one at a time.
+
+What brings the recorded tensor back within what right programs differ by is named, with the stage in which it was
+tried; of several that do so equally, all. Nothing is named that does not explain every element.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from stages.files.forward_dump import Place, forward_key
+from stages.judge.hints import Case
+from stages.judge.mix_ups import ALIKE
+from stages.judge.recorded_run import ForwardRun, given, sources_of, weights_of
+from stages.judge.spans import computed, span_of, value_of, way_of
+from stages.oracle.bounds import RMS_THROUGH, U32
+from stages.oracle.span import Value, oracle_through
+from stages.oracle.verdict import STAGES, Oracle, consult, judged_part, measure
+from stages.recipes.at import At
+from stages.recipes.catalogue import LEFT_OUT, right_value, ways_of
+from stages.recipes.elements import shortest
+from stages.recipes.recipe import Class
+from stages.run.forward import parameters
+from stages.spec.dtypes import stored_dtype
+from stages.spec.forward import parameter_name, stage_options
+from stages.spec.noise import Noise
+from stages.spec.stage import Scope, Stage
+
+Arrays = Sequence[np.ndarray]
+# A stage's value of its inputs, or None where that function is not to be had.
+Function = Callable[[Arrays], np.ndarray | None]
+# Seconds that are spent on one failing tensor; what was not tried by then is told.
+_SECONDS = 20.0
+# Of hypotheses that explain a tensor, those are told that leave no more than so many times the least error.
+_AS_GOOD = 1.15
+# The best so many are asked whether they explain all; more rows that do so equally than this are no name.
+_MOST_PROVED, _MOST_TOLD = 12, 3
+# What is worth asking leaves so many times less error than the right function.
+_LESS = 1.5
+# A number that is fitted must exclude the right one by so many of its own standard deviations, and by 256 u.
+_SURE, _CLEAR = 6.0, 256 * U32
+_STEPS = 4
+_LEFT_OUT = "it is left out"
+_EPS = (0.0, 1e-12, 1e-10, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
+_THETAS = (1e4, 1e5, 5e5, 1e6, 5e6, 1e7)
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """Another function in the place of some stages: where, in words, and what it is."""
+
+    where: str
+    said: str
+    kind: Class
+    instead: Mapping[Place, Function]
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number that a hypothesis leaves open: `of` gives the hypothesis of one, from which of `starts` it is sought.
+
+    `said` are its words, with `{}` for the number; `right` is the number of the model.
+    """
+
+    where: str
+    said: str
+    of: Callable[[float], Mapping[Place, Function]]
+    starts: Sequence[float]
+    right: float
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A hypothesis and the RMS of the error that it leaves, in standard deviations; `row`: its words less a number."""
+
+    error: float
+    row: str
+    of: Hypothesis
+
+
+@dataclass(frozen=True)
+class Named:
+    """What explains a failing span, in words, and of which class it is."""
+
+    words: str
+    kind: Class
+
+
+class Search:
+    """One recorded tensor that fails through hidden stages, or a part of it that an oracle speaks of."""
+
+    def __init__(self, place: Place, run: ForwardRun, oracle: Oracle, observed: np.ndarray, start: int):
+        assert run.path is not None
+        assert run.config is not None
+        self.run, self.path, self.config, self.oracle, self.start = run, run.path, run.config, oracle, start
+        self.span, self.case = span_of(place, run), Case(oracle, observed)
+        self.places = [at for at in self.span.hidden if not run.path.at(at).identity]
+        typical = oracle.bound if oracle.typical is None else oracle.typical()
+        # What is exactly known weighs no more than a unit of it: its error is the bound's to tell.
+        floor = U32 * np.abs(oracle.value) + float(np.max(typical, initial=0.0)) * 1e-9 + np.finfo(np.float64).tiny
+        self.weight = 1 / np.maximum(np.broadcast_to(typical, oracle.value.shape), floor)
+        self.counts = max(int(np.count_nonzero(oracle.value)), 1)
+        self.until = time.monotonic() + _SECONDS
+        self.params = functools.cache(self._params)
+
+    # -- values of wrong programs ---------------------------------------------------------------------------------
+
+    def value(self, instead: Mapping[Place, Function]) -> np.ndarray | None:
+        """The tensor's float64 value, had these stages another function; None where one is not to be had."""
+        changed: dict[Place, np.ndarray] = {}
+        for at in self.span.hidden:
+            sources = list(sources_of(at, self.run).values())
+            if at not in instead and changed.keys().isdisjoint(sources):
+                continue
+            value = instead.get(at, functools.partial(self.right, at))([self.given(s, changed) for s in sources])
+            if value is None:
+                return None
+            changed[at] = value
+        acting = self.span.acting
+        inputs = [self.given(at, changed) for at in sources_of(acting, self.run).values()]
+        if self.oracle.stage.by_vocab:
+            inputs = [array[-len(self.oracle.value) :] for array in inputs]
+        found = instead.get(acting, functools.partial(self.right, acting))(inputs)
+        return None if found is None else judged_part(self.oracle.stage, found)
+
+    def given(self, at: Place, changed: Mapping[Place, np.ndarray]) -> np.ndarray:
+        return changed[at] if at in changed else value_of(self.run, at).array.astype(np.float64)
+
+    def right(self, at: Place, inputs: Arrays) -> np.ndarray:
+        stage = self.stage(at)
+        if stage.identity:
+            return inputs[0]
+        return np.asarray(STAGES[stage.function](*inputs, *self.params(at), **self.options(at)), np.float64)
+
+    def stage(self, at: Place) -> Stage:
+        return self.oracle.stage if at == self.span.acting else self.path.at(at)
+
+    def options(self, at: Place) -> Mapping[str, Any]:
+        return self.oracle.options if at == self.span.acting else stage_options(self.config, self.path.at(at))
+
+    def _params(self, at: Place) -> Arrays:
+        stage = self.stage(at)
+        if at == self.span.acting:
+            return self.oracle.arguments[len(stage.inputs) :]
+        dtype = stored_dtype(self.path.activations)
+        return parameters(stage, given(self.run), weights_of(self.run), at[0], dtype)
+
+    # -- what is tried --------------------------------------------------------------------------------------------
+
+    def functions(self, *classes: Class) -> Iterator[Hypothesis]:
+        """Each other function of the catalogue: in all layers at once, then in each stage alone, the last one first."""
+        everywhere: dict[str, list[Place]] = {}
+        for at in (*self.places, self.span.acting):
+            everywhere.setdefault(self.path.at(at).name, []).append(at)
+        for name, alike in everywhere.items():
+            if len(alike) > 1:
+                yield from self._functions(alike, f"{name} of every layer", classes)
+        for at in (self.span.acting, *reversed(self.places)):
+            yield from self._functions([at], self._where(at), classes)
+
+    def _where(self, at: Place) -> str:
+        return "" if at == self.span.acting else forward_key(at)
+
+    def _functions(self, places: Sequence[Place], where: str, classes: Sequence[Class]) -> Iterator[Hypothesis]:
+        first = places[0]
+        inputs = [self.given(at, {}) for at in sources_of(first, self.run).values()]
+        right = value_of(self.run, first).array if first != self.span.acting else self.oracle.value
+        if self.stage(first).by_vocab or not inputs:
+            return
+        if inputs[0].shape == right.shape and Class.OTHER in classes:
+            yield Hypothesis(where, _LEFT_OUT, Class.OTHER, dict.fromkeys(places, lambda x: x[0]))
+        for way in ways_of(self._at(first, inputs), *classes):
+            if way.words in LEFT_OUT:
+                continue
+            if len(places) == 1:
+                yield Hypothesis(where, way.words, way.kind, {first: _constant(way.value)})
+            else:
+                function = functools.partial(self._way, way.words, way.kind)
+                yield Hypothesis(where, way.words, way.kind, {at: functools.partial(function, at) for at in places})
+
+    def _at(self, at: Place, inputs: Arrays) -> At:
+        oracle = consult(self.stage(at), (*inputs, *self.params(at)), self.options(at), self.run.lambdas)
+        return At(oracle, inside="float64", right=right_value)
+
+    def _way(self, words: str, kind: Class, at: Place, inputs: Arrays) -> np.ndarray | None:
+        return next((way.value for way in ways_of(self._at(at, inputs), kind, only=words)), None)
+
+    def other_weights(self) -> Iterator[Hypothesis]:
+        """Weights of the neighbouring layers, and those of one shape that a loader may mix up."""
+        dtype, weights = stored_dtype(self.path.activations), weights_of(self.run)
+        for at in (self.span.acting, *reversed(self.places)):
+            stage, where = self.stage(at), self._where(at)
+            if at[0] is None or not stage.params:
+                continue
+            for layer in (at[0] - 1, at[0] + 1):
+                if 0 <= layer < self.config.num_hidden_layers:
+                    said = f"the weights of layer {layer} in the place of layer {at[0]}'s"
+                    params = parameters(stage, given(self.run), weights, layer, dtype)
+                    yield Hypothesis(where, said, Class.OTHER, self._with_params(at, params))
+            for one, other in (*ALIKE, *(pair[::-1] for pair in ALIKE)):
+                if stage.params == (one,):
+                    params = [weights.read(parameter_name(stage, other, at[0])).astype(dtype)]
+                    said = f"{other} in the place of {one}"
+                    yield Hypothesis(where, said, Class.OTHER, self._with_params(at, params))
+
+    def _with_params(self, at: Place, params: Arrays) -> Mapping[Place, Function]:
+        function, options = STAGES[self.stage(at).function], self.options(at)
+        return {at: lambda x: np.asarray(function(*x, *params, **options), np.float64)}
+
+    def numbers(self) -> Iterator[Number]:
+        """A factor of each stage, the eps of each norm, and theta."""
+        places = (self.span.acting, *reversed(self.places))
+        norms = [at for at in places if self.stage(at).noise is Noise.RMS_NORM]
+        if len({at[0] for at in norms}) > 1:
+            yield self._option(norms, "eps", "every norm", _EPS)
+        tables = [at for at in places if at[1] == "inv_freq"]
+        if tables:
+            yield self._option(tables, "rope_theta", "RoPE", _THETAS)
+        for at in places:
+            stage = self.stage(at)
+            if at in norms:
+                yield self._option([at], "eps", self._where(at), _EPS)
+            if stage.inputs and not stage.by_vocab and stage.scope is Scope.LAYER:
+                of = functools.partial(self._times, at)
+                yield Number(self._where(at), "every value is {} times what it should be", of, (1.0,), 1.0)
+
+    def _times(self, at: Place, factor: float) -> Mapping[Place, Function]:
+        return {at: lambda x: self.right(at, x) * factor}
+
+    def _option(self, places: Sequence[Place], name: str, where: str, starts: Sequence[float]) -> Number:
+        own = float(self.options(places[0])[name])
+
+        def function(at: Place, number: float, inputs: Arrays) -> np.ndarray:
+            options = {**self.options(at), name: number}
+            return np.asarray(STAGES[self.stage(at).function](*inputs, *self.params(at), **options), np.float64)
+
+        def of(number: float) -> Mapping[Place, Function]:
+            return {at: functools.partial(function, at, number) for at in places}
+
+        return Number(where, f"as if {name} were {{}}, not {own:g}", of, [x for x in starts if x != own], own)
+
+    # -- what explains --------------------------------------------------------------------------------------------
+
+    def error(self, value: np.ndarray | None) -> float:
+        """RMS of what is left, in standard deviations of right programs."""
+        if value is None or value.shape != self.case.got.shape or not np.isfinite(value).all():
+            return np.inf
+        return float(np.sqrt(np.sum(((self.case.got - value) * self.weight) ** 2) / self.counts))
+
+    def named(self) -> Named | None:
+        """What explains the tensor best, with all that explain it as well; the likelier kinds are asked first."""
+        self.before = self.error(self.oracle.value)
+        likely = (*self.functions(Class.OTHER), *self.other_weights())
+        for fits in (self._tried(likely), self._fitted(), self._tried(self.functions(Class.NARROWER))):
+            ranked = sorted(fits, key=lambda fit: fit.error)[:_MOST_PROVED]
+            found = [fit for fit in ranked if self._explains(fit.of)]
+            if found:
+                return _told([fit for fit in found if fit.error <= _AS_GOOD * found[0].error])
+        return None
+
+    def _tried(self, hypotheses: Iterable[Hypothesis]) -> Iterator[Fit]:
+        for tried in hypotheses:
+            if time.monotonic() > self.until:
+                return
+            error = self.error(self.value(tried.instead))
+            if error * _LESS <= self.before:
+                yield Fit(error, tried.said, tried)
+
+    def _fitted(self) -> Iterator[Fit]:
+        for number in self.numbers():
+            if time.monotonic() > self.until:
+                return
+            x, error, deviation = self._newton(number)
+            off = abs(x - number.right)
+            sure = off > _SURE * deviation * max(1.0, error) and off > _CLEAR * abs(number.right)
+            if sure and error * _LESS <= self.before:
+                said = number.said.format(f"{shortest(x - 2 * deviation, x + 2 * deviation):.9g}")
+                yield Fit(error, number.said, Hypothesis(number.where, said, Class.OTHER, number.of(x)))
+
+    def _newton(self, number: Number) -> tuple[float, float, float]:
+        """The number that leaves the least error, by Gauss and Newton; that error, and the number's deviation."""
+        _, x = min((self.error(self.value(number.of(start))), start) for start in number.starts)
+        for _ in range(_STEPS):
+            step = 1e-4 * (abs(x) or 1e-9)
+            here, there = self.value(number.of(x)), self.value(number.of(x + step))
+            if here is None or there is None:
+                break
+            slope = (there - here) / step * self.weight
+            square = float(np.sum(slope * slope))
+            if not 0 < square < np.inf:
+                break
+            move = float(np.sum((self.case.got - here) * self.weight * slope)) / square
+            if not np.isfinite(move):
+                break
+            x = max(x + move, 0.0)
+            if abs(move) < 1e-2 * square**-0.5:
+                return x, self.error(self.value(number.of(x))), square**-0.5
+        else:
+            return x, self.error(self.value(number.of(x))), square**-0.5
+        return x, np.inf, 0.0
+
+    def _explains(self, tried: Hypothesis) -> bool:
+        """Whether all of the tensor is within what programs may differ by that compute so."""
+        if self.span.acting in tried.instead:
+            value = self.value(tried.instead)
+            return value is not None and self.error(value) <= RMS_THROUGH and self.case.explained_by(value)
+        oracle = self._oracle(tried)
+        if oracle is None:
+            return False
+        judged = measure(oracle, self.case.observed)
+        return judged.verdict.passes and judged.squares <= RMS_THROUGH**2 * max(judged.count, 1)
+
+    def _oracle(self, tried: Hypothesis) -> Oracle | None:
+        """The oracle of the tensor where some stages have another function; their noise is that of the right one."""
+        changed: dict[Place, Value] = {}
+
+        def value(at: Place) -> Value:
+            return changed[at] if at in changed else value_of(self.run, at)
+
+        for at in self.span.hidden:
+            sources = list(sources_of(at, self.run).values())
+            if at not in tried.instead and changed.keys().isdisjoint(sources):
+                continue
+            inputs = [value(source) for source in sources]
+            changed[at] = computed(self.run, at, inputs)
+            if at in tried.instead:
+                array = tried.instead[at]([one.array.astype(np.float64) for one in inputs])
+                if array is None:
+                    return None
+                changed[at] = replace(changed[at], array=array)
+        inputs = [value(at) for at in sources_of(self.span.acting, self.run).values()]
+        if self.oracle.stage.by_vocab:
+            inputs = [one.last(len(self.oracle.value)) for one in inputs]
+        way = way_of(self.span.acting, self.run)
+        return oracle_through(self.oracle.stage, inputs, self.params(self.span.acting), self.oracle.options, way)
+
+
+def _constant(value: np.ndarray) -> Function:
+    return lambda _inputs: value
+
+
+def _told(found: Sequence[Fit]) -> Named | None:
+    """Equal hypotheses in words: those of one row together, with all the places that it may be at."""
+    rows: dict[str, list[Hypothesis]] = {}
+    for fit in found:
+        rows.setdefault(fit.row, []).append(fit.of)
+    if len(rows) > _MOST_TOLD:
+        return None
+    narrower = all(fit.of.kind is Class.NARROWER for fit in found)
+    return Named(", or ".join(map(_in_words, rows.values())), Class.NARROWER if narrower else Class.OTHER)
+
+
+def _in_words(alike: Sequence[Hypothesis]) -> str:
+    places = " or ".join(dict.fromkeys(one.where for one in alike if one.where))
+    if not places:
+        return "it is left out" if alike[0].said == _LEFT_OUT else alike[0].said
+    if alike[0].said == _LEFT_OUT:
+        return f"as if {places} were left out"
+    return f"in {places}, not recorded: {alike[0].said}"
