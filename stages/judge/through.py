@@ -46,7 +46,9 @@ _LESS = 1.5
 # A number that is fitted must exclude the right one by so many of its own standard deviations, and by 256 u.
 _SURE, _CLEAR = 6.0, 256 * U32
 _STEPS = 4
-_LEFT_OUT = "it is left out"
+# Words that begin with the stage itself.
+_IT = "it "
+_LEFT_OUT = f"{_IT}were left out"
 _EPS = (0.0, 1e-12, 1e-10, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 _THETAS = (1e4, 1e5, 5e5, 1e6, 5e6, 1e7)
 
@@ -164,6 +166,21 @@ class Search:
         for at in (self.span.acting, *reversed(self.places)):
             yield from self._functions([at], self._where(at), classes)
 
+        yield from self._exchanged()
+
+    def _exchanged(self) -> Iterator[Hypothesis]:
+        """An elementwise stage after the recorded one, not before it."""
+        acting = self.span.acting
+        for at in self.span.missing:
+            alone = len(self.stage(at).inputs) == 1 and not self.params(at) and not self.params(acting)
+            if alone and not self.stage(at).identity and value_of(self.run, at).array.shape == self.oracle.value.shape:
+                last = functools.partial(self._after, at, acting)
+                said = f"{_IT}came after {self.stage(acting).name}, not before it"
+                yield Hypothesis(self._where(at), said, Class.OTHER, {at: lambda x: x[0], acting: last})
+
+    def _after(self, at: Place, acting: Place, inputs: Arrays) -> np.ndarray:
+        return self.right(at, [self.right(acting, inputs)])
+
     def _where(self, at: Place) -> str:
         return "" if at == self.span.acting else forward_key(at)
 
@@ -176,13 +193,13 @@ class Search:
         if inputs[0].shape == right.shape and Class.OTHER in classes:
             yield Hypothesis(where, _LEFT_OUT, Class.OTHER, dict.fromkeys(places, lambda x: x[0]))
         for way in ways_of(self._at(first, inputs), *classes):
-            if way.words in LEFT_OUT:
-                continue
+            said = _LEFT_OUT if way.words in LEFT_OUT else way.words
+            functions: dict[Place, Function] = {
+                at: functools.partial(self._way, way.words, way.kind, at) for at in places
+            }
             if len(places) == 1:
-                yield Hypothesis(where, way.words, way.kind, {first: _constant(way.value)})
-            else:
-                function = functools.partial(self._way, way.words, way.kind)
-                yield Hypothesis(where, way.words, way.kind, {at: functools.partial(function, at) for at in places})
+                functions = {first: _constant(way.value)}
+            yield Hypothesis(where, said, way.kind, functions)
 
     def _at(self, at: Place, inputs: Arrays) -> At:
         oracle = consult(self.stage(at), (*inputs, *self.params(at)), self.options(at), self.run.lambdas)
@@ -358,8 +375,7 @@ def _told(found: Sequence[Fit]) -> Named | None:
 
 def _in_words(alike: Sequence[Hypothesis]) -> str:
     places = " or ".join(dict.fromkeys(one.where for one in alike if one.where))
-    if not places:
-        return "it is left out" if alike[0].said == _LEFT_OUT else alike[0].said
-    if alike[0].said == _LEFT_OUT:
-        return f"as if {places} were left out"
-    return f"in {places}, not recorded: {alike[0].said}"
+    said = alike[0].said
+    if said.startswith(_IT):
+        return f"as if {places or 'it'} {said.removeprefix(_IT)}"
+    return f"in {places}, not recorded: {said}" if places else said
