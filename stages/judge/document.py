@@ -318,7 +318,7 @@ def find_culprits(
             "stage": row["stage"],
             "verdict": row["verdict"],
             "ratio": max(ratios) if ratios else None,
-            "hint": row.get("note") or why,
+            "hint": why or row.get("note"),
         }
 
     return culprits_of(rows, describe)
@@ -453,14 +453,17 @@ def _alike(rows: Sequence[Mapping[str, Any]], unjudged: int) -> str:
     """The sentence about rows none of which failed."""
     if all(row["byte_match"] is None for row in rows):
         return f"Nothing is recorded to compare with; all {len(rows)} stages are right from their own inputs."
-    different = sum(not row["byte_match"] for row in rows)
+    pairs = [row for row in rows if row["byte_match"] is not None]
+    different = sum(not row["byte_match"] for row in pairs)
     nan = sum(bool(row.get("nonfinite_a")) for row in rows)
     more = f"; {nan} hold NaN or infinity, in the same places on both sides" if nan else ""
+    alone = len(rows) - len(pairs)
+    more += f"; {alone} that one side alone recorded are right by themselves" if alone else ""
     if not different:
-        return f"Bit-identical in all {len(rows)} stages{more}."
+        return f"Bit-identical in all {len(pairs)} stages{more}."
     if unjudged:
-        return f"Within the declared tolerances: {different} of {len(rows)} stages differ in some bits{more}."
-    return f"Rounding only: {different} of {len(rows)} stages differ in some bits, none beyond its bound{more}."
+        return f"Within the declared tolerances: {different} of {len(pairs)} stages differ in some bits{more}."
+    return f"Rounding only: {different} of {len(pairs)} stages differ in some bits, none beyond its bound{more}."
 
 
 # Keys that a sentence about missing ones names; the JSON has them all.

@@ -74,6 +74,11 @@ def diff_forward(
             if place[1] == "lm_head" and rows[-1]["verdict"] not in (Verdict.MISSING, Verdict.EXTRA, Verdict.SHAPE):
                 x, y = (np.atleast_2d(run.read(place)) for run in (a, b))
                 logits = stats.logits(x[-len(y) :], y[-len(x) :])
+        if compared:
+            rows += [row for row in (_alone(place, a, b) for place in places if place not in compared) if row]
+            judged = {row["key"] for row in rows}
+            lacks = {letter: [key for key in keys if key not in judged] for letter, keys in lacks.items()}
+            rows.sort(key=lambda row: places.index((row["layer"], row["stage"])))
         for letter, run in (("a", a), ("b", b)) if rerun else ():
             resolve_suspects(rows, recorded_of(run, named.model), letter)
         progress("comparing adapted weights", 1.0)
@@ -186,6 +191,18 @@ def _row(place: Place, a: ForwardRun, b: ForwardRun, top: int) -> dict[str, Any]
     }
 
 
+def _alone(place: Place, a: ForwardRun, b: ForwardRun) -> dict[str, Any] | None:
+    """The row of a stage that one side alone recorded, judged by itself; None where it cannot be."""
+    (run, at), *_ = [(run, at) for run in (a, b) for at in [_at(run, place)] if at is not None]
+    observed = run.read(at)
+    side = judge_place(at, run, observed)
+    if side is None:
+        return None
+    said = (f"{'a' if run is a else 'b'} alone recorded it", run.read_as.get(at), through_words(at, run))
+    row = pair_row(in_forward(place), side.verdict, *((side, None) if run is a else (None, side)))
+    return {**row, "byte_match": None, "note": "; ".join(filter(None, said))}
+
+
 def _typed(*sides: SideVerdict | None) -> bool:
     """Whether every side was judged as it is stored: then two dtypes are two ways to run, and each is right or not."""
     return all(side is not None and side.verdict is not Verdict.SHAPE for side in sides)
@@ -245,16 +262,15 @@ def _culprit_data(
         name = chosen[0]["tensor"]
         return culprit_data(*chosen, adapted.pieces(name), shape=adapted.shape(name) or (0, 0), axes="rows cols")
     place, side = (chosen[0]["layer"], chosen[0]["stage"]), against_oracle(*chosen)
-    at_a, at_b = _at(a, place), _at(b, place)
-    assert at_a is not None
-    assert at_b is not None
-    x, y = a.read(at_a), b.read(at_b)
+    there = {letter: (run, at) for letter, run in (("a", a), ("b", b)) for at in [_at(run, place)] if at is not None}
     axes = a.path.at(place).shape if a.path and b.path else ""
-    if side is not None:
-        run, array, at = {"a": (a, x, at_a), "b": (b, y, at_b)}[side]
+    if side is not None or len(there) == 1:
+        letter = side or next(iter(there))
+        run, at = there[letter]
+        array = run.read(at)
         pieces = pieces_of(at, run, array)
-        return culprit_data(*chosen, pieces, shape=array.shape, axes=axes, labels=(ORACLE, side))
-    x, y = _aligned(x, y, flat=not axes)
+        return culprit_data(*chosen, pieces, shape=array.shape, axes=axes, labels=(ORACLE, letter))
+    x, y = _aligned(*(run.read(at) for run, at in there.values()), flat=not axes)
     return culprit_data(*chosen, [Piece(x, y)], shape=x.shape, axes=axes)
 
 

@@ -410,20 +410,21 @@ def _stage_table(rows: Sequence[Mapping[str, Any]], width: int) -> Table:
     columns = {name: _Column(name, *rank) for name, rank in _STAGE_COLUMNS.items()}
     for stage in dict.fromkeys(row["stage"] for row in rows):
         group = [row for row in rows if row["stage"] == stage]
-        same = sum(bool(row.get("byte_match")) for row in group)
+        pairs = [row for row in group if row.get("byte_match") is not None]
+        same = sum(bool(row["byte_match"]) for row in pairs)
         verdict = max((row["verdict"] for row in group), key=_severity)
         ratios = [(r, row) for row in group for r in (row["ratio_a"], row["ratio_b"]) if r is not None]
         different, count = sum(row.get("mismatched", 0) for row in group), sum(row.get("count", 0) for row in group)
         cells = {
             "stage": stage,
-            "verdict": _styled(verdict, inherits=verdict == "exact" and same < len(group)),
+            "verdict": _styled(verdict, inherits=verdict == "exact" and same < len(pairs)),
             "cosine": wording.cosine(_lowest(group, "cosine")),
             "delta": wording.change(_steepest(group)),
             "error / bound": _ratio(*max(ratios, key=lambda r: r[0])) if ratios and verdict != "exact" else "-",
             "max |a - b|": number(_highest(group, "max_abs")),
             "rms": number(_highest(group, "rms")),
             "elements that differ": f"{different:,} of {count:,}" if count else "-",
-            "bytes": "equal" if same == len(group) else f"equal in {same}" if same else "differ",
+            "bytes": _bytes(same, pairs, group),
             "std b / a": _furthest([row["std_ratio"] for row in group if row.get("std_ratio")]),
             "of": str(len(group)),
         }
@@ -630,6 +631,14 @@ def synth_document(document: Mapping[str, Any]) -> None:
         markup=False,
         soft_wrap=True,
     )
+
+
+def _bytes(same: int, pairs: Sequence[Any], group: Sequence[Mapping[str, Any]]) -> str:
+    """How many of a stage's pairs have the same bytes; or which side alone has it."""
+    if not pairs:
+        sides = [side for side in "ab" if any(row[f"verdict_{side}"] for row in group)]
+        return f"{sides[0]} alone" if len(sides) == 1 else "-"
+    return "equal" if same == len(pairs) else f"equal in {same}" if same else "differ"
 
 
 def _styled(verdict: str, *, inherits: bool = False) -> str:

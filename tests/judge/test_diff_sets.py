@@ -85,11 +85,37 @@ def test_a_wrong_value_among_the_shared_ones_is_still_found(place: Path, tmp_pat
 def test_dumps_of_fewer_layers_and_stages(place: Path, jax_backend: Backend, tmp_path: Path) -> None:
     trace(place / "model", jax_backend, layers="0", out=tmp_path / "few")
     done = svf("diff", place / "both" / "torch", tmp_path / "few", "--json")
-    assert (done.code, done.json["outcome"], done.json["culprit"]) == (5, "incomplete", None)
-    assert "layers.1.attn_norm" in done.json["lacks"]["b"]
+    assert (done.code, done.json["outcome"], done.json["culprit"]) == (0, "agree", None)
+    rows = {row["key"]: row for row in done.json["rows"]}
+    assert rows["layers.1.attn_norm"]["note"] == "a alone recorded it"
+    assert (rows["layers.1.attn_norm"]["verdict_b"], rows["layers.1.attn_norm"]["byte_match"]) == (None, None)
     assert svf("diff", place / "both" / "torch", tmp_path / "few", "--layers", "0").code == 0
     refused(svf("diff", place / "both" / "torch", tmp_path / "few", "--layers", "7"), 2, "no layer 7")
     refused(svf("diff", place / "both" / "torch", tmp_path / "few", "--stages", "ffn_gelu"), 2, "ffn_gelu", "ffn_silu")
+
+
+def test_sides_that_recorded_different_stages_are_judged_each_by_its_own(place: Path, tmp_path: Path) -> None:
+    """What one side alone has is judged by itself; a fault between two recorded stages is named where it is."""
+    seed = "embedding attn_norm qkv_bias q_post_rope k_post_rope attention attn_out post_attn_residual ffn_norm"
+    hooks = "embedding attn_norm qkv_bias q_norm k_norm attention attn_out ffn_norm ffn_up ffn_swigl post_ffn_residual"
+
+    def keep(names: str) -> Callable[[dict[str, np.ndarray]], object]:
+        return lambda t: [t.pop(key) for key in list(t) if key.rpartition(".")[2] not in names.split()]
+
+    a = foreign(place / "both" / "torch", tmp_path / "a.safetensors", keep(seed))
+    b = foreign(place / "both" / "jax", tmp_path / "b.safetensors", keep(hooks))
+    given = ("--model", place / "model", "--tokens", TOKENS, "--json")
+    done = svf("diff", a, b, *given)
+    assert done.code == 0, done.error
+    assert (done.code, done.json["outcome"]) == (0, "agree"), done.json["verdict"]
+    assert "one side alone recorded are right by themselves" in done.json["verdict"]
+
+    def wrong(t: dict[str, np.ndarray]) -> None:
+        keep(hooks)(t)
+        t["layers.1.ffn_swigl"] = np.roll(t["layers.1.ffn_swigl"], 1, axis=0)
+
+    done = svf("diff", a, foreign(place / "both" / "jax", tmp_path / "b.safetensors", wrong), *given)
+    assert (done.code, done.json["culprit"]["side"], done.json["culprit"]["stage"]) == (1, "b", "ffn_swigl")
 
 
 def test_a_stage_that_a_manifest_promises_is_missing(place: Path, tmp_path: Path) -> None:
