@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import numpy as np
@@ -80,23 +80,39 @@ class At:
     def input(self, number: int) -> Value:
         """An input as recorded, or as the recipe computes it again; of `rows` alone where the recipe asks for few."""
         name = self.stage.inputs[number]
-        return self.cut(self.raw(name, self.depth) if name in self.unrounded else self.whole(number))
+        return self.cut(self.raw(name, self.depth)) if name in self.unrounded else self.recorded(number)
 
     def recorded(self, number: int) -> Value:
         """An input as recorded."""
-        return self.cut(self.whole(number))
+        return self.whole(number) if self.rows is None else self._some(number, self.rows)
 
     def cut(self, value: Value) -> Value:
         return value if self.rows is None else value.map(lambda a: a[self.rows])
 
     def whole(self, number: int) -> Value:
         """An argument as stored, or taken to fewer bits."""
+        return self._some(number, None)
+
+    def _some(self, number: int, some: np.ndarray | None) -> Value:
+        """`whole`, of `some` of its first axis alone."""
         taken = self._taken(number)
-        key = ("recorded", number, taken and taken.name)
+        key = ("recorded", number, taken and taken.name, None if some is None else some.tobytes())
         if key not in self._memo:
-            wide = self.oracle.arguments[number].astype(np.float64)
+            array = self.oracle.arguments[number]
+            wide = (array if some is None else array[some]).astype(np.float64)
             self._memo[key] = point(wide if taken is None else taken.of(wide, self._peak(taken, number)))
         return self._memo[key]
+
+    def kept(self, key: Hashable, make: Callable[[], Value]) -> Value:
+        """What another row made of the same few places; of all places it is made again, since it would fill memory."""
+        if self.rows is None:
+            return make()
+        columns = None if self.columns is None else self.columns.tobytes()
+        inputs = (self.unrounded, self.depth, self.rounded, self.lost, self.inside, self.part)
+        full = (key, self.rows.tobytes(), columns, inputs)
+        if full not in self._memo:
+            self._memo[full] = make()
+        return self._memo[full]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a weight as stored."""
@@ -104,15 +120,7 @@ class At:
 
     def weight(self, name: str) -> np.ndarray:
         """A weight `[columns of the result, K]`, or the bias of these; of `columns` alone where few are asked for."""
-        number = len(self.stage.inputs) + self.stage.params.index(name)
-        if self.columns is None:
-            return self.whole(number).mid
-        taken = self._taken(number)
-        key = ("columns", number, taken and taken.name, self.columns.tobytes())
-        if key not in self._memo:
-            some = self.oracle.arguments[number][self.columns].astype(np.float64)
-            self._memo[key] = point(some if taken is None else taken.of(some, self._peak(taken, number)))
-        return self._memo[key].mid
+        return self._some(len(self.stage.inputs) + self.stage.params.index(name), self.columns).mid
 
     def _peak(self, taken: Narrow, number: int) -> float | None:
         """The largest magnitude of an argument, where its scale goes by that."""

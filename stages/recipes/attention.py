@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 
 from stages.oracle import decoder as forward
@@ -9,7 +11,7 @@ from stages.oracle.bounds import U32
 from stages.recipes.at import At
 from stages.recipes.product import IN_PIECES, summed
 from stages.recipes.recipe import FIT, NARROW, Form, Kind, Mod, equivalent, narrower, prescribed
-from stages.recipes.value import Pieces, Value, nearest, total
+from stages.recipes.value import Pieces, Value, nearest, point, total
 from stages.spec.causal import up_to_query
 from stages.spec.noise import Noise
 
@@ -290,41 +292,105 @@ def weighted(
     core: bool = False,
     pieces: Pieces | None = None,
 ) -> Value | None:
-    """p @ v, heads joined, `[tokens, heads * head_dim]`.
+    """p @ v, heads joined, `[tokens, heads * head_dim]`; of few `rows` these queries alone.
 
     `p`: the probabilities as recorded, or `numerators` made again from the scores, divided by their sum at the end;
-    `cast` rounds them first, `half` does it in float16. `keys`: these stand in the place of the values.
+    `cast` rounds them first. Of a `float16 cache` keys and values have been rounded to that; `key by key` so have the
+    queries, and the accumulators are, at each key.
     """
-    a, t = (at.input(0), None) if p == "recorded" else _numerators(at, p, fast)
-    heads = a.mid.shape[0]
-    o = at.options
+    mixed, of, o = transposed or unjoined, at.but(rows=None), at.options
+    queries = None if mixed else at.rows
     split = forward._keys if keys else forward._values
-    v = at.input(1).map(lambda x: split(x, o["heads"], o["kv_heads"], o["head_dim"]))
-    if tiled and not 1 < v.mid.shape[1] < heads:
+    v = of.input(1).map(lambda x: split(x, o["heads"], o["kv_heads"], o["head_dim"]))
+    if tiled and not 1 < v.mid.shape[1] < o["heads"]:
         return None
-    v = v.map(lambda x: _keys_for(x, heads, tiled))
-    if transposed:
-        a = a.map(lambda x: x.swapaxes(-1, -2))
-    if p == "half numerators":
+    v = v.map(lambda x: _keys_for(x, o["heads"], tiled))
+    if p in _CACHED:
         v = v.once("float16")
-    y = summed(at, a, v, at.lam(Noise.WEIGHTED), core=core, pieces=pieces)
-    if t is not None:
+    t: Value | None
+    if p == "key by key":
+        y, t = _key_by_key(_scores_of_cache(of, o["heads"], queries, narrow=True), v, queries)
+    else:
+        a, t = (of.input(0), None) if p == "recorded" else _numerators(of, p, fast, queries)
+        if p == "recorded" and queries is not None:
+            a = a.map(lambda x: x[:, queries])
+        if transposed:
+            a = a.map(lambda x: x.swapaxes(-1, -2))
+        y = summed(at, a, v, at.lam(Noise.WEIGHTED), core=core, pieces=pieces)
+    if p in _CACHED and t is not None:  # by its inverse, a float32 number too
+        y = (y * t.falling(lambda x: 1 / x).soft(1)).soft(1)
+    elif t is not None:
         y = (y / t).soft(1)
     y = y.map(lambda x: x[::-1]) if reverse else y
     rows = y.mid.shape[1]
-    return y.map(lambda x: (x if unjoined else x.swapaxes(0, 1)).reshape(rows, -1))
+    y = y.map(lambda x: (x if unjoined else x.swapaxes(0, 1)).reshape(rows, -1))
+    return at.cut(y) if mixed else y
 
 
-def _numerators(at: At, p: str, fast: float) -> tuple[Value, Value]:
+_CACHED = ("float16 cache", "key by key")
+
+
+def _numerators(at: At, p: str, fast: float, queries: np.ndarray | None) -> tuple[Value, Value]:
     """exp(scores - largest), and their sum; from unrounded scores."""
-    scores = at.maker(at.stage.inputs[0]).raw("attn_scores", 1)
-    e = exponentials(at, scores, up_to_query(scores.mid), fast=fast).soft(4)
-    t = total(e)
-    if p == "half numerators":
-        return e.once("float16"), t
-    return (at.stored(e) if p == "cast numerators" else e), t
+    if p == "float16 cache":
+        scores = _scores_of_cache(at, at.options["heads"], queries, narrow=False)
+    else:
+        scores = at.maker(at.stage.inputs[0]).raw("attn_scores", 1)
+        scores = scores if queries is None else scores.map(lambda x: x[:, queries])
+    e = exponentials(at, scores, _up_to(scores, queries), fast=fast).soft(4)
+    return (at.stored(e) if p == "cast numerators" else e), total(e)
 
 
+def _up_to(scores: Value, queries: np.ndarray | None) -> np.ndarray:
+    """Which keys each query sees, of all or of some `queries` of as many as there are keys."""
+    if queries is None:
+        return up_to_query(scores.mid)
+    count = scores.mid.shape[-1]
+    return np.tri(count, count, dtype=bool)[queries]
+
+
+def _scores_of_cache(at: At, heads: int, queries: np.ndarray | None, *, narrow: bool) -> Value:
+    """Scaled scores of keys that were rounded to float16, and, `narrow`, of queries that were too."""
+    of = at.maker(at.stage.inputs[0]).maker("attn_scores")
+    q, k = of.input(0).map(lambda x: x.swapaxes(0, 1)), of.input(1).map(lambda x: _keys_for(x, heads, False))
+    q = q if queries is None else q.map(lambda x: x[:, queries])
+    q, k = q.once("float16") if narrow else q, k.once("float16").map(lambda x: x.swapaxes(1, 2))
+    scale = float(nearest(np.float64(of.options["scaling"]), "float32"))
+    return (summed(of, q, k, of.lam(Noise.SCORES)) * scale).soft(1)
+
+
+def _key_by_key(scores: Value, v: Value, queries: np.ndarray | None) -> tuple[Value, Value]:
+    """Values `[heads, keys, head_dim]` times exp(score - largest so far), and the sum of these `[heads, queries, 1]`.
+
+    As ggml-cpu/ops.cpp has it: at each key the accumulators are scaled where a new largest score came, and the value
+    is added in float32; both times they are rounded to float16.
+    """
+    seen, least = _up_to(scores, queries), np.full((*scores.mid.shape[:2], 1), -np.inf)
+    doubt = ((scores.hi - scores.lo) / 2)[..., None]
+    y, t, top = point(np.zeros((*scores.mid.shape[:2], v.mid.shape[-1]))), point(np.zeros_like(least)), least
+    unsure = np.zeros_like(least)
+    for key in range(scores.mid.shape[-1]):
+        s, r = scores.mid[:, :, key, None], doubt[:, :, key]
+        shown = seen[:, key, None]
+        new = shown & (s > top)
+        change = nearest(np.where(new, top - s, np.where(shown, s - top, -np.inf)), "float32")
+        off = np.where(shown, r + unsure, 0.0) + U32 * np.abs(np.where(np.isfinite(change), change, 0.0))
+        top, unsure = np.where(new, s, top), np.where(new, r, unsure)
+        factor = point(change).off(off).map(np.exp).soft(2)
+        one = np.ones_like(change)
+        kept, added = (_where(new, factor, one), _where(new, one, factor))
+        y = (y * kept).soft(1).once("float16")
+        y = (y + added * v.map(partial(np.take, indices=[key], axis=1))).soft(1).once("float16")
+        t = ((t * kept).soft(1) + added).soft(1)
+    return y, t
+
+
+def _where(which: np.ndarray, yes: Value | np.ndarray, no: Value | np.ndarray) -> Value:
+    a, b = point(yes), point(no)
+    return Value(*(np.where(which, getattr(a, end), getattr(b, end)) for end in ("lo", "mid", "hi")))
+
+
+_LLAMA = "as llama.cpp does by default: flash attention over a float16 cache of keys and values"
 _WEIGHTED_FORMS: tuple[Form, ...] = (
     prescribed("of the recorded probabilities, summed in float32, rounded once", who="transformers eager (ran)"),
     equivalent(
@@ -358,9 +424,20 @@ _WEIGHTED_FORMS: tuple[Form, ...] = (
     ),
     equivalent("summed by a tensor core, whose accumulators truncate", dtypes=NARROW, wider=True, core=True),
     narrower(
-        "numerators and values in float16, divided by their sum at the end",
-        dtypes=("float32", "bfloat16"),
-        p="half numerators",
+        "keys and values in float16, divided by the sum of float32 numerators at the end",
+        dtypes=("float32",),
+        who="llama.cpp of October 2026 at 64 tokens and more, ggml-cpu/ops.cpp (read)",
+        usual=_LLAMA,
+        deep=True,
+        p="float16 cache",
+    ),
+    narrower(
+        "queries, keys and values in float16, and at each key the accumulators",
+        dtypes=("float32",),
+        who="llama.cpp, ggml-cpu/ops.cpp (read)",
+        usual=_LLAMA,
+        deep=True,
+        p="key by key",
     ),
     *(narrower(words, dtypes=("float32",), pieces=pieces) for words, pieces in IN_PIECES.items()),
 )
@@ -377,6 +454,7 @@ WEIGHTED = Kind(
     _WEIGHTED_FORMS,
     _WEIGHTED_MODS,
     cheap=False,
+    by_rows=True,
     doc="p v of each head, heads joined. Fused kernels store no probabilities: they sum values times exp(s - max), and "
     "divide by the sum of those numerators at the end.",
 )

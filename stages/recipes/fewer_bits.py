@@ -35,6 +35,19 @@ class Narrow:
             return self.round(x)
         return self.round(x, largest(x) if peak is None else peak)
 
+    def keeps(self, a: np.ndarray) -> bool:
+        """Whether the mantissas of stored numbers alone show that they lose nothing."""
+        stored = _MANTISSAS.get(a.dtype.name)
+        if stored is None or not self.bits or self.whole:
+            return False
+        raw = np.ravel(a).view(f"u{a.dtype.itemsize}")
+        if self.cast and self.bits == 10:  # float16's range is less
+            size = raw & np.iinfo(raw.dtype).max // 2
+            low, high = (np.array(x, a.dtype).view(raw.dtype) for x in (2.0**-14, 65504.0))
+            if int((size - 1).min()) + 1 < low or size.max() > high:  # less 1, what is 0 is the largest
+                return False
+        return not int(np.bitwise_or.reduce(raw)) & ((1 << max(stored - self.bits, 0)) - 1)
+
     @property
     def words(self) -> str:
         return f"{self.bits} mantissa bits, {self.name}" if self.bits else self.name
@@ -59,6 +72,8 @@ def _scaled(x: np.ndarray, peak: float, bits: int, top: float, least: float) -> 
     return np.where(np.abs(y) < least, np.rint(y / least * 2**bits) * least / 2**bits, keep(y, bits)) * scale
 
 
+# Stored mantissa bits by dtype.
+_MANTISSAS = {"float32": 23, "bfloat16": 7, "float16": 10}
 _WIDE = ("float32",)
 _EVERY = ("float32", "bfloat16", "float16")
 # Nearest even is what a cast does, truncation what a tensor core does to operands that were not cast before. TF32 and

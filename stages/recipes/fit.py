@@ -19,7 +19,8 @@ from stages.spec.stage import Stage
 class Fit:
     """A recipe against the record: elements that have its bits, and elements that it cannot give.
 
-    `off` is the sum of the squares of what the record is off its stored numbers.
+    Of one that fits, `ratio` is the largest distance in parts of what it may be, `off` the sum of the squares of what
+    the record is off its stored numbers.
     """
 
     words: str
@@ -74,7 +75,7 @@ def fit(
     differs, beyond = places_beyond(value, observed, stage)
     if rms < np.inf and observed.size >= RMS_COUNT and _rms(value, observed) > rms:
         beyond = np.ones_like(beyond)
-    ratio, off = _distance(value, observed, differs)
+    ratio, off = (0.0, 0.0) if beyond.any() else _distance(value, observed, differs)
     return Fit(words, kind, int((~differs).sum()), int(beyond.sum()), observed.size, usual, ratio, off)
 
 

@@ -35,6 +35,8 @@ _COLUMNS = 48
 _FEWEST = 8
 # A product of fewer multiplications wakes no threads: on a busy machine that took 30 times as long.
 _UNTHREADED = 200_000
+# Numbers of an argument that are looked at together, for bits that a format has not.
+_SCANNED = 1 << 16
 # float64's own noise, many times over.
 _SAME = 1e-12
 # Numbers of so few do not show whether bits were lost.
@@ -141,7 +143,13 @@ class Match:
         self.fits = [fit for fit in self.fits if fit.bits * _AS_GOOD > best + _NUMBERS] or narrow
 
     def through_hidden(self) -> Found:
-        """Of inputs that were not recorded: each recipe of them computed again, rounded to be stored or not."""
+        """Of inputs that were not recorded: each recipe of them computed again, rounded to be stored or not.
+
+        Where a right one gave less, only those in fewer bits are asked that begin before these inputs.
+        """
+        if (np.abs(self.observed.astype(np.float64) - self.value) > self.bound).any():
+            self._ask(self._plain((Class.NARROWER,), deep=True))
+            return self._found() if self.fits else Found((), None, 0, self.observed.size)
         hidden = self.at.oracle.hidden
         for rounded, words in ((True, ""), (False, f"; of unrounded {' and '.join(hidden)}")):
             at = self.at.but(unrounded=hidden, rounded=rounded)
@@ -158,7 +166,7 @@ class Match:
             return None
         off = (error / np.maximum(bound, TINY)).reshape(len(error), -1)
         rows = np.sort(np.argsort(-off.max(axis=1), kind="stable")[:_ROWS])
-        if self.kind.cheap or "layout" in self.at.options:
+        if self.kind.cheap or not self.at.stage.params or "layout" in self.at.options:
             return {"rows": rows}
         count = min(_COLUMNS, max(_FEWEST, _UNTHREADED // (_ROWS * self.at.array(0).shape[-1])))
         columns = np.argsort(-off[rows].max(axis=0), kind="stable")[:count]
@@ -276,7 +284,11 @@ class Match:
 
     def _times(self) -> None:
         """All values are the right ones times one number."""
-        found = one_factor(self.at, self.observed, self.value)
+        at = self.at.but(**(self.few or {}))
+        some = self.few is None or one_factor(at, self._sample(self.observed), self._sample(self.value))
+        # In float32 a product's bound is its noise, which need not be computed again.
+        known = self.bound if self.kind.name == "product" and self.observed.dtype == np.float32 else None
+        found = one_factor(self.at, self.observed, self.value, known) if some else None
         if found is not None:
             words, bits = found
             self.fits.append(Fit(words, Class.OTHER, bits, 0, self.observed.size))
@@ -386,11 +398,19 @@ def _as_good(fit: Fit, best: Fit, *, few: bool) -> bool:
 
 def _loses(narrow: Narrow, a: np.ndarray) -> bool:
     """Whether an argument has more bits than a format keeps: mostly its first numbers tell."""
-    if a.dtype.kind == "i":
+    if a.dtype.kind == "i" or not a.size:
         return False
-    parts = (a[: _ROWS + 1], a) if a.ndim > 1 else (a,)
-    wide = (part.astype(np.float64) for part in parts)
-    return any(not np.array_equal(narrow.of(x), x) for x in wide)
+    if a.ndim > 1 and _changes(narrow, a[: _ROWS + 1]):
+        return True
+    if narrow.keeps(a):
+        return False
+    step = len(a) if narrow.whole or a.ndim < 2 else max(1, _SCANNED // max(1, a[0].size))
+    return any(_changes(narrow, a[at : at + step]) for at in range(0, len(a), step))
+
+
+def _changes(narrow: Narrow, a: np.ndarray) -> bool:
+    wide = a.astype(np.float64)
+    return not np.array_equal(narrow.of(wide), wide)
 
 
 def _class(form: Form, dtype: str) -> Class:

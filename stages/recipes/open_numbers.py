@@ -75,20 +75,25 @@ _ESTIMATES: Mapping[str, Callable[[At, np.ndarray, np.ndarray], float | None]] =
 )
 
 
-def one_factor(at: At, observed: np.ndarray, right: np.ndarray) -> tuple[str, int] | None:
+def one_factor(
+    at: At, observed: np.ndarray, right: np.ndarray, noise: np.ndarray | None = None
+) -> tuple[str, int] | None:
     """The one number that all values are times what they should be, in words, and how many bits it gives.
 
     Each value says between which two it lies: as far as its own cell and the stage's noise go, and then one rounding
-    more, where it was stored first. None where there is no such number, or it may be 1.
+    more, where it was stored first. None where there is no such number, or it may be 1. `noise`: the stage's, where
+    that is known.
     """
     assert at.right is not None
-    noise = at.right(at)
+    if noise is None:
+        value = at.right(at)
+        noise = (value.hi - value.lo) / 2
     y, wide = observed.astype(np.float64), float(np.vdot(right, right))
-    if not wide or not y.any() or noise.mid.shape != right.shape:
+    if not wide or not y.any() or noise.shape != right.shape:
         return ("all values are 0", 0) if wide and not y.any() else None
     fitted, own = float(np.vdot(right, y)) / wide, _bits(right, observed)
     least, most = cell(observed)
-    room = (noise.hi - noise.lo) / 2 * abs(fitted) + TINY + U32 * np.abs(y)
+    room = noise * abs(fitted) + TINY + U32 * np.abs(y)
     for again in (0.0, rounding_unit(observed.dtype)):
         e = room + again * np.abs(y)
         low, high = (float(edge[0]) for edge in interval(*(x.reshape(-1, 1) for x in (least - e, most + e, right))))

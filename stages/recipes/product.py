@@ -117,27 +117,37 @@ def _slices(k: int, count: int, step: int) -> list[np.ndarray]:
 
 def _of_slices(at: At, factor: Factor, slices: list[np.ndarray], partial: str, added: str) -> Value:
     """Partial sums rounded to be stored, and added in float32 or in the format that they have."""
-    dtype, count = at.inside if partial == "own" else partial, len(slices)
-    summed_up = applied(summed, at, lam=at.lam(Noise.PRODUCT), core=at.run in at.oracle.lambdas.cores)
-    if len({len(part) for part in slices}) == 1:  # all at once
-        x = factor.x.map(lambda a: a.reshape(len(a), count, -1).swapaxes(0, 1))
-        found = summed_up(x, point(factor.w.reshape(count, -1, factor.w.shape[-1]))).once(dtype)
-        terms = [found.map(itemgetter(n)) for n in range(count)]
-    else:
-        parts = ((factor.x.map(applied(np.take, indices=part, axis=-1)), factor.w[part]) for part in slices)
-        terms = [summed_up(x, point(w)).once(dtype) for x, w in parts]
+    dtype = at.inside if partial == "own" else partial
+    key = ("slices", factor.name, dtype, tuple(map(len, slices)))
+    found = at.kept(key, lambda: _partial(at, factor, slices).once(dtype))
+    terms = [found.map(itemgetter(n)) for n in range(len(slices))]
     if added == "own":
-        return _added(terms, dtype)
+        return _added(found, dtype)
     return reduce(lambda total, term: (total + term).soft(1), terms)
 
 
-def _added(terms: list[Value], dtype: str) -> Value:
-    """Partial sums added in their own format: in the order of ranks, or, of few, as rings and trees go."""
-    ways = [reduce(lambda total, term: (total + term).once(dtype), terms)]
-    if 2 < len(terms) <= _RANKS:
-        lo, hi = (_in_orders(np.stack([getattr(term, end) for term in terms]), dtype) for end in ("lo", "hi"))
-        ways.append(Value(lo.min(axis=0), ways[0].mid, hi.max(axis=0)))
-    return any_of(ways)
+def _partial(at: At, factor: Factor, slices: list[np.ndarray]) -> Value:
+    """Sums of slices of K, `[slices, rows, columns]`."""
+    count = len(slices)
+    summed_up = applied(summed, at, lam=at.lam(Noise.PRODUCT), core=at.run in at.oracle.lambdas.cores)
+    if len({len(part) for part in slices}) == 1:  # all at once
+        x = factor.x.map(lambda a: a.reshape(len(a), count, -1).swapaxes(0, 1))
+        return summed_up(x, point(factor.w.reshape(count, -1, factor.w.shape[-1])))
+    parts = ((factor.x.map(applied(np.take, indices=part, axis=-1)), factor.w[part]) for part in slices)
+    terms = [summed_up(x, point(w)) for x, w in parts]
+    return Value(*(np.stack([getattr(term, end) for term in terms]) for end in ("lo", "mid", "hi")))
+
+
+def _added(terms: Value, dtype: str) -> Value:
+    """Partial sums `[ranks, ..]` added in their own format: in the order of ranks, or, of few, as rings and trees go.
+
+    Both ends and the middle are added at once.
+    """
+    x = np.stack([terms.lo, terms.mid, terms.hi], axis=1)
+    ways = reduce(lambda total, term: nearest(total + term, dtype), x)[None]
+    if 2 < len(x) <= _RANKS:
+        ways = np.concatenate([ways, _in_orders(x, dtype)])
+    return Value(ways[:, 0].min(axis=0), ways[0, 1], ways[:, 2].max(axis=0))
 
 
 def _in_orders(x: np.ndarray, dtype: str) -> np.ndarray:
@@ -180,9 +190,10 @@ def _turned_weight(at: At, factor: Factor) -> dict[str, np.ndarray] | None:
         return {"w": v if LAYOUTS[at.options["layout"]].transposed else v.T}
     if not at.stage.inputs:
         return None
-    whole = at.but(columns=None).weight(factor.name)
-    if whole.shape[0] != whole.shape[1]:
+    rows, columns = at.shape(factor.name)
+    if rows != columns:
         return None
+    whole = at.but(columns=None).weight(factor.name)
     return {"w": whole if at.columns is None else whole[:, at.columns]}
 
 

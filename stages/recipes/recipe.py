@@ -104,11 +104,12 @@ def narrower(
     usual_in: tuple[str, ...] = EVERY,
     dtypes: tuple[str, ...] = EVERY,
     sound: tuple[str, ...] = (),
+    deep: bool = False,
     **args: Any,
 ) -> Form:
     """`sound`: dtypes in which the same roundings lose nothing."""
     classes = {**dict.fromkeys(dtypes, Class.NARROWER), **dict.fromkeys(sound, Class.EQUIVALENT)}
-    return Form(words, classes, args, who, usual, usual_in)
+    return Form(words, classes, args, who, usual, usual_in, deep)
 
 
 @dataclass(frozen=True)

@@ -76,8 +76,8 @@ class SideVerdict:
         observed = judged_part(oracle.stage, observed)
         judged = measure(oracle, observed)
         ask = judged.verdict in (Verdict.SUSPECT, Verdict.BUG)
-        if oracle.hidden:
-            ask = judged.verdict is Verdict.ROUNDING  # to name it; what fails there, bounds that were carried say
+        # Through inputs that were not recorded what is within bounds that were carried is named too.
+        ask |= bool(oracle.hidden) and judged.verdict is Verdict.ROUNDING
         found = explain(oracle, observed) if ask else None
         verdict = judged.verdict if found is None or found.kind is None else _VERDICTS[found.kind]
         if found is not None and found.kind is not None and found.kind.sound and found.bits == found.elements:

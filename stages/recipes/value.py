@@ -19,6 +19,8 @@ from stages.oracle.rounding import round_once
 from stages.spec.dtypes import stored_dtype
 
 Function = Callable[[np.ndarray], np.ndarray]
+# Of so few numbers a call costs more than what it does to them.
+_FEW = 1 << 14
 
 
 def keep(x: np.ndarray, bits: int, how: str = "even") -> np.ndarray:
@@ -64,8 +66,10 @@ class Value:
         return Value(self.lo - w * np.abs(self.lo), nearest(self.mid, "float32"), self.hi + w * np.abs(self.hi))
 
     def once(self, dtype: str) -> Value:
-        """Rounded to `dtype` once, by everybody."""
-        return self.map(lambda x: nearest(x, dtype))
+        """Rounded to `dtype` once, by everybody; of few numbers all three at a time."""
+        if self.sure or self.mid.size > _FEW:
+            return self.map(lambda x: nearest(x, dtype))
+        return Value(*nearest(np.stack([self.lo, self.mid, self.hi]), dtype))
 
     def to(self, dtype: str) -> Value:
         """A cast that a recipe names. To float32 compilers may leave it out, so there it only widens."""
