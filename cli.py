@@ -174,6 +174,7 @@ def main(
         bool, typer.Option("--version", "-V", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
+    import stages.judge.next_steps  # noqa: F401  (beforehand: an error may be that memory ran out)
     from stages.run.watch import end_with_parent
 
     end_with_parent()

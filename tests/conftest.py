@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 import json
 import os
 import shutil
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import forked
 import hypothesis
@@ -33,6 +37,8 @@ for variable, value in (("GOMP_SPINCOUNT", "0"), ("KMP_BLOCKTIME", "0"), ("OPENB
     os.environ.setdefault(variable, value)
 # Documents that are compared whole are of one minute, whenever it ends.
 os.environ.setdefault("SOURCE_DATE_EPOCH", str(int(time.time())))
+# Processes that tests start find our modules compiled.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 MEMORY = Path("/dev/shm")
@@ -46,11 +52,49 @@ def pytest_configure(config: pytest.Config) -> None:
     if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 4 * 2**30:  # the tests need less than 2 GiB
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
         os.environ.setdefault("TMPDIR", str(MEMORY))
-    kept = tempfile.TemporaryDirectory(prefix="svf-tests-")
+    kept = tempfile.TemporaryDirectory(prefix="svf-tests-", dir=os.environ.get("TMPDIR"))
     config.add_cleanup(kept.cleanup)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = kept.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test marked `cover(n)`, what the cases of `make test` leave out is marked `thorough`."""
+    marked: dict[str, list[Any]] = {}
+    for item in items:
+        if item.get_closest_marker("cover"):
+            marked.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for cases in marked.values():
+        (strength,) = cases[0].get_closest_marker("cover").args
+        kept = covering(
+            [{name: repr(value) for name, value in case.callspec.params.items()} for case in cases], strength
+        )
+        for number, case in enumerate(cases):
+            if number not in kept:
+                case.add_marker("thorough")
+
+
+def covering(cases: list[dict[str, str]], strength: int) -> set[int]:
+    """A few of the cases in which any `strength` values of different parameters that meet in one meet too."""
+    meetings = [set(itertools.combinations(sorted(case.items()), strength)) for case in cases]
+    wanted, kept, used = set().union(*meetings), set[int](), Counter[tuple[str, str]]()
+    while wanted:
+        # The most that is new; of equals that whose values were used least, so that none stands for all.
+        best = max(
+            range(len(cases)), key=lambda n: (len(meetings[n] & wanted), -sum(used[v] for v in cases[n].items()))
+        )
+        kept.add(best)
+        wanted -= meetings[best]
+        used.update(cases[best].items())
+    return kept
+
+
+def pytest_collection_finish() -> None:
+    """What is there by now stays: looking through it for garbage took a tenth of the processor time."""
+    gc.collect()
+    gc.freeze()
 
 
 # A machine under load is slow, not wrong.

@@ -13,8 +13,6 @@ from typing import Any
 
 import typer
 
-from stages.judge.next_steps import next_steps  # loaded beforehand: an error may be that memory ran out
-
 
 class State:
     """Global flags, set once by the program's own options."""
@@ -77,6 +75,8 @@ def answer(document: Any, json: bool, show: Callable[[Any], None]) -> None:
 
 def with_next(document: Any, json: bool) -> Any:
     """The document with the commands that would tell more, these as machine-readable as it is."""
+    from stages.judge.next_steps import next_steps
+
     steps = next_steps(document)
     return {**document, "next": [f"{step} --json" if json and "--help" not in step else step for step in steps]}
 

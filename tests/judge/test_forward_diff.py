@@ -200,6 +200,7 @@ MUTANTS = {
 # fmt: on
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("letter", ["a", "b"])
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_mutant_is_named_with_stage_layer_and_side(

@@ -313,6 +313,7 @@ ERRORS: dict[str, Change] = {
 }
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("error", ERRORS)
 @pytest.mark.parametrize("model", ["qwen3-gqa4", "qwen2"])
 def test_no_hint_names_a_step_that_the_stage_does_not_have(error: str, model: str) -> None:

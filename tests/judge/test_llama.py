@@ -74,6 +74,7 @@ NAMED: dict[str, tuple[Mistake | None, str, str]] = {
 }
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", NAMED)
 def test_a_mistake_in_another_program_s_llama_is_named(name: str, dtype: str, tmp_path: Path) -> None:

@@ -286,6 +286,7 @@ def test_one_narrow_stage_does_not_make_a_narrow_run(made: Path, tmp_path: Path)
     assert ("precision", 1, "ffn_gate") in {(c["verdict"], c["layer"], c["stage"]) for c in done.json["culprits"]}
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("stored", NARROW)
 @pytest.mark.parametrize("stage", ["attn_norm", "attn_scores", "attention", "ffn_gate", "ffn_up", "post_attn_residual"])
 def test_a_stage_stored_in_fewer_bits_than_were_used_is_no_fault(
@@ -400,6 +401,7 @@ def heads_first(t: Tensors) -> None:
             t[key] = a.swapaxes(0, 1)
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("count", [9, 4])
 def test_heads_first_is_sound(made: Path, tmp_path: Path, dtype: str, count: int) -> None:
@@ -466,6 +468,7 @@ def only(stages: str) -> Callable[[Tensors], None]:
     return change
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("stages", OPERATIONS)
 def test_one_operation_is_sound_and_its_inputs_are_judged_too(
@@ -509,6 +512,7 @@ def test_layer_outputs_alone_show_which_layer_is_wrong(made: Path, tmp_path: Pat
     assert blamed(recorded(made, tmp_path / "x.safetensors", wrong)) == ("bug", 1, "post_ffn_residual")
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["qwen3", "qwen2"])
 def test_any_one_stage_may_be_missing(made: Path, tmp_path: Path, name: str, dtype: str) -> None:
@@ -583,6 +587,7 @@ LACKING = {
 }
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("lacking", LACKING)
 def test_a_step_that_the_program_lacks_is_named(made: Path, tmp_path: Path, dtype: str, lacking: str) -> None:
@@ -654,6 +659,7 @@ def test_tokens_come_from_a_file_too(made: Path, tmp_path: Path) -> None:
     assert svf("audit", dump, "--adapted", tmp_path).code == 2
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("backend", ["torch", "jax"])
 def test_another_programs_adapted_run_is_judged(tmp_path: Path, dtype: str, backend: str) -> None:

@@ -77,6 +77,7 @@ def original_stage_file(report: dict[str, Any]) -> str | None:
     return None
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("layout", ["declared", "all"])
 def test_the_current_hash_gate_passes_in_replay_diff_and_the_original_alike(
     reference: Made, tmp_path: Path, layout: str
@@ -90,6 +91,7 @@ def test_the_current_hash_gate_passes_in_replay_diff_and_the_original_alike(
     assert current in original_hashes(read(report)).values()
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("layout", ["declared", "all"])
 def test_each_variant_has_a_label_of_its_own_and_the_sample_one_more(
     reference: Made, tmp_path: Path, layout: str
@@ -109,6 +111,7 @@ def test_each_variant_has_a_label_of_its_own_and_the_sample_one_more(
         assert variant["final"]["size"] == int(np.prod(variant["final"]["shape"]))
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("place", ["--out", "--stage-dir"])
 def test_the_original_finds_the_samples_stages_as_the_reference_side_has_them(
     reference: Made, tmp_path: Path, place: str
@@ -148,6 +151,7 @@ def test_without_a_place_for_stages_the_report_names_no_file(reference: Made, tm
     assert original_stage_file(read(tmp_path / "r.json")) is None
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize(
     ("arguments", "step"), [((), "--order inferred"), (("--precision", "reference"), "--order inferred")]
 )

@@ -49,6 +49,7 @@ FOUND = {
 }
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mistake", NAMED)
 def test_a_mistake_is_named_with_its_stage_and_cause(mistake: str, dtype: str, tmp_path: Path) -> None:
@@ -64,6 +65,7 @@ def test_a_mistake_is_named_with_its_stage_and_cause(mistake: str, dtype: str, t
     assert words in document["verdict"]
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mistake", FOUND)
 def test_a_rounding_inside_a_stage_has_no_false_cause(mistake: str, dtype: str, tmp_path: Path) -> None:
@@ -72,6 +74,7 @@ def test_a_rounding_inside_a_stage_has_no_false_cause(mistake: str, dtype: str, 
     assert all(word not in (found["hint"] or "") for word in ("RoPE", "mask", "eps", "missing", "instead"))
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("model", ["qwen3-untied", "qwen3-gqa4", "qwen2", "qwen2-gqa7"])
 @pytest.mark.parametrize("block", [0, 7])
@@ -80,6 +83,7 @@ def test_right_twins_in_other_orders_of_summation_are_sound(model: str, block: i
     assert (document["outcome"], document["culprits"]) == ("sound", [])
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("name", "place", "value", "stage", "words"),

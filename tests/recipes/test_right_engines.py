@@ -97,6 +97,7 @@ def row_of(document: Any, stage: str) -> Any:
     return next(row for row in document["rows"] if row["stage"] == stage)
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("engine", SOUND)
 def test_another_place_to_round_is_right(tmp_path: Path, engine: str, dtype: str) -> None:

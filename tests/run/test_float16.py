@@ -21,6 +21,7 @@ def run(name: str, family: str, tokens: int, precision: str = "native") -> dict[
     return {(r.layer, r.stage): r.array for r in runner.run(tokens_of(tokens))}
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("name", ["torch", "jax"])
 @pytest.mark.parametrize(("family", "tokens"), [("qwen3", 64), ("qwen2", 7)])
 def test_every_float16_stage_is_exact_or_rounding(name: str, family: str, tokens: int) -> None:

@@ -211,6 +211,7 @@ def test_functions_take_what_the_declaration_says(name: str) -> None:
             assert len(required) <= len(stage.inputs) + len(stage.params) <= len(positional)
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", MODELS)
 def test_torch_and_the_reference_keep_the_bounds_on_every_stage(name: str, dtype: str) -> None:
@@ -221,6 +222,7 @@ def test_torch_and_the_reference_keep_the_bounds_on_every_stage(name: str, dtype
     assert set(verdicts(runner, own, tokens).values()) == {Verdict.EXACT}
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["qwen3", "qwen3-gqa7", "qwen3-yarn", "qwen3-bias", "qwen2-gqa4", "qwen2-linear"])
 def test_jax_agrees_with_torch_on_every_stage_fed_torchs_inputs(name: str, dtype: str) -> None:
@@ -402,6 +404,7 @@ def test_a_stage_compiles_once_and_serves_every_layer_and_run(backend: str) -> N
     assert len(compiled) == len(runner.path) - 1  # qkv_bias is an identity
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("backend", ["torch", "jax"])
 def test_the_lm_head_in_chunks_has_the_bits_of_the_whole(backend: str, dtype: str) -> None:

@@ -171,6 +171,7 @@ def differing(production: Recorded, forwarder: Forwarder, tokens: list[int], **o
     return wrong
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("count", PROMPTS)
 def test_every_stage_has_the_bits_of_production(pair: Any, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     production, forwarder = pair
@@ -183,6 +184,7 @@ def test_every_stage_has_the_bits_of_production(pair: Any, count: int, monkeypat
     assert " ".join(wrong) == ""
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("count", [1, 7])
 def test_the_last_position_has_the_bits_of_production(pair: Any, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     production, forwarder = pair

@@ -60,6 +60,7 @@ SHAPES = [(64, 64), (97, 32), (200, 48), (48, 200), (130, 1), (129, 130), (257, 
 CHUNKS = [16, 17, 24, 31, 32, 48, 63, 64, 100, 127, 128]
 
 
+@pytest.mark.cover(2)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("transpose", [False, True])
 def test_chunked_and_whole_are_bit_identical(backend: Backend, shape: tuple[int, int], transpose: bool) -> None:
@@ -67,7 +68,7 @@ def test_chunked_and_whole_are_bit_identical(backend: Backend, shape: tuple[int,
     task = task_of(u, s, v, make_offsets("mixed", s.size, 0), transpose=transpose)
     expected = whole(backend, task, shape[0] + MIN_CHUNK_ROWS)
     # XLA compiles every shape anew, so jax gets fewer sizes than torch.
-    for chunk_rows in CHUNKS if backend.name != "jax" else CHUNKS[::3]:
+    for chunk_rows in CHUNKS if backend.name != "jax" else CHUNKS[::5]:
         found = whole(backend, task, chunk_rows)
         different = [name for name in REPLAY if not same_bits(found[name], expected[name])]
         assert different == [], chunk_rows
