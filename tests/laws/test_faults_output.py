@@ -38,8 +38,14 @@ def test_every_write_point(
     """A run that is killed leaves no commit and is resumed to the same bytes; a full disk leaves nothing, exit 6."""
     given = {"COMPONENTS": str(made / "components"), "MODEL": str(model)}
     words = [given.get(word, word) for word in COMMANDS[command]]
-    program = [sys.executable, "-P", str(ROOT / "tests" / "support" / "write_points.py"), mode, str(tmp_path), *words]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    support = ROOT / "tests" / "support"
+    program = [sys.executable, "-P", str(support / "write_points.py"), mode, str(tmp_path), *words]
+    env = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{support}",
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+    }
     done = subprocess.run(program, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     points = json.loads(done.stdout)["points"]

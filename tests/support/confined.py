@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from helpers import MODULES, ROOT, Result, warm
+from helpers import ROOT, Result, load_all
 
 # Address space of a command; what it may really take, and for how long it may compute and wait.
 SPACE, MEMORY, SECONDS, PATIENCE = 8 * 1024**3, 1024**3, 20, 600
@@ -93,16 +93,9 @@ class Confined:
 
 def _serve() -> None:
     """In the server: one forked process for each line of stdin."""
-    import gc
-    import importlib
-
     import cli
 
-    for module in MODULES:
-        if not module.endswith("_child"):
-            importlib.import_module(module)
-    warm()
-    gc.freeze()
+    load_all()
     for line in sys.stdin:
         print(json.dumps(_fork(cli.app, json.loads(line))), flush=True)
 

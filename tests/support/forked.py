@@ -25,7 +25,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from helpers import MODULES, ROOT, warm
+from helpers import ROOT, load_all
 
 # May differ between the server and a command: read when the command runs, not when a library is imported.
 FREE = ("SVF_", "PYTEST_", "TMPDIR", "COLUMNS", "NO_COLOR")
@@ -162,19 +162,14 @@ def _limits() -> list[tuple[int, int]]:
 
 def _import_all() -> None:
     """Everything a command may import; nothing is computed, so that no library starts a thread or a device."""
-    import gc
     import warnings
 
     warnings.filterwarnings("ignore", message="os.fork", category=RuntimeWarning)  # JAX's, which has no thread yet
-    for module in MODULES:
-        if not module.endswith("_child"):
-            importlib.import_module(module)
     for module in ("cli", "svf_torch.start", "svf_torch.backend", "svf_torch.production", "svf_torch.probe"):
         importlib.import_module(module)
     for module in ("svf_jax.backend", "svf_jax.production", "svf_jax.probe"):
         importlib.import_module(module)
-    warm()
-    gc.freeze()
+    load_all()
 
 
 def _become(request: dict[str, Any]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
+import importlib
 import io
 import json
 import os
@@ -70,11 +72,15 @@ def svf(*arguments: object, progress: bool = False) -> Result:
     return Result(int(code or 0), out.getvalue(), err.getvalue())
 
 
-def warm() -> None:
-    """Have this process import what commands import when they run, before others are forked from it."""
+def load_all() -> None:
+    """Have this process import what commands import when they run, but frameworks, before others are forked from it."""
+    for module in MODULES:
+        if not module.endswith("_child"):
+            importlib.import_module(module)
     typer.main.get_command(cli.app)
     for words in (["layouts"], ["inspect"], ["diff", "/nowhere"], ["audit"], ["forward", "--tokens", "1"], ["replay"]):
         assert svf(*words, "/nowhere", "--json").code == 4, words
+    gc.freeze()
 
 
 def fresh(code: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -4,7 +4,8 @@ python write_points.py kill|full FOLDER WORDS...     WORDS hold @ where the outp
 
 `kill`: SIGKILL at the n-th write, then the same command with --resume, which must give the bytes of a run that was
 never stopped. `full`: the n-th write fails for want of space; exit code 6, and nothing may be left. Prints the number
-of points as JSON. Forks: imports nothing with threads of its own before a command runs.
+of points as JSON. Forks for each point, when what commands on the reference backend import is there; nothing of it has
+threads of its own.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from helpers import load_all
 
 import cli
 from stages.files.dump import MANIFEST_FILE
@@ -114,6 +117,7 @@ def full(words: list[str], folder: Path, whole: dict[str, bytes]) -> int:
 
 
 def main(mode: str, folder: Path, words: list[str]) -> None:
+    load_all()
     assert run(words, folder / "whole") == 0
     whole = tree(folder / "whole")
     found = {"kill": killed, "full": full}[mode](words, folder, whole)
