@@ -124,9 +124,10 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture(scope="session")
 def _forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    program, server = forked.start(tmp_path_factory.mktemp("forked"))
+    program, servers = forked.start(tmp_path_factory.mktemp("forked"))
     yield program
-    server.communicate()
+    for server in servers:
+        server.communicate()
 
 
 @pytest.fixture(autouse=True)

@@ -59,14 +59,12 @@ def ask(
     `ResourceError` when memory runs out, `InputError` for everything else that goes wrong, time that runs out too,
     and whatever error the child answered with.
     """
-    inherited = os.environ.get("PYTHONPATH")
-    path_of_modules = _ROOT + (os.pathsep + inherited if inherited else "")
     child = subprocess.Popen(
         [sys.executable, "-P", "-m", module],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env={**os.environ, **_ONE_THREAD, "PYTHONPATH": path_of_modules},
+        env=environment(),
     )
     message = json.dumps({**request, "memory_limit": limits.memory, "cpu_limit": limits.cpu}).encode()
     try:
@@ -92,6 +90,13 @@ def ask(
     if reply.get("error") in _ERRORS:
         raise _ERRORS[reply["error"]](str(reply.get("message")))
     return reply
+
+
+def environment() -> dict[str, str]:
+    """A child's environment variables: this process's, one thread, and our modules first."""
+    inherited = os.environ.get("PYTHONPATH")
+    path_of_modules = _ROOT + (os.pathsep + inherited if inherited else "")
+    return {**os.environ, **_ONE_THREAD, "PYTHONPATH": path_of_modules}
 
 
 def serve(answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None:

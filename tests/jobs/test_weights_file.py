@@ -230,6 +230,7 @@ def test_a_missing_file_or_a_folder_is_not_found(tmp_path):
             load_svd_weights(path, [NAME], tmp_path / "out.safetensors")
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("legacy", [False, True])
 def test_too_little_memory_is_a_resource_error(refused, legacy):
     saved = {**factors(), "big": torch.zeros(2**27)}
@@ -250,6 +251,7 @@ def test_a_small_zip_that_grows_is_refused(refused):
     refused("unpacks to 536870", buffer.getvalue())
 
 
+@pytest.mark.processes
 def test_a_slow_file_is_stopped(refused):
     started = time.monotonic()
     refused(r"not read after 0\.2 s", factors(), timeout=0.2)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import typer.main
-from helpers import ROOT, fresh, svf
+from helpers import ROOT, fresh, some, svf
 from plain_forward import gelu_tanh
 
 import cli
@@ -78,7 +78,9 @@ def set_up(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", some(PAGES, [page for page in PAGES if page.name != "bit-mismatch.md"]), ids=lambda page: page.name
+)
 def test_every_command_of_a_page_runs(
     page: Path, set_up: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,13 +15,14 @@ import pytest
 import torch
 from confined import MEMORY, SECONDS, Confined, Ended
 from damage import damage, rehash
-from helpers import svf
+from helpers import some, svf
 from safetensors.torch import load_file, save_file
 
 pytestmark = pytest.mark.faults
 
-# Seeds per kind of file: few in the test suite, more under `make faults`; SVF_FUZZ sets another number.
-FEW, MANY = 8, 60
+# Seeds per kind of file: few in `make test`, some with `make thorough`, many under `make faults`; SVF_FUZZ sets another
+# number.
+FEW, SOME, MANY = 3, 8, 60
 REFERENCE = ("--backend", "reference")
 RUN = (*REFERENCE, "--tokens", "1,2", "--layers", "0")
 
@@ -241,9 +242,11 @@ def faults_of(target: Target, words: list[str], done: Ended) -> Iterator[str]:
         yield f"asked the network: {done.asked}"
 
 
+@pytest.mark.parametrize("seeds", some(("few", "more"), ("few",)))
 @pytest.mark.parametrize("kind", [*TARGETS, *SLOW])
 def test_a_damaged_file_ends_in_one_line(
     kind: str,
+    seeds: str,
     world: Path,
     confined: Confined,
     tmp_path: Path,
@@ -252,9 +255,11 @@ def test_a_damaged_file_ends_in_one_line(
 ) -> None:
     target = (TARGETS | SLOW)[kind]
     many = request.config.getoption("-m") == "faults"
-    count = int(os.environ.get("SVF_FUZZ", MANY if many else FEW)) // (1 if kind in TARGETS else 8)
+    count = max(1, int(os.environ.get("SVF_FUZZ", MANY if many else SOME)) // (1 if kind in TARGETS else 8))
+    few = min(FEW, count)
+    chosen = range(few) if seeds == "few" else range(few, count)
     found: list[str] = []
-    for seed in range(max(1, count)):
+    for seed in chosen:
         place = tmp_path / str(seed)
         place.mkdir()
         words, done = attempt(target, seed, world, confined, place)
@@ -265,20 +270,20 @@ def test_a_damaged_file_ends_in_one_line(
         if not found:
             shutil.rmtree(place)
     assert not found, f"{len(found)} faults:\n" + "\n".join(found[:20])
-    record_property("survived", count)
+    record_property("survived", len(chosen))
 
 
-@pytest.mark.parametrize("kind", [*TARGETS, *SLOW])
-def test_the_targets_are_good(kind: str, world: Path, confined: Confined, tmp_path: Path) -> None:
+@pytest.mark.parametrize("source", sorted({target.source for target in (TARGETS | SLOW).values()}))
+def test_the_targets_are_good(source: str, world: Path, confined: Confined, tmp_path: Path) -> None:
     """Undamaged, each is read: a fuzzer of files that are refused anyhow would find nothing."""
-    target = (TARGETS | SLOW)[kind]
-    for number, command in enumerate(target.commands):
+    targets = [target for target in (TARGETS | SLOW).values() if target.source == source]
+    for number, command in enumerate(dict.fromkeys(command for target in targets for command in target.commands)):
         names = {
-            "x": world / target.source,
-            "good": world / target.source,
+            "x": world / source,
+            "good": world / source,
             "out": tmp_path / f"{number}.html",
             "world": world,
         }
         words = command.format(**names).split()
-        done = confined.run(*words, folder=world / target.source if target.source == "settings" else None)
+        done = confined.run(*words, folder=world / source if source == "settings" else None)
         assert done.code in (0, 5) or "--precision" in words, (words, done)

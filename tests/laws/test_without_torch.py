@@ -31,10 +31,10 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("words", "code", "said"),
     [
         ("replay --backend jax --select k_proj", 0, "AGREE"),
-        ("layouts", 0, "AGREE"),
-        ("forward --backend jax --layers 0 --no-production", 0, "jax"),
+        pytest.param("layouts", 0, "AGREE", marks=pytest.mark.thorough),
+        pytest.param("forward --backend jax --layers 0 --no-production", 0, "jax", marks=pytest.mark.thorough),
         ("replay --backend torch", 4, "torch is not installed, and this needs it: pip install torch"),
-        ("forward --backend both", 4, "torch is not installed"),
+        pytest.param("forward --backend both", 4, "torch is not installed", marks=pytest.mark.thorough),
         ("doctor", 1, "torch is not installed"),
     ],
 )

@@ -16,6 +16,7 @@ import pytest
 import torch
 from flax import nnx
 from forward_models import MODELS, MemoryWeights, random_weights, tokens_of, write_model
+from helpers import some
 
 import svf_jax.production
 import svf_torch.production
@@ -75,7 +76,7 @@ def relative(a: np.ndarray, b: np.ndarray) -> float:
 FEW = ("qwen3-gqa7", "qwen3-bias", "qwen3-longrope", "qwen2-tied", "qwen2-dynamic", "qwen2-linear", "llama-tied")
 
 
-@pytest.mark.parametrize("name", [n if n in FEW else pytest.param(n, marks=pytest.mark.thorough) for n in MODELS])
+@pytest.mark.parametrize("name", some(MODELS, FEW))
 def test_both_frameworks_production_models_agree(name: str) -> None:
     tokens = tokens_of(33)
     for dtype in ("float32", "bfloat16") if name in ("qwen3", "qwen2", "qwen3-bias") else ("float32",):
@@ -271,9 +272,7 @@ def test_padding_on_the_right_changes_no_real_position(name: str) -> None:
     assert compare_production(plain, padded[0], layers=2)["verdict"] in ("exact", "rounding")
 
 
-@pytest.mark.parametrize(
-    "name", ["qwen3-yarn", *(pytest.param(n, marks=pytest.mark.thorough) for n in ("qwen3", "qwen2"))]
-)
+@pytest.mark.parametrize("name", some(("qwen3", "qwen2", "qwen3-yarn"), ("qwen3-yarn",)))
 def test_both_generate_the_same_tokens_and_each_is_the_forwards_greedy_one(name: str) -> None:
     config = MODELS[name].config("float32")
     weights = MemoryWeights(random_weights(config, seed=5))
@@ -287,7 +286,7 @@ def test_both_generate_the_same_tokens_and_each_is_the_forwards_greedy_one(name:
     assert ours.generate(tokens, 0) == []
 
 
-@pytest.mark.parametrize("name", ["qwen3-dynamic", pytest.param("qwen2-longrope", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("name", some(("qwen3-dynamic", "qwen2-longrope"), ("qwen3-dynamic",)))
 def test_a_length_that_changes_the_frequencies_is_the_sequences_own(name: str) -> None:
     """From 65 tokens on they are others: padding to a bucket is no token, and a longer run leaves no trace."""
     config = MODELS[name].config("float32")

@@ -1,10 +1,10 @@
 """Child processes of commands, forked from a server that has imported the frameworks: they take 0.1 s, not 2 to 4.
 
-`start(folder)` gives a program to stand in the place of `sys.executable`. Called to run `svf_torch/start.py`, it has
-the server fork, which changes into a process of the same environment, folder, handles and arguments and ends as that
-one ends. For all else, and where the environment, a resource limit or the cores are not those of the server, it
-becomes the interpreter itself. What is imported when, what a process weighs (`--max-memory`) and how it dies
-need a real one.
+`start(folder)` gives a program to stand in the place of `sys.executable`. Called to run `svf_torch/start.py`, or one of
+the readers of pickles, it has a server fork, which changes into a process of the same environment, folder, handles and
+arguments and ends as that one ends. For all else, and where the environment, a resource limit or the cores are not
+those of the server, it becomes the interpreter itself. What is imported when, what a process weighs (`--max-memory`)
+and how it dies need a real one.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import importlib
 import json
 import os
 import resource
+import runpy
 import selectors
 import signal
 import socket
@@ -27,14 +28,19 @@ from typing import Any
 
 from helpers import ROOT, load_all
 
+from stages.files.confined import environment
+
 # May differ between the server and a command: read when the command runs, not when a library is imported.
-FREE = ("SVF_", "PYTEST_", "TMPDIR", "COLUMNS", "NO_COLOR")
+# TORCHINDUCTOR_CACHE_DIR is set by torch itself, in a process that has looked at a deeper part of it.
+FREE = ("SVF_", "PYTEST_", "TMPDIR", "COLUMNS", "NO_COLOR", "TORCHINDUCTOR_CACHE_DIR")
 LIMITS = (resource.RLIMIT_AS, resource.RLIMIT_DATA, resource.RLIMIT_CPU, resource.RLIMIT_FSIZE, resource.RLIMIT_NOFILE)
+READERS = ("svf_torch.convert_file", "svf_torch.weights_file")
 CLIENT = """#!{python} -IS
 import json, os, resource, signal, socket, sys
 
 def main():
-    if sys.argv[1:3] != ["-P", {start!r}]:
+    kind = "commands" if sys.argv[1:3] == ["-P", {start!r}] else "readers"
+    if kind == "readers" and (sys.argv[1:3] != ["-P", "-m"] or sys.argv[3] not in {readers!r}):
         return
     if sys.argv[-2] == "child":
         with open(sys.argv[-1]) as request:
@@ -45,7 +51,7 @@ def main():
              "cores": sorted(os.sched_getaffinity(0)), "umask": os.umask(0)}}
     os.umask(about["umask"])
     with socket.socket(socket.AF_UNIX) as server:
-        server.connect({place!r})
+        server.connect({place!r} + kind)
         socket.send_fds(server, [b"."], [0, 1, 2])
         server.sendall(json.dumps(about).encode() + b"\\n")
         reply = server.recv(64)
@@ -62,30 +68,34 @@ os.execv({real!r}, [{real!r}, *sys.argv[1:]])
 """
 
 
-def start(folder: Path) -> tuple[Path, subprocess.Popen[bytes]]:
-    """A program in the place of `sys.executable`, and the server behind it, which ends with its stdin."""
-    place, program = folder / "server", folder / "python"
-    with socket.socket(socket.AF_UNIX) as listening:
-        listening.bind(str(place))
-        listening.listen(16)
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(Path(__file__).parent), str(ROOT)))}
-        env["SVF_TEST_PYTHONPATH"] = os.environ.get("PYTHONPATH", "")
-        command = [sys.executable, "-P", __file__, str(listening.fileno())]
-        server = subprocess.Popen(command, stdin=subprocess.PIPE, env=env, pass_fds=[listening.fileno()])
-    begin = str(ROOT / "svf_torch" / "start.py")
+def start(folder: Path) -> tuple[Path, list[subprocess.Popen[bytes]]]:
+    """A program in the place of `sys.executable`, and the servers behind it, which end with their stdin."""
+    program, place = folder / "python", f"{folder}/"
+    servers = [_serving(place, "commands", dict(os.environ)), _serving(place, "readers", environment())]
     # Not the environment's interpreter: without `site` any will do, and this path is short enough for a first line.
-    python = Path(sys.executable).resolve()
-    told = {"python": python, "start": begin, "place": str(place), "real": sys.executable, "limits": LIMITS}
-    program.write_text(CLIENT.format(**told))
+    python, begin = Path(sys.executable).resolve(), str(ROOT / "svf_torch" / "start.py")
+    told = {"python": python, "start": begin, "place": place, "real": sys.executable, "limits": LIMITS}
+    program.write_text(CLIENT.format(**told, readers=READERS))
     program.chmod(0o700)
-    return program, server
+    return program, servers
+
+
+def _serving(place: str, kind: str, about: dict[str, str]) -> subprocess.Popen[bytes]:
+    """A server of one kind of processes, whose environment is `about`."""
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(place + kind)
+        listening.listen(16)
+        env = {**about, "PYTHONPATH": os.pathsep.join((str(Path(__file__).parent), str(ROOT)))}
+        env["SVF_TEST_PYTHONPATH"] = about.get("PYTHONPATH", "")
+        command = [sys.executable, "-P", __file__, str(listening.fileno()), kind]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, env=env, pass_fds=[listening.fileno()])
 
 
 class _Server:
     """Forks for one request after the other; the frameworks are imported at the first."""
 
-    def __init__(self, listening: socket.socket):
-        self.listening, self.ready = listening, False
+    def __init__(self, listening: socket.socket, kind: str):
+        self.listening, self.kind, self.ready = listening, kind, False
         self.watched = selectors.DefaultSelector()
         self.watched.register(listening, selectors.EVENT_READ)
         self.watched.register(0, selectors.EVENT_READ)
@@ -132,7 +142,7 @@ class _Server:
 
     def prepare(self) -> None:
         if not self.ready:
-            _import_all()
+            _import_all(self.kind)
             self.ready = True
 
     def end(self, handle: int) -> None:
@@ -160,11 +170,15 @@ def _limits() -> list[tuple[int, int]]:
     return [resource.getrlimit(kind) for kind in LIMITS]
 
 
-def _import_all() -> None:
+def _import_all(kind: str) -> None:
     """Everything a command may import; nothing is computed, so that no library starts a thread or a device."""
     import warnings
 
     warnings.filterwarnings("ignore", message="os.fork", category=RuntimeWarning)  # JAX's, which has no thread yet
+    if kind == "readers":
+        importlib.import_module("torch")
+        load_all()
+        return
     for module in ("cli", "svf_torch.start", "svf_torch.backend", "svf_torch.production", "svf_torch.probe"):
         importlib.import_module(module)
     for module in ("svf_jax.backend", "svf_jax.production", "svf_jax.probe"):
@@ -172,8 +186,8 @@ def _import_all() -> None:
     load_all()
 
 
-def _become(request: dict[str, Any]) -> None:
-    """In the fork: the command, and nothing after it."""
+def _become(request: dict[str, Any], kind: str) -> None:
+    """In the fork: the command or the reader, and nothing after it."""
     code: Any = 1
     try:
         for number, handle in enumerate(request["handles"]):
@@ -186,8 +200,11 @@ def _become(request: dict[str, Any]) -> None:
         os.chdir(request["folder"])
         os.umask(request["umask"])
         tempfile.tempdir = None
-        sys.argv = [str(ROOT / "svf_torch" / "start.py"), *request["words"]]
-        importlib.import_module("svf_torch.start").app()
+        if kind == "readers":
+            runpy.run_module(request["words"][0], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = [str(ROOT / "svf_torch" / "start.py"), *request["words"]]
+            importlib.import_module("svf_torch.start").app()
         code = 0
     except SystemExit as end:
         code = end.code
@@ -204,6 +221,6 @@ def _become(request: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    asked = _Server(socket.socket(fileno=int(sys.argv[1]))).serve()
+    asked = _Server(socket.socket(fileno=int(sys.argv[1])), sys.argv[2]).serve()
     if asked is not None:
-        _become(asked)
+        _become(asked, sys.argv[2])

@@ -12,12 +12,13 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import typer
 
 import cli
@@ -81,6 +82,12 @@ def load_all() -> None:
     for words in (["layouts"], ["inspect"], ["diff", "/nowhere"], ["audit"], ["forward", "--tokens", "1"], ["replay"]):
         assert svf(*words, "/nowhere", "--json").code == 4, words
     gc.freeze()
+
+
+def some(cases: Iterable[Any], kept: Collection[Any]) -> list[Any]:
+    """Cases for `parametrize`, of which `make test` runs those that are `kept`, and `make thorough` the others."""
+    assert kept
+    return [case if case in kept else pytest.param(case, marks=pytest.mark.thorough) for case in cases]
 
 
 def fresh(code: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
