@@ -38,6 +38,8 @@ class App(typer.Typer):
         from stages.commands.settings import asks_json
 
         STATE.words = list(args[0]) if args else sys.argv[1:]
+        if "--help" not in STATE.words:
+            import stages.judge.next_steps  # noqa: F401  (beforehand: an error may be that memory ran out)
         STATE.json = asks_json(STATE.words, {}, os.environ)
         signal.signal(signal.SIGTERM, _terminated)
         try:
@@ -174,7 +176,6 @@ def main(
         bool, typer.Option("--version", "-V", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    import stages.judge.next_steps  # noqa: F401  (beforehand: an error may be that memory ran out)
     from stages.run.watch import end_with_parent
 
     end_with_parent()
