@@ -426,7 +426,7 @@ _WEIGHTED_FORMS: tuple[Form, ...] = (
     narrower(
         "keys and values in float16, divided by the sum of float32 numerators at the end",
         dtypes=("float32",),
-        who="llama.cpp of October 2026 at 64 tokens and more, ggml-cpu/ops.cpp (read)",
+        who="llama.cpp of October 2026 at 64 tokens and more, ggml-cpu/ops.cpp (read and ran)",
         usual=_LLAMA,
         deep=True,
         p="float16 cache",
@@ -434,7 +434,7 @@ _WEIGHTED_FORMS: tuple[Form, ...] = (
     narrower(
         "queries, keys and values in float16, and at each key the accumulators",
         dtypes=("float32",),
-        who="llama.cpp, ggml-cpu/ops.cpp (read)",
+        who="llama.cpp below 64 tokens, ggml-cpu/ops.cpp (read and ran)",
         usual=_LLAMA,
         deep=True,
         p="key by key",

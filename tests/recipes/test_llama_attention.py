@@ -6,6 +6,7 @@ ggml-cpu/ops.cpp of October 2026 (commit 0c1e5709, in llama-cpp-python 0.3.36): 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,14 @@ from forward_models import MODELS, change_dump, trace, write_model
 from recorded_models import recorded
 
 from stages.judge.audit import audit
+from stages.oracle.verdict import consult
 from stages.recipes.side import SideVerdict
 from stages.spec.backend import Backend
+from stages.spec.forward import DECLARED
 
 KEY_BY_KEY = "queries, keys and values in float16, and at each key the accumulators"
 TILES = "keys and values in float16, divided by the sum of float32 numerators at the end"
+GIVEN = Path(__file__).with_name("llama_attention.npz")
 F, H, D = np.float32, np.float16, np.float64
 
 
@@ -86,6 +90,28 @@ def test_it_is_named_as_what_llama_does_by_default(one, words: str, least: float
     wrong = SideVerdict()
     wrong.add(oracle, attended(one, q, k, oracle.arguments[1], of_scores.options["scaling"], seen=2))
     assert wrong.verdict in ("bug", "suspect")
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "words"), [("keys", (12, 2, 1, 32), KEY_BY_KEY), ("tiles", (64, 1, 1, 32), TILES)]
+)
+def test_what_the_engine_itself_gave_is_named(name: str, sizes: tuple[int, int, int, int], words: str) -> None:
+    """Bits of ggml's own kernel, built from that commit for AVX2, called by `ggml_flash_attn_ext` on one thread."""
+    tokens, heads, kv_heads, dim = sizes
+    rng = np.random.default_rng(tokens)
+    q, k, qkv = (
+        rng.standard_normal(shape, F)
+        for shape in ((tokens, heads, dim), (tokens, kv_heads, dim), (tokens, (heads + 2 * kv_heads) * dim))
+    )
+    float32 = {stage: replace(DECLARED[stage], dtype="float32") for stage in ("attn_scores", "attn_softmax")}
+    scores = consult(float32["attn_scores"], (q, k), {"scaling": dim**-0.5})
+    softmax = consult(float32["attn_softmax"], (scores.rounded,), {})
+    softmax = replace(softmax, made={"attn_scores": lambda: scores})
+    options = {"heads": heads, "kv_heads": kv_heads, "head_dim": dim}
+    oracle = consult(replace(DECLARED["attention"], dtype="float32"), (softmax.rounded, qkv), options)
+    side = SideVerdict()
+    side.add(replace(oracle, made={"attn_softmax": lambda: softmax}), np.load(GIVEN)[name])
+    assert (side.verdict, side.recipe) == ("precision", words)
 
 
 @pytest.mark.parametrize(("one", "words"), [(key_by_key, KEY_BY_KEY), (in_tiles, TILES)])
