@@ -34,6 +34,7 @@ from stages.judge.forward import (
 )
 from stages.judge.forward_pair import Named
 from stages.judge.metrics import Difference
+from stages.judge.misrecorded import misrecorded, without
 from stages.judge.natives import NativesRequest, ask
 from stages.judge.opened import open_forward
 from stages.judge.recorded_run import ForwardRun, about, order_of, promised
@@ -134,6 +135,7 @@ def _audit_forward(run: ForwardRun, model: str | None, how: _How, progress: Repo
     for number, place in enumerate(places):
         progress(f"auditing {forward_key(place)}", number / len(places))
         rows.append(_forward_row(place, run, how.top))
+    run = _without_mistakes(rows, run, how.top)
     given = given_places(run)
     for row in rows:
         if (row["layer"], row["stage"]) in given:
@@ -153,6 +155,23 @@ def _audit_forward(run: ForwardRun, model: str | None, how: _How, progress: Repo
     rows = how.settled(rows, progress)
     result = document(rows, run.side.label, facts, kind="forward", explain=explain, notes=run.notes)
     return {**result, "about": about(run, model), "culprit_data": _forward_data(result, run)}
+
+
+def _without_mistakes(rows: list[Row], run: ForwardRun, top: int) -> ForwardRun:
+    """The run without the stages that were recorded wrongly, which their rows say; the others judged again from it."""
+    failed = [(row["layer"], row["stage"]) for row in rows if Verdict(row["verdict"]).fails]
+    found = misrecorded(run, [place for place in failed if place in run.side.places])
+    if not found:
+        return run
+    right = without(run, found)
+    for number, row in enumerate(rows):
+        place = (row["layer"], row["stage"])
+        if place in found:
+            said = f"recorded as {row['key']}, {found[place]}; the model went on with the right value"
+            row |= {"verdict": Verdict.MISRECORDED.value, "hint": said}
+        elif place in right.side.places:
+            rows[number] = _forward_row(place, right, top)
+    return right
 
 
 def _forward_data(result: Mapping[str, Any], run: ForwardRun) -> dict[str, Any] | None:

@@ -265,6 +265,7 @@ GRAVE = (
     Verdict.BUG,
     Verdict.PRECISION,
     Verdict.SUSPECT,
+    Verdict.MISRECORDED,
     Verdict.NONFINITE,
     Verdict.SHAPE,
     Verdict.MISSING,

@@ -42,6 +42,7 @@ class Verdict(StrEnum):
     ACCEPTED = "accepted"  # fewer bits, as a library computes by itself: `precision` that the user lets pass
     GIVEN = "given"  # an input, which nothing recorded gives: not judged, and nothing to judge
     UNJUDGED = "unjudged"
+    MISRECORDED = "misrecorded"  # not what the model went on with: the recording is to blame, not the model
     SUSPECT = "suspect"
     PRECISION = "precision"
     BUG = "bug"
