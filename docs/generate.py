@@ -212,7 +212,7 @@ is `post_attn_residual`), `gate_proj`, `up_proj`, `act_fn`, `down_proj` (`ffn_ou
 layer itself (`post_ffn_residual`), `norm` and `lm_head`. `rotary_emb` returns `rope_cos` and `rope_sin` and holds
 `inv_freq`; the angle is `positions * inv_freq` in float32, joined with itself. The second value that `self_attn`
 returns is `attn_softmax`. No hook reaches `q_post_rope`, `k_post_rope` and `attn_scores`: wrap `apply_rotary_pos_emb`
-and `eager_attention_forward`.
+and `eager_attention_forward`. [`svf capture`](guides/capture.md) and `svf.capture(model)` put such hooks on for you.
 """
 
 

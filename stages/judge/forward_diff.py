@@ -16,7 +16,7 @@ from stages.judge import stats
 from stages.judge.adapted import STAGE as ADAPTED
 from stages.judge.adapted import AdaptedPair, adaptation
 from stages.judge.culprit import ORACLE, Piece, against_oracle, chosen_row, culprit_data
-from stages.judge.forward import explain_place, judge_place, pieces_of, through_words, why_unjudged
+from stages.judge.forward import explain_place, judge_place, oracles_of, part, pieces_of, through_words, why_unjudged
 from stages.judge.forward_pair import Named, check_comparable, open_pair
 from stages.judge.metrics import Difference, same_bits
 from stages.judge.recorded_run import ForwardRun, about, order_of, promised
@@ -29,6 +29,7 @@ from stages.progress import Report
 from stages.recipes.side import SideVerdict
 from stages.spec.dtypes import stored_dtype
 from stages.spec.forward import ALIASES
+from stages.spec.stage import Stage
 
 # The chain along which two engines' activations drift apart fastest, in the order of computation.
 AMPLIFICATION = ("ffn_gate", "ffn_silu", "ffn_swigl")
@@ -92,7 +93,7 @@ def diff_forward(
             lacks=lacks,
             gates=gates,
             explain=lambda row, side: _explain(row, {"a": a, "b": b}[side]),
-            words=of_dtypes(rows, a, b),
+            words=" ".join(filter(None, (of_dtypes(rows, a, b), of_positions(rows)))) or None,
             extra={
                 "kind": "forward",
                 "about": _about(a, b, named.model),
@@ -150,7 +151,7 @@ def _row(place: Place, a: ForwardRun, b: ForwardRun, top: int) -> dict[str, Any]
         return row(Verdict.MISSING if at_b is None else Verdict.EXTRA)
     recorded_a, recorded_b = a.side.read(at_a), b.side.read(at_b)
     side_a, side_b = judge_place(at_a, a, recorded_a), judge_place(at_b, b, recorded_b)
-    x, y = _aligned(a.read(at_a), b.read(at_b), flat=a.path is None or b.path is None)
+    x, y = _aligned(a.read(at_a), b.read(at_b), flat=a.path is None or b.path is None, logits=name == "lm_head")
     alike = x.shape == y.shape and (x.dtype == y.dtype or _typed(side_a, side_b))
     for run, side, at in ((a, side_a, at_a), (b, side_b, at_b)):
         if (side is None and not alike) or (side is not None and side.verdict is Verdict.SHAPE):
@@ -173,6 +174,7 @@ def _row(place: Place, a: ForwardRun, b: ForwardRun, top: int) -> dict[str, Any]
     equal = same_bits(x, y)
     verdict = row_verdict(d, side_a, side_b, given=given)
     unseen = _UNSEEN if d.byte_match and not equal and x.dtype == y.dtype and verdict.passes else None
+    beyond = [n for n in (_beyond(at_a, a, side_a), _beyond(at_b, b, side_b)) if n is not None]
     judged = [(run, at) for run, at, side in ((a, at_a, side_a), (b, at_b, side_b)) if side is not None]
     how = [note for run, at in judged for note in (run.read_as.get(at), through_words(at, run))]
     notes = (unseen, holds_nan(d, verdict), *how)
@@ -184,6 +186,8 @@ def _row(place: Place, a: ForwardRun, b: ForwardRun, top: int) -> dict[str, Any]
         "stats_b": stats.population(y),
         **d.result(),
         "byte_match": equal,
+        "first_difference": None if x.ndim == 1 else _first(stage, len(a.tokens), one != other),
+        "first_position": min(beyond, default=None),
         "note": "; ".join(dict.fromkeys(note for note in notes if note)) or None,
         "unjudged_a": None if side_a else why_unjudged(at_a, a),
         "unjudged_b": None if side_b else why_unjudged(at_b, b),
@@ -203,17 +207,52 @@ def _alone(place: Place, a: ForwardRun, b: ForwardRun) -> dict[str, Any] | None:
     return {**row, "byte_match": None, "note": "; ".join(filter(None, said))}
 
 
+def _first(stage: Stage | None, tokens: int, wrong: np.ndarray) -> int | None:
+    """The first position of the sequence that has a wrong element; None where none has, or the stage has no positions.
+
+    Where fewer rows than tokens were recorded, they are the last ones.
+    """
+    names = stage.shape.split() if stage is not None else []
+    axis = next((i for i, name in enumerate(names) if name in ("tokens", "queries")), None)
+    if axis is None or wrong.ndim != len(names) or not wrong.any():
+        return None
+    rows = np.moveaxis(wrong, axis, 0).reshape(wrong.shape[axis], -1)
+    return int(np.argmax(rows.any(axis=1))) + tokens - len(rows)
+
+
+def _beyond(at: Place, run: ForwardRun, side: SideVerdict | None) -> int | None:
+    """The first position at which a side that failed is beyond its bound."""
+    if side is None or not side.verdict.fails or side.verdict is Verdict.SHAPE:
+        return None
+    observed = run.read(at)
+    found = []
+    with np.errstate(all="ignore"):
+        for columns, oracle in oracles_of(at, run, observed):
+            off = np.abs(judged_part(oracle.stage, part(observed, columns)).astype(np.float64) - oracle.value)
+            found.append(_first(oracle.stage, len(run.tokens), ~(off <= oracle.bound)))
+    return min((first for first in found if first is not None), default=None)
+
+
+def of_positions(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """A sentence on the first position at which a side is wrong, where that is not the first of the sequence."""
+    wrong = [row for row in rows if row.get("first_position") is not None and Verdict(row["verdict"]).fails]
+    first = min(wrong, key=lambda row: row["first_position"], default=None)
+    if first is None or first["first_position"] == 0:
+        return None
+    return f"The first position that differs by more than rounding is {first['first_position']}, in {first['key']}."
+
+
 def _typed(*sides: SideVerdict | None) -> bool:
     """Whether every side was judged as it is stored: then two dtypes are two ways to run, and each is right or not."""
     return all(side is not None and side.verdict is not Verdict.SHAPE for side in sides)
 
 
-def _aligned(x: np.ndarray, y: np.ndarray, *, flat: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The same part of both sides: flat where one is; of all tokens' logits the last one's where one has it alone."""
+def _aligned(x: np.ndarray, y: np.ndarray, *, flat: bool, logits: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """The same part of both sides: flat where one is; of all tokens' logits the last ones' where one has them alone."""
     if flat:
         return _flat(x, y), _flat(y, x)
-    if x.ndim == y.ndim == 2 and x.shape[1:] == y.shape[1:] and 1 in (len(x), len(y)):
-        return x[-1:], y[-1:]
+    if x.ndim == y.ndim == 2 and x.shape[1:] == y.shape[1:] and (logits or 1 in (len(x), len(y))):
+        return x[-len(y) :], y[-len(x) :]
     return x, y
 
 

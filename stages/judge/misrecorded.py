@@ -86,14 +86,17 @@ class _Suspicion:
         others = [place for place in run.side.places if place not in places and place not in self.found]
         return [place for place in others if set(places) & set(span_of(place, run).recorded)]
 
-    def cleared(self, places: Collection[Place]) -> bool:
-        """Whether what was computed from stages says that the model had the right values there, not the recorded."""
-        hidden, right = {*self.found}, False
+    def cleared(self, places: Collection[Place]) -> bool | None:
+        """Whether what was computed from stages says that the model had the right values there, not the recorded.
+
+        None where it does not tell: nothing reads them, or what does is right, or wrong, from either.
+        """
+        hidden, right = {*self.found}, None
         for place in self.readers(places):
             used, other = self.passes(place, hidden), self.passes(place, {*hidden, *places})
-            if used and not other:  # where both are right, it reads a part that is
+            if used and not other:
                 return False
-            right = right or bool(other and not used)
+            right = right or (other and not used) or None
         return right
 
 
@@ -137,8 +140,8 @@ def _blamed(place: Place, asked: _Suspicion) -> dict[Place, str]:
 
     What is nothing that is known stays what its row says, whatever was computed from it.
     """
-    readers = asked.readers([place])
-    if (readers and not set(readers) & set(asked.failed)) or not np.isfinite(asked.run.read(place)).all():
+    cleared = bool(np.isfinite(asked.run.read(place)).all()) and asked.cleared([place])
+    if cleared is False:
         return {}
     holds = _held(place, asked)
     if holds is not None and holds in asked.failed and _held(holds, asked) == place:
@@ -147,12 +150,9 @@ def _blamed(place: Place, asked: _Suspicion) -> dict[Place, str]:
     words = _said(holds) if holds is not None else _in_part(place, asked) or _rows_of_others(place, asked)
     if words is None:
         return {}
-    if readers:
-        return {place: words} if asked.cleared([place]) else {}
-    # Nothing goes on with it. A model that had not got it right could not have computed what comes after it, nor have
-    # had another token's.
-    after = holds is None or _before(place, holds, asked.run)
-    return {place: words} if after else {}
+    # A model that had not got it right could not have computed what comes after it, nor what belongs to another token.
+    after = not asked.readers([place]) if holds is None else _before(place, holds, asked.run)
+    return {place: words} if cleared or after else {}
 
 
 def _said(holds: Place) -> str:

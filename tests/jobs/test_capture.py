@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 import transformers
 from flax import nnx
 from forward_models import MODELS, dumped, tokens_of, write_model
+from helpers import ROOT
 from helpers import svf as command
 
 import svf
@@ -19,6 +21,7 @@ import svf_jax.production
 from stages.errors import InputError, UsageError
 from stages.files.source import open_model
 
+GUIDE = ROOT / "docs" / "guides" / "capture.md"
 FAMILIES = ("qwen3", "qwen2")
 TOKENS = tokens_of(9)
 RIGHT = {"exact", "rounding", "given"}
@@ -93,6 +96,29 @@ def test_a_decode_and_a_prefill_of_the_same_tokens_compare(checkpoints: dict[str
     diff = command("diff", tmp_path / "decode", tmp_path / "prefill" / "0", "--json")
     assert (diff.code, diff.json["outcome"]) == (0, "agree")
     assert not any(diff.json["lacks"].values())
+    found = {row["key"]: row for row in diff.json["rows"]}
+    assert {row["first_position"] for row in found.values()} == {None}
+    assert found["embedding"]["first_difference"] is None
+    assert "first position" not in diff.json["verdict"]
+
+
+def test_the_first_position_that_differs_is_named(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """A decode whose positions are 3 too many from token 6 on, against a prefill of the same tokens."""
+    model = loaded(checkpoints["qwen3"])
+    with svf.capture(model, deep=True) as recorded:
+        model(torch.tensor([TOKENS]), use_cache=False)
+    recorded.write(tmp_path / "prefill")
+    cache = transformers.DynamicCache(config=model.config)
+    with svf.capture(model, deep=True) as recorded:
+        model(torch.tensor([TOKENS[:4]]), past_key_values=cache)
+        for n in range(4, len(TOKENS)):
+            position = torch.tensor([[n + 3 * (n >= 6)]])
+            model(torch.tensor([TOKENS[n : n + 1]]), past_key_values=cache, position_ids=position)
+    recorded.write(tmp_path / "decode")
+    found = svf.diff(tmp_path / "prefill", tmp_path / "decode")
+    assert found.outcome == "diverged"
+    assert "The first position that differs by more than rounding is 6" in found.verdict
+    assert {row["first_position"] for row in found.rows} == {None, 6}
 
 
 def test_padding_on_the_right_is_left_out(checkpoints: dict[str, Path]) -> None:
@@ -216,3 +242,14 @@ class _Odd(torch.nn.Module):
         super().__init__()
         self.config = transformers.Qwen3Config(**MODELS["qwen3"].raw("float32"))
         self.blocks = torch.nn.Linear(2, 2)
+
+
+def test_the_guide_says_what_happens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+    assert len(blocks) >= 3
+    write_model(tmp_path / "MODEL", MODELS["qwen3"], "float32")
+    monkeypatch.chdir(tmp_path)
+    space: dict[str, Any] = {}
+    for block in blocks:
+        exec(compile(block, str(GUIDE), "exec"), space)
+    assert command("audit", "captured").code == 0

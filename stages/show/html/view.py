@@ -226,7 +226,7 @@ def _failed(rows: Sequence[Row], document: Document, *, audit: bool) -> Table | 
 
 
 def _grave(row: Row) -> int:
-    order = ["bug", "precision", "suspect"]
+    order = ["bug", "precision", "suspect", "misrecorded"]
     return len(order) - order.index(row["verdict"]) if row["verdict"] in order else 0 - (row["verdict"] == "unjudged")
 
 
