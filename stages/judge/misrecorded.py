@@ -12,21 +12,15 @@ import dataclasses
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import permutations
+from typing import Any
 
 import numpy as np
 
 from stages.files.forward_dump import ForwardSide, Place, forward_key
 from stages.files.tensorfile import sha256
-from stages.judge.forward import (
-    ForwardRun,
-    Recorded,
-    Turn,
-    judge_place,
-    oracles_of,
-    part,
-    sources_of,
-    span_of,
-)
+from stages.judge.forward import judge_place, oracles_of, part
+from stages.judge.recorded_run import ForwardRun, Recorded, sources_of
+from stages.judge.spans import span_of
 from stages.oracle.verdict import Oracle
 from stages.spec.forward import recorded_shape
 
@@ -34,8 +28,6 @@ from stages.spec.forward import recorded_shape
 _LONGEST = 4096
 # What right programs' values of one stage, in any dtype and through any layers, are not apart, relative.
 _APART = 0.25
-# What every way up ends at: without it nothing is judged.
-_START: Place = (None, "embedding")
 
 
 @dataclass
@@ -118,17 +110,15 @@ def without(run: ForwardRun, hidden: Collection[Place]) -> ForwardRun:
     """The run as if some of its stages had not been recorded."""
     if not hidden:
         return run
-    side, turned = copy.copy(run.side), dict(run.turned)
-    side.places = {place: key for place, key in run.side.places.items() if place not in hidden or place == _START}
-    if _START in hidden:  # the weights and the tokens give it to the bit
-        ((_, oracle),) = oracles_of(_START, run, run.side.read(_START))
-        turned[_START] = lambda _recorded: oracle.rounded
-    return _again(run, side, turned)
+    side = copy.copy(run.side)
+    side.places = {place: key for place, key in run.side.places.items() if place not in hidden}
+    return _again(run, side)
 
 
-def _again(run: ForwardRun, side: Recorded, turned: dict[Place, Turn]) -> ForwardRun:
+def _again(run: ForwardRun, side: Recorded) -> ForwardRun:
     """The run with another recording, of which nothing was judged yet."""
-    return dataclasses.replace(run, side=side, floors={}, makers={}, readings={}, turned=turned)
+    fresh: dict[str, Any] = {name: {} for name in ("floors", "makers", "readings", "spans", "values")}
+    return dataclasses.replace(run, side=side, turned=dict(run.turned), **fresh)
 
 
 def _ours(run: ForwardRun) -> bool:
@@ -203,7 +193,7 @@ def _error(other: Place, run: ForwardRun, array: np.ndarray) -> float | None:
     shape = recorded_shape(run.config, run.path.at(other), len(run.tokens), run.positions)
     given = array.reshape(shape)
     side = _Supposed(run.side, {**run.side.places, other: forward_key(other)}, other, given)
-    supposed = _again(run, side, dict(run.turned))
+    supposed = _again(run, side)
     verdict = judge_place(other, supposed, given)
     if verdict is None or not verdict.verdict.passes:
         return None
