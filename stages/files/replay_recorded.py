@@ -40,7 +40,9 @@ class SideTensor:
 
     @property
     def rows(self) -> int:
-        """Rows of the weight, from any stage that has them."""
+        """Rows of the weight: the components', or from any stage that has them."""
+        if self.components is not None:
+            return self.components.entry.shape[0]
         for name, (file, key) in self.stages.items():
             axis, shape = self._axis(name), file.info(key).shape
             if REPLAY[name].by_rows and len(shape) > axis:  # one without it has no rows to tell
@@ -59,7 +61,9 @@ class SideTensor:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows and columns of the weight; columns are 1 when no stage tells."""
+        """Rows and columns of the weight; columns are 1 when nothing tells."""
+        if self.components is not None:
+            return self.components.entry.shape
         for name, (file, key) in self.stages.items():
             shape = file.info(key).shape
             if REPLAY[name].shape == "rows cols" and not self.turned(name) and len(shape) == 2:
@@ -134,6 +138,7 @@ class Side:
         self.backend: str | None = None  # what computed a dump of ours
         self.tensors: dict[str, SideTensor] = {}
         self.unknown: set[str] = set()  # keys that are no stage of the replay
+        self.bundle: Bundle | None = None  # where components are
         self.promises = False  # whether a stage that is not there was promised: a dump of ours has them all
         self._stack = stack
 
@@ -141,6 +146,12 @@ class Side:
     def precision(self) -> str | None:
         """What the side was computed in, as far as it tells."""
         return self.facts.get("precision")
+
+    def components_but(self, key: str) -> Iterator[tuple[str, Components]]:
+        """The components of the bundle's other tensors, by source name."""
+        for entry in self.bundle.entries if self.bundle is not None else ():
+            if safe_key(entry.source_name) != key and self.bundle is not None:
+                yield entry.source_name, self.bundle.load(entry)
 
     def close(self) -> None:
         self._stack.close()
@@ -181,7 +192,7 @@ def _from_dump(path: Path, components: Path | None, stack: ExitStack) -> Side:
     side = Side(str(path), stack)
     side.facts, side.backend, side.promises = dump.facts, dump.backend, True
     bundle = _open_bundle(components or _recorded_path(dump), stack, required=components is not None)
-    side.unknown = set(dump.tensors)
+    side.bundle, side.unknown = bundle, set(dump.tensors)
     for item in dump.manifest.get("selected", []):
         name = item["source_name"]
         keys = {stage: bundles.tensor_stage_key(name, stage) for stage in REPLAY}
@@ -246,6 +257,7 @@ def _from_file(path: Path, components: Path | None, stack: ExitStack) -> Side:
 
 def _from_stages(label: str, file: TensorFile, bundle: Bundle | None, stack: ExitStack) -> Side:
     side = Side(label, stack)
+    side.bundle = bundle
     found = bundles.stages_in(file)
     if not found:
         keys = ", ".join(shown(key, 40) for key in list(file.tensors)[:4])
@@ -260,17 +272,18 @@ def _from_stages(label: str, file: TensorFile, bundle: Bundle | None, stack: Exi
             {},
             entry.identity if entry else {},
             entry.layout if entry else "torch_v",
-            _is_turned(file, stages),
+            _is_turned(file, stages, entry),
             bundle.load(entry) if bundle and entry else None,
         )
     return side
 
 
-def _is_turned(file: TensorFile, stages: dict[str, str]) -> bool:
-    if "final_f32" not in stages or "adapted_source_f32" not in stages:
-        return False
-    final, source = file.info(stages["final_f32"]).shape, file.info(stages["adapted_source_f32"]).shape
-    return final != source and final == source[::-1]
+def _is_turned(file: TensorFile, stages: dict[str, str], entry: BundleEntry | None) -> bool:
+    """Whether final stages have the other orientation than the weight, whose shape another stage or the bundle says."""
+    adapted = stages.get("adapted_source_f32")
+    source = file.info(adapted).shape if adapted else entry.shape if entry else None
+    final = next((file.info(stages[name]).shape for name in ("final_f32", "final_bf16") if name in stages), None)
+    return source is not None and final is not None and final != source and final == source[::-1]
 
 
 def _open_bundle(path: Path | None, stack: ExitStack, *, required: bool = True) -> Bundle | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ import numpy as np
 from stages.errors import InputError, UsageError, shown
 from stages.files.forward_dump import Place, forward_key
 from stages.files.kinds import Recording, one_recording
-from stages.files.replay_recorded import SideTensor, open_side
+from stages.files.replay_recorded import Side, open_side
 from stages.files.source import ModelSource, open_model
 from stages.judge import document as diff
 from stages.judge import stats
@@ -39,6 +40,7 @@ from stages.judge.natives import NativesRequest, ask
 from stages.judge.opened import open_forward
 from stages.judge.recorded_run import ForwardRun, about, order_of, promised
 from stages.judge.replay import judge_chunk
+from stages.judge.replay_spans import Replayed, span_in
 from stages.judge.rerun import Recorded, recorded_of, resolve_suspects
 from stages.judge.rows import Row, alone_row, in_forward, in_replay
 from stages.judge.spans import span_of
@@ -47,7 +49,8 @@ from stages.judge.wanted import Wanted
 from stages.judge.wording import how_far, times
 from stages.oracle.bounds import Lambdas
 from stages.oracle.residual import Residual
-from stages.oracle.verdict import Oracle, Verdict, consult, judged_part
+from stages.oracle.span import LEAST_SEEN
+from stages.oracle.verdict import Oracle, Verdict, judged_part
 from stages.progress import Progress as Reporter
 from stages.progress import Report
 from stages.recipes.side import SideVerdict
@@ -234,7 +237,7 @@ def _audit_replay(
     checkpoint = None if model is None else stack.enter_context(open_model(model))
     lambdas = lambdas_of(side.facts, str(path))
     judged = (checkpoint, how.top, lambdas, side.precision)
-    audits = [_TensorAudit(key, tensor, *judged) for key, tensor in side.tensors.items()]
+    audits = [_TensorAudit(side, key, *judged) for key in side.tensors]
     for number, tensor in enumerate(audits):
         tensor.run(lambda label, done, at=number: progress(label, (at + done) / len(audits)))  # type: ignore[misc]
     rows = [row for tensor in audits for row in tensor.rows()]
@@ -256,17 +259,18 @@ class _TensorAudit:
 
     def __init__(
         self,
+        side: Side,
         key: str,
-        tensor: SideTensor,
         checkpoint: ModelSource | None,
         top: int,
         lambdas: Lambdas,
         precision: str | None,
     ):
-        self.key, self.tensor, self.checkpoint, self.top = key, tensor, checkpoint, top
-        self.lambdas, self.precision = lambdas, precision
+        self.key, self.tensor, self.checkpoint, self.top = key, side.tensors[key], checkpoint, top
+        self.precision, self.promises = precision, side.promises
         # Judged by what it says it did; the zero-offset replay tells whether that was right.
-        self.options = {"layout": tensor.layout, "transpose": tensor.transpose}
+        self.options = {"layout": self.tensor.layout, "transpose": self.tensor.transpose}
+        self.replayed = Replayed(self.options, lambdas, functools.partial(side.components_but, key))
         self.judged: dict[str, _Judged] = {}
         self.residual, self.rank = Residual(), 1
 
@@ -284,20 +288,22 @@ class _TensorAudit:
         for name, observed in chunk.values.items():
             stage = REPLAY[name]
             judged = self.judged.setdefault(name, _Judged(stage, self.top, self.precision))
-            arguments = chunk.arguments(stage)
-            if any(self.judged[n].verdict.verdict is Verdict.SHAPE for n in stage.inputs if n in self.judged):
-                judged.note = f"of another shape: {', '.join(stage.inputs)}"
-            elif arguments is None:
-                judged.note = self._missing(stage, chunk)
+            recorded = [name for _, name in span_in(chunk, stage).recorded]
+            misshapen = [n for n in recorded if n in self.judged and self.judged[n].verdict.verdict is Verdict.SHAPE]
+            lacking = self.replayed.lacking(chunk, stage)
+            if misshapen:
+                judged.note = f"of another shape: {', '.join(misshapen)}"
+            elif lacking is not None:
+                judged.note = lacking
             else:
-                options = {option: self.options[option] for option in stage.options}
                 axis = int(self.tensor.transpose and name.startswith("final_"))
                 try:
-                    oracle = consult(stage, arguments, options, self.lambdas)
+                    oracle = self.replayed.oracle(chunk, stage)
                 except ValueError as error:  # numpy's, for operands whose shapes do not go together
                     judged.note = f"its recorded inputs do not fit each other: {error}"
                     continue
-                judged.add(oracle, observed, chunk.start if stage.by_rows else 0, axis)
+                named = functools.partial(self.replayed.named, chunk, oracle, observed)
+                judged.add(oracle, observed, chunk.start if stage.by_rows else 0, axis, named)
         source, zero = chunk.values.get("source_f32"), chunk.values.get("zero_source_f32")
         if source is not None and zero is not None and source.shape == zero.shape:
             self.residual.add(source, zero)
@@ -332,29 +338,29 @@ class _TensorAudit:
         known = c.entry.identity.get("source_f32") if c else None
         return known is not None and place is not None and place[0].sha256(place[1]) == known
 
-    def _missing(self, stage: Stage, chunk: Chunk) -> str:
-        recorded = {*chunk.values, *chunk.shared}
-        notes = []
-        if inputs := [name for name in stage.inputs if name not in recorded]:
-            notes.append(f"not recorded: {', '.join(inputs)}")
-        if params := [name for name in stage.params if name not in chunk.params]:
-            option = "--model" if params == ["source"] else "--components"
-            notes.append(f"{', '.join(params)} unavailable; give {option}")
-        return "; ".join(notes)
-
     def rows(self) -> list[Row]:
         """One row per stage, in execution order."""
         name, rows = self.tensor.source_name, []
         for stage in REPLAY.values():
             row = alone_row(in_replay(name, self.key, stage.name, stage.required))
             if stage.name in self.judged:
-                rows.append({**row, **self.judged[stage.name].fields()})
+                rows.append({**row, **self._judged_fields(stage)})
             elif stage.name in self.tensor.hashes and not self.tensor.stages:
                 note = "the dump keeps hashes alone"
                 rows.append({**row, "verdict": Verdict.UNJUDGED.value, "note": note})
-            else:
+            elif self.promises:
                 rows.append({**row, "verdict": Verdict.MISSING.value})
         return rows
+
+    def _judged_fields(self, stage: Stage) -> Row:
+        judged, recorded = self.judged[stage.name].fields(), self.tensor.stages
+        through = self.replayed.told(stage, recorded)
+        words = self.replayed.words(stage, recorded)
+        if words and through["floor"] > LEAST_SEEN:
+            judged |= {"verdict": Verdict.UNJUDGED.value, "note": f"too long to tell: {words}"}
+        elif words:
+            judged |= {"note": "; ".join(filter(None, (words, judged["note"])))}
+        return {**judged, **through}
 
     def decomposition(self) -> list[dict[str, Any]]:
         """The fault of the components, as far as they and the source are to be had; none when they are right."""
@@ -401,10 +407,16 @@ class _Judged:
     def __post_init__(self) -> None:
         self.difference, self.spread = Difference(self.top), Spread(self.stage.shape)
 
-    def add(self, oracle: Oracle, observed: np.ndarray, start: int, axis: int) -> None:
-        """Judge one chunk, which begins at `start` along `axis`."""
-        explained = self.stage.scope.value == "tensor"
-        judge_chunk(self.verdict, oracle, observed, self.precision, start=start, explained=explained)
+    def add(
+        self,
+        oracle: Oracle,
+        observed: np.ndarray,
+        start: int,
+        axis: int,
+        named: Callable[[], str | None] | None = None,
+    ) -> None:
+        """Judge one chunk, which begins at `start` along `axis`; where it fails, `named` or its error may say why."""
+        judge_chunk(self.verdict, oracle, observed, self.precision, start=start, named=named)
         expected = oracle.rounded
         if expected.shape != observed.shape or expected.dtype != observed.dtype:
             self.note = (

@@ -137,7 +137,7 @@ def document(
         letter: [
             f"tensor.{c.key}.{stage}"
             for c in comparisons
-            for stage in c.lacks[letter]
+            for stage in c.unjudged(letter)
             if wanted.has_tensor(layer_of(c.source_name), stage)
         ]
         for letter in "ab"

@@ -31,7 +31,7 @@ from stages.judge.recorded_run import (
 from stages.judge.spans import mixes_positions, span_of, value_of, values_of, way_of
 from stages.judge.through import Search
 from stages.oracle import rope
-from stages.oracle.span import floor, oracle_through
+from stages.oracle.span import LEAST_SEEN, floor, oracle_through
 from stages.oracle.verdict import Oracle, Verdict, consult, judge, judged_part
 from stages.recipes.elements import explain_rows
 from stages.recipes.side import SideVerdict
@@ -63,16 +63,12 @@ def why_unjudged(place: Place, run: ForwardRun) -> str | None:
     missing = f"not recorded: {', '.join(map(forward_key, span.missing))}"
     if span.from_start and not run.tokens:
         return missing
-    if span.hidden and _floor(place, run) > _LEAST_SEEN:
+    if span.hidden and _floor(place, run) > LEAST_SEEN:
         return (
             f"{missing}; too long to tell: through {len(span.hidden)} hidden stages right programs may differ by "
             + (f"{_floor(place, run):.2g} of it")
         )
     return None
-
-
-# A wrong step moves a stage by about its own size; of what differs by half of that among right programs, nothing.
-_LEAST_SEEN = 0.5
 
 
 def _floor(place: Place, run: ForwardRun) -> float:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,10 +16,11 @@ from stages.judge.decomposition import SHOWN_BY, Fault, fault_of, not_known
 from stages.judge.guarantees import enforce_precision
 from stages.judge.hints import Case, explain
 from stages.judge.metrics import Difference, PairHash, same_bits
+from stages.judge.replay_spans import Others, Replayed, span_in
 from stages.judge.rows import Row, in_replay, pair_row
 from stages.oracle.bounds import LAMBDA, Lambdas
 from stages.oracle.residual import Residual
-from stages.oracle.verdict import Oracle, Verdict, consult, worst
+from stages.oracle.verdict import Oracle, Verdict, worst
 from stages.recipes.side import SideVerdict
 from stages.spec.layouts import LAYOUTS
 from stages.spec.noise import Noise
@@ -65,7 +67,8 @@ class TensorComparison:
     """Both sides of one tensor; feed it chunks of the same rows, then ask for rows.
 
     `options` say what the oracle computes (layout, transpose). `verdicts=False` skips the oracle. Of a and b: `lambdas`
-    are what their noise is judged by, `precisions` what they were computed in; more than native is held to its promise.
+    are what their noise is judged by, `precisions` what they were computed in; more than native is held to its promise;
+    `others` the components of their other tensors.
     """
 
     def __init__(
@@ -78,10 +81,15 @@ class TensorComparison:
         verdicts: bool = True,
         lambdas: tuple[Lambdas, Lambdas] = (LAMBDA, LAMBDA),
         precisions: tuple[str | None, str | None] = (None, None),
+        others: tuple[Others, Others] = (tuple, tuple),
     ):
         self.source_name, self.key, self.options = source_name, key, options
         self.lambdas, self.precisions = lambdas, precisions
         self.verdicts, self.top = verdicts, top
+        self.replayed = {
+            x: Replayed(options, *of) for x, of in zip("ab", zip(lambdas, others, strict=True), strict=True)
+        }
+        self.recorded: dict[str, set[str]] = {"a": set(), "b": set()}
         self.stages: dict[str, StageComparison] = {}
         self.missing: dict[str, Verdict] = {}
         self.lacks: dict[str, list[str]] = {"a": [], "b": []}  # stages of the other side, which nothing promised
@@ -100,7 +108,7 @@ class TensorComparison:
 
         `alone`: a has no stage at all, so that b is judged by itself.
         """
-        self.alone = alone
+        self.alone, self.recorded = alone, {"a": stages_a, "b": stages_b}
         for name in REPLAY if not alone else ():
             one, other = name in stages_a, name in stages_b
             if one != other:
@@ -128,7 +136,7 @@ class TensorComparison:
                 if difference is not None:
                     differences[stage.name] = difference
                 self._judge(row, a, b)
-            elif self.alone and stage.name in b.values:
+            elif self._is_alone(stage.name) and (stage.name in a.values or stage.name in b.values):
                 self._judge(self.stages.setdefault(stage.name, StageComparison(stage, Difference(self.top))), a, b)
         self.rank = {**a.shared, **b.shared}.get("scaled_s", np.empty(1)).size
         for residual, chunk in ((self.residual_a, a), (self.residual_b, b)):
@@ -138,6 +146,10 @@ class TensorComparison:
                 if not residual.relative <= residual.bound(self.rank):
                     self._add_other(source, zero, chunk.params)
         return differences
+
+    def _is_alone(self, name: str) -> bool:
+        """Whether one side alone has a stage, and the other one never promised it."""
+        return self.alone or any(name in lacking for lacking in self.lacks.values())
 
     def _add_other(self, source: np.ndarray, zero: np.ndarray, params: Mapping[str, np.ndarray]) -> None:
         """Add (U * S) V^T with V contracted as `zero` was not, where its shape allows both."""
@@ -165,23 +177,32 @@ class TensorComparison:
     def _judge(self, row: StageComparison, a: Chunk, b: Chunk) -> None:
         if not self.verdicts or row.shape_note is not None:
             return
-        if any(name in self.stages and self.stages[name].shape_note for name in row.stage.inputs):
+        read = {name for chunk in (a, b) for _, name in span_in(chunk, row.stage).recorded}
+        if any(name in self.stages and self.stages[name].shape_note for name in read):
             return  # an input of a wrong shape or dtype is that input's fault; nothing can be said of this stage
-        options = {name: self.options[name] for name in row.stage.options}
-        arguments_a, arguments_b = a.arguments(row.stage), b.arguments(row.stage)
         oracle: Oracle | None = None
-        start = a.start if row.stage.by_rows else 0
+        given: tuple[np.ndarray, ...] | None = None
         try:
-            if arguments_a is not None:
-                oracle = consult(row.stage, arguments_a, options, self.lambdas[0])
-                row.side_a = judge_chunk(row.side_a, oracle, a.values[row.stage.name], self.precisions[0], start=start)
-            if arguments_b is not None:
-                alike = self.lambdas[0] == self.lambdas[1]
-                if oracle is None or not (alike and _same(arguments_a, arguments_b)):
-                    oracle = consult(row.stage, arguments_b, options, self.lambdas[1])
-                row.side_b = judge_chunk(row.side_b, oracle, b.values[row.stage.name], self.precisions[1], start=start)
+            for letter, chunk in (("a", a), ("b", b)):
+                replayed, own = self.replayed[letter], chunk.arguments(row.stage)
+                if row.stage.name not in chunk.values or replayed.lacking(chunk, row.stage) is not None:
+                    continue
+                alike = self.lambdas[0] == self.lambdas[1] and own is not None and _same(given, own)
+                oracle = oracle if alike and oracle is not None else replayed.oracle(chunk, row.stage)
+                given = own
+                self._judge_side(row, letter, chunk, oracle)
         except ValueError as error:  # numpy's, for operands whose shapes do not go together
             row.shape_note = f"its recorded inputs do not fit each other: {error}"
+
+    def _judge_side(self, row: StageComparison, letter: str, chunk: Chunk, oracle: Oracle) -> None:
+        observed, start = chunk.values[row.stage.name], chunk.start if row.stage.by_rows else 0
+        named = functools.partial(self.replayed[letter].named, chunk, oracle, observed)
+        before, precision = (row.side_a, self.precisions[0]) if letter == "a" else (row.side_b, self.precisions[1])
+        judged = judge_chunk(before, oracle, observed, precision, start=start, named=named)
+        if letter == "a":
+            row.side_a = judged
+        else:
+            row.side_b = judged
 
     def diagnose_basis(self, a: Operands, b: Operands) -> None:
         """From the first chunk on, ask whether the sides' different U, S, V explain their adapted weights."""
@@ -201,23 +222,39 @@ class TensorComparison:
 
     def rows(self) -> list[dict[str, Any]]:
         """One `svf.diff/1` row per stage that either side has, in execution order."""
-        result = []
+        result: list[Row | None] = []
         for stage in REPLAY.values():
             if stage.name in self.missing:
                 result.append(self._row(stage, self.missing[stage.name]))
             elif stage.name in self.stages:
                 row = self.stages[stage.name]
-                result.append(self._row_alone(row) if self.alone else self._compared_row(row))
-        return result
+                result.append(self._row_alone(row) if self._is_alone(stage.name) else self._compared_row(row))
+        return [row for row in result if row is not None]
+
+    def unjudged(self, letter: str) -> list[str]:
+        """Stages that a side lacks, and that could not be judged by themselves where they are."""
+        judged = {row["stage"] for row in self.rows()}
+        return [name for name in self.lacks[letter] if name not in judged]
 
     def _row(self, stage: Stage, verdict: Verdict, a: SideVerdict | None = None, b: SideVerdict | None = None) -> Row:
         return pair_row(in_replay(self.source_name, self.key, stage.name, stage.required), verdict, a, b)
 
-    def _row_alone(self, row: StageComparison) -> dict[str, Any]:
+    def _row_alone(self, row: StageComparison) -> dict[str, Any] | None:
         if row.shape_note is not None:
             return {**self._row(row.stage, Verdict.SHAPE), "note": row.shape_note}
-        verdict = Verdict.UNJUDGED if row.side_b is None else row.side_b.verdict
-        return {**self._row(row.stage, verdict, None, row.side_b), "byte_match": None}
+        side = row.side_b or row.side_a
+        if side is None and not self.alone:
+            return None
+        verdict = Verdict.UNJUDGED if side is None else side.verdict
+        said = {} if self.alone else {"note": f"{'b' if row.side_b else 'a'} alone recorded it"}
+        found = {**self._row(row.stage, verdict, row.side_a, row.side_b), **said, "byte_match": None}
+        return {**found, **self._through(row.stage, found)}
+
+    def _through(self, stage: Stage, row: Mapping[str, Any]) -> dict[str, Any]:
+        """What a row's sides were judged through, in words, where their inputs were not recorded."""
+        words = {letter: self.replayed[letter].words(stage, self.recorded[letter]) for letter in "ab"}
+        own = [f"{letter} {said}" for letter, said in words.items() if said]
+        return {"note": "; ".join(filter(None, (row.get("note"), *own)))} if own else {}
 
     def _compared_row(self, row: StageComparison) -> dict[str, Any]:
         if row.shape_note is not None:
@@ -226,8 +263,10 @@ class TensorComparison:
         given = row.stage.noise is Noise.EXACT and not row.stage.inputs
         digest_a, digest_b = row.hashes.digests()
         verdict = row_verdict(d, row.side_a, row.side_b, given=given)
+        found = self._row(row.stage, verdict, row.side_a, row.side_b)
         return {
-            **self._row(row.stage, verdict, row.side_a, row.side_b),
+            **found,
+            **self._through(row.stage, found),
             **({"note": note} if (note := holds_nan(d, verdict)) else {}),
             "tolerance_passed": d.finite and d.max_abs <= tolerance.max_abs and d.mean_abs <= tolerance.mean_abs,
             "sha256_a": digest_a,
@@ -284,16 +323,17 @@ def judge_chunk(
     precision: str | None = None,
     *,
     start: int = 0,
-    explained: bool = True,
+    named: Callable[[], str | None] | None = None,
 ) -> SideVerdict:
     """The verdict on a side's stage with one chunk more; the first one that fails without a reason is explained.
 
-    `precision` is what the side was computed in, `start` the chunk's first row.
+    `precision` is what the side was computed in, `start` the chunk's first row. `named` may say what is wrong in a
+    stage on the way, before the error is looked at; without it nothing is explained.
     """
     verdict = verdict or SideVerdict()
     failed = verdict.add(oracle, observed) in (Verdict.BUG, Verdict.SUSPECT)
-    if failed and explained and verdict.reason is None:
-        verdict.reason = explain(Case(oracle, observed, start=start, asked=True))
+    if failed and named is not None and verdict.reason is None:
+        verdict.reason = named() or explain(Case(oracle, observed, start=start, asked=True))
     enforce_precision(verdict, precision, oracle, observed)
     return verdict
 

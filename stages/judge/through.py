@@ -17,10 +17,10 @@ import numpy as np
 from stages.files.forward_dump import Place, forward_key
 from stages.judge.hints import Case
 from stages.judge.mix_ups import ALIKE
-from stages.judge.recorded_run import ForwardRun, given, sources_of, weights_of
+from stages.judge.recorded_run import ForwardRun, Span, given, sources_of, weights_of
 from stages.judge.spans import computed, span_of, value_of, way_of
 from stages.oracle.bounds import RMS_THROUGH, U32
-from stages.oracle.span import Value, oracle_through
+from stages.oracle.span import Value, Way, oracle_through
 from stages.oracle.verdict import STAGES, Oracle, consult, judged_part, measure
 from stages.recipes.at import At
 from stages.recipes.catalogue import LEFT_OUT, right_value, ways_of
@@ -100,9 +100,12 @@ class Search:
     def __init__(self, place: Place, run: ForwardRun, oracle: Oracle, observed: np.ndarray, start: int):
         assert run.path is not None
         assert run.config is not None
-        self.run, self.path, self.config, self.oracle, self.start = run, run.path, run.config, oracle, start
-        self.span, self.case = span_of(place, run), Case(oracle, observed)
-        self.places = [at for at in self.span.hidden if not run.path.at(at).identity]
+        self.run, self.path, self.config = run, run.path, run.config
+        self.begin(span_of(place, run), oracle, observed, start)
+
+    def begin(self, span: Span, oracle: Oracle, observed: np.ndarray, start: int) -> None:
+        self.span, self.oracle, self.case, self.start = span, oracle, Case(oracle, observed), start
+        self.places = [at for at in self.span.hidden if not self.stage(at).identity]
         typical = oracle.bound if oracle.typical is None else oracle.typical()
         # What is exactly known weighs no more than a unit of it: its error is the bound's to tell.
         floor = U32 * np.abs(oracle.value) + float(np.max(typical, initial=0.0)) * 1e-9 + np.finfo(np.float64).tiny
@@ -111,13 +114,31 @@ class Search:
         self.until = time.monotonic() + _SECONDS
         self.params = functools.cache(self._params)
 
+    # -- where values come from: of other recordings than forwards, these are others --------------------------------
+
+    def sources(self, at: Place) -> list[Place]:
+        """The places of a stage's inputs."""
+        return list(sources_of(at, self.run).values())
+
+    def known(self, at: Place) -> Value:
+        """A stage as recorded, or computed from what is."""
+        return value_of(self.run, at)
+
+    def computed(self, at: Place, inputs: Sequence[Value]) -> Value:
+        """A hidden stage from these inputs."""
+        return computed(self.run, at, inputs)
+
+    def way(self) -> Way:
+        """How the tensor is judged."""
+        return way_of(self.span.acting, self.run)
+
     # -- values of wrong programs ---------------------------------------------------------------------------------
 
     def value(self, instead: Mapping[Place, Function]) -> np.ndarray | None:
         """The tensor's float64 value, had these stages another function; None where one is not to be had."""
         changed: dict[Place, np.ndarray] = {}
         for at in self.span.hidden:
-            sources = list(sources_of(at, self.run).values())
+            sources = self.sources(at)
             if at not in instead and changed.keys().isdisjoint(sources):
                 continue
             value = instead.get(at, functools.partial(self.right, at))([self.given(s, changed) for s in sources])
@@ -125,14 +146,14 @@ class Search:
                 return None
             changed[at] = value
         acting = self.span.acting
-        inputs = [self.given(at, changed) for at in sources_of(acting, self.run).values()]
+        inputs = [self.given(at, changed) for at in self.sources(acting)]
         if self.oracle.stage.by_vocab:
             inputs = [array[-len(self.oracle.value) :] for array in inputs]
         found = instead.get(acting, functools.partial(self.right, acting))(inputs)
         return None if found is None else judged_part(self.oracle.stage, found)
 
     def given(self, at: Place, changed: Mapping[Place, np.ndarray]) -> np.ndarray:
-        return changed[at] if at in changed else value_of(self.run, at).array.astype(np.float64)
+        return changed[at] if at in changed else self.known(at).array.astype(np.float64)
 
     def right(self, at: Place, inputs: Arrays) -> np.ndarray:
         stage = self.stage(at)
@@ -159,7 +180,7 @@ class Search:
         """Each other function of the catalogue: in all layers at once, then in each stage alone, the last one first."""
         everywhere: dict[str, list[Place]] = {}
         for at in (*self.places, self.span.acting):
-            everywhere.setdefault(self.path.at(at).name, []).append(at)
+            everywhere.setdefault(self.stage(at).name, []).append(at)
         for name, alike in everywhere.items():
             if len(alike) > 1:
                 yield from self._functions(alike, f"{name} of every layer", classes)
@@ -173,7 +194,7 @@ class Search:
         acting = self.span.acting
         for at in self.span.missing:
             alone = len(self.stage(at).inputs) == 1 and not self.params(at) and not self.params(acting)
-            if alone and not self.stage(at).identity and value_of(self.run, at).array.shape == self.oracle.value.shape:
+            if alone and not self.stage(at).identity and self.known(at).array.shape == self.oracle.value.shape:
                 last = functools.partial(self._after, at, acting)
                 said = f"{_IT}came after {self.stage(acting).name}, not before it"
                 yield Hypothesis(self._where(at), said, Class.OTHER, {at: lambda x: x[0], acting: last})
@@ -186,8 +207,8 @@ class Search:
 
     def _functions(self, places: Sequence[Place], where: str, classes: Sequence[Class]) -> Iterator[Hypothesis]:
         first = places[0]
-        inputs = [self.given(at, {}) for at in sources_of(first, self.run).values()]
-        right = value_of(self.run, first).array if first != self.span.acting else self.oracle.value
+        inputs = [self.given(at, {}) for at in self.sources(first)]
+        right = self.known(first).array if first != self.span.acting else self.oracle.value
         if self.stage(first).by_vocab or not inputs:
             return
         if inputs[0].shape == right.shape and Class.OTHER in classes:
@@ -202,7 +223,7 @@ class Search:
             yield Hypothesis(where, said, way.kind, functions)
 
     def _at(self, at: Place, inputs: Arrays) -> At:
-        oracle = consult(self.stage(at), (*inputs, *self.params(at)), self.options(at), self.run.lambdas)
+        oracle = consult(self.stage(at), (*inputs, *self.params(at)), self.options(at), self.oracle.lambdas)
         return At(oracle, inside="float64", right=right_value)
 
     def _way(self, words: str, kind: Class, at: Place, inputs: Arrays) -> np.ndarray | None:
@@ -243,7 +264,7 @@ class Search:
             stage = self.stage(at)
             if at in norms:
                 yield self._option([at], "eps", self._where(at), _EPS)
-            if stage.inputs and not stage.by_vocab and stage.scope is Scope.LAYER:
+            if stage.inputs and not stage.by_vocab and stage.scope is not Scope.MODEL:
                 of = functools.partial(self._times, at)
                 yield Number(self._where(at), "every value is {} times what it should be", of, (1.0,), 1.0)
 
@@ -338,24 +359,24 @@ class Search:
         changed: dict[Place, Value] = {}
 
         def value(at: Place) -> Value:
-            return changed[at] if at in changed else value_of(self.run, at)
+            return changed[at] if at in changed else self.known(at)
 
         for at in self.span.hidden:
-            sources = list(sources_of(at, self.run).values())
+            sources = self.sources(at)
             if at not in tried.instead and changed.keys().isdisjoint(sources):
                 continue
             inputs = [value(source) for source in sources]
-            changed[at] = computed(self.run, at, inputs)
+            changed[at] = self.computed(at, inputs)
             if at in tried.instead:
                 array = tried.instead[at]([one.array.astype(np.float64) for one in inputs])
                 if array is None:
                     return None
                 changed[at] = replace(changed[at], array=array)
-        inputs = [value(at) for at in sources_of(self.span.acting, self.run).values()]
+        inputs = [value(at) for at in self.sources(self.span.acting)]
         if self.oracle.stage.by_vocab:
             inputs = [one.last(len(self.oracle.value)) for one in inputs]
-        way = way_of(self.span.acting, self.run)
-        return oracle_through(self.oracle.stage, inputs, self.params(self.span.acting), self.oracle.options, way)
+        params = self.params(self.span.acting)
+        return oracle_through(self.oracle.stage, inputs, params, self.oracle.options, self.way())
 
 
 def _constant(value: np.ndarray) -> Function:

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from stages.oracle import spread
-from stages.oracle.bounds import RMS_THROUGH, Lambdas, rounding_unit
+from stages.oracle.bounds import RMS_THROUGH, U32, Lambdas, rounding_unit
+from stages.oracle.components import v_transposed
 from stages.oracle.spread import RECORDED, Setting, Spread, by_heads, for_heads
 from stages.oracle.verdict import OPERANDS, Oracle, consult
 from stages.spec.causal import up_to_query
@@ -33,6 +34,8 @@ Errors = Sequence[np.ndarray]
 WITHIN_LAYER, BEYOND_LAYER = 10.0, 20.0
 # What errs ten times more than that is no rounding, though no proof says so.
 SURELY = 10.0
+# A wrong step moves a stage by about its own size; of what differs by half of that among right programs, nothing.
+LEAST_SEEN = 0.5
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,11 @@ class Value:
     array: np.ndarray
     spread: Spread = RECORDED
     far: np.ndarray | float = 0.0
+
+    @property
+    def sure(self) -> bool:
+        """Whether no right program differs in it."""
+        return self.spread.none and np.ndim(self.far) == 0 and self.far == 0.0
 
     def last(self, rows: int) -> Value:
         """The last rows of it."""
@@ -114,14 +122,29 @@ def value_through(oracle: Oracle, inputs: Sequence[Value], way: Way) -> Value:
     return Value(oracle.value, before.plus(own), oracle.rigorous() if absolute else np.inf)
 
 
-def floor(oracles: Iterable[Oracle]) -> float:
-    """The least error of a tensor, relative to it in RMS, that its statistic shows."""
-    errors = values = 0.0
-    for oracle in oracles:
+@dataclass
+class Floor:
+    """The least error of a tensor, relative to it in RMS, that its statistic shows; of one that comes in parts."""
+
+    errors: float = 0.0
+    values: float = 0.0
+
+    def add(self, oracle: Oracle) -> None:
         typical = oracle.bound if oracle.typical is None else oracle.typical()
-        errors += float(np.sum(np.square(np.broadcast_to(typical, oracle.value.shape))))
-        values += float(np.sum(np.square(oracle.value)))
-    return RMS_THROUGH * float(np.sqrt(errors / values)) if values else np.inf
+        self.errors += float(np.sum(np.square(np.broadcast_to(typical, oracle.value.shape))))
+        self.values += float(np.sum(np.square(oracle.value)))
+
+    @property
+    def relative(self) -> float:
+        return RMS_THROUGH * float(np.sqrt(self.errors / self.values)) if self.values else np.inf
+
+
+def floor(oracles: Iterable[Oracle]) -> float:
+    """The least error of a whole tensor, relative to it in RMS, that its statistic shows."""
+    found = Floor()
+    for oracle in oracles:
+        found.add(oracle)
+    return found.relative
 
 
 def _own(oracle: Oracle, dtype: np.dtype) -> Spread:
@@ -294,6 +317,34 @@ def _silu(x: Sequence[np.ndarray], errors: Errors, *_: Any) -> np.ndarray:
     return np.abs(sigmoid * (1 + gate * (1 - sigmoid))) * e + e * e / 4
 
 
+def _scaled_s(x: Sequence[np.ndarray], errors: Errors, params: Sequence[np.ndarray], *_: Any) -> np.ndarray:
+    """S (1 + z), 1 + z rounded to float32 or not."""
+    return np.abs(params[0].astype(np.float64)) * (errors[0] + U32 * (np.abs(1 + x[0]) + errors[0]))
+
+
+def _ratio(x: Sequence[np.ndarray], errors: Errors, params: Sequence[np.ndarray], *_: Any) -> np.ndarray:
+    """sum(S) / sum(scaled_s), whose sum below moves by that of the errors."""
+    below, moved = np.abs(np.sum(x[0])), np.sum(errors[0])
+    ratio = np.abs(np.sum(params[0], dtype=np.float64)) / below
+    return np.reshape(ratio * moved / (below - moved) if moved < below else np.inf, 1)
+
+
+def _columns(_x: Sequence[np.ndarray], errors: Errors, params: Sequence[np.ndarray], *_: Any) -> np.ndarray:
+    return np.abs(params[0].astype(np.float64)) * errors[0]
+
+
+def _contracted(
+    x: Sequence[np.ndarray], errors: Errors, params: Sequence[np.ndarray], options: Options, unit: float
+) -> np.ndarray:
+    return _product(x, errors, [v_transposed(params[0], options["layout"]).T], options, unit)
+
+
+def _oriented(
+    _x: Sequence[np.ndarray], errors: Errors, _p: Sequence[np.ndarray], options: Options, _u: float
+) -> np.ndarray:
+    return errors[0].T if options.get("transpose") else errors[0]
+
+
 CARRIED: Mapping[str, Carried] = MappingProxyType(
     {
         "rope_angle": _angle,
@@ -320,5 +371,12 @@ CARRIED: Mapping[str, Carried] = MappingProxyType(
         "post_ffn_residual": _summed,
         "final_norm": _normed(None),
         "lm_head": _product,
+        "scaled_s": _scaled_s,
+        "normalization": _ratio,
+        "u_scaled": _columns,
+        "matmul_pre_norm": _contracted,
+        "adapted_source_f32": _multiplied,
+        "final_f32": _oriented,
+        "final_bf16": _oriented,
     }
 )

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from stages.oracle.bounds import BOUNDS, LAMBDA, RMS, U32, half_unit, rounding_unit
+from stages.oracle.components import v_transposed
 from stages.spec.causal import up_to_query
 from stages.spec.noise import Noise
 from stages.spec.stage import Stage
@@ -291,6 +292,34 @@ def _silu(x: Sequence[np.ndarray], s: Sequence[Spread], _p: Sequence[np.ndarray]
     return Spread(slope * slope * s[0].own + (slope * gate - value) ** 2 * s[0].row, s[0].row)
 
 
+def _scaled_s(x: Sequence[np.ndarray], s: Sequence[Spread], params: Sequence[np.ndarray], _: Setting) -> Spread:
+    """S (1 + z): 1 + z may be rounded to float32 before the product."""
+    (z,), singular = x, params[0].astype(np.float64)
+    return Spread(singular * singular * (s[0].own + half_unit(1 + z, np.dtype(np.float32)) ** 2 / 3))
+
+
+def _ratio(x: Sequence[np.ndarray], s: Sequence[Spread], params: Sequence[np.ndarray], _setting: Setting) -> Spread:
+    """sum(S) / sum(scaled_s): what moves the sum below moves the quotient as a factor, common to all it multiplies."""
+    below = np.sum(x[0])
+    ratio = np.sum(params[0], dtype=np.float64) / below
+    return Spread(np.reshape(np.sum(np.broadcast_to(s[0].own, x[0].shape)) * (ratio / below) ** 2, 1))
+
+
+def _columns(_x: Sequence[np.ndarray], s: Sequence[Spread], params: Sequence[np.ndarray], _setting: Setting) -> Spread:
+    """A factor of each column, which moves all of it."""
+    u = params[0].astype(np.float64)
+    return Spread(u * u * s[0].own)
+
+
+def _contracted(x: Sequence[np.ndarray], s: Sequence[Spread], params: Sequence[np.ndarray], setting: Setting) -> Spread:
+    return _product(x, s, [v_transposed(params[0], setting.options["layout"]).T], setting)
+
+
+def _oriented(_x: Sequence[np.ndarray], s: Sequence[Spread], _p: Sequence[np.ndarray], setting: Setting) -> Spread:
+    turn = np.transpose if setting.options.get("transpose") else np.asarray
+    return Spread(turn(s[0].own), turn(s[0].row))
+
+
 def by_heads(x: np.ndarray, part: int, options: Mapping[str, Any]) -> np.ndarray:
     """q, k or v of their join by heads, `[tokens, heads, head_dim]`; what is by heads already stays."""
     if x.ndim == 3:
@@ -343,5 +372,12 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         "post_ffn_residual": _summed,
         "final_norm": _normed(None),
         "lm_head": _product,
+        "scaled_s": _scaled_s,
+        "normalization": _ratio,
+        "u_scaled": _columns,
+        "matmul_pre_norm": _contracted,
+        "adapted_source_f32": _multiplied,
+        "final_f32": _oriented,
+        "final_bf16": _oriented,
     }
 )
