@@ -323,12 +323,12 @@ def judge_chunk(
     precision: str | None = None,
     *,
     start: int = 0,
-    named: Callable[[], str | None] | None = None,
+    named: Callable[[], str | None] | None = lambda: None,
 ) -> SideVerdict:
     """The verdict on a side's stage with one chunk more; the first one that fails without a reason is explained.
 
     `precision` is what the side was computed in, `start` the chunk's first row. `named` may say what is wrong in a
-    stage on the way, before the error is looked at; without it nothing is explained.
+    stage on the way, before the error is looked at; where it is None, nothing is explained.
     """
     verdict = verdict or SideVerdict()
     failed = verdict.add(oracle, observed) in (Verdict.BUG, Verdict.SUSPECT)

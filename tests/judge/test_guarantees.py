@@ -101,7 +101,7 @@ def test_forward_dumps_are_held_to_theirs(model: Path, tmp_path: Path) -> None:
     found = done.json["culprit"]
     assert (done.code, found["stage"], found["verdict"], found["side"]) == (1, "ffn_gate", "bug", "b")
     audited = [svf("audit", tmp_path / name, "--json") for name in ("a", "b")]
-    assert [done.code for done in audited] == [5, 1]  # layer 1 alone: its input is not recorded
+    assert [done.code for done in audited] == [0, 1]  # layer 1 alone: judged from the tokens
     assert (audited[1].json["culprit"]["stage"], audited[1].json["culprit"]["verdict"]) == ("ffn_gate", "bug")
 
 

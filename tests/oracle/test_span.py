@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from forward_models import MODELS, random_weights
 
 from stages.oracle.decoder import FORWARD_STAGES
 from stages.oracle.span import CARRIED, carried
+from stages.oracle.verdict import STAGES
 from stages.spec.forward import RUN_PARAMS, forward_pipeline, parameter_name, stage_options, stage_shape
+from stages.spec.replay import REPLAY
+from stages.spec.stage import Stage
 
 RNG = np.random.default_rng(7)
 TOKENS = 6
@@ -18,17 +23,13 @@ CASES = [
     for model in ("qwen3", "qwen2")
     for stage in forward_pipeline(MODELS[model].config("float32")).values()
     if stage.inputs and not stage.identity
-]
+] + [("replay", stage.name) for stage in REPLAY.values() if stage.inputs]
 
 
-def test_every_stage_with_inputs_has_its_rule() -> None:
-    assert {name for _, name in CASES} == CARRIED.keys()
+Case = tuple[Stage, list[np.ndarray], list[np.ndarray], dict[str, Any]]
 
 
-@pytest.mark.parametrize("size", [1e-7, 1e-3, 0.1])
-@pytest.mark.parametrize(("model", "name"), CASES)
-def test_no_error_of_the_inputs_becomes_more(model: str, name: str, size: float) -> None:
-    """Random errors, all of one sign, or of the value's own: none is beyond, and some are not far below."""
+def _of_forward(model: str, name: str) -> Case:
     config = MODELS[model].config("float32")
     path, weights = forward_pipeline(config), random_weights(MODELS[model].config("float32"))
     stage = path[name]
@@ -41,9 +42,34 @@ def test_no_error_of_the_inputs_becomes_more(model: str, name: str, size: float)
     stored = {n: weights.get(n, weights["model.embed_tokens.weight"]) for n in names}
     params = [*stored.values(), *([np.arange(TOKENS, dtype=np.int32)] if "positions" in stage.params else [])]
     options = stage_options(config, stage)
+    return stage, inputs, params, dict(options)
+
+
+def _of_replay(name: str) -> Case:
+    """One chunk of 5 rows, of 7 columns and rank 4."""
+    stage, sizes = REPLAY[name], {"rows": 5, "cols": 7, "rank": 4, "one": 1}
+    inputs = [RNG.standard_normal([sizes[axis] for axis in REPLAY[at].shape.split()]) for at in stage.inputs]
+    params = [
+        RNG.standard_normal({"u": (5, 4), "s": (4,), "v": (7, 4)}[param]).astype(np.float32) for param in stage.params
+    ]
+    if name == "normalization":
+        inputs[0] = 10 + inputs[0]
+    given = {"layout": "torch_v", "transpose": True}
+    return stage, inputs, params, {option: given[option] for option in stage.options}
+
+
+def test_every_stage_with_inputs_has_its_rule() -> None:
+    assert {name for _, name in CASES} == CARRIED.keys()
+
+
+@pytest.mark.parametrize("size", [1e-7, 1e-3, 0.1])
+@pytest.mark.parametrize(("model", "name"), CASES)
+def test_no_error_of_the_inputs_becomes_more(model: str, name: str, size: float) -> None:
+    """Random errors, all of one sign, or of the value's own: none is beyond, and some are not far below."""
+    stage, inputs, params, options = _of_replay(name) if model == "replay" else _of_forward(model, name)
     errors = [size * np.abs(RNG.standard_normal(array.shape)) for array in inputs]
     allowed = carried(stage, [*inputs, *params], errors, options, 0.0)
-    value = FORWARD_STAGES[name](*inputs, *params, **options)
+    value = STAGES[name](*inputs, *params, **options)
     assert allowed.shape == value.shape
     closest = 0.0
     for _ in range(12):
@@ -51,7 +77,7 @@ def test_no_error_of_the_inputs_becomes_more(model: str, name: str, size: float)
             signs = {"plus": np.ones_like, "minus": lambda a: -np.ones_like(a), "sign": np.sign}
             draw = signs.get(shape, lambda a: RNG.uniform(-1, 1, a.shape))
             moved = [array + draw(array) * error for array, error in zip(inputs, errors, strict=True)]
-            result = FORWARD_STAGES[name](*moved, *params, **options)
+            result = STAGES[name](*moved, *params, **options)
             far = np.abs(result - value)
             if stage.causal:
                 far = np.tril(far)
