@@ -31,6 +31,7 @@ from stages.commands.options import (
     Natives,
     OneLayout,
     Operands,
+    Plan,
     Positions,
     Precision,
     Prompt,
@@ -462,14 +463,15 @@ def diff(
     "svf audit bundle --json",
     "svf audit recorded.safetensors --model MODEL --tokens 1,2,3 --accept usual",
     "svf audit dumps/torch --natives",
+    "svf audit --plan --model MODEL --stages attention,post_ffn_residual",
 )
 def audit(
     dump: Annotated[
-        Path,
+        Path | None,
         typer.Argument(
             help="Dump, bundle or stage file; or what another program wrote: safetensors, folder, APRT tree."
         ),
-    ],
+    ] = None,
     model: Annotated[
         str | None, of_run(help="Weights; another program's dump needs this, since it does not name them.")
     ] = None,
@@ -487,6 +489,8 @@ def audit(
     top: Annotated[int, comparing(min=0, help="Largest errors kept per stage.")] = 5,
     accept: Accepted = None,
     natives: Natives = False,
+    plan: Plan = False,
+    dtype: Annotated[RunDtype | None, compute(help="With --plan: what would run in; by default the model's.")] = None,
     rerun: Rerun = True,
     html: Html = None,
     force: Force = False,
@@ -494,12 +498,23 @@ def audit(
 ) -> None:
     """Judge one recorded run, every stage against float64.
 
-    Each stage is judged from the inputs that the run recorded. Loads no framework, but for --natives.
+    Each stage is judged from the nearest that the run recorded. Loads no framework, but for --natives. With --plan, say
+    what would be seen of a run before it is recorded.
     """
+    from stages.errors import UsageError
     from stages.judge import audit as job
     from stages.progress import Progress
     from stages.show import console as render
 
+    if plan:
+        named = (model, tokens, tokens_file, prompt)
+        others = {"DUMP": dump, "--adapted": adapted, "--components": components, "--html": html, "--accept": accept}
+        _plan(named, stages, layers, dtype or RunDtype.model, [name for name, given in others.items() if given], json)
+        return
+    if dump is None:
+        raise UsageError("name what was recorded: svf audit DUMP; or ask --plan what to record")
+    if dtype is not None:
+        raise UsageError("--dtype applies to --plan; a recording says itself what it was computed in")
     before(force, html)
     with Progress(STATE.progress) as progress:
         document = job.audit(
@@ -521,6 +536,28 @@ def audit(
         )
     after(document, json, html, render.audit_document)
     raise typer.Exit(job.EXIT_CODES[document["outcome"]])
+
+
+def _plan(
+    named: tuple[str | None, str | None, Path | None, str | None],
+    stages: str | None,
+    layers: str | None,
+    dtype: RunDtype,
+    others: list[str],
+    json: bool,
+) -> None:
+    """What a recording would show; `others` are options that were given and do not apply."""
+    from stages.errors import UsageError
+    from stages.judge.forward_pair import Named
+    from stages.judge.plan import plan
+    from stages.progress import Progress
+    from stages.show.plan import plan_document
+
+    if others:
+        raise UsageError(f"{others[0]} does not apply to --plan, which reads a model alone")
+    with Progress(STATE.progress) as progress:
+        document = plan(Named(*named), stages, layers, dtype=dtype.value, progress=progress)
+    after(document, json, None, plan_document)
 
 
 @command(

@@ -94,6 +94,13 @@ Natives = Annotated[
         help="Ask PyTorch, JAX and orders of summation too, in a process each, for the last bits.",
     ),
 ]
+Plan = Annotated[
+    bool,
+    compute(
+        "--plan",
+        help="Record nothing: say what --stages (names, or hooks, engine, seed, hidden, logits) of --model would show.",
+    ),
+]
 Accepted = Annotated[
     Accept | None,
     gate("--accept", help="usual: let fewer bits pass where a popular library computes so by itself."),

@@ -124,19 +124,20 @@ def value_through(oracle: Oracle, inputs: Sequence[Value], way: Way) -> Value:
 
 @dataclass
 class Floor:
-    """The least error of a tensor, relative to it in RMS, that its statistic shows; of one that comes in parts."""
+    """The least error of a tensor, relative to it in RMS, that its statistic shows, or its bound where its inputs are
+    sure; of one that comes in parts."""
 
     errors: float = 0.0
     values: float = 0.0
 
     def add(self, oracle: Oracle) -> None:
-        typical = oracle.bound if oracle.typical is None else oracle.typical()
-        self.errors += float(np.sum(np.square(np.broadcast_to(typical, oracle.value.shape))))
+        seen = oracle.bound if oracle.typical is None else RMS_THROUGH * oracle.typical()
+        self.errors += float(np.sum(np.square(np.broadcast_to(seen, oracle.value.shape))))
         self.values += float(np.sum(np.square(oracle.value)))
 
     @property
     def relative(self) -> float:
-        return RMS_THROUGH * float(np.sqrt(self.errors / self.values)) if self.values else np.inf
+        return float(np.sqrt(self.errors / self.values)) if self.values else np.inf
 
 
 def floor(oracles: Iterable[Oracle]) -> float:

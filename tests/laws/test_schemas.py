@@ -21,6 +21,7 @@ def fields(heading: str) -> set[str]:
     "words",
     [
         ("audit", "{c}"),
+        ("audit", "--plan", "--model", "{c}/../model", "--layers", "0"),
         ("layouts", "{c}"),
         ("diff", "{c}", "{c}"),
         ("verify", "{c}"),
