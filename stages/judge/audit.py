@@ -19,6 +19,7 @@ from stages.files.source import ModelSource, open_model
 from stages.judge import document as diff
 from stages.judge import stats
 from stages.judge.adapted import AdaptedPair, adaptation
+from stages.judge.arrangements import fitting_layouts
 from stages.judge.culprit import ORACLE, chosen_row, culprit_data, oracle_pieces
 from stages.judge.decomposition import SHOWN_BY, fault_of, in_words, not_known, parts_of, with_faults
 from stages.judge.explained import Explained, accept, accepted_words
@@ -312,8 +313,7 @@ class _TensorAudit:
     def _with_source(self, chunk: Chunk) -> Chunk:
         """The chunk with the source weight among its parameters: the model's, or known by its hash."""
         if self.checkpoint is not None:
-            name = self.checkpoint.resolve(self.tensor.source_name)
-            source = self.checkpoint.read(name, chunk.start, chunk.stop).astype(np.float32)
+            source = self._read_source(chunk.start, chunk.stop)
         elif self._source_is_known() and "source_f32" in chunk.values:
             source = chunk.values["source_f32"]
         else:
@@ -365,16 +365,30 @@ class _TensorAudit:
     def decomposition(self) -> list[dict[str, Any]]:
         """The fault of the components, as far as they and the source are to be had; none when they are right."""
         zero, c, fault = self.zero_offset(), self.tensor.components, None
-        source = self.tensor.source()
+        source = self._source()
         if c is not None and source is not None:
-            shown = self.judged.get(SHOWN_BY)
+            shown, parts = self.judged.get(SHOWN_BY), parts_of(c, *source)
+            # Without the replay of zero offsets the components are asked themselves.
+            fits = zero["fits"] if self.residual.known else self.tensor.layout in fitting_layouts(parts)
             # One that fails is not of these components, and says nothing of them.
-            fits = False if shown is not None and shown.verdict.verdict.fails else zero["fits"]
-            fault = fault_of(parts_of(c, *source), c.entry, self.tensor.layout, fits=fits)
+            fits = False if shown is not None and shown.verdict.verdict.fails else fits
+            fault = fault_of(parts, c.entry, self.tensor.layout, fits=fits)
         elif zero["fits"] is False:
             fault = not_known(self.tensor.source_name)
         ratio = zero["relative"] / zero["bound"] if zero["fits"] is False else None
         return [] if fault is None else [fault.row(None, ratio)]
+
+    def _source(self) -> tuple[Callable[[int, int], np.ndarray], tuple[int, int]] | None:
+        """Rows of the float32 weight and its shape: as recorded, or the model's; None when neither is there."""
+        known = self.tensor.source()
+        if known is None and self.checkpoint is not None and self.tensor.components is not None:
+            known = self._read_source, self.tensor.components.entry.shape
+        return known
+
+    def _read_source(self, start: int, stop: int) -> np.ndarray:
+        """Rows of the model's weight, float32."""
+        assert self.checkpoint is not None
+        return self.checkpoint.read(self.checkpoint.resolve(self.tensor.source_name), start, stop).astype(np.float32)
 
     def zero_offset(self) -> dict[str, Any]:
         """How well the zero-offset replay gives the source back: the test of a layout."""

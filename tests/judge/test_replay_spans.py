@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,8 @@ from stages.judge.audit import audit
 from stages.judge.diff import diff_recorded
 from stages.oracle.components import v_transposed
 from stages.run.replay import Replayer
+from stages.selftest.faults import FAULTS as FAULTS_BY_NAME
+from stages.selftest.planted import CompiledStages, Plant, PlantedBackend
 from stages.spec.backend import Backend
 from stages.spec.replay import REPLAY
 from stages.spec.values import ReplayTask
@@ -226,3 +229,50 @@ def test_faults_are_found_and_named_in_the_stage_on_the_way(made: Path, tmp_path
     culprit = document["culprit"]
     assert (culprit["stage"], culprit["tensor"]) == (alone, K_PROJ)
     assert said in culprit["hint"], culprit["hint"]
+
+
+def test_a_wrong_layout_of_program_and_label_alike_shows_against_the_model(
+    bundle: Path, model: Path, tmp_path: Path
+) -> None:
+    """Neither the source nor the replay without offsets was recorded: U, S and V are asked."""
+    with Bundle(bundle) as opened:
+        c = opened.load(next(entry for entry in opened.entries if entry.source_name == K_PROJ))
+        wrong, fine = right(c, v=c.v), right(c)
+
+    def relabelled(manifest: dict[str, Any]) -> None:
+        for entry in manifest["selected_tensors"]:
+            entry.update(component_v_layout="vh" if entry["source_name"] == K_PROJ else "torch_v")
+
+    path = recorded(tmp_path, {K_PROJ: {"final_f32": fine}}, ("final_f32",))
+    assert audit(path, components=bundle, model=str(model))["outcome"] == "sound"
+    with_json(bundle / MANIFEST_FILE, relabelled)
+    path = recorded(tmp_path, {K_PROJ: {"final_f32": wrong}}, ("final_f32",))
+    assert audit(path, components=bundle)["outcome"] == "sound"  # as it says it is
+    document = audit(path, components=bundle, model=str(model))
+    assert document["outcome"] == "faulty"
+    assert document["culprit"]["hint"] == "the label is wrong: V is stored as torch_v"
+
+
+PLANTED = [(name, at) for name, fault in FAULTS_BY_NAME.items() if fault.path == "replay" for at in fault.at]
+
+
+@pytest.mark.parametrize("alone", ["final_f32", "final_bf16"])
+@pytest.mark.parametrize(("name", "at"), [(name, at) for name, at in PLANTED if at not in BESIDE])
+def test_planted_faults_that_change_the_weight_by_more_than_the_floor_are_found(
+    made: Path, torch_backend: Backend, tmp_path: Path, name: str, at: str, alone: str
+) -> None:
+    """As the self-test plants them, those of a size 64 times as large as a full record shows them."""
+    fault = FAULTS_BY_NAME[name]
+    plant = Plant(fault, at, 0, 64 * (fault.size or 1), 5)
+    planted = PlantedBackend(CompiledStages(torch_backend), plant)
+    right, wrong = (replayed(made / "components", one)[K_PROJ] for one in (torch_backend, planted))
+    document = audit(recorded(tmp_path, {K_PROJ: wrong}, (alone,)), components=made / "components")
+    (row,) = document["rows"]
+    x, y = (arrays[alone].astype(np.float64) for arrays in (right, wrong))
+    with np.errstate(all="ignore"):
+        change = float(np.linalg.norm(y - x) / np.linalg.norm(x))
+    assert planted.changed
+    if not change <= row["floor"]:
+        assert document["outcome"] == "faulty", (change, row["floor"])
+    if fault.must and document["outcome"] == "faulty":
+        assert re.search(fault.says or "", document["culprit"]["hint"]), document["culprit"]["hint"]
