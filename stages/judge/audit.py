@@ -158,6 +158,8 @@ def _audit_forward(run: ForwardRun, model: str | None, how: _How, progress: Repo
     facts = {**run.side.facts, **({"model": model} if model else {})}
     rows = how.settled(rows, progress)
     result = document(rows, run.side.label, facts, kind="forward", explain=explain, notes=run.notes)
+    for culprit in result["culprits"]:
+        culprit["blamed"] = [forward_key(at) for at in run.blamed.get((culprit["layer"], culprit["stage"]), ())]
     return {**result, "about": about(run, model), "culprit_data": _forward_data(result, run)}
 
 

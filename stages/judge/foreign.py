@@ -34,6 +34,8 @@ _WIDE = (np.dtype(np.float32), np.dtype(np.float64))
 # Stages that may have few bits whatever they were computed in: cos and sin of position 0 alone are 1 and 0, and the
 # embedding of a narrow checkpoint is a copy.
 _SAY_NOTHING = ("inv_freq", "rope_angle", "rope_cos", "rope_sin", "embedding")
+# The residual stream, which engines keep in float32 between kernels of fewer bits: it tells only where nothing else is.
+_STREAM = ("post_attn_residual", "post_ffn_residual", "layer_output")
 
 
 @dataclass(frozen=True)
@@ -255,10 +257,11 @@ def _activations(side: ForeignSide, model: str) -> tuple[str, str]:
     A stage says what its values are, not what they were stored in: float32 may hold nothing but bfloat16.
     """
     saying = [place for place in side.places if place[1] not in _SAY_NOTHING]
-    counts = Counter(name for place in saying for name in side.values(place).held)
+    asked = [place for place in saying if place[1] not in _STREAM] or saying
+    counts = Counter(name for place in asked for name in side.values(place).held)
     dtypes = [d.name for d in (*_NARROW, *_WIDE)]
-    most = [name for name in dtypes if 2 * counts[name] > len(saying)]
-    half = [name for name in dtypes if 2 * counts[name] == len(saying) and name == model and saying]
+    most = [name for name in dtypes if 2 * counts[name] > len(asked)]
+    half = [name for name in dtypes if 2 * counts[name] == len(asked) and name == model and asked]
     dtype = next(iter(most + half), "float32")
     others: dict[str, dict[str, None]] = {}
     for place in saying:

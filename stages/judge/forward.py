@@ -40,6 +40,7 @@ from stages.spec.backend import Weights
 from stages.spec.config import EMBEDDING, LM_HEAD, ModelConfig
 from stages.spec.dtypes import stored_dtype
 from stages.spec.forward import (
+    ROUNDED_INSIDE,
     RUN_PARAMS,
     stage_options,
 )
@@ -182,8 +183,8 @@ def _readings(
     """The inputs as a right program may have read them, likeliest first, and what it then did, in words.
 
     One way where all have the run's dtype. Else they are brought to the widest among them and the result, as
-    frameworks promote; or wider ones are cast to the run's dtype first; or, of a result wider than the run, the
-    roundings inside are still to the run's dtype. None: it had more bits than were stored.
+    frameworks promote; or wider ones are cast to the run's dtype first; or, of a result or inputs wider than the run,
+    the roundings inside are still to the run's dtype. None: roundings may have been done or not.
     """
     assert run.path is not None
     dtype, own = stored_dtype(run.path.activations), stored_dtype(stage.dtype)
@@ -198,6 +199,8 @@ def _readings(
     if wider:
         narrowed = {name: inputs[name].astype(dtype) for name in wider}
         yield f"right with {', '.join(wider)} cast to {dtype.name} first", promoted({**inputs, **narrowed})
+        if stage.function in ROUNDED_INSIDE:
+            yield f"right with its roundings inside to {dtype.name}", None
     if flow and not wider and own.itemsize > dtype.itemsize:
         yield f"right with its roundings inside to {dtype.name}", dict(inputs)
     lossy = [name for name in flow if inputs[name].dtype.itemsize < dtype.itemsize]
@@ -372,7 +375,10 @@ def _in_hidden(place: Place, run: ForwardRun, oracle: Oracle, observed: np.ndarr
         return None
     with np.errstate(all="ignore"):
         found = Search(place, run, oracle, observed, start).named()
-    return None if found is None else found.words
+    if found is None:
+        return None
+    run.blamed[place] = found.places
+    return found.words
 
 
 def _sizes(config: ModelConfig | None) -> dict[str, int]:

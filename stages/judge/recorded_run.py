@@ -103,6 +103,7 @@ class ForwardRun:
     # What adapted weights may be off that another program adapted itself, by the calibrated and the rigorous bounds.
     doubts: tuple[Weights, ...] = ()
     floors: dict[Place, float] = field(default_factory=dict)  # of stages judged through others: what they can see
+    blamed: dict[Place, tuple[Place, ...]] = field(default_factory=dict)  # of failing ones: the stages that explain it
     spans: dict[Place, Span] = field(default_factory=dict)
     values: dict[Place, Value] = field(default_factory=dict)  # of hidden stages, as far as they are needed again
 

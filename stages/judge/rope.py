@@ -97,7 +97,7 @@ class RopeRun:
         return first
 
     def _oracles(self, place: Place, stage: Stage, tables: Tables) -> Iterator[Oracle]:
-        """A stage from these tables, likeliest first: a narrow run may keep cos and sin, and turn, in float32."""
+        """A stage from these tables, likeliest first: a narrow run may turn in float32, and keep cos and sin so too."""
         if stage.name in TABLES:
             yield tables.oracle(stage)
             return
@@ -105,6 +105,7 @@ class RopeRun:
         assert x is not None
         yield tables.oracle(stage, x)
         if self.path["rope_cos"].dtype != "float32":
+            yield tables.oracle(stage, x.astype(np.float32))
             yield dataclasses.replace(tables, waves="float32").oracle(stage, x.astype(np.float32))
 
     def _turned_input(self, place: Place) -> np.ndarray | None:

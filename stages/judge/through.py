@@ -35,7 +35,7 @@ from stages.spec.stage import Scope, Stage
 Arrays = Sequence[np.ndarray]
 # A stage's value of its inputs, or None where that function is not to be had.
 Function = Callable[[Arrays], np.ndarray | None]
-# Seconds that are spent on one failing tensor; what was not tried by then is told.
+# Seconds of this thread that are spent on one failing tensor, so that a busy machine names the same.
 _SECONDS = 20.0
 # Of hypotheses that explain a tensor, those are told that leave no more than so many times the least error.
 _AS_GOOD = 1.15
@@ -88,10 +88,11 @@ class Fit:
 
 @dataclass(frozen=True)
 class Named:
-    """What explains a failing span, in words, and of which class it is."""
+    """What explains a failing span, in words, of which class it is, and the stages that it blames, each as likely."""
 
     words: str
     kind: Class
+    places: tuple[Place, ...]
 
 
 class Search:
@@ -111,7 +112,7 @@ class Search:
         floor = U32 * np.abs(oracle.value) + float(np.max(typical, initial=0.0)) * 1e-9 + np.finfo(np.float64).tiny
         self.weight = 1 / np.maximum(np.broadcast_to(typical, oracle.value.shape), floor)
         self.counts = max(int(np.count_nonzero(oracle.value)), 1)
-        self.until = time.monotonic() + _SECONDS
+        self.until = time.thread_time() + _SECONDS
         self.params = functools.cache(self._params)
 
     # -- where values come from: of other recordings than forwards, these are others --------------------------------
@@ -304,7 +305,7 @@ class Search:
 
     def _tried(self, hypotheses: Iterable[Hypothesis]) -> Iterator[Fit]:
         for tried in hypotheses:
-            if time.monotonic() > self.until:
+            if time.thread_time() > self.until:
                 return
             error = self.error(self.value(tried.instead))
             if error * _LESS <= self.before:
@@ -312,7 +313,7 @@ class Search:
 
     def _fitted(self) -> Iterator[Fit]:
         for number in self.numbers():
-            if time.monotonic() > self.until:
+            if time.thread_time() > self.until:
                 return
             x, error, deviation = self._newton(number)
             off = abs(x - number.right)
@@ -391,7 +392,8 @@ def _told(found: Sequence[Fit]) -> Named | None:
     if len(rows) > _MOST_TOLD:
         return None
     narrower = all(fit.of.kind is Class.NARROWER for fit in found)
-    return Named(", or ".join(map(_in_words, rows.values())), Class.NARROWER if narrower else Class.OTHER)
+    places = tuple(dict.fromkeys(place for fit in found for place in fit.of.instead))
+    return Named(", or ".join(map(_in_words, rows.values())), Class.NARROWER if narrower else Class.OTHER, places)
 
 
 def _in_words(alike: Sequence[Hypothesis]) -> str:

@@ -9,6 +9,7 @@ from stages.errors import UsageError, shown
 from stages.selftest.fault import Fault
 from stages.selftest.faults import FAULTS
 from stages.selftest.options import SelftestOptions
+from stages.selftest.profiles import PROFILES
 from stages.selftest.recordings import RECORDINGS
 from stages.selftest.rows import ROWS, Rows
 from stages.selftest.run import selftest
@@ -27,9 +28,9 @@ def options(backend: str, names: Sequence[str] | None, *, quick: bool, clean: in
     chosen = tuple(SIDES) if backend == "both" else (backend,)
     count = (_CLEAN_QUICK if quick else _CLEAN) if clean is None else clean
     recordings = tuple(RECORDINGS) if names is None else ()
-    uses = tuple(USES) if names is None else ()
+    uses, profiles = (tuple(USES), tuple(PROFILES)) if names is None else ((), ())
     faults, rows = _chosen(names)
-    return SelftestOptions(faults, chosen, quick, recordings, uses, tuple(rows), count, seed)
+    return SelftestOptions(faults, chosen, quick, recordings, uses, tuple(rows), profiles, count, seed)
 
 
 def listed(names: Sequence[str] | None) -> dict[str, Any]:

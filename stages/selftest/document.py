@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from stages.selftest.faults import FAULTS, group_of
+from stages.selftest.profiles import reached, tallies
 from stages.selftest.rows import ROWS
 
 if TYPE_CHECKING:
@@ -22,8 +23,14 @@ def document(
     seconds: float,
     recorded: Sequence[Mapping[str, Any]] = (),
     used: Sequence[Mapping[str, Any]] = (),
+    profiled: Sequence[Mapping[str, Any]] = (),
+    under: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """The whole document; `passed` when enough faults are named and no clean run or right recording raised an alarm."""
+    """The whole document; `passed` when enough faults are named and no clean run or right recording raised an alarm.
+
+    `profiled` are faults, and `under` right runs, judged under profiles.
+    """
+    profiles = tallies(profiled, under)
     unseen, faults = [r for r in faults if r.get("unseen")], [r for r in faults if not r.get("unseen")]
     misnamed = sum(row.get("misnamed", False) for row in faults)
     alarms = [row for row in clean if row["outcome"] != "agree"]
@@ -39,6 +46,7 @@ def document(
         and named >= LEAST_NAMED * len(faults)
         and sound == twins == len(recorded)
         and agreeing == other == len(used)
+        and all(map(reached, profiles))
         and bool(faults or clean or recorded or used),
         "backends": list(options.backends),
         "quick": options.quick,
@@ -63,6 +71,9 @@ def document(
         "clean": list(clean),
         "recorded": list(recorded),
         "used": list(used),
+        "profiles": profiles,
+        "profiled": list(profiled),
+        "profiled_clean": list(under),
         "seconds": round(seconds, 1),
     }
 

@@ -18,6 +18,7 @@ class SelftestOptions:
     recordings: tuple[str, ...] = ()
     uses: tuple[str, ...] = ()
     rows: tuple[str, ...] = ()  # kinds of recipes whose rows are planted (rows.py)
+    profiles: tuple[str, ...] = ()  # recordings under which forward faults are planted again (profiles.py)
     clean: int = 40
     seed: int = 0
     scale: float = 1.0

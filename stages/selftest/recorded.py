@@ -45,10 +45,10 @@ def audited(number: int, made: Made, work: Path) -> dict[str, Any]:
     """What auditing a recording and its twin says, as a row of the document; the run's folders are removed."""
     recording, of, backend = made
     specimen, model = recording.specimen(of), work / f"model-{number}"
-    arrays = _arrays(work / backend / f"recording-{number}")
+    arrays = arrays_of(work / backend / f"recording-{number}")
     written = recording.write(arrays, specimen)
     file = work / f"recording-{number}.safetensors"
-    found = [_audit(file, part, model, specimen.token_ids()) for part in (written, recording.spoil(written))]
+    found = [audit_arrays(file, part, model, specimen.token_ids()) for part in (written, recording.spoil(written))]
     for folder in (model, work / backend / f"recording-{number}"):
         shutil.rmtree(folder)
     right, twin = found
@@ -72,7 +72,7 @@ def audited(number: int, made: Made, work: Path) -> dict[str, Any]:
     }
 
 
-def _arrays(folder: Path) -> dict[str, np.ndarray]:
+def arrays_of(folder: Path) -> dict[str, np.ndarray]:
     side = ForwardSide(folder)
     try:
         return {key: side.read(place) for place, key in side.places.items()}
@@ -80,7 +80,7 @@ def _arrays(folder: Path) -> dict[str, np.ndarray]:
         side.close()
 
 
-def _audit(file: Path, arrays: Mapping[str, np.ndarray], model: Path, tokens: Sequence[int]) -> Mapping[str, Any]:
+def audit_arrays(file: Path, arrays: Mapping[str, np.ndarray], model: Path, tokens: Sequence[int]) -> Mapping[str, Any]:
     write_tensors(file, {key: np.ascontiguousarray(array) for key, array in arrays.items()})
     try:
         return audit(file, model=str(model), tokens=",".join(map(str, tokens)), top=0, rerun=False)

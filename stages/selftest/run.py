@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import multiprocessing
 import shutil
@@ -26,10 +27,11 @@ from stages.judge.diff import DiffCommand, diff_any
 from stages.oracle.components import ReferenceBackend
 from stages.progress import Progress
 from stages.run.children import ChildResult, document_of, run_child
-from stages.selftest import rows, uses
+from stages.selftest import profiles, rows, uses
 from stages.selftest.child import SelftestJob
 from stages.selftest.clean import Sample, samples
 from stages.selftest.document import document
+from stages.selftest.engines import ENGINES
 from stages.selftest.options import SelftestOptions
 from stages.selftest.recorded import plan_recordings, rows_of, runs_of
 from stages.selftest.specimens import SPECIMENS, Specimen
@@ -59,8 +61,12 @@ def selftest(options: SelftestOptions, progress: Progress, judge: Judge = compar
         faults, right = _planted(options, trials, work, judge, progress) if trials or options.rows else ([], [])
         recorded = _recorded(options, work, progress) if options.recordings else []
         used = _used(options, work, progress) if options.uses else []
-        clean = [*right, *_clean(samples(options.clean, options.seed), work, judge, progress)]
-    return document(options, faults, clean, time.monotonic() - started, recorded, used)
+        with _pool() as pool:
+            profiled, asked = _profiled(options, work, pool, progress) if options.profiles else ([], [])
+            also = functools.partial(_also, options, pool, asked)
+            clean = [*right, *_clean(samples(options.clean, options.seed), work, judge, progress, also)]
+            under = [row for future in asked for row in future.result()]
+    return document(options, faults, clean, time.monotonic() - started, recorded, used, profiled, under)
 
 
 # -- planted faults -----------------------------------------------------------------------------------------------
@@ -185,6 +191,74 @@ def _recorded(options: SelftestOptions, work: Path, progress: Progress) -> list[
         return [*rows_of(made, work, progress, lambda folder, side: _await(folder, futures[side]))]
 
 
+# -- profiles -----------------------------------------------------------------------------------------------------
+
+Rows = list[dict[str, Any]]
+
+
+def _profiled(
+    options: SelftestOptions, work: Path, pool: ProcessPoolExecutor, progress: Progress
+) -> tuple[Rows, list[Future[Rows]]]:
+    """Faults under profiles, and the right runs of the same models, which are judged meanwhile."""
+    planted = profiles.plan_profiles(
+        options.faults, options.profiles, options.backends, quick=options.quick, seed=options.seed
+    )
+    trials, work = [one.trial for one in planted], work / "profiles"
+    names = list(dict.fromkeys(trial.specimen for trial in trials))
+    for name in names:
+        write_specimen(SPECIMENS[name], work / name, bundle=False)
+    jobs = {
+        side: [
+            *(_run(work, name, work / side / name) for name in names),
+            *(_planted_run(trial, number, work) for number, trial in enumerate(trials) if trial.backend == side),
+        ]
+        for side in options.backends
+    }
+    asked = []
+    with children(jobs, progress, _ONE_THREAD) as futures:
+        for number, one in enumerate(planted):
+            trial, folder = one.trial, _out(work, one.trial, number)
+            progress(f"planting {trial.fault.name}", number / len(planted))
+            right = work / trial.backend / trial.specimen
+            for each in (right, folder):
+                _await(each, futures[trial.backend])
+            given = (trial.fields(), one.profiles, work / trial.specimen, folder, right, work)
+            asked.append(pool.submit(profiles.planted_rows, *given))
+        found = []
+        for number, future in enumerate(asked):
+            progress("judging under profiles", number / len(asked))
+            found += future.result()
+    clean = [
+        _asked_clean(options, pool, SPECIMENS[name], work / name, [work / side / name for side in options.backends])
+        for name in names
+    ]
+    return found, clean
+
+
+def _also(
+    options: SelftestOptions,
+    pool: ProcessPoolExecutor,
+    asked: list[Future[Rows]],
+    sample: Sample,
+    model: Path,
+    folders: Sequence[Path],
+) -> Future[Rows] | None:
+    """A clean run, and those of engines, under every profile; None where it is not of that kind."""
+    if not options.profiles or sample.replay or not profiles.is_small(sample.specimen):
+        return None
+    asked.append(_asked_clean(options, pool, sample.specimen, model, folders))
+    return asked[-1]
+
+
+def _asked_clean(
+    options: SelftestOptions, pool: ProcessPoolExecutor, specimen: Specimen, model: Path, folders: Sequence[Path]
+) -> Future[Rows]:
+    engines = list(ENGINES)
+    if options.quick:  # each by turn
+        engines, folders = [engines[specimen.seed % len(engines)]], folders[:1]
+    return pool.submit(profiles.clean_rows, specimen, model, options.profiles, engines, folders, model.parent)
+
+
 # -- commands -----------------------------------------------------------------------------------------------------
 
 
@@ -203,7 +277,13 @@ def _used(options: SelftestOptions, work: Path, progress: Progress) -> list[dict
 # -- clean runs ---------------------------------------------------------------------------------------------------
 
 
-def _clean(todo: Sequence[Sample], work: Path, judge: Judge, progress: Progress) -> Iterator[dict[str, Any]]:
+def _clean(
+    todo: Sequence[Sample],
+    work: Path,
+    judge: Judge,
+    progress: Progress,
+    also: Callable[[Sample, Path, Sequence[Path]], Future[Rows] | None],
+) -> Iterator[dict[str, Any]]:
     for start in range(0, len(todo), _BATCH):
         batch = todo[start : start + _BATCH]
         jobs: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
@@ -214,15 +294,21 @@ def _clean(todo: Sequence[Sample], work: Path, judge: Judge, progress: Progress)
             for side in SIDES:
                 out = work / side / f"clean-{number}"
                 jobs[side].append(as_run(folder, sample.specimen, out, () if sample.replay else None))
+        waiting = []
         with children(jobs, progress) as futures:
             for number, sample in enumerate(batch, start):
                 progress(f"judging {sample.label}", number / len(todo))
                 pair = [work / side / f"clean-{number}" for side in SIDES]
                 for folder, side in zip(pair, SIDES, strict=True):
                     _await(folder, futures[side])
+                model = work / f"clean-{number}"
                 yield _clean_row(sample, judge(*pair))
-                for folder in (*pair, work / f"clean-{number}"):
-                    shutil.rmtree(folder)
+                waiting.append((also(sample, model, pair), (*pair, model)))
+        for future, folders in waiting:
+            if future is not None:
+                future.result()
+            for folder in folders:
+                shutil.rmtree(folder)
 
 
 def _clean_row(sample: Sample, found: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,6 +30,7 @@ def digest(documents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "kinds": sorted(kinds.values(), key=lambda kind: order.index(kind["kind"])),
         "recordings": _tally(documents, "recorded", "recording", lambda row: row["twin"]["named"], "sound"),
         "uses": _tally(documents, "used", "use", lambda row: row["twin"]["outcome"] != "agree", "agree"),
+        "profiles": next((document["profiles"] for document in reversed(documents) if document.get("profiles")), []),
     }
 
 
@@ -76,6 +77,7 @@ def page(recorded: Mapping[str, Any]) -> str:
             *_table("fault", "what it is", *_MEASURED),
             *(_row(k["kind"], k["doc"], *_cells(k)) for k in kinds),
         ]
+    lines += ["", "## Profiles", "", _PROFILES, "", *_profiles(recorded["profiles"])]
     for title, words, part, right in (
         ("Right recordings", _RECORDINGS, "recordings", "sound"),
         ("Commands that compare two sides", _USES, "uses", "agree"),
@@ -105,6 +107,16 @@ _HOW = (
     "it, the row must be named; where none does, it must be found, and nothing may be said that it is not. Each right "
     "way of the catalogue, written so, is a clean comparison."
 )
+_PROFILES = (
+    "Every fault of a forward planted again, judged by `svf audit` from what one recording, a profile, keeps. "
+    "*claimed*: it changes a tensor that shows it, the first recorded one on a way from it on, by more than the floor "
+    "that this tensor's row prints, in RMS and relative to it. *found*, *span*, *stage*: of those claimed, how many "
+    "fail; fail at such a tensor; have the stage that was changed blamed, alone or as one of several equal ones, or "
+    "fail at it with none blamed. *hidden*: the same of those whose stage was not recorded. *misnamed*: others alone "
+    "are blamed. *floor*: the median over rows. Right runs are those of the backends and of "
+    "engines written apart: other orders of sums, online softmax, wide probabilities, a wide residual stream, norms "
+    "that round once, the scale in q, a decode token by token."
+)
 _RECORDINGS = (
     "Forwards of torch and JAX, Qwen3 and Qwen2, in float32, bfloat16 and float16, recorded as engines record them and "
     "judged by `svf audit` with nothing but model and tokens. The twin has one recorded stage off by 1/32, which must "
@@ -132,13 +144,38 @@ def _stages(names: Sequence[str], limit: int = 3) -> str:
     return ", ".join(f"`{name}`" for name in names[:limit]) + more
 
 
+def _profiles(tallies: Sequence[Mapping[str, Any]]) -> list[str]:
+    names = ("planted", "claimed", "found", "at_span", "named", "hidden", "misnamed", "floor", "clean", "false_alarms")
+    head = _table(
+        "profile", "what is recorded", "dtype", "planted", "claimed", "found", "span", "stage", "hidden", "misnamed",
+        "floor", "right runs", "false alarms",
+    )  # fmt: skip
+    rows = ({**t, "hidden": f"{t['hidden_named']} of {t['hidden']}"} for t in tallies)
+    return [*head, *(_row(t["profile"], t["doc"], t["dtype"], *(_number(t[name]) for name in names)) for t in rows)]
+
+
+def _number(value: float | str | None) -> str:
+    return "-" if value is None else f"{value:.2g}" if isinstance(value, float) else str(value)
+
+
 def counts(recorded: Mapping[str, Any]) -> str:
     return (
         f"{len(recorded['kinds'])} kinds of fault, planted {recorded['planted']} times, {recorded['rows']} of these as "
         f"rows of the catalogue: {recorded['found']} found, {recorded['named']} named, {recorded['misnamed']} called "
         f"what they are not. {recorded['clean_runs']} clean comparisons: {recorded['false_alarms']} "
         f"false alarms. {_share(recorded['recordings'])} right recordings, of {len(recorded['recordings'])} kinds, are "
-        f"sound; {_share(recorded['uses'])} right uses of commands agree."
+        f"sound; {_share(recorded['uses'])} right uses of commands agree. {_under(recorded['profiles'])}"
+    )
+
+
+def _under(tallies: Sequence[Mapping[str, Any]]) -> str:
+    """What profiles found, in a sentence."""
+    names = ("claimed", "found", "at_span", "clean", "false_alarms")
+    claimed, found, at_span, clean, alarms = (sum(tally[name] for tally in tallies) for name in names)
+    profiles = len({tally["profile"] for tally in tallies})
+    return (
+        f"Recorded in {profiles} ways as engines do: of {claimed} faults above the floor {found} found, {at_span} in "
+        f"the right span; {alarms} false alarms in {clean} audits of right runs."
     )
 
 

@@ -36,6 +36,16 @@ def selftest_document(document: Mapping[str, Any]) -> None:
             out.print(f"[red]false alarm[/]  {escape(_use(row, row))}", soft_wrap=True)
         if row["twin"]["outcome"] not in ("diverged", "refused"):
             out.print(f"[red]missed[/]  {escape(_use(row, row['twin']))}", soft_wrap=True)
+    for row in document["profiled_clean"]:
+        if row["outcome"] in ("faulty", "refused"):
+            out.print(f"[red]false alarm[/]  {escape(_under(row))}", soft_wrap=True)
+    for row in document["profiled"]:
+        if row["misnamed"] or (row["claimed"] and not row["at_span"]):
+            out.print(
+                f"[red]{'misnamed' if row['misnamed'] else 'missed'}[/]  {escape(_profiled(row))}", soft_wrap=True
+            )
+    if document["profiles"]:
+        out.print(_profiles(document["profiles"]))
     style, word = ("bold green", "PASSED") if document["passed"] else ("bold red", "FAILED")
     out.print(
         f"[{style}]{word}[/]  {document['named']} of {document['planted']} planted faults of {len(document['kinds'])} "
@@ -90,6 +100,29 @@ def _recording(row: Mapping[str, Any], said: Mapping[str, Any]) -> str:
 
 def _use(row: Mapping[str, Any], said: Mapping[str, Any]) -> str:
     return f"{row['use']}, {row['dtype']}: {said['outcome']}: {said['verdict']}"
+
+
+def _under(row: Mapping[str, Any]) -> str:
+    return (
+        f"profile '{row['profile']}', {row['engine']}, {row['family']}, {row['dtype']}, {row['manner']} weights, "
+        f"seed {row['seed']}, {row['tokens']} tokens: {row['verdict']}"
+    )
+
+
+def _profiled(row: Mapping[str, Any]) -> str:
+    place = "the model" if row["layer"] is None else f"layer {row['layer']}"
+    what = f"{row['verdict']} at {row['stage']} ({row['hint']})" if row["found"] else "not found"
+    return f"profile '{row['profile']}', {row['fault']} in {row['changed']} of {place}, {row['specimen']}: {what}"
+
+
+def _profiles(tallies: Sequence[Mapping[str, Any]]) -> Table:
+    table = _table("profile", "dtype", "claimed", "found", "in the span", "stage named", "floor", "right", "alarms")
+    for t in tallies:
+        counts = (f"{t[name]} of {t['claimed']}" for name in ("found", "at_span", "named"))
+        claimed = f"{t['claimed']} of {t['planted']}"
+        right = (str(t["clean"]), str(t["false_alarms"]))
+        table.add_row(t["profile"], t["dtype"], claimed, *counts, number(t["floor"]), *right)
+    return table
 
 
 def _table(*columns: str) -> Table:
