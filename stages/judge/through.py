@@ -10,6 +10,7 @@ import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,9 @@ from stages.judge.mix_ups import ALIKE
 from stages.judge.recorded_run import ForwardRun, Span, given, sources_of, weights_of
 from stages.judge.spans import computed, span_of, value_of, way_of
 from stages.oracle.bounds import RMS_THROUGH, U32
+from stages.oracle.rope import TABLES
 from stages.oracle.span import Value, Way, oracle_through
+from stages.oracle.spread import probabilities
 from stages.oracle.verdict import STAGES, Oracle, consult, judged_part, measure
 from stages.recipes.at import At
 from stages.recipes.catalogue import LEFT_OUT, right_value, ways_of
@@ -35,6 +38,8 @@ from stages.spec.stage import Scope, Stage
 Arrays = Sequence[np.ndarray]
 # A stage's value of its inputs, or None where that function is not to be had.
 Function = Callable[[Arrays], np.ndarray | None]
+# A stage's value of its inputs and a number.
+Of = Callable[[Arrays, float], np.ndarray]
 # Seconds of this thread that are spent on one failing tensor, so that a busy machine names the same.
 _SECONDS = 20.0
 # Of hypotheses that explain a tensor, those are told that leave no more than so many times the least error.
@@ -43,8 +48,8 @@ _AS_GOOD = 1.15
 _MOST_PROVED, _MOST_TOLD = 12, 3
 # What is worth asking leaves so many times less error than the right function.
 _LESS = 1.5
-# A number that is fitted must exclude the right one by so many of its own standard deviations, and by 256 u.
-_SURE, _CLEAR = 6.0, 256 * U32
+# A number that is fitted must exclude the right one by so many of its own standard deviations, and by 8 u.
+_SURE, _CLEAR = 6.0, 8 * U32
 _STEPS = 4
 # Words that begin with the stage itself.
 _IT = "it "
@@ -113,7 +118,7 @@ class Search:
         self.weight = 1 / np.maximum(np.broadcast_to(typical, oracle.value.shape), floor)
         self.counts = max(int(np.count_nonzero(oracle.value)), 1)
         self.until = time.thread_time() + _SECONDS
-        self.params = functools.cache(self._params)
+        self.params, self.values = functools.cache(self._params), functools.cache(self._value)
 
     # -- where values come from: of other recordings than forwards, these are others --------------------------------
 
@@ -154,7 +159,13 @@ class Search:
         return None if found is None else judged_part(self.oracle.stage, found)
 
     def given(self, at: Place, changed: Mapping[Place, np.ndarray]) -> np.ndarray:
-        return changed[at] if at in changed else self.known(at).array.astype(np.float64)
+        return changed[at] if at in changed else self.values(at)
+
+    def _value(self, at: Place) -> np.ndarray:
+        """As recorded or computed; of scores also those that a right mask hides, and a wrong one may not."""
+        if at in self.span.hidden and self.stage(at).causal:
+            return self.right(at, [self.values(source) for source in self.sources(at)])
+        return self.known(at).array.astype(np.float64)
 
     def right(self, at: Place, inputs: Arrays) -> np.ndarray:
         stage = self.stage(at)
@@ -189,6 +200,21 @@ class Search:
             yield from self._functions([at], self._where(at), classes)
 
         yield from self._exchanged()
+        yield from self._windows()
+
+    def _windows(self) -> Iterator[Hypothesis]:
+        """A sliding window, as many keys wide as there are right rows before the first wrong one."""
+        rows = np.abs(self.case.got - self.oracle.value) > self.oracle.bound
+        wrong = np.flatnonzero(rows.reshape(len(rows), -1).any(axis=1))
+        places = [at for at in (self.span.acting, *self.places) if self.stage(at).noise is Noise.SOFTMAX]
+        if not len(wrong) or not wrong[0] or self.stage(self.span.acting).noise in (Noise.SOFTMAX, Noise.SCORES):
+            return
+        said = f"the mask shows the last {wrong[0]} keys alone: a window"
+        function = functools.partial(_in_window, int(wrong[0]))
+        if len(places) > 1:
+            yield Hypothesis("attn_softmax of every layer", said, Class.OTHER, dict.fromkeys(places, function))
+        for at in places:
+            yield Hypothesis(self._where(at), said, Class.OTHER, {at: function})
 
     def _exchanged(self) -> Iterator[Hypothesis]:
         """An elementwise stage after the recorded one, not before it."""
@@ -242,6 +268,9 @@ class Search:
                     said = f"the weights of layer {layer} in the place of layer {at[0]}'s"
                     params = parameters(stage, given(self.run), weights, layer, dtype)
                     yield Hypothesis(where, said, Class.OTHER, self._with_params(at, params))
+            if stage.noise is Noise.PRODUCT:
+                negated = [-param for param in self.params(at)]
+                yield Hypothesis(where, "its weights have the other sign", Class.OTHER, self._with_params(at, negated))
             for one, other in (*ALIKE, *(pair[::-1] for pair in ALIKE)):
                 if stage.params == (one,):
                     params = [weights.read(parameter_name(stage, other, at[0])).astype(dtype)]
@@ -253,7 +282,7 @@ class Search:
         return {at: lambda x: np.asarray(function(*x, *params, **options), np.float64)}
 
     def numbers(self) -> Iterator[Number]:
-        """A factor of each stage, the eps of each norm, and theta."""
+        """A factor of each stage, the eps of each norm, theta, and what RoPE, softmax and SiLU may be given."""
         places = (self.span.acting, *reversed(self.places))
         norms = [at for at in places if self.stage(at).noise is Noise.RMS_NORM]
         if len({at[0] for at in norms}) > 1:
@@ -261,13 +290,35 @@ class Search:
         tables = [at for at in places if at[1] == "inv_freq"]
         if tables:
             yield self._option(tables, "rope_theta", "RoPE", _THETAS)
+        yield from self._of_tables([at for at in places if at[1] in TABLES])
         for at in places:
             stage = self.stage(at)
             if at in norms:
                 yield self._option([at], "eps", self._where(at), _EPS)
-            if stage.inputs and not stage.by_vocab and stage.scope is not Scope.MODEL:
+            of_layer = stage.inputs and not stage.by_vocab and stage.scope is not Scope.MODEL
+            if of_layer or stage.name == "embedding":
                 of = functools.partial(self._times, at)
-                yield Number(self._where(at), "every value is {} times what it should be", of, (1.0,), 1.0)
+                yield Number(self._where(at), _FACTOR, of, (1.0,), 1.0)
+            for said, start, right, function in _INSIDE.get(
+                stage.function if stage.noise is Noise.EXACT else stage.noise, ()
+            ):
+                inside = functools.partial(_inside, at, function)
+                yield Number(self._where(at), said, inside, (start,), right)
+
+    def _of_tables(self, tables: Sequence[Place]) -> Iterator[Number]:
+        """A factor of cos and sin, together and alone, and of the angles."""
+        waves = [at for at in tables if at[1] in ("rope_cos", "rope_sin")]
+        for alike in (waves, *([at] for at in waves)) if len(waves) > 1 else (waves,):
+            if alike:
+                of = functools.partial(self._all_times, alike)
+                yield Number(" and ".join(map(forward_key, alike)), _FACTOR, of, (1.0,), 1.0)
+        for at in tables:
+            if at[1] == "rope_angle":
+                of = functools.partial(self._times, at)
+                yield Number(self._where(at), _FACTOR, of, _OF_ANGLES, 1.0)
+
+    def _all_times(self, places: Sequence[Place], factor: float) -> Mapping[Place, Function]:
+        return {at: function for place in places for at, function in self._times(place, factor).items()}
 
     def _times(self, at: Place, factor: float) -> Mapping[Place, Function]:
         return {at: lambda x: self.right(at, x) * factor}
@@ -356,7 +407,7 @@ class Search:
         return judged.verdict.passes and judged.squares <= RMS_THROUGH**2 * max(judged.count, 1)
 
     def _oracle(self, tried: Hypothesis) -> Oracle | None:
-        """The oracle of the tensor where some stages have another function; their noise is that of the right one."""
+        """The oracle of the tensor where some stages have another function; they err in proportion to their values."""
         changed: dict[Place, Value] = {}
 
         def value(at: Place) -> Value:
@@ -372,12 +423,63 @@ class Search:
                 array = tried.instead[at]([one.array.astype(np.float64) for one in inputs])
                 if array is None:
                     return None
-                changed[at] = replace(changed[at], array=array)
+                changed[at] = _with_array(changed[at], array)
         inputs = [value(at) for at in self.sources(self.span.acting)]
         if self.oracle.stage.by_vocab:
             inputs = [one.last(len(self.oracle.value)) for one in inputs]
         params = self.params(self.span.acting)
         return oracle_through(self.oracle.stage, inputs, params, self.oracle.options, self.way())
+
+
+def _in_window(width: int, inputs: Arrays) -> np.ndarray:
+    queries, keys = np.indices(inputs[0].shape[-2:])
+    return probabilities(np.where(keys > queries - width, inputs[0], -np.inf))
+
+
+def _sloped(inputs: Arrays, slope: float) -> np.ndarray:
+    return inputs[0] / (1 + np.exp(-slope * inputs[0]))
+
+
+def _scaled(inputs: Arrays, factor: float) -> np.ndarray:
+    return probabilities(inputs[0] * factor)
+
+
+def _with_more(inputs: Arrays, more: float) -> np.ndarray:
+    """Softmax whose sum of exponentials, the largest being 1, has `more` in it."""
+    p = probabilities(inputs[0])
+    largest = p.max(axis=-1, keepdims=True)
+    return p / (1 + more * largest)
+
+
+_FACTOR = "every value is {} times what it should be"
+_OF_ANGLES = (1.0, 0.5, 2.0, np.pi / 180, 180 / np.pi)
+# What a stage of a kind, or an exact function, may be given: in words, from which number it is sought, the right one,
+# and the function.
+_ADDED = ("what the block added is {} times what it should be", 1.0, 1.0, lambda x, factor: x[0] + factor * x[1])
+_INSIDE: Mapping[str, Sequence[tuple[str, float, float, Of]]] = MappingProxyType(
+    {
+        Noise.SILU: [("as if it were x sigmoid({} x)", 1.0, 1.0, _sloped)],
+        Noise.SOFTMAX: [
+            ("as if the sum of exponentials had {} more in it", 1e-2, 0.0, _with_more),
+            ("as if the scores were {} times what they should be", 1.0, 1.0, _scaled),
+        ],
+        "post_attn_residual": [_ADDED],
+        "post_ffn_residual": [_ADDED],
+    }
+)
+
+
+def _inside(at: Place, function: Of, x: float) -> Mapping[Place, Function]:
+    return {at: lambda inputs: function(inputs, x)}
+
+
+def _with_array(right: Value, array: np.ndarray) -> Value:
+    """Another value of a stage, which errs more where it is larger."""
+    sizes = [float(np.linalg.norm(np.where(np.isfinite(x), x, 0.0))) for x in (array, right.array)]
+    more = max(1.0, sizes[0] / sizes[1]) ** 2 if sizes[1] else 1.0
+    s = right.spread
+    of_log = None if s.of_log is None else s.of_log * more
+    return replace(right, array=array, spread=replace(s, own=s.own * more, of_log=of_log, added=s.added * more))
 
 
 def _constant(value: np.ndarray) -> Function:

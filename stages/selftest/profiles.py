@@ -168,20 +168,29 @@ def planted_rows(
     """
     of, file = str(fields["specimen"]), scratch / f"{wrong.parent.name}-{wrong.name}.safetensors"
     specimen, was, is_now = SPECIMENS[of], arrays_of(right), arrays_of(wrong)
-    changed = (fields["layer"], fields["expected_stage"])
+    changed = _changed(fields)
     rows = []
     for name in names:
         kept = PROFILES[name].recorded(is_now, specimen)
         said = audit_arrays(file, kept, model, specimen.token_ids())
-        shows = first_recorded(path_of(of), specimen.layers, kept, changed)
+        shows = set().union(*(first_recorded(path_of(of), specimen.layers, kept, place) for place in changed))
         rows.append({"profile": name, **fields, **judged(changed, said, shows, was, is_now)})
     shutil.rmtree(wrong)
     return rows
 
 
-def judged(place: Place, said: Mapping[str, Any], shows: set[Place], was: Arrays, is_now: Arrays) -> dict[str, Any]:
-    """Whether a fault at `place` is claimed, and what an audit says of it; it must show in one of `shows`."""
-    keys, changed = {forward_key(at) for at in shows}, forward_key(place)
+def _changed(fields: Mapping[str, Any]) -> list[Place]:
+    """The stage that a fault changes, or those that read the tensor that it changes."""
+    path = path_of(str(fields["specimen"]))
+    names = [s.name for s in path.values() if fields["changed"] in s.params] or [str(fields["changed"])]
+    return [(fields["layer"] if path[name].scope is Scope.LAYER else None, name) for name in names]
+
+
+def judged(
+    changed: Sequence[Place], said: Mapping[str, Any], shows: set[Place], was: Arrays, is_now: Arrays
+) -> dict[str, Any]:
+    """Whether a fault in one of the places `changed` is claimed, and what an audit says; it must show in `shows`."""
+    keys, right = {forward_key(at) for at in shows}, {forward_key(place) for place in changed}
     of_fault = [row for row in said.get("rows", ()) if row["key"] in keys]
     sizes = [(_moved(was[row["key"]], is_now[row["key"]]), _floor(row, is_now)) for row in of_fault]
     moved, floor = max(sizes, key=lambda size: size[0] / max(size[1], 1e-30), default=(0.0, np.inf))
@@ -190,15 +199,15 @@ def judged(place: Place, said: Mapping[str, Any], shows: set[Place], was: Arrays
     at_span, blamed = found and at in shows, culprit.get("blamed") or []
     return {
         "claimed": moved > floor,
-        "hidden": place not in shows,
+        "hidden": shows.isdisjoint(changed),
         "moved": _finite(moved),
         "span_floor": _finite(floor),
         "floor": _median_floor(said),
         "outcome": said["outcome"],
         "found": found,
         "at_span": at_span,
-        "named": at_span and (changed in blamed if blamed else at == place),
-        "misnamed": found and bool(blamed) and changed not in blamed,
+        "named": at_span and (not right.isdisjoint(blamed) if blamed else at in changed),
+        "misnamed": found and bool(blamed) and right.isdisjoint(blamed),
         "verdict": culprit["verdict"],
         "ratio": culprit["ratio"],
         "stage": culprit["stage"],

@@ -112,14 +112,14 @@ def test_the_span_and_the_stage_inside_are_named_or_not(
 ) -> None:
     was = {"layers.0.attention": np.ones(4)}
     wrong = {"layers.0.attention": np.full(4, 1.02)}
-    row = judged((0, "attn_scores"), said(**changed), {(0, "attention")}, was, wrong)
+    row = judged([(0, "attn_scores")], said(**changed), {(0, "attention")}, was, wrong)
     assert row["claimed"]
     assert (row["at_span"], row["named"], row["misnamed"]) == expected
 
 
 def test_what_changes_less_than_the_floor_is_not_claimed() -> None:
     was, wrong = ({"layers.0.attention": np.full(4, value)} for value in (1.0, 1.005))
-    row = judged((0, "attn_scores"), said(), {(0, "attention")}, was, wrong)
+    row = judged([(0, "attn_scores")], said(), {(0, "attention")}, was, wrong)
     assert (row["claimed"], row["found"]) == (False, True)
 
 
