@@ -170,6 +170,8 @@ def counts(recorded: Mapping[str, Any]) -> str:
 
 def _under(tallies: Sequence[Mapping[str, Any]]) -> str:
     """What profiles found, in a sentence."""
+    if not tallies:
+        return "No profile was recorded."
     names = ("claimed", "found", "at_span", "clean", "false_alarms")
     claimed, found, at_span, clean, alarms = (sum(tally[name] for tally in tallies) for name in names)
     profiles = len({tally["profile"] for tally in tallies})
