@@ -140,9 +140,9 @@ def _product(_x: Sequence[np.ndarray], s: Sequence[Spread], params: Sequence[np.
     return Spread(np.concatenate([scaled @ (w * w).T for w in weights], axis=-1).astype(np.float64) * top, s[0].row)
 
 
-def _angle(_x: Sequence[np.ndarray], s: Sequence[Spread], params: Sequence[np.ndarray], _setting: Setting) -> Spread:
+def _angle(x: Sequence[np.ndarray], s: Sequence[Spread], params: Sequence[np.ndarray], _setting: Setting) -> Spread:
     positions = params[0].astype(np.float64)[:, None]
-    return Spread(positions * positions * np.tile(np.asarray(s[0].own), 2))
+    return Spread(positions * positions * np.tile(np.broadcast_to(s[0].own, x[0].shape), 2))
 
 
 def _wave(_x: Sequence[np.ndarray], s: Sequence[Spread], _p: Sequence[np.ndarray], setting: Setting) -> Spread:
