@@ -56,10 +56,14 @@ class Form:
 
 @dataclass(frozen=True)
 class Values:
-    """What a stage's values are: the dtype that they are stored in, and the names of those that hold them all."""
+    """What a stage's values are: the dtype that they are stored in, and the names of those that hold them all.
+
+    Every dtype holds infinities and NaN: what has nothing else tells nothing.
+    """
 
     stored: np.dtype
     held: frozenset[str]
+    tells: bool
 
     def taken(self, run: np.dtype) -> np.dtype:
         """The dtype to judge them in, in a run of dtype `run`: that one if it holds them, else float32, else as is."""
@@ -133,7 +137,8 @@ class ForeignSide:
         if place not in self._values:
             array = self.raw(place)
             narrower = {d.name for d in (*_NARROW, _WIDE[0]) if array.dtype in _WIDE and _holds(d, array)}
-            self._values[place] = Values(array.dtype, frozenset({array.dtype.name} | narrower))
+            tells = bool(np.isfinite(array).any())
+            self._values[place] = Values(array.dtype, frozenset({array.dtype.name} | narrower), tells)
         return self._values[place]
 
     def shape(self, place: Place) -> list[int]:
@@ -256,7 +261,7 @@ def _activations(side: ForeignSide, model: str) -> tuple[str, str]:
 
     A stage says what its values are, not what they were stored in: float32 may hold nothing but bfloat16.
     """
-    saying = [place for place in side.places if place[1] not in _SAY_NOTHING]
+    saying = [place for place in side.places if place[1] not in _SAY_NOTHING and side.values(place).tells]
     asked = [place for place in saying if place[1] not in _STREAM] or saying
     counts = Counter(name for place in asked for name in side.values(place).held)
     dtypes = [d.name for d in (*_NARROW, *_WIDE)]

@@ -198,6 +198,19 @@ def test_wide_logits_in_a_narrow_run_are_judged_as_stored(made: Path, tmp_path: 
     assert done.json["facts"]["dtype taken"] == f"every stored value is one of {dtype}"
 
 
+def test_what_holds_no_finite_number_says_nothing_of_the_dtype(made: Path, tmp_path: Path) -> None:
+    """Once most stages were taken as bfloat16, which holds NaN, and right float32 ones before them called wrong."""
+
+    def broken(t: Tensors) -> None:
+        after = [key for key in t if key in ("final_norm", "lm_head") or key.startswith(("layers.1.", "layers.2."))]
+        t["layers.0.post_ffn_residual"][3, 5] = np.nan
+        t.update({key: np.full_like(t[key], np.nan) for key in after})
+
+    done = recorded(made, tmp_path / "broken.safetensors", broken, "qwen3-float32")
+    assert done.json["facts"]["dtype"] == "float32"
+    assert blamed(done) == ("nonfinite", 0, "post_ffn_residual")
+
+
 @pytest.mark.parametrize("dtype", NARROW)
 def test_our_own_dump_may_hold_wide_logits(made: Path, tmp_path: Path, dtype: str) -> None:
     assert sound(svf("audit", changed(made, tmp_path / "x", lambda t: wide_logits(made, dtype, t), dtype), "--json"))
