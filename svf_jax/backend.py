@@ -17,7 +17,7 @@ from stages.spec import environment
 from stages.spec.backend import Production, Weights
 from stages.spec.config import ModelConfig, RawConfig
 from svf_jax.components import REPLAY_STAGES
-from svf_jax.decoder import FORWARD_STAGES
+from svf_jax.decoder import FORWARD_STAGES, FUSED
 from svf_jax.order import ORDERED
 from svf_jax.probe import flags
 from svf_jax.router import ROUTER_STAGES
@@ -68,6 +68,10 @@ class JaxBackend:
     @property
     def ordered(self) -> Mapping[str, Callable[..., Array]]:
         return ORDERED
+
+    @property
+    def fused(self) -> Mapping[str, Callable[..., Array]]:
+        return FUSED
 
     def widened(self) -> JaxBackend:
         return replace(self, x64=True)

@@ -152,7 +152,7 @@ def _audit_forward(run: ForwardRun, model: str | None, how: _How, progress: Repo
 
     def explain(row: Mapping[str, Any]) -> str | None:
         place = (row["layer"], row["stage"])
-        known = row["ratio"] is not None and row["tensor"] is None
+        known = row["ratio"] is not None and row["tensor"] is None and not row.get("proved")
         return explain_place(place, run, run.read(place)) if known else None
 
     facts = {**run.side.facts, **({"model": model} if model else {})}

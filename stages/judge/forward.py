@@ -206,6 +206,14 @@ def _readings(
     lossy = [name for name in flow if inputs[name].dtype.itemsize < dtype.itemsize]
     if lossy:
         yield f"right from {', '.join(lossy)} before it was stored in fewer bits", None
+    elif dtype.itemsize < 4 and any(_made_unseen(run, source) for source in sources_of(place, run).values()):
+        yield f"right from {', '.join(flow)} before it was rounded to {dtype.name}", None
+
+
+def _made_unseen(run: ForwardRun, source: Place) -> bool:
+    """Whether a recorded stage is of stages that were not recorded: its values before their rounding are not known."""
+    found = find(run, source)
+    return found is not None and any(name not in rope.TABLES for _, name in span_of(found, run).hidden)
 
 
 def _widest(dtypes: Sequence[np.dtype]) -> np.dtype:

@@ -8,6 +8,7 @@ else changes: other bits prove nothing.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,14 +21,18 @@ from stages.errors import SvfError
 from stages.files.forward_dump import Place, parse_key
 from stages.files.kinds import Recording, one_recording
 from stages.files.replay_recorded import open_side
-from stages.judge.forward import oracles_of
+from stages.judge.arithmetic import Arithmetic, Step, arithmetics, edited, program
+from stages.judge.forward import oracles_of, part
 from stages.judge.forward_pair import Named
 from stages.judge.opened import open_forward
 from stages.judge.recorded_run import ForwardRun, inputs_of
 from stages.judge.rows import Row
+from stages.judge.spans import span_of
+from stages.judge.through import Search
 from stages.oracle.verdict import Oracle, Verdict, canonical, consult, judged_part
 from stages.progress import Progress, Report
 from stages.recipes.orders import Asked
+from stages.recipes.recipe import Class
 from stages.run.calibration import facts_of
 from stages.run.children import document_of, run_child
 from stages.run.forward import Forwarder
@@ -48,7 +53,7 @@ Parts = Iterable[tuple[Oracle, np.ndarray]]
 class NativesRequest:
     """The rows of a recorded run that a backend's own functions are asked for, and the run as `svf audit` names it.
 
-    `backend` may be `ORDERS`, which asks the orders of summation.
+    `backend` may be `ORDERS`, which asks the orders of summation. `failing` are those of `keys` that failed.
     """
 
     job: ClassVar[str] = "natives"
@@ -56,6 +61,7 @@ class NativesRequest:
     path: Path
     backend: str
     keys: tuple[str, ...]
+    failing: tuple[str, ...] = ()
     model: str | None = None
     tokens: str | None = None
     tokens_file: Path | None = None
@@ -70,24 +76,32 @@ def ask(rows: Sequence[Row], asked: NativesRequest, progress: Report) -> None:
 
     A backend that is not installed, or cannot run them, is told in the rows' notes.
     """
-    everybody = (*SIDES, ORDERS)
+    everybody, known = (*SIDES, ORDERS), False
     for number, name in enumerate(everybody):
-        keys = tuple(row["key"] for row in rows if _open(row))
+        # Once a backend gives some of the tensors to the last byte, what it does not give is not another's.
+        asking = [row for row in rows if _open(row) and not (row.get("through") and (known or name == ORDERS))]
+        keys = tuple(row["key"] for row in asking)
         if not keys:
-            return
+            continue
         progress(f"asking {name} for the last bits", number / len(everybody))
         try:
-            request = NativesRequest(**{**vars(asked), "backend": name, "keys": keys})
+            failing = tuple(row["key"] for row in asking if not Verdict(row["verdict"]).passes)
+            request = NativesRequest(**{**vars(asked), "backend": name, "keys": keys, "failing": failing})
             document = document_of(name, run_child(request))
         except SvfError as error:
             document = {"stages": {}, "why": str(error)}
         for row in rows:
             if row["key"] in keys and _open(row):
                 _take(row, name, document)
+                known |= bool(row.get("through")) and not _open(row)
 
 
 def _open(row: Row) -> bool:
-    return row["verdict"] == Verdict.ROUNDING and not row.get("through") and row.get("bits") != row.get("elements")
+    if row.get("proved"):
+        return False
+    if row.get("through"):  # what fails there is asked too: with one thing changed, all bytes may be there
+        return row["verdict"] not in (Verdict.EXACT, Verdict.SHAPE, Verdict.NONFINITE)
+    return row["verdict"] == Verdict.ROUNDING and row.get("bits") != row.get("elements")
 
 
 def _take(row: Row, name: str, document: dict[str, Any]) -> None:
@@ -96,8 +110,13 @@ def _take(row: Row, name: str, document: dict[str, Any]) -> None:
     if found is None and (name in SIDES or "why" in document):
         said = f"{name} could not be asked: {document.get('why', 'its inputs were not recorded')}"
         row["note"] = "; ".join(filter(None, (row.get("note"), said)))
-    elif found is not None and found["bits"] > row["bits"]:
-        row |= {**found, "class": "equivalent"}
+    elif found is not None and "proved" in found:
+        row |= {"verdict": Verdict.BUG.value, "hint": found["proved"], "proved": True, "class": Class.OTHER.value}
+        row |= {"bits": row["elements"], "recipe": found["proved"]}
+    elif found is not None and found["bits"] > (row.get("bits") or 0):
+        passes = Verdict(row["verdict"]).passes
+        if passes or found["bits"] == row["elements"]:
+            row |= {**found, "class": Class.EQUIVALENT.value}
         if row["bits"] == row["elements"]:
             row["verdict"] = Verdict.EXACT.value
 
@@ -113,6 +132,8 @@ def natives(request: NativesRequest, load: Loader, progress: Progress) -> dict[s
             by = f"as {request.backend} {facts_of(backend).get(request.backend, '')} computes it on this machine"
             given = (_replayed if replayed else _forward)(request, backend, stack, progress)
             found = {key: {"bits": bits, "recipe": by} for key, bits in given if bits is not None}
+            if not replayed:
+                found |= _through(request, backend, stack, progress)
     return {"schema": "svf.natives/1", "stages": found}
 
 
@@ -150,12 +171,91 @@ def _forward(
 ) -> Iterator[tuple[str, int | None]]:
     forwarder = None
     for key, place, run in _places(request, stack, progress):
+        if span_of(place, run).hidden:
+            continue
         assert run.path is not None
         assert run.config is not None
         assert run.weights is not None
         forwarder = forwarder or Forwarder(backend, run.config, run.weights, dtype=run.path.activations)
         stage = run.path.at(place)
         yield key, _alike(stage, forwarder.isolate(stage.name, inputs_of(place, run), place[0]), run.read(place))
+
+
+def _through(
+    request: NativesRequest, backend: Backend, stack: ExitStack, progress: Progress
+) -> dict[str, dict[str, Any]]:
+    """Of what was judged through hidden stages: the bits that the best of the backend's ways gives, which is learned
+    where it is right; and a hypothesis with which it gives all of them."""
+    places = [one for one in _places(request, stack, progress) if span_of(one[1], one[2]).hidden]
+    ways = list(arithmetics(backend))
+    bits = [{key: _given(way, at, run) for key, at, run in places} for way in ways]
+    sizes = {key: run.read(at).size for key, at, run in places}
+    # The way of most tensors that are right to the last byte is the engine's, and is asked first where one is not.
+    order = sorted(range(len(ways)), key=lambda i: -sum(bits[i][key] == sizes[key] for key in sizes))
+    known = any(bits[i][key] == sizes[key] for i in order for key in sizes)
+    found: dict[str, dict[str, Any]] = {}
+    until = time.thread_time() + _SECONDS
+    for key, at, run in places:
+        most, best = max(((bits[i][key] or 0, -n) for n, i in enumerate(order)), default=(0, 0))
+        if most:
+            found[key] = {"bits": most, "recipe": ways[order[-best]].words}
+        # An engine whose way is not here gives other bytes where it is right: then what fails alone is worth asking.
+        worth = known or key in request.failing or len(places) == 1
+        if most < sizes[key] and worth and time.thread_time() < until:
+            progress(f"{request.backend}: what is wrong in {key}", 0.5)
+            proved = _proved([way for way in (ways[i] for i in order) if not way.whole], at, run, until)
+            if proved is not None:
+                found[key] = {"proved": proved}
+    return found
+
+
+# Seconds of this thread that are spent on hypotheses, and how many are tried after one that gives every byte, which
+# others may give too.
+_SECONDS, _AFTER = 20.0, 40
+
+
+def _proved(ways: Sequence[Arithmetic], at: Place, run: ForwardRun, until: float) -> str | None:
+    """The hypotheses with which one of the ways gives every byte, in words."""
+    observed = run.read(at)
+    columns, oracle = next(oracles_of(at, run, observed))
+    steps = program(at, run)
+    for way in ways:
+        way.start()
+        way.value(steps, run)
+    said: dict[str, list[str]] = {}
+    after = 0
+    with np.errstate(all="ignore"):
+        for hypothesis in Search(at, run, oracle, part(observed, columns), columns.start or 0).edited():
+            assert hypothesis.edits is not None
+            changed = edited(steps, hypothesis.edits)
+            for way in ways:
+                if _bits(way, changed, at, run) == observed.size:
+                    said.setdefault(way.words, []).append(hypothesis.words)
+            after += bool(said)
+            if time.thread_time() > until or after > _AFTER:
+                break
+    if not said:
+        return None
+    by, words = max(said.items(), key=lambda one: len(one[1]))
+    return f"{', or '.join(dict.fromkeys(words))}: then every byte is there, {by}"
+
+
+def _given(way: Arithmetic, at: Place, run: ForwardRun) -> int | None:
+    way.start()
+    return _bits(way, program(at, run), at, run)
+
+
+def _bits(way: Arithmetic, steps: Sequence[Step], at: Place, run: ForwardRun) -> int | None:
+    assert run.path is not None
+    observed = run.read(at)
+    try:
+        value = way.value(steps, run)
+    except (ValueError, TypeError, RuntimeError):  # a framework's, of operands whose shapes do not go together
+        return None
+    if value is None or value.dtype.itemsize > observed.dtype.itemsize:
+        return None
+    value = value[-len(observed) :] if value.ndim == observed.ndim else value
+    return _alike(run.path.at(at), value.astype(observed.dtype), observed)
 
 
 def _chunks(

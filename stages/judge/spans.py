@@ -129,9 +129,10 @@ def _recorded_value(run: ForwardRun, source: Place) -> Value | None:
     if found is None:
         return None
     array, dtype = run.read(found), stored_dtype(run.path.activations)
-    if not flows(run, source) or array.dtype.itemsize >= dtype.itemsize:
+    # A compiler may keep what it goes on with in more bits than what it stores.
+    if not flows(run, source) or (array.dtype.itemsize >= dtype.itemsize and dtype.itemsize == 4):
         return Value(array)
-    lost = exact_bound(array.astype(np.float64), array.dtype)
+    lost = exact_bound(array.astype(np.float64), min(array.dtype, dtype, key=lambda d: d.itemsize))
     return Value(array, Spread(lost * lost / 3), lost)
 
 

@@ -7,6 +7,7 @@ tried; of several that do so equally, all. Nothing is named that does not explai
 from __future__ import annotations
 
 import functools
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,7 +32,7 @@ from stages.recipes.elements import shortest
 from stages.recipes.recipe import Class
 from stages.run.forward import parameters
 from stages.spec.dtypes import stored_dtype
-from stages.spec.forward import parameter_name, stage_options
+from stages.spec.forward import RUN_PARAMS, parameter_name, stage_options
 from stages.spec.noise import Noise
 from stages.spec.stage import Scope, Stage
 
@@ -40,17 +41,25 @@ Arrays = Sequence[np.ndarray]
 Function = Callable[[Arrays], np.ndarray | None]
 # A stage's value of its inputs and a number.
 Of = Callable[[Arrays, float], np.ndarray]
-# Seconds of this thread that are spent on one failing tensor, so that a busy machine names the same.
+# Seconds of this thread that are spent on one group of hypotheses, so that a busy machine names the same.
 _SECONDS = 20.0
 # Of hypotheses that explain a tensor, those are told that leave no more than so many times the least error.
 _AS_GOOD = 1.15
 # The best so many are asked whether they explain all; more rows that do so equally than this are no name.
 _MOST_PROVED, _MOST_TOLD = 12, 3
+# An error of less than this, relative to the tensor, is more likely that of a number than of a function.
+_SMALL = 1e-2
 # What is worth asking leaves so many times less error than the right function.
 _LESS = 1.5
 # A number that is fitted must exclude the right one by so many of its own standard deviations, and by 8 u.
 _SURE, _CLEAR = 6.0, 8 * U32
 _STEPS = 4
+# A number is shown with the fewest digits that are as near as this, relative to it: it was computed with in float32.
+_SHOWN = 16 * U32
+# Axes of the sequence, how many of its first tokens are asked first, and bytes of params that are kept in float64.
+_BY_TOKEN, _FIRST, _MOST_WIDE = ("tokens", "queries", "keys"), 8, 1 << 26
+# Factors that are tried with a framework's own functions: those of three digits after the point, so many at most.
+_STEP, _MOST_STEPS = 1e-3, 40
 # Words that begin with the stage itself.
 _IT = "it "
 _LEFT_OUT = f"{_IT}were left out"
@@ -59,20 +68,38 @@ _THETAS = (1e4, 1e5, 5e5, 1e6, 5e6, 1e7)
 
 
 @dataclass(frozen=True)
+class Edit:
+    """A stage changed so that a framework's own function of it can be called: other options or params, or left out."""
+
+    options: Mapping[str, Any] | None = None
+    params: Arrays | None = None
+    copied: bool = False
+
+
+Edits = Mapping[Place, Edit]
+
+
+@dataclass(frozen=True)
 class Hypothesis:
-    """Another function in the place of some stages: where, in words, and what it is."""
+    """Another function in the place of some stages: where, in words, and what it is; as edits, where it is one."""
 
     where: str
     said: str
     kind: Class
     instead: Mapping[Place, Function]
+    edits: Edits | None = None
+
+    @property
+    def words(self) -> str:
+        return _in_words([self])
 
 
 @dataclass(frozen=True)
 class Number:
-    """A number that a hypothesis leaves open: `of` gives the hypothesis of one, from which of `starts` it is sought.
+    """A number that a hypothesis leaves open: `of` gives the functions of one, from which of `starts` it is sought.
 
-    `said` are its words, with `{}` for the number; `right` is the number of the model.
+    `said` are its words, with `{}` for the number; `right` is the number of the model. `edits` gives the edits of one.
+    `of_config`: it is one number of the config, for all layers.
     """
 
     where: str
@@ -80,6 +107,14 @@ class Number:
     of: Callable[[float], Mapping[Place, Function]]
     starts: Sequence[float]
     right: float
+    edits: Callable[[float], Edits] | None = None
+    of_config: bool = False
+
+    def hypothesis(self, x: float, shown: float | None = None) -> Hypothesis:
+        """The hypothesis that it is `x`."""
+        edits = None if self.edits is None else self.edits(x)
+        said = self.said.format(f"{x if shown is None else shown:.9g}")
+        return Hypothesis(self.where, said, Class.OTHER, self.of(x), edits)
 
 
 @dataclass(frozen=True)
@@ -116,9 +151,12 @@ class Search:
         # What is exactly known weighs no more than a unit of it: its error is the bound's to tell.
         floor = U32 * np.abs(oracle.value) + float(np.max(typical, initial=0.0)) * 1e-9 + np.finfo(np.float64).tiny
         self.weight = 1 / np.maximum(np.broadcast_to(typical, oracle.value.shape), floor)
-        self.counts = max(int(np.count_nonzero(oracle.value)), 1)
-        self.until = time.thread_time() + _SECONDS
+        self.until = 0.0
         self.params, self.values = functools.cache(self._params), functools.cache(self._value)
+        self.inputs_of, self.stage_of = functools.cache(self.sources), functools.cache(self.stage)
+        self.options_of = functools.cache(self.options)
+        # Tokens of which all is computed: a causal model's first ones need no later ones, and show most that is wrong.
+        self.tokens: int | None = None
 
     # -- where values come from: of other recordings than forwards, these are others --------------------------------
 
@@ -144,7 +182,7 @@ class Search:
         """The tensor's float64 value, had these stages another function; None where one is not to be had."""
         changed: dict[Place, np.ndarray] = {}
         for at in self.span.hidden:
-            sources = self.sources(at)
+            sources = self.inputs_of(at)
             if at not in instead and changed.keys().isdisjoint(sources):
                 continue
             value = instead.get(at, functools.partial(self.right, at))([self.given(s, changed) for s in sources])
@@ -152,7 +190,7 @@ class Search:
                 return None
             changed[at] = value
         acting = self.span.acting
-        inputs = [self.given(at, changed) for at in self.sources(acting)]
+        inputs = [self.given(at, changed) for at in self.inputs_of(acting)]
         if self.oracle.stage.by_vocab:
             inputs = [array[-len(self.oracle.value) :] for array in inputs]
         found = instead.get(acting, functools.partial(self.right, acting))(inputs)
@@ -163,15 +201,22 @@ class Search:
 
     def _value(self, at: Place) -> np.ndarray:
         """As recorded or computed; of scores also those that a right mask hides, and a wrong one may not."""
-        if at in self.span.hidden and self.stage(at).causal:
-            return self.right(at, [self.values(source) for source in self.sources(at)])
-        return self.known(at).array.astype(np.float64)
+        if at in self.span.hidden and self.stage_of(at).causal:
+            return self.right(at, [self.values(source) for source in self.inputs_of(at)])
+        return self._first(self.known(at).array, self.stage_of(at).shape).astype(np.float64, copy=False)
+
+    def _first(self, array: np.ndarray, shape: str) -> np.ndarray:
+        """As much of it as belongs to the tokens that are asked."""
+        if self.tokens is None:
+            return array
+        axes = shape.split()
+        return array[tuple(slice(self.tokens if axis in _BY_TOKEN else None) for axis in axes[: array.ndim])]
 
     def right(self, at: Place, inputs: Arrays) -> np.ndarray:
-        stage = self.stage(at)
+        stage = self.stage_of(at)
         if stage.identity:
             return inputs[0]
-        return np.asarray(STAGES[stage.function](*inputs, *self.params(at), **self.options(at)), np.float64)
+        return np.asarray(STAGES[stage.function](*inputs, *self.params(at), **self.options_of(at)), np.float64)
 
     def stage(self, at: Place) -> Stage:
         return self.oracle.stage if at == self.span.acting else self.path.at(at)
@@ -182,9 +227,16 @@ class Search:
     def _params(self, at: Place) -> Arrays:
         stage = self.stage(at)
         if at == self.span.acting:
-            return self.oracle.arguments[len(stage.inputs) :]
-        dtype = stored_dtype(self.path.activations)
-        return parameters(stage, given(self.run), weights_of(self.run), at[0], dtype)
+            found = self.oracle.arguments[len(stage.inputs) :]
+        else:
+            dtype = stored_dtype(self.path.activations)
+            found = tuple(parameters(stage, given(self.run), weights_of(self.run), at[0], dtype))
+        of_run = [name in RUN_PARAMS for name in stage.params]
+        wide = sum(array.nbytes for array in found) < _MOST_WIDE
+        return [
+            array[: self.tokens] if own else array.astype(np.float64) if wide else array
+            for array, own in zip(found, of_run, strict=True)
+        ]
 
     # -- what is tried --------------------------------------------------------------------------------------------
 
@@ -235,19 +287,28 @@ class Search:
     def _functions(self, places: Sequence[Place], where: str, classes: Sequence[Class]) -> Iterator[Hypothesis]:
         first = places[0]
         inputs = [self.given(at, {}) for at in self.sources(first)]
-        right = self.known(first).array if first != self.span.acting else self.oracle.value
+        right = self.given(first, {}) if first != self.span.acting else self._seen()[0]
         if self.stage(first).by_vocab or not inputs:
             return
         if inputs[0].shape == right.shape and Class.OTHER in classes:
-            yield Hypothesis(where, _LEFT_OUT, Class.OTHER, dict.fromkeys(places, lambda x: x[0]))
+            yield self._left_out(places, where)
         for way in ways_of(self._at(first, inputs), *classes):
             said = _LEFT_OUT if way.words in LEFT_OUT else way.words
             functions: dict[Place, Function] = {
                 at: functools.partial(self._way, way.words, way.kind, at) for at in places
             }
             if len(places) == 1:
-                functions = {first: _constant(way.value)}
+                functions = {first: self._known(way.value, functions[first])}
             yield Hypothesis(where, said, way.kind, functions)
+
+    def _known(self, value: np.ndarray, function: Function) -> Function:
+        """`function`, of which the value is known as long as as many tokens are asked."""
+        tokens = self.tokens
+        return lambda inputs: value if tokens == self.tokens else function(inputs)
+
+    def _left_out(self, places: Sequence[Place], where: str) -> Hypothesis:
+        copied = dict.fromkeys(places, Edit(copied=True))
+        return Hypothesis(where, _LEFT_OUT, Class.OTHER, dict.fromkeys(places, lambda x: x[0]), copied)
 
     def _at(self, at: Place, inputs: Arrays) -> At:
         oracle = consult(self.stage(at), (*inputs, *self.params(at)), self.options(at), self.oracle.lambdas)
@@ -267,19 +328,20 @@ class Search:
                 if 0 <= layer < self.config.num_hidden_layers:
                     said = f"the weights of layer {layer} in the place of layer {at[0]}'s"
                     params = parameters(stage, given(self.run), weights, layer, dtype)
-                    yield Hypothesis(where, said, Class.OTHER, self._with_params(at, params))
+                    yield self._with_params(at, where, said, params)
             if stage.noise is Noise.PRODUCT:
                 negated = [-param for param in self.params(at)]
-                yield Hypothesis(where, "its weights have the other sign", Class.OTHER, self._with_params(at, negated))
+                yield self._with_params(at, where, "its weights have the other sign", negated)
             for one, other in (*ALIKE, *(pair[::-1] for pair in ALIKE)):
                 if stage.params == (one,):
                     params = [weights.read(parameter_name(stage, other, at[0])).astype(dtype)]
                     said = f"{other} in the place of {one}"
-                    yield Hypothesis(where, said, Class.OTHER, self._with_params(at, params))
+                    yield self._with_params(at, where, said, params)
 
-    def _with_params(self, at: Place, params: Arrays) -> Mapping[Place, Function]:
+    def _with_params(self, at: Place, where: str, said: str, params: Arrays) -> Hypothesis:
         function, options = STAGES[self.stage(at).function], self.options(at)
-        return {at: lambda x: np.asarray(function(*x, *params, **options), np.float64)}
+        instead = {at: lambda x: np.asarray(function(*x, *params, **options), np.float64)}
+        return Hypothesis(where, said, Class.OTHER, instead, {at: Edit(params=params)})
 
     def numbers(self) -> Iterator[Number]:
         """A factor of each stage, the eps of each norm, theta, and what RoPE, softmax and SiLU may be given."""
@@ -298,7 +360,8 @@ class Search:
             of_layer = stage.inputs and not stage.by_vocab and stage.scope is not Scope.MODEL
             if of_layer or stage.name == "embedding":
                 of = functools.partial(self._times, at)
-                yield Number(self._where(at), _FACTOR, of, (1.0,), 1.0)
+                edits = functools.partial(self._rescaled, at) if stage.noise is Noise.SCORES else None
+                yield Number(self._where(at), _FACTOR, of, (1.0,), 1.0, edits)
             for said, start, right, function in _INSIDE.get(
                 stage.function if stage.noise is Noise.EXACT else stage.noise, ()
             ):
@@ -320,6 +383,9 @@ class Search:
     def _all_times(self, places: Sequence[Place], factor: float) -> Mapping[Place, Function]:
         return {at: function for place in places for at, function in self._times(place, factor).items()}
 
+    def _rescaled(self, at: Place, factor: float) -> Edits:
+        return {at: Edit(options={"scaling": float(self.options(at)["scaling"]) * factor})}
+
     def _times(self, at: Place, factor: float) -> Mapping[Place, Function]:
         return {at: lambda x: self.right(at, x) * factor}
 
@@ -333,26 +399,55 @@ class Search:
         def of(number: float) -> Mapping[Place, Function]:
             return {at: functools.partial(function, at, number) for at in places}
 
-        return Number(where, f"as if {name} were {{}}, not {own:g}", of, [x for x in starts if x != own], own)
+        def edits(number: float) -> Edits:
+            return dict.fromkeys(places, Edit(options={name: number}))
+
+        said = f"as if {name} were {{}}, not {own:g}"
+        of_config = len(places) > 1 or name == "rope_theta"
+        return Number(where, said, of, [x for x in starts if x != own], own, edits, of_config)
 
     # -- what explains --------------------------------------------------------------------------------------------
 
     def error(self, value: np.ndarray | None) -> float:
         """RMS of what is left, in standard deviations of right programs."""
-        if value is None or value.shape != self.case.got.shape or not np.isfinite(value).all():
+        got, weight = self._seen()
+        if value is None or value.shape != got.shape or not np.isfinite(value).all():
             return np.inf
-        return float(np.sqrt(np.sum(((self.case.got - value) * self.weight) ** 2) / self.counts))
+        return float(np.sqrt(np.sum(((got - value) * weight) ** 2) / max(np.count_nonzero(value), 1)))
+
+    def _seen(self) -> tuple[np.ndarray, np.ndarray]:
+        """What was recorded of the tokens that are asked, and its weight."""
+        got, weight = (self._first(array, self.oracle.stage.shape) for array in (self.case.got, self.weight))
+        return got, weight
 
     def named(self) -> Named | None:
         """What explains the tensor best, with all that explain it as well; the likelier kinds are asked first."""
-        self.before = self.error(self.oracle.value)
-        likely = (*self.functions(Class.OTHER), *self.other_weights())
-        for fits in (self._tried(likely), self._fitted(), self._tried(self.functions(Class.NARROWER))):
-            ranked = sorted(fits, key=lambda fit: fit.error)[:_MOST_PROVED]
+        layers = len({layer for layer, _ in self.places if layer is not None})
+        first = _FIRST if layers > 1 and len(self.run.tokens) == len(self.case.got) else None
+        groups: list[Callable[[], Iterator[Fit]]] = [
+            lambda: self._fitted(number for number in self.numbers() if number.of_config),
+            lambda: self._tried(itertools.chain(self.functions(Class.OTHER), self.other_weights())),
+            lambda: self._fitted(number for number in self.numbers() if not number.of_config),
+            lambda: self._tried(self.functions(Class.NARROWER)),
+        ]
+        if float(np.linalg.norm(self.case.got - self.oracle.value)) < _SMALL * float(np.linalg.norm(self.oracle.value)):
+            groups[1:3] = groups[2:0:-1]  # another number moves a tensor a little, another function a lot
+        for group in groups:
+            self.until = time.thread_time() + _SECONDS
+            self._ask(first)
+            self.before = self.error(self._first(self.oracle.value, self.oracle.stage.shape))
+            ranked = sorted(group(), key=lambda fit: fit.error)[:_MOST_PROVED]
+            self._ask(None)
             found = [fit for fit in ranked if self._explains(fit.of)]
             if found:
                 return _told([fit for fit in found if fit.error <= _AS_GOOD * found[0].error])
         return None
+
+    def _ask(self, tokens: int | None) -> None:
+        if tokens != self.tokens:
+            self.tokens = tokens
+            self.params.cache_clear()
+            self.values.cache_clear()
 
     def _tried(self, hypotheses: Iterable[Hypothesis]) -> Iterator[Fit]:
         for tried in hypotheses:
@@ -362,16 +457,42 @@ class Search:
             if error * _LESS <= self.before:
                 yield Fit(error, tried.said, tried)
 
-    def _fitted(self) -> Iterator[Fit]:
-        for number in self.numbers():
+    def _fitted(self, numbers: Iterable[Number]) -> Iterator[Fit]:
+        for number in numbers:
             if time.thread_time() > self.until:
                 return
             x, error, deviation = self._newton(number)
             off = abs(x - number.right)
             sure = off > _SURE * deviation * max(1.0, error) and off > _CLEAR * abs(number.right)
             if sure and error * _LESS <= self.before:
-                said = number.said.format(f"{shortest(x - 2 * deviation, x + 2 * deviation):.9g}")
-                yield Fit(error, number.said, Hypothesis(number.where, said, Class.OTHER, number.of(x)))
+                room = 2 * deviation * max(1.0, error) + _SHOWN * abs(x)
+                shown = shortest(x - room, x + room)
+                yield Fit(error, number.said, number.hypothesis(x, shown))
+
+    def edited(self) -> Iterator[Hypothesis]:
+        """What can be tried with a framework's own functions: constants of the config, weights, stages left out."""
+        for number in self.numbers():
+            if number.edits is not None:
+                yield from map(number.hypothesis, self._candidates(number))
+        yield from self.other_weights()
+        for at in self.places:
+            inputs = self.sources(at)
+            if inputs and self.given(inputs[0], {}).shape == value_of(self.run, at).array.shape:
+                yield self._left_out([at], self._where(at))
+
+    def _candidates(self, number: Number) -> Iterator[float]:
+        """Values of a number that programs have; of a factor, all of few digits about the likeliest."""
+        own = number.right
+        if number.starts != (own,):
+            yield from dict.fromkeys((own * 10, own / 10, *number.starts))
+            return
+        x, error, deviation = self._newton(number)
+        if error < np.inf:
+            # In 16 bits the errors of an attention are no normal ones, and its estimate is off by more.
+            room = max(8 * deviation, 3 * _STEP)
+            steps = np.arange(np.ceil((x - room) / _STEP), np.floor((x + room) / _STEP) + 1) * _STEP
+            near = (shortest(x - 2 * deviation, x + 2 * deviation), *steps[np.argsort(abs(steps - x))][:_MOST_STEPS])
+            yield from (factor for factor in dict.fromkeys(round(float(y), 9) for y in near) if factor != own)
 
     def _newton(self, number: Number) -> tuple[float, float, float]:
         """The number that leaves the least error, by Gauss and Newton; that error, and the number's deviation."""
@@ -381,11 +502,12 @@ class Search:
             here, there = self.value(number.of(x)), self.value(number.of(x + step))
             if here is None or there is None:
                 break
-            slope = (there - here) / step * self.weight
+            got, weight = self._seen()
+            slope = (there - here) / step * weight
             square = float(np.sum(slope * slope))
             if not 0 < square < np.inf:
                 break
-            move = float(np.sum((self.case.got - here) * self.weight * slope)) / square
+            move = float(np.sum((got - here) * weight * slope)) / square
             if not np.isfinite(move):
                 break
             x = max(x + move, 0.0)
@@ -480,10 +602,6 @@ def _with_array(right: Value, array: np.ndarray) -> Value:
     s = right.spread
     of_log = None if s.of_log is None else s.of_log * more
     return replace(right, array=array, spread=replace(s, own=s.own * more, of_log=of_log, added=s.added * more))
-
-
-def _constant(value: np.ndarray) -> Function:
-    return lambda _inputs: value
 
 
 def _told(found: Sequence[Fit]) -> Named | None:

@@ -179,6 +179,10 @@ class ReferenceBackend:
     def ordered(self) -> Mapping[str, Callable[..., np.ndarray]]:
         return {}  # in float64 no order of float32 sums applies
 
+    @property
+    def fused(self) -> Mapping[str, Callable[..., np.ndarray]]:
+        return {}
+
     def widened(self) -> ReferenceBackend:
         return self
 

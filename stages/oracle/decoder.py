@@ -371,7 +371,7 @@ def _normed(x: np.ndarray, eps: float) -> np.ndarray:
 
 
 def _linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
-    product = x.astype(np.float64) @ weight.astype(np.float64).T
+    product = x.astype(np.float64, copy=False) @ weight.astype(np.float64, copy=False).T
     return product if bias is None else product + bias.astype(np.float64)
 
 

@@ -79,6 +79,13 @@ class Backend(Protocol):
         `join`, `stack` and `scale` put the parts of a stage together.
         """
 
+    @property
+    def fused(self) -> Mapping[str, Callable[..., Any]]:
+        """What a framework computes in one call where a pipeline has several stages; empty where there is none such.
+
+        `attention(q_post_rope, k_post_rope, qkv_bias, *, scaling, heads, kv_heads, head_dim)` is the framework's own.
+        """
+
     def widened(self) -> Backend:
         """This backend, able to compute in float64: to call `wide` with."""
 
@@ -116,7 +123,7 @@ class Delegate:
     def __init__(self, inside: Backend):
         self.inside, self.name = inside, inside.name
         self.replay, self.forward, self.router = inside.replay, inside.forward, inside.router
-        self.wide, self.ordered, self.svd = inside.wide, inside.ordered, inside.svd
+        self.wide, self.ordered, self.fused, self.svd = inside.wide, inside.ordered, inside.fused, inside.svd
 
     def widened(self) -> Backend:
         return self.inside.widened()
