@@ -47,7 +47,7 @@ _SECONDS = 20.0
 _AS_GOOD = 1.15
 # The best so many are asked whether they explain all; more rows that do so equally than this are no name.
 _MOST_PROVED, _MOST_TOLD = 12, 3
-# An error of less than this, relative to the tensor, is more likely that of a number than of a function.
+# Through several layers an error of less than this, relative to the tensor, is likelier a number's than a function's.
 _SMALL = 1e-2
 # What is worth asking leaves so many times less error than the right function.
 _LESS = 1.5
@@ -430,7 +430,8 @@ class Search:
             lambda: self._fitted(number for number in self.numbers() if not number.of_config),
             lambda: self._tried(self.functions(Class.NARROWER)),
         ]
-        if float(np.linalg.norm(self.case.got - self.oracle.value)) < _SMALL * float(np.linalg.norm(self.oracle.value)):
+        error, size = (float(np.linalg.norm(x)) for x in (self.case.got - self.oracle.value, self.oracle.value))
+        if layers > 1 and error < _SMALL * size:
             groups[1:3] = groups[2:0:-1]  # another number moves a tensor a little, another function a lot
         for group in groups:
             self.until = time.thread_time() + _SECONDS
