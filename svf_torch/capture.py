@@ -169,6 +169,7 @@ class _Taking:
         self._tokens, self._before = to_numpy(ids).astype(np.int64), before
         self._real = _real(kwargs.get("attention_mask"), self._tokens.shape, before)
         self.record.facts |= self._facts(cache, ids.device)
+        self._check_autocast()
 
     def _end(self, _module: nn.Module, _args: Any, kwargs: Mapping[str, Any], out: Any) -> None:
         if self.record.facts["cache"] == "none" and getattr(out, "past_key_values", None) is not None:
@@ -183,6 +184,15 @@ class _Taking:
         }
         self.seen.clear()
         self.record.calls.append(Call(self._tokens, self._real, self._before, arrays))
+
+    def _check_autocast(self) -> None:
+        """`InputError` where some operations cast weights and others do not: no bound is declared for that."""
+        narrow, weights = (self.record.facts[name] for name in ("autocast", "weights"))
+        if narrow not in ("none", weights):
+            raise InputError(
+                f"autocast computes products in {narrow} and the rest in {weights}; to judge a run, load the model in "
+                "one of them and leave autocast out"
+            )
 
     def _facts(self, cache: Any, device: torch.device) -> dict[str, str]:
         kind = device.type

@@ -215,6 +215,9 @@ def test_what_cannot_be_captured_is_refused(checkpoints: dict[str, Path], tmp_pa
         recorded.audit()
     with pytest.raises(InputError, match="without input_ids"), svf.capture(model):
         model(inputs_embeds=torch.zeros(1, 3, model.config.hidden_size))
+    narrow = torch.autocast("cpu", dtype=torch.bfloat16)
+    with pytest.raises(InputError, match="autocast computes products in bfloat16"), narrow, svf.capture(model):
+        model(torch.tensor([TOKENS]))
     cache = model(torch.tensor([TOKENS])).past_key_values
     with pytest.raises(InputError, match="begin the capture before the prefill"), svf.capture(model):
         model(torch.tensor([TOKENS[:1]]), past_key_values=cache)
