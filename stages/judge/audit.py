@@ -36,6 +36,7 @@ from stages.judge.forward import (
 )
 from stages.judge.forward_pair import Named
 from stages.judge.metrics import Difference
+from stages.judge.misrecorded import in_words as as_misrecorded
 from stages.judge.misrecorded import misrecorded, without
 from stages.judge.natives import NativesRequest, ask
 from stages.judge.opened import open_forward
@@ -165,16 +166,14 @@ def _audit_forward(run: ForwardRun, model: str | None, how: _How, progress: Repo
 
 def _without_mistakes(rows: list[Row], run: ForwardRun, top: int) -> ForwardRun:
     """The run without the stages that were recorded wrongly, which their rows say; the others judged again from it."""
-    failed = [(row["layer"], row["stage"]) for row in rows if Verdict(row["verdict"]).fails]
-    found = misrecorded(run, [place for place in failed if place in run.side.places])
+    found = misrecorded(run, (((row["layer"], row["stage"]), row["verdict"]) for row in rows))
     if not found:
         return run
     right = without(run, found)
     for number, row in enumerate(rows):
         place = (row["layer"], row["stage"])
         if place in found:
-            said = f"recorded as {row['key']}, {found[place]}; the model went on with the right value"
-            row |= {"verdict": Verdict.MISRECORDED.value, "hint": said}
+            row |= {"verdict": Verdict.MISRECORDED.value, "hint": as_misrecorded(row["key"], found[place])}
         elif place in right.side.places:
             rows[number] = _forward_row(place, right, top)
     return right

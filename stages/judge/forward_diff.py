@@ -19,6 +19,7 @@ from stages.judge.culprit import ORACLE, Piece, against_oracle, chosen_row, culp
 from stages.judge.forward import explain_place, judge_place, oracles_of, part, pieces_of, through_words, why_unjudged
 from stages.judge.forward_pair import Named, check_comparable, open_pair
 from stages.judge.metrics import Difference, same_bits
+from stages.judge.misrecorded import in_words, misrecorded, without
 from stages.judge.recorded_run import ForwardRun, about, order_of, promised
 from stages.judge.replay import holds_nan, row_verdict, same_bytes
 from stages.judge.rerun import recorded_of, resolve_suspects
@@ -80,6 +81,7 @@ def diff_forward(
             judged = {row["key"] for row in rows}
             lacks = {letter: [key for key in keys if key not in judged] for letter, keys in lacks.items()}
             rows.sort(key=lambda row: places.index((row["layer"], row["stage"])))
+        _blame_recordings(rows, a, b, top)
         for letter, run in (("a", a), ("b", b)) if rerun else ():
             resolve_suspects(rows, recorded_of(run, named.model), letter)
         progress("comparing adapted weights", 1.0)
@@ -105,6 +107,28 @@ def diff_forward(
             },
         )
         return {**document, "culprit_data": _culprit_data(document, a, b, adapted)}
+
+
+def _blame_recordings(rows: list[dict[str, Any]], a: ForwardRun, b: ForwardRun, top: int) -> None:
+    """Say which stages were recorded wrongly, and judge the others again as if these had not been recorded."""
+    runs = {"a": a, "b": b}
+    found = {
+        letter: misrecorded(run, ((_at(run, (row["layer"], row["stage"])), row[f"verdict_{letter}"]) for row in rows))
+        for letter, run in runs.items()
+    }
+    if not any(found.values()):
+        return
+    right_a, right_b = (without(run, found[letter]) for letter, run in runs.items())
+    for number, row in enumerate(rows):
+        place = (row["layer"], row["stage"])
+        said = {letter: found[letter].get(at) for letter, run in runs.items() if (at := _at(run, place)) is not None}
+        if any(said.values()):
+            row |= {"verdict": Verdict.MISRECORDED.value}
+            for letter, words in said.items():
+                if words is not None:
+                    row |= {f"verdict_{letter}": row["verdict"], f"hint_{letter}": in_words(row["key"], words)}
+        elif row["verdict_a"] is not None and row["verdict_b"] is not None:
+            rows[number] = _row(place, right_a, right_b, top)
 
 
 def _about(a: ForwardRun, b: ForwardRun, model: str | None) -> dict[str, Any]:

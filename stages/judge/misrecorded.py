@@ -21,9 +21,11 @@ from stages.files.tensorfile import sha256
 from stages.judge.forward import judge_place, oracles_of, part
 from stages.judge.recorded_run import ForwardRun, Recorded, sources_of
 from stages.judge.spans import span_of
-from stages.oracle.verdict import Oracle
+from stages.oracle.verdict import Oracle, Verdict
 from stages.spec.forward import recorded_shape
 
+# What another value under a stage's name is called before it is known.
+_FAR_OFF = (Verdict.BUG, Verdict.SHAPE)
 # Whole rows are looked for in sequences up to this long: the search is quadratic.
 _LONGEST = 4096
 # What right programs' values of one stage, in any dtype and through any layers, are not apart, relative.
@@ -92,18 +94,25 @@ class _Suspicion:
         return right
 
 
-def misrecorded(run: ForwardRun, failed: Iterable[Place]) -> dict[Place, str]:
-    """Of stages that failed, those that were recorded wrongly: what each holds, in words.
+def misrecorded(run: ForwardRun, judged: Iterable[tuple[Place | None, str | None]]) -> dict[Place, str]:
+    """Of judged stages, with their verdicts, those that were recorded wrongly: what each holds, in words.
 
     Nothing of a dump that a backend of ours wrote: it records what it hands on.
     """
     if run.path is None or run.config is None or _ours(run):
         return {}
-    asked = _Suspicion(run, list(failed))
-    for place in asked.failed:
-        if place not in asked.found and not asked.passes(place, {*asked.found}):
-            asked.found |= _blamed(place, asked)
+    failed = [place for place, verdict in judged if verdict in _FAR_OFF and place in run.side.places and place]
+    asked = _Suspicion(run, failed)
+    for place in failed:
+        if place in asked.found or (asked.found and asked.passes(place, {*asked.found})):
+            continue  # exchanged with an earlier one, or right but for one that was recorded wrongly
+        asked.found |= _blamed(place, asked)
     return asked.found
+
+
+def in_words(key: str, holds: str) -> str:
+    """What is said of a stage that was recorded wrongly."""
+    return f"recorded as {key}, {holds}; the model went on with the right value"
 
 
 def without(run: ForwardRun, hidden: Collection[Place]) -> ForwardRun:

@@ -65,6 +65,10 @@ def _before_its_norm(stages: Stages, _other: Stages) -> None:
     stages[L + "q_norm"] = stages[L + "qkv_matmul"][:, :64].reshape(stages[L + "q_norm"].shape).copy()
 
 
+def _of_another_shape(stages: Stages, _other: Stages) -> None:
+    stages[L + "ffn_norm"] = stages[L + "ffn_gate"]
+
+
 def _keys_first(stages: Stages, _other: Stages) -> None:
     q, k, v = np.split(stages[L + "qkv_matmul"], [64, 96], axis=1)
     stages[L + "qkv_matmul"] = np.concatenate((k, q, v), axis=1)
@@ -104,6 +108,7 @@ PLANTED: dict[str, tuple[Mistake, str, str]] = {
         put("final_norm", "layers.2.post_ffn_residual"), "final_norm", "what layers.2.post_ffn_residual should be"),
     "both norms exchanged": (swap(L + "attn_norm", L + "ffn_norm"), L + "attn_norm", f"what {L}ffn_norm should be"),
     "the branch, not the product": (put(L + "ffn_swigl", L + "ffn_up"), L + "ffn_swigl", f"what {L}ffn_up should be"),
+    "a member of another shape": (_of_another_shape, L + "ffn_norm", f"what {L}ffn_gate should be"),
     "a layer's output as the embedding": (
         put("embedding", "layers.0.post_ffn_residual"), "embedding", "what layers.0.post_ffn_residual should be"),
 }  # fmt: skip
@@ -132,6 +137,16 @@ def test_the_same_is_said_of_another_programs_file(captured: Path, tmp_path: Pat
     found = svf.audit(tmp_path / "port.safetensors", model=captured.parent / "model", tokens=tokens)
     assert found.culprit is not None
     assert (found.culprit["stage"], found.culprit["verdict"]) == ("ffn_gate", "misrecorded")
+
+
+def test_a_comparison_blames_the_recording_too(captured: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(captured / "0", tmp_path / "dump"))
+    change_dump(folder, lambda stages: PLANTED["overwritten by the residual's +="][0](stages, {}))
+    found = svf.diff(captured / "0", folder)
+    assert found.culprit is not None
+    assert (found.culprit["stage"], found.culprit["side"]) == ("attn_out", "b")
+    assert "the model went on with the right value" in found.culprit["hint"]
+    assert [row["key"] for row in found.rows if row["verdict"] not in ("exact", "rounding")] == [L + "attn_out"]
 
 
 def test_a_right_recording_has_none(captured: Path) -> None:
