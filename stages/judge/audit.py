@@ -25,6 +25,7 @@ from stages.judge.decomposition import SHOWN_BY, fault_of, in_words, not_known, 
 from stages.judge.explained import Explained, accept, accepted_words
 from stages.judge.forward import (
     explain_place,
+    explain_suspects,
     given_places,
     oracles_of,
     part,
@@ -145,6 +146,7 @@ def _audit_forward(run: ForwardRun, model: str | None, how: _How, progress: Repo
     for row in rows:
         if (row["layer"], row["stage"]) in given:
             row |= {"verdict": Verdict.GIVEN.value, "note": f"taken as given, {row['note']}"}
+    explain_suspects(rows, run)
     if how.rerun:
         resolve_suspects(rows, recorded_of(run, model))
     with ExitStack() as stack:
@@ -160,7 +162,8 @@ def _audit_forward(run: ForwardRun, model: str | None, how: _How, progress: Repo
     rows = how.settled(rows, progress)
     result = document(rows, run.side.label, facts, kind="forward", explain=explain, notes=run.notes)
     for culprit in result["culprits"]:
-        culprit["blamed"] = [forward_key(at) for at in run.blamed.get((culprit["layer"], culprit["stage"]), ())]
+        found = run.found.get((culprit["layer"], culprit["stage"]))
+        culprit["blamed"] = [] if found is None else [forward_key(at) for at in found.places]
     return {**result, "about": about(run, model), "culprit_data": _forward_data(result, run)}
 
 

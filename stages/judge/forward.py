@@ -28,12 +28,14 @@ from stages.judge.recorded_run import (
     sources_of,
     weights_of,
 )
+from stages.judge.rows import Row
 from stages.judge.spans import mixes_positions, span_of, value_of, values_of, way_of
 from stages.judge.through import Search
 from stages.oracle import rope
 from stages.oracle.span import LEAST_SEEN, floor, oracle_through
-from stages.oracle.verdict import Oracle, Verdict, consult, judge, judged_part
+from stages.oracle.verdict import Oracle, Verdict, consult, judge, judged_part, worst
 from stages.recipes.elements import explain_rows
+from stages.recipes.recipe import Class
 from stages.recipes.side import SideVerdict
 from stages.run.forward import oracles, parameters, vocabulary_plan
 from stages.spec.backend import Weights
@@ -362,6 +364,33 @@ def part(observed: np.ndarray, columns: slice) -> np.ndarray:
 
 def explain_place(place: Place, run: ForwardRun, observed: np.ndarray) -> str | None:
     """A hint at why a recorded stage failed; None when its error has no shape that is known."""
+    if place not in run.hints:
+        run.hints[place] = _explained(place, run, observed)
+    return run.hints[place]
+
+
+def explain_suspects(rows: Sequence[Row], run: ForwardRun, end: str = "") -> None:
+    """What was judged through hidden stages, of each stage the first that is suspect, in place: with a function that
+    explains it, it is a bug, or fewer bits. `end` is that of a side's fields."""
+    seen: set[str] = set()
+    for row in rows:
+        place = (row["layer"], row["stage"])
+        suspect = row.get(f"verdict{end}") == Verdict.SUSPECT and row["tensor"] is None
+        if not suspect or row["stage"] in seen or place not in run.side.places or through_words(place, run) is None:
+            continue
+        seen.add(row["stage"])
+        explain_place(place, run, run.read(place))
+        if place in run.found:
+            narrower = run.found[place].kind is Class.NARROWER
+            verdict = Verdict.PRECISION if narrower else Verdict.BUG
+            row[f"verdict{end}"] = verdict.value
+            if end:
+                row["verdict"] = worst(verdict, Verdict(row["verdict"])).value
+            if narrower:  # lost bits are told by the verdict itself
+                row[f"hint{end}"] = run.found[place].words
+
+
+def _explained(place: Place, run: ForwardRun, observed: np.ndarray) -> str | None:
     if why_unjudged(place, run) is not None:
         return None
     for columns, oracle in oracles_of(place, run, observed):
@@ -385,7 +414,7 @@ def _in_hidden(place: Place, run: ForwardRun, oracle: Oracle, observed: np.ndarr
         found = Search(place, run, oracle, observed, start).named()
     if found is None:
         return None
-    run.blamed[place] = found.places
+    run.found[place] = found
     return found.words
 
 

@@ -16,7 +16,16 @@ from stages.judge import stats
 from stages.judge.adapted import STAGE as ADAPTED
 from stages.judge.adapted import AdaptedPair, adaptation
 from stages.judge.culprit import ORACLE, Piece, against_oracle, chosen_row, culprit_data
-from stages.judge.forward import explain_place, judge_place, oracles_of, part, pieces_of, through_words, why_unjudged
+from stages.judge.forward import (
+    explain_place,
+    explain_suspects,
+    judge_place,
+    oracles_of,
+    part,
+    pieces_of,
+    through_words,
+    why_unjudged,
+)
 from stages.judge.forward_pair import Named, check_comparable, open_pair
 from stages.judge.metrics import Difference, same_bits
 from stages.judge.misrecorded import in_words, misrecorded, without
@@ -82,6 +91,8 @@ def diff_forward(
             lacks = {letter: [key for key in keys if key not in judged] for letter, keys in lacks.items()}
             rows.sort(key=lambda row: places.index((row["layer"], row["stage"])))
         _blame_recordings(rows, a, b, top)
+        for letter, run in (("a", a), ("b", b)):
+            explain_suspects(rows, run, f"_{letter}")
         for letter, run in (("a", a), ("b", b)) if rerun else ():
             resolve_suspects(rows, recorded_of(run, named.model), letter)
         progress("comparing adapted weights", 1.0)

@@ -126,7 +126,7 @@ def without(run: ForwardRun, hidden: Collection[Place]) -> ForwardRun:
 
 def _again(run: ForwardRun, side: Recorded) -> ForwardRun:
     """The run with another recording, of which nothing was judged yet."""
-    fresh: dict[str, Any] = {name: {} for name in ("floors", "makers", "readings", "spans", "values")}
+    fresh: dict[str, Any] = {name: {} for name in ("floors", "found", "hints", "makers", "readings", "spans", "values")}
     return dataclasses.replace(run, side=side, turned=dict(run.turned), **fresh)
 
 

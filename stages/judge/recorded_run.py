@@ -103,7 +103,8 @@ class ForwardRun:
     # What adapted weights may be off that another program adapted itself, by the calibrated and the rigorous bounds.
     doubts: tuple[Weights, ...] = ()
     floors: dict[Place, float] = field(default_factory=dict)  # of stages judged through others: what they can see
-    blamed: dict[Place, tuple[Place, ...]] = field(default_factory=dict)  # of failing ones: the stages that explain it
+    hints: dict[Place, str | None] = field(default_factory=dict)  # why a stage failed, as far as it was asked
+    found: dict[Place, Any] = field(default_factory=dict)  # of those judged through others: what explains it, `Named`
     spans: dict[Place, Span] = field(default_factory=dict)
     values: dict[Place, Value] = field(default_factory=dict)  # of hidden stages, as far as they are needed again
 

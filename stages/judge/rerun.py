@@ -77,11 +77,7 @@ class RerunResult:
 def resolve_suspects(rows: Sequence[Row], dump: Recorded, letter: str = "") -> None:
     """Settle the suspect rows of one side (`a`, `b`; of an audit, ``), in place; without a reason to, nothing runs."""
     end = f"_{letter}" if letter else ""
-    suspects = [row for row in rows if row.get(f"verdict{end}") == Verdict.SUSPECT]
-    for row in suspects:
-        if row.get("through"):
-            _add_hint(row, end, "not run again: its inputs were not recorded")
-    suspects = [row for row in suspects if not row.get("through")]
+    suspects = [row for row in rows if row.get(f"verdict{end}") == Verdict.SUSPECT and not row.get("through")]
     if not suspects:
         return
     if dump.why_not is not None:
