@@ -114,11 +114,14 @@ def _audit_table(rows: Sequence[Mapping[str, Any]], width: int) -> Table:
             "worst token": _whereabouts(furthest, "worst_token"),
             "worst column": _whereabouts(furthest, "worst_column"),
             "max |error|": number(_highest(group, "max_abs")),
+            "errors seen above": number(_highest(group, "floor")),
             "not correctly rounded": f"{different:,} of {count:,}" if count else "-",
             "of": str(len(group)),
         }
         for name, cell in cells.items():
             columns[name].cells.append(cell)
+    if not any(row.get("floor") for row in rows):  # nothing was judged through stages that were not recorded
+        del columns["errors seen above"]
     return _fitted(columns.values(), width)
 
 
@@ -133,6 +136,7 @@ _AUDIT_COLUMNS = {
     "worst token": (False, 5),
     "worst column": (False, 6),
     "max |error|": (False, 3),
+    "errors seen above": (False, 1),
     "not correctly rounded": (False, 8),
     "of": (False, 7),
 }
