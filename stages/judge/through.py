@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -606,11 +607,12 @@ def _with_array(right: Value, array: np.ndarray) -> Value:
 
 
 def _told(found: Sequence[Fit]) -> Named | None:
-    """Equal hypotheses in words: those of one row together, with all the places that it may be at."""
+    """Equal hypotheses in words: those of one row, and of about one number, with all the places that it may be at."""
     rows: dict[str, list[Hypothesis]] = {}
-    for fit in found:
-        rows.setdefault(fit.row, []).append(fit.of)
-    if len(rows) > _MOST_TOLD:
+    for fit in sorted(found, key=lambda fit: all(layer is None for layer, _ in fit.of.instead)):
+        about = re.sub(r"\d+\.\d+", lambda number: f"{float(number[0]):.4g}", fit.of.said)
+        rows.setdefault(about, []).append(fit.of)
+    if len({fit.row for fit in found}) > _MOST_TOLD:
         return None
     narrower = all(fit.of.kind is Class.NARROWER for fit in found)
     places = tuple(dict.fromkeys(place for fit in found for place in fit.of.instead))
