@@ -285,7 +285,8 @@ def _scores(
 ) -> np.ndarray:
     (q, k), heads = x, x[0].shape[1]
     product = np.abs(q.swapaxes(0, 1) @ for_heads(k, heads).swapaxes(1, 2))
-    (q, eq), (k, ek) = ((np.abs(a), e) for a, e in zip(x, errors, strict=True))
+    # q and k may be rounded once more, to be scaled.
+    (q, eq), (k, ek) = ((np.abs(a), e + unit * (np.abs(a) + e)) for a, e in zip(x, errors, strict=True))
     (q, eq), (k, ek) = (a.swapaxes(0, 1) for a in (q, eq)), (for_heads(a, heads).swapaxes(1, 2) for a in (k, ek))
     moved = eq @ k + (q + eq) @ ek
     return float(options["scaling"]) * (moved + unit * (product + moved))
@@ -303,9 +304,11 @@ def _softmax(x: Sequence[np.ndarray], errors: Errors, *_: Any) -> np.ndarray:
 
 
 def _weighted(
-    x: Sequence[np.ndarray], errors: Errors, _p: Sequence[np.ndarray], options: Options, _unit: float
+    x: Sequence[np.ndarray], errors: Errors, _p: Sequence[np.ndarray], options: Options, unit: float
 ) -> np.ndarray:
     (p, qkv), (ep, eqkv) = x, errors
+    if np.any(ep):  # not recorded: rounded before they are divided by their sum, perhaps, unless there is one key
+        ep = ep + unit * (p + ep) * (p.max(axis=-1, keepdims=True) < 1)
     v, ev = (for_heads(by_heads(np.abs(a), 2, options), len(p)) for a in (qkv, eqkv))
     moved = ep @ v + (p + ep) @ ev
     return moved.swapaxes(0, 1).reshape(moved.shape[1], -1)

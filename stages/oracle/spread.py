@@ -231,10 +231,15 @@ def _leading(row: np.ndarray) -> np.ndarray:
 
 
 def _softmax(x: Sequence[np.ndarray], s: Sequence[Spread], _p: Sequence[np.ndarray], _setting: Setting) -> Spread:
-    """log p moves by its score less the mean of all scores over p."""
+    """log p moves by its score, with what the score errs itself, less the mean of all scores over p.
+
+    Where a score errs by more than a little, p moves by exp of it, whose second moment is larger; by 1 at most.
+    """
     p = probabilities(x[0])
-    of_log = s[0].of_log if s[0].of_log is not None else s[0].variance(x[0])
-    of_log = np.where(p > 0, of_log, 0.0)
+    of_log = s[0].of_log + s[0].added if s[0].of_log is not None else s[0].variance(x[0])
+    far = np.minimum(of_log, 30.0)
+    of_log = np.maximum(of_log, np.expm1(2 * far) - 2 * np.expm1(far / 2))
+    of_log = np.where(p > 0, np.minimum(of_log, 1 / np.maximum(p * p, 1e-300)), 0.0)
     mean = np.sum(p * p * of_log, axis=-1, keepdims=True)
     return Spread(p * p * (of_log * np.maximum(1 - 2 * p, 0) + mean), of_log=of_log)
 

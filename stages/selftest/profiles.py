@@ -32,7 +32,7 @@ from stages.spec.sites import sites
 from stages.spec.stage import Pipeline, Scope
 
 Arrays = Mapping[str, np.ndarray]
-# What faults are planted in: the first two in float32, or the bfloat16 ones.
+# Of these, faults are planted and right runs are judged.
 DTYPES = ("float32", "bfloat16")
 # A fault of a size is planted as small as a full record shows it, and so many times larger: floors of spans are higher.
 LARGER = 64.0
