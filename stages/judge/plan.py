@@ -5,6 +5,7 @@ One forward of the first layers in float64, rounded as it would be stored, is as
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -189,9 +190,10 @@ def _hidden(place: Place, run: ForwardRun) -> list[Place]:
     return [at for at in span_of(place, run).hidden if at[1] not in TABLES and not run.path.at(at).identity]
 
 
-def _floor(place: Place, run: ForwardRun) -> float:
+def _floor(place: Place, run: ForwardRun, parts: int | None = None) -> float:
+    """The floor of a stage; of `parts` of the vocabulary alone, where it comes in parts."""
     found = Floor()
-    for _, oracle in oracles_of(place, run, run.read(place)):
+    for _, oracle in itertools.islice(oracles_of(place, run, run.read(place)), parts):
         found.add(oracle)
     return found.relative
 
@@ -210,11 +212,11 @@ def _shorter(forward: _Forward, chosen: Sequence[str], rows: Sequence[Mapping[st
     for row in rows:
         if row["through"] and _size(row) >= _size(bluntest.get(row["stage"], {})):
             bluntest[row["stage"]] = row
-    candidates = {name for row in bluntest.values() for name in _names(row["through"])}
+    candidates = {name for row in bluntest.values() for name in _candidates(row)}
     found: dict[str, list[dict[str, Any]]] = {}  # by what is recorded too
     for name in (name for name in forward.path if name in candidates):
         run = forward.run((*chosen, name))
-        shorter = [_shortened(name, row, run) for row in bluntest.values() if name in _names(row["through"])]
+        shorter = [_shortened(name, row, run) for row in bluntest.values() if name in _candidates(row)]
         found[name] = [one for one in shorter if max(one["floor"], one["own"]) < _WORTH * one["before"]]
     best: dict[str, dict[str, Any]] = {}
     for one in sorted((one for some in found.values() for one in some), key=_gain):
@@ -227,9 +229,13 @@ def _shorter(forward: _Forward, chosen: Sequence[str], rows: Sequence[Mapping[st
 
 
 def _shortened(name: str, row: Mapping[str, Any], run: ForwardRun) -> dict[str, Any]:
-    """A row's floor where `name` was recorded too, and the floor of that, which is then judged itself."""
-    floor = _floor((row["layer"], row["stage"]), run)
-    own = max(_floor(at, run) for at in run.side.places if at[1] == name and forward_key(at) in row["through"])
+    """A row's floor where `name` was recorded too, and the floor of that, which is then judged itself.
+
+    Of many layers the first and the last are asked, and of logits the first part: the others are much like these.
+    """
+    floor = _floor((row["layer"], row["stage"]), run, 1)
+    recorded = [at for at in run.side.places if at[1] == name and forward_key(at) in row["through"]]
+    own = max(_floor(at, run, 1) for at in {recorded[0], recorded[-1]})
     return {"key": row["key"], "stage": name, "before": _size(row), "floor": floor, "own": own}
 
 
@@ -238,9 +244,11 @@ def _gain(one: Mapping[str, Any]) -> float:
     return math.log(one["before"] / max(one["floor"], one["own"]))
 
 
-def _names(keys: Iterable[str]) -> set[str]:
-    """The stages of some keys, whatever their layers."""
-    return {key.rpartition(".")[2] for key in keys}
+def _candidates(row: Mapping[str, Any]) -> set[str]:
+    """The hidden stages of a row that may shorten its span: of one over several layers, what each layer has."""
+    places = [key.rpartition(".") for key in row["through"]]
+    layers = {layer for layer, _, _ in places if layer}
+    return {name for layer, _, name in places if layer or len(layers) < 2}
 
 
 def _size(row: Mapping[str, Any]) -> float:
