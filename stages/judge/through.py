@@ -579,7 +579,10 @@ _FACTOR = "every value is {} times what it should be"
 _OF_ANGLES = (1.0, 0.5, 2.0, np.pi / 180, 180 / np.pi)
 # What a stage of a kind, or an exact function, may be given: in words, from which number it is sought, the right one,
 # and the function.
-_ADDED = ("what the block added is {} times what it should be", 1.0, 1.0, lambda x, factor: x[0] + factor * x[1])
+_ADDED = (
+    ("what the block added is {} times what it should be", 1.0, 1.0, lambda x, factor: x[0] + factor * x[1]),
+    ("what it was added to is {} times what it should be", 1.0, 1.0, lambda x, factor: factor * x[0] + x[1]),
+)
 _INSIDE: Mapping[str, Sequence[tuple[str, float, float, Of]]] = MappingProxyType(
     {
         Noise.SILU: [("as if it were x sigmoid({} x)", 1.0, 1.0, _sloped)],
@@ -587,8 +590,8 @@ _INSIDE: Mapping[str, Sequence[tuple[str, float, float, Of]]] = MappingProxyType
             ("as if the sum of exponentials had {} more in it", 1e-2, 0.0, _with_more),
             ("as if the scores were {} times what they should be", 1.0, 1.0, _scaled),
         ],
-        "post_attn_residual": [_ADDED],
-        "post_ffn_residual": [_ADDED],
+        "post_attn_residual": _ADDED,
+        "post_ffn_residual": _ADDED,
     }
 )
 
