@@ -240,7 +240,7 @@ def _finite(number: float) -> float | None:
 
 
 def _median_floor(said: Mapping[str, Any]) -> float | None:
-    floors = [row["floor"] for row in said.get("rows", ()) if row.get("floor") is not None]
+    floors = [f for row in said.get("rows", ()) if (f := row.get("floor")) is not None and np.isfinite(f)]
     return statistics.median(floors) if floors else None
 
 
