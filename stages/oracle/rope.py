@@ -22,9 +22,9 @@ from stages.oracle.verdict import Oracle, Unsure, consult
 from stages.spec.config import ModelConfig
 from stages.spec.dtypes import stored_dtype
 from stages.spec.forward import stage_options
+from stages.spec.profiles import TABLES
 from stages.spec.stage import Pipeline, Stage
 
-TABLES = ("inv_freq", "rope_angle", "rope_cos", "rope_sin")
 TURNED = ("q_post_rope", "k_post_rope")
 # All that this module judges.
 STAGES = (*TABLES, *TURNED)

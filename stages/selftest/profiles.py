@@ -12,7 +12,7 @@ import dataclasses
 import shutil
 import statistics
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,11 @@ from stages.files.forward_dump import Place, forward_key
 from stages.selftest.engines import ENGINES
 from stages.selftest.fault import FORWARD, Fault
 from stages.selftest.recorded import arrays_of, audit_arrays
-from stages.selftest.recordings import TABLES
 from stages.selftest.specimens import SPECIMENS, Specimen
 from stages.selftest.trials import Trial, path_of, plan
 from stages.spec.forward import forward_pipeline, producers
-from stages.spec.noise import Noise
-from stages.spec.sites import sites
+from stages.spec.profiles import PROFILES as USUAL
+from stages.spec.profiles import Profile
 from stages.spec.stage import Pipeline, Scope
 
 Arrays = Mapping[str, np.ndarray]
@@ -43,56 +42,31 @@ _MOST_TOKENS, _MOST_HIDDEN = 64, 256
 
 
 @dataclass(frozen=True)
-class Profile:
-    """The stages that an engine records, as `of` picks them from a model's path.
+class Asked:
+    """How one recording is asked for.
 
     `found` is the share of claimed float32 faults that must be found in the right span. Of faults, one in `every` is
     judged under it: of long spans many stages are asked what is wrong.
     """
 
-    name: str
-    doc: str
-    of: Callable[[Pipeline], Iterable[str]]
+    profile: Profile
     found: float = 0.98
     every: int = 1
 
+    @property
+    def doc(self) -> str:
+        return self.profile.doc
+
     def recorded(self, arrays: Arrays, specimen: Specimen) -> dict[str, np.ndarray]:
         """What of a run it keeps, by key."""
-        kept = frozenset(self.of(forward_pipeline(specimen.config())))
+        kept = frozenset(self.profile.of(forward_pipeline(specimen.config())))
         return {key: array for key, array in arrays.items() if key.rpartition(".")[2] in kept}
 
 
-def _hooks(path: Pipeline) -> Iterable[str]:
-    return {site.stage for site in sites(path)}.difference(TABLES)
-
-
-def _fused(path: Pipeline) -> Iterable[str]:
-    """What kernels of a serving engine leave in memory: products but gate and up, attention, gated, residuals."""
-    products = [s.name for s in path.values() if s.noise is Noise.PRODUCT and s.name not in ("ffn_gate", "ffn_up")]
-    return [*products, "attention", "ffn_swigl", "post_attn_residual", "post_ffn_residual"]
-
-
-def _seed(path: Pipeline) -> Iterable[str]:
-    """`apr trace` on a GPU: all but tables, norms of heads, and the inside of attention."""
-    return [name for name in path if name not in (*TABLES, "q_norm", "k_norm", "attn_scores", "attn_softmax")]
-
-
-PROFILES: Mapping[str, Profile] = {
-    p.name: p
-    for p in (
-        Profile("all", "every stage", tuple, 0.99),
-        Profile("hooks", "what hooks on modules give with fused attention", _hooks),
-        Profile("engine", "what kernels of a serving engine leave in memory", _fused),
-        Profile("seed", "the stages of `apr trace` on a GPU", _seed),
-        Profile(
-            "hidden",
-            "the embedding, each layer's output, the final norm",
-            lambda _path: ("embedding", "post_ffn_residual", "final_norm"),
-            0.95,
-            every=2,
-        ),
-        Profile("logits", "the logits alone", lambda _path: ("lm_head",), 0.95, every=6),
-    )
+_MORE: Mapping[str, Mapping[str, Any]] = {"hidden": {"found": 0.95, "every": 2}, "logits": {"found": 0.95, "every": 6}}
+PROFILES: Mapping[str, Asked] = {
+    "all": Asked(Profile("all", "every stage", tuple), 0.99),
+    **{name: Asked(profile, **_MORE.get(name, {})) for name, profile in USUAL.items()},
 }
 
 

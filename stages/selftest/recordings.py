@@ -13,13 +13,13 @@ import numpy as np
 
 from stages.selftest.fault import Call, float32
 from stages.selftest.specimens import SPECIMENS, Specimen
+from stages.spec.profiles import TABLES
 
 Arrays = dict[str, np.ndarray]
 Way = Callable[[Call], np.ndarray]
 Writer = Callable[[Arrays, Specimen], Arrays]
 Rope = Callable[[Specimen], dict[str, Any]]  # a model's rope_parameters, but for the theta that all have
 
-TABLES = ("inv_freq", "rope_angle", "rope_cos", "rope_sin")
 # The specimens that every recording is made of: both families, and every dtype that activations may have.
 MADE_OF = ("qwen3", "qwen2", "qwen3-bf16", "qwen2-bf16", "qwen3-f16")
 # Layer and size of what is changed in a twin: far beyond every dtype's rounding, and no other power of two.
