@@ -166,11 +166,11 @@ named; 5, not everything could be judged; 3, a file or a key is not understood.
 ## The file
 
 One safetensors file, or a folder of them (`*.safetensors`; any split, no key twice). The keys are those of the table;
-`<n>` is the layer, from 0. Write the stages that you have. A recorded stage whose own inputs you did not record is
-taken as it is: it is `given`. When a stage between two recorded ones is missing, the later one is judged *through* it:
-the missing stage is computed in float64, and the bound allows for the error that a right program may have made in it.
-The row says which stages were missing, and which errors are too small to be seen. A stage that is too far from every
-recorded one is `unjudged`, and the outcome is `incomplete`. A key that is not in the table is refused by name.
+`<n>` is the layer, from 0. Write the stages that you have. A stage whose own inputs you did not record is judged
+*through* those that are missing, from the nearest recorded ones or from the tokens: they are computed in float64, and
+the bound allows for what right programs may differ by in them. The row says through which, and how small an error is
+not seen. Where that is half of the stage it is `unjudged`, and the outcome is `incomplete`. A key that is not in the
+table is refused by name.
 
 - **One sequence, token axis first**, in the order of the tokens; no batch axis (one of size 1 is dropped).
   `attn_scores` and `attn_softmax` are `heads queries keys`. The elements of `attn_scores` whose key comes after the

@@ -91,7 +91,7 @@ Natives = Annotated[
     bool,
     comparing(
         "--natives",
-        help="Ask PyTorch, JAX and orders of summation too, in a process each, for the last bits.",
+        help="Ask PyTorch, JAX and orders of summation for the last bits, a process each; hidden stages too.",
     ),
 ]
 Plan = Annotated[
