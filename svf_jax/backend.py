@@ -17,7 +17,8 @@ from stages.spec import environment
 from stages.spec.backend import Production, Weights
 from stages.spec.config import ModelConfig, RawConfig
 from svf_jax.components import REPLAY_STAGES
-from svf_jax.decoder import FORWARD_STAGES, FUSED
+from svf_jax.decoder import FORWARD_STAGES
+from svf_jax.fused import FUSED
 from svf_jax.order import ORDERED
 from svf_jax.probe import flags
 from svf_jax.router import ROUTER_STAGES

@@ -398,26 +398,6 @@ def _keys(qkv: Array, heads: int, kv_heads: int, head_dim: int) -> Array:
     return qkv[:, heads * head_dim : (heads + kv_heads) * head_dim].reshape(-1, kv_heads, head_dim)
 
 
-def fused_attention(
-    q: Float[Array, "queries heads head_dim"],
-    k: Float[Array, "keys kv_heads head_dim"],
-    qkv_bias: Float[Array, "keys qkv"],
-    *,
-    scaling: float,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-) -> Float[Array, "queries {heads}*{head_dim}"]:
-    """Scores, softmax and weighted values in one call: jax.nn.dot_product_attention."""
-    q, k, v = (x[None] for x in (q, k, _values(qkv_bias, heads, kv_heads, head_dim)))
-    out = jax.nn.dot_product_attention(q, k, v, is_causal=True, scale=scaling)
-    return out[0].reshape(out.shape[1], -1)
-
-
-# What the framework computes in one call where the pipeline has several stages.
-FUSED: Mapping[str, Callable[..., Array]] = {"attention": fused_attention}
-
-
 def _values(qkv: Array, heads: int, kv_heads: int, head_dim: int) -> Array:
     return qkv[:, (heads + kv_heads) * head_dim :].reshape(-1, kv_heads, head_dim)
 

@@ -18,7 +18,8 @@ from stages.spec import environment
 from stages.spec.backend import Production, Weights
 from stages.spec.config import ModelConfig, RawConfig
 from svf_torch.components import REPLAY_STAGES
-from svf_torch.decoder import FORWARD_STAGES, FUSED
+from svf_torch.decoder import FORWARD_STAGES
+from svf_torch.fused import FUSED
 from svf_torch.order import ORDERED
 from svf_torch.probe import flags, set_flag
 from svf_torch.router import ROUTER_STAGES

@@ -377,26 +377,6 @@ def _keys(qkv: Tensor, heads: int, kv_heads: int, head_dim: int) -> Tensor:
     return qkv[:, heads * head_dim : (heads + kv_heads) * head_dim].unflatten(-1, (kv_heads, head_dim))
 
 
-def fused_attention(
-    q: Float[Tensor, "queries heads head_dim"],
-    k: Float[Tensor, "keys kv_heads head_dim"],
-    qkv_bias: Float[Tensor, "keys qkv"],
-    *,
-    scaling: float,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-) -> Float[Tensor, "queries {heads}*{head_dim}"]:
-    """Scores, softmax and weighted values in one call, `transformers`' default: scaled_dot_product_attention."""
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, _values(qkv_bias, heads, kv_heads, head_dim)))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=heads != kv_heads)
-    return _joined(out[0])
-
-
-# What the framework computes in one call where the pipeline has several stages.
-FUSED: Mapping[str, Callable[..., Tensor]] = {"attention": fused_attention}
-
-
 def _values(qkv: Tensor, heads: int, kv_heads: int, head_dim: int) -> Tensor:
     return qkv[:, (heads + kv_heads) * head_dim :].unflatten(-1, (kv_heads, head_dim))
 

@@ -89,15 +89,18 @@ class RopeRun:
             return recorded
         first = recorded
         for tables in ([] if recorded else [self.own]) + ([] if self.tables_of_one else [self.model]):
-            for oracle in self._oracles(place, stage, tables):
+            for oracle in self._oracles(place, stage, tables, recorded=recorded is not None):
                 if measure(oracle, observed).verdict.passes:
                     return oracle
                 first = first or oracle
         assert first is not None
         return first
 
-    def _oracles(self, place: Place, stage: Stage, tables: Tables) -> Iterator[Oracle]:
-        """A stage from these tables, likeliest first: a narrow run may turn in float32, and keep cos and sin so too."""
+    def _oracles(self, place: Place, stage: Stage, tables: Tables, *, recorded: bool = False) -> Iterator[Oracle]:
+        """A stage from these tables, likeliest first: a narrow run may turn in float32, and keep cos and sin so too.
+
+        Of `recorded` tables a recipe says where it was rounded.
+        """
         if stage.name in TABLES:
             yield tables.oracle(stage)
             return
@@ -105,7 +108,8 @@ class RopeRun:
         assert x is not None
         yield tables.oracle(stage, x)
         if self.path["rope_cos"].dtype != "float32":
-            yield tables.oracle(stage, x.astype(np.float32))
+            if not recorded:
+                yield tables.oracle(stage, x.astype(np.float32))
             yield dataclasses.replace(tables, waves="float32").oracle(stage, x.astype(np.float32))
 
     def _turned_input(self, place: Place) -> np.ndarray | None:

@@ -74,7 +74,7 @@ def matmul_pre_norm(
     layout: str,
 ) -> Float[np.ndarray, "rows cols"]:
     """u_scaled @ V^T; V contracted as the layout says."""
-    return u_scaled.astype(np.float64) @ v_transposed(v, layout).astype(np.float64)
+    return u_scaled.astype(np.float64) @ _v_transposed(v, layout).astype(np.float64)
 
 
 @REPLAY_STAGES
@@ -111,8 +111,7 @@ def final_bf16(final_f32: Float[np.ndarray, "rows cols"]) -> Float[np.ndarray, "
     return final_f32.astype(np.float64)
 
 
-def v_transposed(v: np.ndarray, layout: str) -> np.ndarray:
-    """V^T `[rank, cols]` of a stored V."""
+def _v_transposed(v: np.ndarray, layout: str) -> np.ndarray:
     return v.T if LAYOUTS[layout].transposed else v
 
 
@@ -121,8 +120,8 @@ def v_transposed(v: np.ndarray, layout: str) -> np.ndarray:
 OPERANDS: Mapping[str, Callable[..., tuple[np.ndarray, ...]]] = MappingProxyType(
     {
         "normalization": lambda scaled_s, s: (s, scaled_s),
-        "matmul_pre_norm": lambda u_scaled, v, *, layout: (u_scaled, v_transposed(v, layout)),
-        "zero_source_f32": lambda u, s, v, *, layout: (u * s, v_transposed(v, layout)),
+        "matmul_pre_norm": lambda u_scaled, v, *, layout: (u_scaled, _v_transposed(v, layout)),
+        "zero_source_f32": lambda u, s, v, *, layout: (u * s, _v_transposed(v, layout)),
     }
 )
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from stages.oracle import spread
 from stages.oracle.bounds import RMS_THROUGH, U32, Lambdas, rounding_unit
-from stages.oracle.components import v_transposed
+from stages.oracle.components import _v_transposed
 from stages.oracle.spread import RECORDED, Setting, Spread, by_heads, for_heads
 from stages.oracle.verdict import OPERANDS, Oracle, consult
 from stages.spec.causal import up_to_query
@@ -340,7 +340,7 @@ def _columns(_x: Sequence[np.ndarray], errors: Errors, params: Sequence[np.ndarr
 def _contracted(
     x: Sequence[np.ndarray], errors: Errors, params: Sequence[np.ndarray], options: Options, unit: float
 ) -> np.ndarray:
-    return _product(x, errors, [v_transposed(params[0], options["layout"]).T], options, unit)
+    return _product(x, errors, [_v_transposed(params[0], options["layout"]).T], options, unit)
 
 
 def _oriented(

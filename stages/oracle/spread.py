@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from stages.oracle.bounds import BOUNDS, LAMBDA, RMS, U32, half_unit, rounding_unit
-from stages.oracle.components import v_transposed
+from stages.oracle.components import _v_transposed
 from stages.spec.causal import up_to_query
 from stages.spec.noise import Noise
 from stages.spec.stage import Stage
@@ -317,7 +317,7 @@ def _columns(_x: Sequence[np.ndarray], s: Sequence[Spread], params: Sequence[np.
 
 
 def _contracted(x: Sequence[np.ndarray], s: Sequence[Spread], params: Sequence[np.ndarray], setting: Setting) -> Spread:
-    return _product(x, s, [v_transposed(params[0], setting.options["layout"]).T], setting)
+    return _product(x, s, [_v_transposed(params[0], setting.options["layout"]).T], setting)
 
 
 def _oriented(_x: Sequence[np.ndarray], s: Sequence[Spread], _p: Sequence[np.ndarray], setting: Setting) -> Spread:

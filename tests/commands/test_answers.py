@@ -234,7 +234,7 @@ def limited(script: Path, limit: str, *words: object, **environment: str) -> sub
     return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("limit", ["-n 6", "-v 40000", "-v 60000", "-v 120000"])
+@pytest.mark.parametrize("limit", ["-n 6", "-v 45000", "-v 60000", "-v 120000"])
 def test_without_handles_or_memory_it_says_so(script: Path, made: Path, limit: str) -> None:
     """At 120 MB OpenBLAS ends the process, with exit code 1 and a line of its own."""
     done = limited(script, limit, "inspect", made / "components", "--json")

@@ -17,7 +17,7 @@ from stages.files.bundle import COMPONENTS_FILE, MANIFEST_FILE, Bundle, Componen
 from stages.files.tensorfile import write_tensors
 from stages.judge.audit import audit
 from stages.judge.diff import diff_recorded
-from stages.oracle.components import v_transposed
+from stages.oracle.components import _v_transposed
 from stages.run.replay import Replayer
 from stages.selftest.faults import FAULTS as FAULTS_BY_NAME
 from stages.selftest.planted import CompiledStages, Plant, PlantedBackend
@@ -165,7 +165,7 @@ Program = Callable[[Components, dict[str, Components]], np.ndarray]
 
 def right(c: Components, _others: Any = None, **wrong: Any) -> np.ndarray:
     """A replay's weight, in float32; `wrong` are steps done otherwise."""
-    z, v = wrong.get("z", c.offsets), wrong.get("v", v_transposed(c.v, c.entry.layout))
+    z, v = wrong.get("z", c.offsets), wrong.get("v", _v_transposed(c.v, c.entry.layout))
     scaled = wrong.get("scaled", c.s * (np.float32(1) + z))
     ratio = wrong.get("ratio", np.sum(c.s) / np.sum(scaled))
     weight: np.ndarray = (c.u() * scaled) @ v * np.float32(ratio)
