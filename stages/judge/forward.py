@@ -29,7 +29,7 @@ from stages.judge.recorded_run import (
     weights_of,
 )
 from stages.judge.rows import Row
-from stages.judge.spans import mixes_positions, span_of, value_of, values_of, way_of
+from stages.judge.spans import computed_between, mixes_positions, span_of, value_of, values_of, way_of
 from stages.judge.through import Search
 from stages.oracle import rope
 from stages.oracle.span import LEAST_SEEN, floor, oracle_through
@@ -84,7 +84,7 @@ def through_words(place: Place, run: ForwardRun) -> str | None:
     """What a stage is judged through, in words, and what it can see; None where its inputs were recorded, or follow
     from the config."""
     span = span_of(place, run)
-    hidden = [at for at in span.hidden if at[1] not in rope.TABLES and not run.path.at(at).identity] if run.path else []
+    hidden = computed_between(place, run)
     if not hidden:
         return None
     since = ", ".join(map(forward_key, span.recorded)) or "the tokens"
@@ -401,17 +401,17 @@ def _explained(place: Place, run: ForwardRun, observed: np.ndarray) -> str | Non
                 return cause
             others = functools.partial(of_what_it_does_not_read, place, run, oracle, columns)
             case = Case(oracle, shown, others, columns.start or 0)
-            named = _wrong_rows(run, oracle, shown) or _in_hidden(place, run, oracle, shown, columns.start or 0)
+            named = _wrong_rows(run, oracle, shown) or _in_hidden(place, run, oracle, shown)
             return named or explain(case)
     return None
 
 
-def _in_hidden(place: Place, run: ForwardRun, oracle: Oracle, observed: np.ndarray, start: int) -> str | None:
+def _in_hidden(place: Place, run: ForwardRun, oracle: Oracle, observed: np.ndarray) -> str | None:
     """What is wrong in a stage on the way, where some were not recorded."""
     if oracle.typical is None or observed.shape != oracle.value.shape:
         return None
     with np.errstate(all="ignore"):
-        found = Search(place, run, oracle, observed, start).named()
+        found = Search(place, run, oracle, observed).named()
     if found is None:
         return None
     run.found[place] = found

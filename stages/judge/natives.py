@@ -196,9 +196,10 @@ def _through(
     found: dict[str, dict[str, Any]] = {}
     until = time.thread_time() + _SECONDS
     for key, at, run in places:
-        most, best = max(((bits[i][key] or 0, -n) for n, i in enumerate(order)), default=(0, 0))
+        best = max(order, key=lambda i: bits[i][key] or 0)
+        most = bits[best][key] or 0
         if most:
-            found[key] = {"bits": most, "recipe": ways[order[-best]].words}
+            found[key] = {"bits": most, "recipe": ways[best].words}
         # An engine whose way is not here gives other bytes where it is right: then what fails alone is worth asking.
         worth = known or key in request.failing or len(places) == 1
         if most < sizes[key] and worth and time.thread_time() < until:
@@ -225,7 +226,7 @@ def _proved(ways: Sequence[Arithmetic], at: Place, run: ForwardRun, until: float
     said: dict[str, list[str]] = {}
     after = 0
     with np.errstate(all="ignore"):
-        for hypothesis in Search(at, run, oracle, part(observed, columns), columns.start or 0).edited():
+        for hypothesis in Search(at, run, oracle, part(observed, columns)).edited():
             assert hypothesis.edits is not None
             changed = edited(steps, hypothesis.edits)
             for way in ways:

@@ -22,14 +22,14 @@ from stages.files.tokens import check_tokens, token_ids
 from stages.judge.forward import oracles_of
 from stages.judge.forward_pair import Named
 from stages.judge.recorded_run import ForwardRun, order_of
-from stages.judge.spans import span_of
+from stages.judge.spans import computed_between, span_of
 from stages.judge.wording import number
 from stages.oracle.components import ReferenceBackend
 from stages.oracle.span import LEAST_SEEN, Floor
 from stages.progress import Report
 from stages.run.forward import Forwarder
 from stages.spec.forward import forward_pipeline
-from stages.spec.profiles import PROFILES, TABLES
+from stages.spec.profiles import PROFILES
 from stages.spec.selectors import resolve_layers, resolve_stages
 from stages.spec.stage import Pipeline, Scope
 
@@ -164,7 +164,7 @@ def _computed(
 def _row(place: Place, run: ForwardRun) -> dict[str, Any]:
     """From what a stage would be judged, and how small an error of it would be seen."""
     span = span_of(place, run)
-    hidden = _hidden(place, run)
+    hidden = computed_between(place, run)
     found = _floor(place, run)
     return {
         "key": forward_key(place),
@@ -182,12 +182,6 @@ def _not_computed(name: str, layers: Sequence[int], count: int) -> dict[str, Any
     note = f"{len(layers)} of {count} layers were computed; --layers all computes it"
     where: dict[str, Any] = {"key": name, "layer": None, "stage": name}
     return {**where, "verdict": NOT_COMPUTED, "from": [], "through": [], "floor": None, "note": note, "shorten": None}
-
-
-def _hidden(place: Place, run: ForwardRun) -> list[Place]:
-    """The stages on the way that do not follow from the config."""
-    assert run.path is not None
-    return [at for at in span_of(place, run).hidden if at[1] not in TABLES and not run.path.at(at).identity]
 
 
 def _floor(place: Place, run: ForwardRun, parts: int | None = None) -> float:

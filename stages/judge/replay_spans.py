@@ -158,7 +158,7 @@ class _Search(Search):
 
     def __init__(self, tensor: Replayed, chunk: Chunk, oracle: Oracle, observed: np.ndarray):
         self.tensor, self.chunk = tensor, chunk
-        self.begin(span_in(chunk, oracle.stage), oracle, observed, chunk.start)
+        self.begin(span_in(chunk, oracle.stage), oracle, observed)
 
     def sources(self, at: Place) -> list[Place]:
         return [(None, name) for name in REPLAY[at[1]].inputs]

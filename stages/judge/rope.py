@@ -18,6 +18,7 @@ from stages.oracle.bounds import Lambdas
 from stages.oracle.decoder import _keys, _queries
 from stages.oracle.rope import STAGES, TABLES, TURNED, Rounding, Table, Tables
 from stages.oracle.verdict import Oracle, measure
+from stages.recipes.rope import THETAS
 from stages.spec.config import ModelConfig
 from stages.spec.stage import Pipeline, Stage
 
@@ -28,8 +29,7 @@ _FURTHEST = 1 << 18
 _CHUNK = 1 << 14
 # Stages that no known cause explained, after which none is looked for any more: each costs dozens of oracles.
 _TRIES = 3
-# Thetas that models have, and factors of a scaling: of one that was not carried over.
-_THETAS = (1e4, 1e5, 5e5, 1e6, 5e6, 1e7)
+# Factors of a scaling that was not carried over.
 _FACTORS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 
 
@@ -355,7 +355,7 @@ def _other_configs(config: ModelConfig) -> Iterator[tuple[str, ModelConfig]]:
             dataclasses.replace(plain, rope_parameters=kept),
         )
         yield f"as if rope_type were default, not {config.rope_type}", plain
-    for theta in _THETAS:
+    for theta in THETAS:
         if theta != config.rope_theta:
             changed = dataclasses.replace(config, rope_theta=theta)
             yield f"as if rope_theta were {theta:.9g}, not {config.rope_theta:.9g}", changed

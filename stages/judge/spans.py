@@ -19,6 +19,7 @@ from stages.judge.recorded_run import (
     weights_of,
 )
 from stages.oracle.bounds import exact_bound
+from stages.oracle.rope import TABLES
 from stages.oracle.span import BEYOND_LAYER, WITHIN_LAYER, Value, Way, oracle_through, value_through
 from stages.oracle.spread import Spread
 from stages.run.forward import parameters
@@ -60,6 +61,12 @@ def _span_of(place: Place, run: ForwardRun) -> Span:
             waiting += sources_of(source, run).values()
     missing = tuple(source for source in sources.values() if source in hidden)
     return Span(acting, tuple(recorded), tuple(order_of(run.path, hidden)), missing, from_start)
+
+
+def computed_between(place: Place, run: ForwardRun) -> list[Place]:
+    """The hidden stages of a span that are computed from what was recorded: no copies, nor what the config gives."""
+    hidden = span_of(place, run).hidden
+    return [at for at in hidden if run.path and at[1] not in TABLES and not run.path.at(at).identity]
 
 
 def _only(sources: Mapping[str, Place]) -> Place:

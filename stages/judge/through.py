@@ -23,14 +23,15 @@ from stages.judge.mix_ups import ALIKE
 from stages.judge.recorded_run import ForwardRun, Span, given, sources_of, weights_of
 from stages.judge.spans import computed, span_of, value_of, way_of
 from stages.oracle.bounds import RMS_THROUGH, U32
+from stages.oracle.decoder import attn_softmax
 from stages.oracle.rope import TABLES
 from stages.oracle.span import Value, Way, oracle_through
-from stages.oracle.spread import probabilities
 from stages.oracle.verdict import STAGES, Oracle, consult, judged_part, measure
 from stages.recipes.at import At
 from stages.recipes.catalogue import LEFT_OUT, right_value, ways_of
 from stages.recipes.elements import shortest
 from stages.recipes.recipe import Class
+from stages.recipes.rope import THETAS
 from stages.run.forward import parameters
 from stages.spec.dtypes import stored_dtype
 from stages.spec.forward import RUN_PARAMS, parameter_name, stage_options
@@ -65,7 +66,6 @@ _STEP, _MOST_STEPS = 1e-3, 40
 _IT = "it "
 _LEFT_OUT = f"{_IT}were left out"
 _EPS = (0.0, 1e-12, 1e-10, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
-_THETAS = (1e4, 1e5, 5e5, 1e6, 5e6, 1e7)
 
 
 @dataclass(frozen=True)
@@ -139,14 +139,14 @@ class Named:
 class Search:
     """One recorded tensor that fails through hidden stages, or a part of it that an oracle speaks of."""
 
-    def __init__(self, place: Place, run: ForwardRun, oracle: Oracle, observed: np.ndarray, start: int):
+    def __init__(self, place: Place, run: ForwardRun, oracle: Oracle, observed: np.ndarray):
         assert run.path is not None
         assert run.config is not None
         self.run, self.path, self.config = run, run.path, run.config
-        self.begin(span_of(place, run), oracle, observed, start)
+        self.begin(span_of(place, run), oracle, observed)
 
-    def begin(self, span: Span, oracle: Oracle, observed: np.ndarray, start: int) -> None:
-        self.span, self.oracle, self.case, self.start = span, oracle, Case(oracle, observed), start
+    def begin(self, span: Span, oracle: Oracle, observed: np.ndarray) -> None:
+        self.span, self.oracle, self.case = span, oracle, Case(oracle, observed)
         self.places = [at for at in self.span.hidden if not self.stage(at).identity]
         typical = oracle.bound if oracle.typical is None else oracle.typical()
         # What is exactly known weighs no more than a unit of it: its error is the bound's to tell.
@@ -251,9 +251,9 @@ class Search:
                 yield from self._functions(alike, f"{name} of every layer", classes)
         for at in (self.span.acting, *reversed(self.places)):
             yield from self._functions([at], self._where(at), classes)
-
-        yield from self._exchanged()
-        yield from self._windows()
+        if Class.OTHER in classes:
+            yield from self._exchanged()
+            yield from self._windows()
 
     def _windows(self) -> Iterator[Hypothesis]:
         """A sliding window, as many keys wide as there are right rows before the first wrong one."""
@@ -352,7 +352,7 @@ class Search:
             yield self._option(norms, "eps", "every norm", _EPS)
         tables = [at for at in places if at[1] == "inv_freq"]
         if tables:
-            yield self._option(tables, "rope_theta", "RoPE", _THETAS)
+            yield self._option(tables, "rope_theta", "RoPE", THETAS)
         yield from self._of_tables([at for at in places if at[1] in TABLES])
         for at in places:
             stage = self.stage(at)
@@ -557,7 +557,7 @@ class Search:
 
 def _in_window(width: int, inputs: Arrays) -> np.ndarray:
     queries, keys = np.indices(inputs[0].shape[-2:])
-    return probabilities(np.where(keys > queries - width, inputs[0], -np.inf))
+    return attn_softmax(np.where(keys > queries - width, inputs[0], -np.inf))
 
 
 def _sloped(inputs: Arrays, slope: float) -> np.ndarray:
@@ -565,12 +565,12 @@ def _sloped(inputs: Arrays, slope: float) -> np.ndarray:
 
 
 def _scaled(inputs: Arrays, factor: float) -> np.ndarray:
-    return probabilities(inputs[0] * factor)
+    return attn_softmax(inputs[0] * factor)
 
 
 def _with_more(inputs: Arrays, more: float) -> np.ndarray:
     """Softmax whose sum of exponentials, the largest being 1, has `more` in it."""
-    p = probabilities(inputs[0])
+    p = attn_softmax(inputs[0])
     largest = p.max(axis=-1, keepdims=True)
     return p / (1 + more * largest)
 

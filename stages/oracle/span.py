@@ -19,7 +19,8 @@ import numpy as np
 from stages.oracle import spread
 from stages.oracle.bounds import RMS_THROUGH, U32, Lambdas, rounding_unit
 from stages.oracle.components import _v_transposed
-from stages.oracle.spread import RECORDED, Setting, Spread, by_heads, for_heads
+from stages.oracle.decoder import _repeated, attn_softmax
+from stages.oracle.spread import RECORDED, STEPS, Setting, Spread, by_heads
 from stages.oracle.verdict import OPERANDS, Oracle, consult
 from stages.spec.causal import up_to_query
 from stages.spec.dtypes import stored_dtype
@@ -284,10 +285,10 @@ def _scores(
     x: Sequence[np.ndarray], errors: Errors, _p: Sequence[np.ndarray], options: Options, unit: float
 ) -> np.ndarray:
     (q, k), heads = x, x[0].shape[1]
-    product = np.abs(q.swapaxes(0, 1) @ for_heads(k, heads).swapaxes(1, 2))
+    product = np.abs(q.swapaxes(0, 1) @ _repeated(k, heads).swapaxes(1, 2))
     # q and k may be rounded once more, to be scaled.
     (q, eq), (k, ek) = ((np.abs(a), e + unit * (np.abs(a) + e)) for a, e in zip(x, errors, strict=True))
-    (q, eq), (k, ek) = (a.swapaxes(0, 1) for a in (q, eq)), (for_heads(a, heads).swapaxes(1, 2) for a in (k, ek))
+    (q, eq), (k, ek) = (a.swapaxes(0, 1) for a in (q, eq)), (_repeated(a, heads).swapaxes(1, 2) for a in (k, ek))
     moved = eq @ k + (q + eq) @ ek
     return float(options["scaling"]) * (moved + unit * (product + moved))
 
@@ -295,9 +296,7 @@ def _scores(
 def _softmax(x: Sequence[np.ndarray], errors: Errors, *_: Any) -> np.ndarray:
     """log p moves by the score's error and by the log of the sum's, which is the mean of exp(error) over p."""
     kept = up_to_query(x[0])
-    scores, e = np.where(kept, x[0], -np.inf), np.where(kept, errors[0], 0.0)
-    p = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    p /= p.sum(axis=-1, keepdims=True)
+    p, e = attn_softmax(x[0]), np.where(kept, errors[0], 0.0)
     widest = e.max(axis=-1, keepdims=True)
     mean = widest + np.log(np.sum(p * np.exp(e - widest), axis=-1, keepdims=True))
     return np.minimum(p * np.expm1(e + mean), 1.0) * kept
@@ -309,7 +308,7 @@ def _weighted(
     (p, qkv), (ep, eqkv) = x, errors
     if np.any(ep):  # not recorded: rounded before they are divided by their sum, perhaps, unless there is one key
         ep = ep + unit * (p + ep) * (p.max(axis=-1, keepdims=True) < 1)
-    v, ev = (for_heads(by_heads(np.abs(a), 2, options), len(p)) for a in (qkv, eqkv))
+    v, ev = (_repeated(by_heads(np.abs(a), 2, options), len(p)) for a in (qkv, eqkv))
     moved = ep @ v + (p + ep) @ ev
     return moved.swapaxes(0, 1).reshape(moved.shape[1], -1)
 
@@ -349,38 +348,25 @@ def _oriented(
     return errors[0].T if options.get("transpose") else errors[0]
 
 
-CARRIED: Mapping[str, Carried] = MappingProxyType(
-    {
-        "rope_angle": _angle,
-        "rope_cos": _wave,
-        "rope_sin": _wave,
-        "attn_norm": _normed(None),
-        "qkv_matmul": _product,
-        "qkv_bias": _product,
-        "q_norm": _normed(0),
-        "k_norm": _normed(1),
-        "q_post_rope": _turned(0),
-        "k_post_rope": _turned(1),
-        "attn_scores": _scores,
-        "attn_softmax": _softmax,
-        "attention": _weighted,
-        "attn_out": _product,
-        "post_attn_residual": _summed,
-        "ffn_norm": _normed(None),
-        "ffn_gate": _product,
-        "ffn_up": _product,
-        "ffn_silu": _silu,
-        "ffn_swigl": _multiplied,
-        "ffn_out": _product,
-        "post_ffn_residual": _summed,
-        "final_norm": _normed(None),
-        "lm_head": _product,
-        "scaled_s": _scaled_s,
-        "normalization": _ratio,
-        "u_scaled": _columns,
-        "matmul_pre_norm": _contracted,
-        "adapted_source_f32": _multiplied,
-        "final_f32": _oriented,
-        "final_bf16": _oriented,
-    }
-)
+_RULES: Mapping[str, Carried] = {
+    "angle": _angle,
+    "wave": _wave,
+    "norm": _normed(None),
+    "product": _product,
+    "norm of queries": _normed(0),
+    "norm of keys": _normed(1),
+    "turned queries": _turned(0),
+    "turned keys": _turned(1),
+    "scores": _scores,
+    "softmax": _softmax,
+    "weighted": _weighted,
+    "sum": _summed,
+    "silu": _silu,
+    "elementwise product": _multiplied,
+    "singular values": _scaled_s,
+    "ratio": _ratio,
+    "columns": _columns,
+    "contraction": _contracted,
+    "orientation": _oriented,
+}
+CARRIED: Mapping[str, Carried] = MappingProxyType({stage: _RULES[step] for stage, step in STEPS.items()})

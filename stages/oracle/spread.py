@@ -17,7 +17,7 @@ import numpy as np
 
 from stages.oracle.bounds import BOUNDS, LAMBDA, RMS, U32, half_unit, rounding_unit
 from stages.oracle.components import _v_transposed
-from stages.spec.causal import up_to_query
+from stages.oracle.decoder import _repeated, attn_softmax
 from stages.spec.noise import Noise
 from stages.spec.stage import Stage
 
@@ -196,17 +196,17 @@ def _scores(x: Sequence[np.ndarray], s: Sequence[Spread], _p: Sequence[np.ndarra
     Without that a large bias of the keys would hide everything. q and k may be rounded once more, to be scaled.
     """
     (q, k), heads, scale = x, x[0].shape[1], float(setting.options["scaling"])
-    q, k = q.swapaxes(0, 1), for_heads(k, heads)
+    q, k = q.swapaxes(0, 1), _repeated(k, heads)
     of_q = np.broadcast_to(np.asarray(s[0].own), x[0].shape).swapaxes(0, 1)
-    of_k = for_heads(np.broadcast_to(np.asarray(s[1].own), x[1].shape), heads)
+    of_k = _repeated(np.broadcast_to(np.asarray(s[1].own), x[1].shape), heads)
     row_q, row_k = _row(s[0]), _row(s[1])
-    row_k = for_heads(row_k, heads) if np.ndim(row_k) == 3 and row_k.shape[1] > 1 else _leading(row_k)
+    row_k = _repeated(row_k, heads) if np.ndim(row_k) == 3 and row_k.shape[1] > 1 else _leading(row_k)
     if setting.narrow:
         unit = (_TYPICAL * rounding_unit(setting.dtype)) ** 2
         of_q, of_k = of_q + unit * q * q, of_k + unit * k * k
     product = q @ k.swapaxes(1, 2)
     scores = product * scale
-    p = probabilities(scores)
+    p = attn_softmax(scores)
     mean = p @ k
     k2 = (k * k).swapaxes(1, 2)
     by_key = (q * q + of_q) @ of_k.swapaxes(1, 2) * scale**2 + np.swapaxes(row_k, -1, -2) * scores**2
@@ -235,7 +235,7 @@ def _softmax(x: Sequence[np.ndarray], s: Sequence[Spread], _p: Sequence[np.ndarr
 
     Where a score errs by more than a little, p moves by exp of it, whose second moment is larger; by 1 at most.
     """
-    p = probabilities(x[0])
+    p = attn_softmax(x[0])
     of_log = s[0].of_log + s[0].added if s[0].of_log is not None else s[0].variance(x[0])
     far = np.minimum(of_log, 30.0)
     of_log = np.maximum(of_log, np.expm1(2 * far) - 2 * np.expm1(far / 2))
@@ -250,7 +250,7 @@ def _weighted(x: Sequence[np.ndarray], s: Sequence[Spread], _p: Sequence[np.ndar
     Keys of equal tokens err alike, so their amplitudes add, where those of others add as squares.
     """
     p, heads = x[0], len(x[0])
-    v = for_heads(by_heads(x[1], 2, setting.options), heads)
+    v = _repeated(by_heads(x[1], 2, setting.options), heads)
     of_v = _by_heads(s[1], x[1], 2, setting.options)
     mean, own = p @ v, np.zeros((heads, p.shape[1], v.shape[-1]))
     alike = _alike(setting.tokens, p.shape[-1])
@@ -267,7 +267,7 @@ def _weighted(x: Sequence[np.ndarray], s: Sequence[Spread], _p: Sequence[np.ndar
     elif not s[0].none:
         own = own + s[0].variance(p) @ (v * v)
     if not of_v.none:
-        moved = for_heads(of_v.variance(by_heads(x[1], 2, setting.options)), heads)
+        moved = _repeated(of_v.variance(by_heads(x[1], 2, setting.options)), heads)
         if alike is None:
             own = own + (p * p) @ moved
         else:
@@ -339,50 +339,61 @@ def _by_heads(spread: Spread, x: np.ndarray, part: int, options: Mapping[str, An
     return Spread(own, row[:, None] if isinstance(row, np.ndarray) and row.ndim == 2 else row)
 
 
-def for_heads(x: np.ndarray, heads: int) -> np.ndarray:
-    """Keys or values `[tokens, kv_heads, head_dim]` as `[heads, tokens, head_dim]`, each for consecutive heads."""
-    return np.repeat(x.swapaxes(0, 1), heads // x.shape[1], axis=0)
-
-
-def probabilities(scores: np.ndarray) -> np.ndarray:
-    """Softmax over the keys up to each query, in float64."""
-    masked = np.where(up_to_query(scores), scores, -np.inf)
-    p = np.exp(masked - masked.max(axis=-1, keepdims=True))
-    return p / p.sum(axis=-1, keepdims=True)
-
-
-RULES: Mapping[str, Rule] = MappingProxyType(
+# What a stage with inputs does to their errors: its rule by name, here and in span.py.
+STEPS: Mapping[str, str] = MappingProxyType(
     {
-        "rope_angle": _angle,
-        "rope_cos": _wave,
-        "rope_sin": _wave,
-        "attn_norm": _normed(None),
-        "qkv_matmul": _product,
-        "qkv_bias": _product,
-        "q_norm": _normed(0),
-        "k_norm": _normed(1),
-        "q_post_rope": _turned(0),
-        "k_post_rope": _turned(1),
-        "attn_scores": _scores,
-        "attn_softmax": _softmax,
-        "attention": _weighted,
-        "attn_out": _product,
-        "post_attn_residual": _summed,
-        "ffn_norm": _normed(None),
-        "ffn_gate": _product,
-        "ffn_up": _product,
-        "ffn_silu": _silu,
-        "ffn_swigl": _multiplied,
-        "ffn_out": _product,
-        "post_ffn_residual": _summed,
-        "final_norm": _normed(None),
-        "lm_head": _product,
-        "scaled_s": _scaled_s,
-        "normalization": _ratio,
-        "u_scaled": _columns,
-        "matmul_pre_norm": _contracted,
-        "adapted_source_f32": _multiplied,
-        "final_f32": _oriented,
-        "final_bf16": _oriented,
+        "rope_angle": "angle",
+        "rope_cos": "wave",
+        "rope_sin": "wave",
+        "attn_norm": "norm",
+        "qkv_matmul": "product",
+        "qkv_bias": "product",
+        "q_norm": "norm of queries",
+        "k_norm": "norm of keys",
+        "q_post_rope": "turned queries",
+        "k_post_rope": "turned keys",
+        "attn_scores": "scores",
+        "attn_softmax": "softmax",
+        "attention": "weighted",
+        "attn_out": "product",
+        "post_attn_residual": "sum",
+        "ffn_norm": "norm",
+        "ffn_gate": "product",
+        "ffn_up": "product",
+        "ffn_silu": "silu",
+        "ffn_swigl": "elementwise product",
+        "ffn_out": "product",
+        "post_ffn_residual": "sum",
+        "final_norm": "norm",
+        "lm_head": "product",
+        "scaled_s": "singular values",
+        "normalization": "ratio",
+        "u_scaled": "columns",
+        "matmul_pre_norm": "contraction",
+        "adapted_source_f32": "elementwise product",
+        "final_f32": "orientation",
+        "final_bf16": "orientation",
     }
 )
+_RULES: Mapping[str, Rule] = {
+    "angle": _angle,
+    "wave": _wave,
+    "norm": _normed(None),
+    "product": _product,
+    "norm of queries": _normed(0),
+    "norm of keys": _normed(1),
+    "turned queries": _turned(0),
+    "turned keys": _turned(1),
+    "scores": _scores,
+    "softmax": _softmax,
+    "weighted": _weighted,
+    "sum": _summed,
+    "silu": _silu,
+    "elementwise product": _multiplied,
+    "singular values": _scaled_s,
+    "ratio": _ratio,
+    "columns": _columns,
+    "contraction": _contracted,
+    "orientation": _oriented,
+}
+RULES: Mapping[str, Rule] = MappingProxyType({stage: _RULES[step] for stage, step in STEPS.items()})

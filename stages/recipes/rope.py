@@ -190,13 +190,14 @@ def inv_freq(at: At, *, theta: float | None = None) -> Value | None:
     return point(value).off(bounds.BOUNDS[Noise.INV_FREQ][0](at.lam(Noise.INV_FREQ), *operands, value))
 
 
-_THETAS = (1e4, 1e5, 5e5, 1e6, 5e6, 1e7)
+# Thetas that models have.
+THETAS = (1e4, 1e5, 5e5, 1e6, 5e6, 1e7)
 INV_FREQ = Kind(
     "inv_freq",
     inv_freq,
     (prescribed("a power, in float32", who="transformers (ran)"),),
     (
-        *(Mod(f"as if rope_theta were {theta:.9g}, not {{rope_theta:.9g}}", {"theta": theta}) for theta in _THETAS),
+        *(Mod(f"as if rope_theta were {theta:.9g}, not {{rope_theta:.9g}}", {"theta": theta}) for theta in THETAS),
         Mod("as if rope_theta were {fit:.9g}, not {rope_theta:.9g}", {"theta": FIT}),
     ),
     doc="theta^(-2i/head_dim), scaled as the rope_type says. However the power is made, it is inside one bound.",
