@@ -8,11 +8,9 @@ wrong is the other way round: what was computed from it is right from what was r
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import permutations
-from typing import Any
 
 import numpy as np
 
@@ -121,13 +119,7 @@ def without(run: ForwardRun, hidden: Collection[Place]) -> ForwardRun:
         return run
     side = copy.copy(run.side)
     side.places = {place: key for place, key in run.side.places.items() if place not in hidden}
-    return _again(run, side)
-
-
-def _again(run: ForwardRun, side: Recorded) -> ForwardRun:
-    """The run with another recording, of which nothing was judged yet."""
-    fresh: dict[str, Any] = {name: {} for name in ("floors", "found", "hints", "makers", "readings", "spans", "values")}
-    return dataclasses.replace(run, side=side, turned=dict(run.turned), **fresh)
+    return run.of(side)
 
 
 def _ours(run: ForwardRun) -> bool:
@@ -202,7 +194,7 @@ def _error(other: Place, run: ForwardRun, array: np.ndarray) -> float | None:
     shape = recorded_shape(run.config, run.path.at(other), len(run.tokens), run.positions)
     given = array.reshape(shape)
     side = _Supposed(run.side, {**run.side.places, other: forward_key(other)}, other, given)
-    supposed = _again(run, side)
+    supposed = run.of(side)
     verdict = judge_place(other, supposed, given)
     if verdict is None or not verdict.verdict.passes:
         return None

@@ -97,21 +97,29 @@ class ForwardRun:
     read_as: dict[Place, str] = field(default_factory=dict)  # how a stage was read, where not simply as it was recorded
     orders: dict[Place, Turn] = field(default_factory=dict)  # another order of axes, where the shape does not tell
     turned: dict[Place, Turn] = field(default_factory=dict)  # what is done to a recorded array to get its values
-    readings: dict[Place, int] = field(default_factory=dict)  # which of `_readings` a stage was computed by
-    makers: dict[Place, Oracle | None] = field(default_factory=dict)  # of inputs that recipes compute again
 
     # What adapted weights may be off that another program adapted itself, by the calibrated and the rigorous bounds.
     doubts: tuple[Weights, ...] = ()
-    floors: dict[Place, float] = field(default_factory=dict)  # of stages judged through others: what they can see
-    hints: dict[Place, str | None] = field(default_factory=dict)  # why a stage failed, as far as it was asked
-    found: dict[Place, Any] = field(default_factory=dict)  # of those judged through others: what explains it, `Named`
-    spans: dict[Place, Span] = field(default_factory=dict)
-    values: dict[Place, Value] = field(default_factory=dict)  # of hidden stages, as far as they are needed again
+
+    # What was judged of this recording: which of `_readings` a stage was computed by; the makers of inputs that recipes
+    # compute again; of stages judged through others what they can see, and of failed ones why, and the `Named` that
+    # explains them; hidden stages, as far as they are needed again.
+    readings: dict[Place, int] = field(default_factory=dict, init=False)
+    makers: dict[Place, Oracle | None] = field(default_factory=dict, init=False)
+    floors: dict[Place, float] = field(default_factory=dict, init=False)
+    hints: dict[Place, str | None] = field(default_factory=dict, init=False)
+    found: dict[Place, Any] = field(default_factory=dict, init=False)
+    spans: dict[Place, Span] = field(default_factory=dict, init=False)
+    values: dict[Place, Value] = field(default_factory=dict, init=False)
 
     def read(self, place: Place) -> np.ndarray:
         """A recorded stage's values."""
         array = self.side.read(place)
         return self.turned[place](array) if place in self.turned else array
+
+    def of(self, side: Recorded) -> ForwardRun:
+        """The run with another recording, of which nothing was judged yet: what `init=False` keeps begins anew."""
+        return dataclasses.replace(self, side=side, turned=dict(self.turned))
 
     @functools.cached_property
     def rope(self) -> RopeRun:
