@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from stages.errors import InputError, NotFoundError, shown
+from stages.files.gguf_file import is_gguf
 from stages.files.jsonio import MAX_JSON_BYTES, parse_json, read_bytes, read_object
 from stages.files.tensorfile import TensorFile, TensorInfo
 from stages.spec.config import DTYPES, EMBEDDING, LM_HEAD, ModelConfig
@@ -41,6 +42,7 @@ HUB_PATTERNS = (
     "merges.txt",
 )
 _HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>\w[\w./-]*))?", re.ASCII)
+_NO_FOLDER = f"a file; name the folder that holds it and {CONFIG}"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -99,13 +101,7 @@ class Checkpoint:
         That is `name`, or the embedding for an LM head that is tied to it and not stored. `InputError`, with
         similar names that are there, for any other.
         """
-        if name in self.tensors:
-            return name
-        if name == LM_HEAD and EMBEDDING in self.tensors and self.config.tie_word_embeddings:
-            return EMBEDDING
-        similar = difflib.get_close_matches(name, self.tensors, n=3)
-        hint = f"; did you mean {' or '.join(shown(s) for s in similar)}?" if similar else ""
-        raise InputError(f"{self.path}: no tensor '{shown(name)}' among its {len(self.tensors)}{hint}")
+        return name if name in self.tensors else held_by(name, self.tensors, self.config, self.path)
 
     def info(self, name: str) -> TensorInfo:
         """Dtype, shape and position of the tensor that `name` resolves to."""
@@ -130,27 +126,9 @@ class Checkpoint:
         Headers suffice for that; only a tied checkpoint that stores an LM head as well is read, to see that it
         equals the embedding.
         """
-        wanted = parameter_shapes(self.config)
-        tied = self.config.tie_word_embeddings
-        missing = [name for name in wanted if name not in self.tensors and not (tied and name == LM_HEAD)]
-        unexpected = [name for name in self.tensors if name not in wanted]
-        if missing:
-            also = f"; there but unexpected: {_listed(unexpected)}" if unexpected else ""
-            raise InputError(f"{self.path}: missing tensors: {_listed(missing)}{also}")
-        if unexpected:
-            raise InputError(
-                f"{self.path}: unexpected tensors: {_listed(unexpected)}; {self.config.family} with this config.json "
-                "has no such parameters"
-            )
-        wrong = [
-            f"{name} is {list(info.shape)}, config.json asks for {list(wanted[name])}"
-            for name, info in self.tensors.items()
-            if info.shape != wanted[name]
-        ]
-        if wrong:
-            raise InputError(f"{self.path}: wrong shapes: {_listed(wrong)}")
+        check_parameters(self.path, self.config, self.tensors, CONFIG)
         self._check_dtypes()
-        if tied and LM_HEAD in self.tensors:
+        if self.config.tie_word_embeddings and LM_HEAD in self.tensors:
             self._check_tied()
 
     def fingerprint(self) -> dict[str, str | int]:
@@ -276,6 +254,41 @@ class Checkpoint:
         return NotFoundError(f"{self.path}: no {WEIGHTS} or {INDEX}{there}")
 
 
+def held_by(name: str, tensors: Mapping[str, TensorInfo], config: ModelConfig, path: Path) -> str:
+    """The one of `tensors`, those of the model at `path`, that has the values of parameter `name`, which is not stored.
+
+    That is the embedding for an LM head that is tied to it. `InputError`, with similar names, for any other.
+    """
+    if name == LM_HEAD and EMBEDDING in tensors and config.tie_word_embeddings:
+        return EMBEDDING
+    similar = difflib.get_close_matches(name, tensors, n=3)
+    hint = f"; did you mean {' or '.join(shown(s) for s in similar)}?" if similar else ""
+    raise InputError(f"{path}: no tensor '{shown(name)}' among its {len(tensors)}{hint}")
+
+
+def check_parameters(path: Path, config: ModelConfig, tensors: Mapping[str, TensorInfo], asks: str) -> None:
+    """`InputError`, naming tensors of the model at `path`, unless their names and shapes are those of the parameters
+    that `asks`, which holds the config, asks for."""
+    wanted, tied = parameter_shapes(config), config.tie_word_embeddings
+    missing = [name for name in wanted if name not in tensors and not (tied and name == LM_HEAD)]
+    unexpected = [name for name in tensors if name not in wanted]
+    if missing:
+        also = f"; there but unexpected: {_listed(unexpected)}" if unexpected else ""
+        raise InputError(f"{path}: missing tensors: {_listed(missing)}{also}")
+    if unexpected:
+        raise InputError(
+            f"{path}: unexpected tensors: {_listed(unexpected)}; {config.family} with this {asks.removeprefix('its ')} "
+            "has no such parameters"
+        )
+    wrong = [
+        f"{name} is {list(info.shape)}, {asks} asks for {list(wanted[name])}"
+        for name, info in tensors.items()
+        if info.shape != wanted[name]
+    ]
+    if wrong:
+        raise InputError(f"{path}: wrong shapes: {_listed(wrong)}")
+
+
 def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
     """Open a local folder, or a hub model `org/name[@revision]`, which is fetched unless `HF_HUB_OFFLINE` is set.
 
@@ -299,7 +312,8 @@ def _open(source: str | os.PathLike[str], *, fetch: bool) -> Checkpoint:
         if text and path.is_dir():
             return Checkpoint(path, text, None)
         if text and path.exists():
-            raise InputError(f"{text}: is a file; name the folder that holds it and {CONFIG}")
+            what = "a GGUF file, and a Hugging Face folder is needed here" if is_gguf(path) else _NO_FOLDER
+            raise InputError(f"{text}: is {what}")
     except OSError as error:
         raise NotFoundError(f"{shown(text)}: cannot be read: {error.strerror}") from None
     match = _HUB_ID.fullmatch(text) if isinstance(source, str) and ".." not in text else None

@@ -7,7 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from stages.errors import InputError, NotFoundError, UsageError, shown
-from stages.files import bundle, dump
+from stages.files import bundle, dump, gguf_file
 from stages.files.aprt import MAGIC as APRT_MAGIC
 from stages.files.aprt import is_aprt, is_aprt_tree
 from stages.files.bundle import stages_in
@@ -22,6 +22,7 @@ class Kind(StrEnum):
 
     BUNDLE = "component bundle"
     CHECKPOINT = "checkpoint"
+    GGUF = "GGUF file"
     DUMP = "dump"
     APRT_TREE = "APRT tree"
     APRT = "APRT file"
@@ -34,12 +35,19 @@ class Kind(StrEnum):
 _FOLDERS = {bundle.MANIFEST_FILE: Kind.BUNDLE, CONFIG: Kind.CHECKPOINT, dump.MANIFEST_FILE: Kind.DUMP}
 _SUFFIXES = {
     ".safetensors": Kind.SAFETENSORS,
+    gguf_file.SUFFIX: Kind.GGUF,
     ".npy": Kind.NPY,
     ".json": Kind.JSON,
     **dict.fromkeys((".pt", ".pth", ".bin", ".ckpt", ".pkl"), Kind.PICKLE),
 }
 # A zip and a pickle of protocol 2 or later.
-_MAGICS = {APRT_MAGIC: Kind.APRT, b"\x93NUMPY": Kind.NPY, b"PK\x03\x04": Kind.PICKLE, b"\x80": Kind.PICKLE}
+_MAGICS = {
+    gguf_file.MAGIC: Kind.GGUF,
+    APRT_MAGIC: Kind.APRT,
+    b"\x93NUMPY": Kind.NPY,
+    b"PK\x03\x04": Kind.PICKLE,
+    b"\x80": Kind.PICKLE,
+}
 # The length of a safetensors header, then its brace.
 _HEADER_START = 9
 
@@ -90,7 +98,7 @@ def _file(path: Path, start: bytes) -> Kind:
     if found is None and start.lstrip()[:1] in (b"{", b"["):
         found = Kind.JSON
     if found is None:
-        raise InputError(f"{path}: begins with {shown(start)}; expected safetensors, APRT, .npy, .pt or JSON")
+        raise InputError(f"{path}: begins with {shown(start)}; expected safetensors, GGUF, APRT, .npy, .pt or JSON")
     return found
 
 
@@ -117,6 +125,8 @@ def recording_at(path: Path) -> Recording:
         raise NotFoundError(f"{path}: no such file or folder")
     if path.is_dir():
         return _recording_in(path)
+    if gguf_file.is_gguf(path):
+        return Recording.CHECKPOINT
     if is_aprt(path):
         return Recording.APRT
     with TensorFile(path) as file:

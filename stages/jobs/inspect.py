@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -13,13 +14,16 @@ import numpy as np
 from stages.errors import InputError
 from stages.files.aprt import AprtFile, AprtTree
 from stages.files.bundle import Bundle, BundleEntry, component_keys, offsets_key
-from stages.files.checkpoint import Checkpoint, open_checkpoint
+from stages.files.checkpoint import open_checkpoint
 from stages.files.dump import Dump
 from stages.files.forward_dump import forward_key
+from stages.files.gguf_file import GgufArray, GgufFile
+from stages.files.gguf_model import GgufModel
 from stages.files.jsonio import read_object
 from stages.files.kinds import Kind, kind_of_source
 from stages.files.npy import read_npy_header
 from stages.files.pickle_listing import list_pickle, record_faults
+from stages.files.source import ModelSource
 from stages.files.tensorfile import TensorFile, TensorInfo
 from stages.spec.config import EMBEDDING, LM_HEAD
 from stages.spec.dtypes import DTYPES, dtype_name
@@ -133,12 +137,28 @@ def _checkpoint(source: str) -> Found:
         return rows, {**about, "fingerprint": checkpoint.fingerprint()}, notes
 
 
-def _config(checkpoint: Checkpoint) -> tuple[dict[str, Any] | None, list[str]]:
+def _config(checkpoint: ModelSource) -> tuple[dict[str, Any] | None, list[str]]:
     """The config's meaning; a model that this tool does not compute is listed all the same, with the reason."""
     try:
         return {**asdict(checkpoint.config), "rope_parameters": checkpoint.config.rope}, []
     except InputError as error:
         return None, [str(error)]
+
+
+def _gguf(source: str) -> Found:
+    with GgufFile(source) as file:
+        rows = [
+            {"name": t.name, "dtype": t.type, "shape": list(t.shape), "bytes": t.nbytes, "file": file.path.name}
+            for t in file.tensors.values()
+        ]
+        metadata = {k: f"array of {v.count}" if isinstance(v, GgufArray) else v for k, v in file.metadata.items()}
+        types = dict(Counter(tensor.type for tensor in file.tensors.values()))
+    try:
+        with GgufModel(Path(source), source) as model:
+            config, notes = _config(model)
+    except InputError as error:
+        config, notes = None, [str(error)]
+    return rows, {"config": config, "types": types, "metadata": metadata}, notes
 
 
 def _dump(source: str) -> Found:
@@ -211,6 +231,7 @@ def _json(source: str) -> Found:
 _READERS: dict[Kind, Callable[[str], Found]] = {
     Kind.BUNDLE: _bundle,
     Kind.CHECKPOINT: _checkpoint,
+    Kind.GGUF: _gguf,
     Kind.DUMP: _dump,
     Kind.APRT_TREE: _aprt_tree,
     Kind.APRT: _aprt,

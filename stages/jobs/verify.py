@@ -8,11 +8,14 @@ from typing import Any
 
 from stages.errors import InputError, UsageError, shown
 from stages.files.aprt import AprtFile, AprtTree
-from stages.files.checkpoint import Checkpoint, open_checkpoint
+from stages.files.checkpoint import open_checkpoint
+from stages.files.gguf_file import GgufFile
+from stages.files.gguf_model import GgufModel
 from stages.files.jsonio import read_object
 from stages.files.kinds import Kind, kind_of_source
 from stages.files.npy import read_npy_header
 from stages.files.pickle_listing import Listing, check_pickle, list_pickle, record_faults
+from stages.files.source import ModelSource
 from stages.files.tensorfile import TensorFile
 from stages.jobs.verify_bundle import bundle_checks
 from stages.jobs.verify_dump import dump_checks
@@ -73,12 +76,19 @@ def _checkpoint(source: str, progress: Progress) -> Iterator[Check]:
         yield "finite values", _finite(checkpoint.files, progress)
 
 
-def _as_configured(checkpoint: Checkpoint) -> Iterator[str]:
+def _gguf(source: str, progress: Progress) -> Iterator[Check]:
+    yield "header, sizes and places", _opened(lambda: GgufFile(source).close())
+    with GgufModel(Path(source), source) as model:
+        yield "keys, names, shapes and types of a model", _as_configured(model)
+        yield "finite values", _finite([model], progress)
+
+
+def _as_configured(checkpoint: ModelSource) -> Iterator[str]:
     checkpoint.check()
     yield from ()
 
 
-def _finite(files: Sequence[TensorFile], progress: Progress) -> Iterator[str]:
+def _finite(files: Sequence[TensorFile | ModelSource], progress: Progress) -> Iterator[str]:
     infos = [(file, info) for file in files for info in file.tensors.values()]
     total, done = sum(info.nbytes for _, info in infos), 0
     for file, info in infos:
@@ -135,6 +145,7 @@ def _schema(source: str) -> Iterator[str]:
 
 _CHECKS: dict[Kind, Callable[[str, Progress], Iterator[Check]]] = {
     Kind.CHECKPOINT: _checkpoint,
+    Kind.GGUF: _gguf,
     Kind.DUMP: lambda source, progress: dump_checks(Path(source), progress),
     Kind.APRT_TREE: _aprt_tree,
     Kind.APRT: _aprt,

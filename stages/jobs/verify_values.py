@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from stages.errors import shown
+from stages.files.source import ModelSource
 from stages.files.tensorfile import TensorFile
 from stages.spec.dtypes import dtype_name
 
@@ -14,7 +15,7 @@ from stages.spec.dtypes import dtype_name
 Check = tuple[str, Iterator[str]]
 
 
-def nonfinite(file: TensorFile, name: str) -> Iterator[str]:
+def nonfinite(file: TensorFile | ModelSource, name: str) -> Iterator[str]:
     """The first NaN or infinity of a tensor of floats, read in blocks of rows."""
     info = file.info(name)
     if "float" not in dtype_name(info.dtype):
