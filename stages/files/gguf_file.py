@@ -7,11 +7,12 @@ what their bytes mean are the package's. Format: https://github.com/ggml-org/ggm
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -186,6 +187,14 @@ def values(raw: np.ndarray, tensor_type: str) -> np.ndarray:
         ) from None
 
 
+@functools.cache
+def block_sizes() -> Mapping[str, tuple[int, int]]:
+    """Elements and bytes of a block, by type; of a plain type one element."""
+    import gguf
+
+    return {kind.name: sizes for kind, sizes in gguf.GGML_QUANT_SIZES.items()}
+
+
 class _Header:
     """One walk over a header. Whatever it announces is compared with the rest of the file first."""
 
@@ -305,7 +314,7 @@ class _Header:
             known = gguf.GGMLQuantizationType(kind)
         except ValueError:
             raise InputError(f"{place}: type {kind} is none that the gguf package knows") from None
-        block, width = gguf.GGML_QUANT_SIZES[known]
+        block, width = block_sizes()[known.name]
         if 0 in shape or shape[-1] % block:
             raise InputError(
                 f"{place}: a row of shape {list(shape)} is not whole blocks of {block}, as {known.name} has"

@@ -28,7 +28,7 @@ from stages.spec.families import layer_param, parameter_shapes, parse_config
 
 # Families of which llama.cpp rotates neighbouring rows of a head, where Hugging Face rotates its halves.
 _PAIRED = frozenset({"llama"})
-_TURNED = ("self_attn.q_proj", "self_attn.k_proj")
+PAIRED_ROWS = ("self_attn.q_proj", "self_attn.k_proj")
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class GgufModel:
             raise ValueError(f"{name}: rows {start}:{stop} of {info.shape[0]}")
         if len(info.shape) == 1:
             whole = values(self.file.raw(info.stored, 0, 1), info.stored.type).reshape(-1)
-            return _halves(whole, info.pairs)[start:stop].copy()
+            return halves(whole, info.pairs)[start:stop].copy()
         each = info.stored.rows // info.shape[0]  # rows of blocks in one index of axis 0
         out = np.empty(((stop - start) * each, info.stored.columns), info.dtype)
         for first, last in row_blocks(info.stored, start * each, stop * each):
@@ -117,7 +117,7 @@ class GgufModel:
             return self.file.raw(info.stored, start, stop)
         first = start // info.pairs * info.pairs
         last = -(-stop // info.pairs) * info.pairs
-        return _halves(self.file.raw(info.stored, first, last), info.pairs)[start - first : stop - first]
+        return halves(self.file.raw(info.stored, first, last), info.pairs)[start - first : stop - first]
 
     def check(self) -> None:
         """`InputError`, naming tensors, unless names, shapes and types are what the metadata asks for."""
@@ -146,12 +146,12 @@ class GgufModel:
     def _named(self) -> dict[str, GgufInfo]:
         """The tensors by the names of the parameters that they are; one that is none keeps its own."""
         names = {stored: name for name, stored in gguf_names(self.config).items()}
-        pairs = self.config.head_dim if self.config.family in _PAIRED else 0
+        heads = self.config.head_dim if self.config.family in _PAIRED else 0
         found = {}
         for stored in self.file.tensors.values():
             name = names.get(stored.name, stored.name)
-            turned = any(f"{part}." in name for part in _TURNED)
-            whole = pairs if turned and not stored.shape[0] % self.config.head_dim else 0
+            turned = any(f"{part}." in name for part in PAIRED_ROWS)
+            whole = heads if turned and not stored.shape[0] % self.config.head_dim else 0
             if stored.name != FREQUENCIES:  # read with the config
                 found[name] = GgufInfo(name, stored.dtype, stored.shape, stored.offset, stored, whole)
         return found
@@ -174,9 +174,15 @@ def gguf_names(config: ModelConfig) -> dict[str, str]:
     return found
 
 
-def _halves(rows: np.ndarray, head_dim: int) -> np.ndarray:
+def halves(rows: np.ndarray, head_dim: int) -> np.ndarray:
     """Rows of heads that hold pairs, turned to hold halves: row `2 i + j` of a head becomes row `j head_dim/2 + i`."""
     if not head_dim:
         return rows
     turned = rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:]).swapaxes(1, 2)
+    return np.ascontiguousarray(turned).reshape(rows.shape)
+
+
+def pairs(rows: np.ndarray, head_dim: int) -> np.ndarray:
+    """What `halves` turns back."""
+    turned = rows.reshape(-1, 2, head_dim // 2, *rows.shape[1:]).swapaxes(1, 2)
     return np.ascontiguousarray(turned).reshape(rows.shape)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields, replace
 from enum import StrEnum
 from typing import Any
 
@@ -17,10 +17,12 @@ import numpy as np
 
 from stages.errors import InputError, shown
 from stages.files.checkpoint import EMBEDDING, LM_HEAD
+from stages.files.gguf_model import PAIRED_ROWS, GgufInfo, GgufModel, halves, pairs
 from stages.files.selection import layer_of
 from stages.files.source import ModelSource
-from stages.files.tensorfile import TensorInfo
 from stages.judge.metrics import Difference, same_bits
+from stages.judge.quantised import Found, cause, judged
+from stages.judge.stored import Stored, blocks_of, weights_of
 from stages.progress import Report
 from stages.spec.dtypes import dtype_name
 from stages.spec.families import parameter_shapes
@@ -44,7 +46,10 @@ class Status(StrEnum):
     IDENTICAL = "identical"
     DTYPE = "dtype"  # the same values in another dtype: an exact upcast gives the same bits
     TIED = "tied"  # the LM head is stored on one side, the embedding on the other, and they hold the same values
+    QUANTISED = "quantised"  # one side holds what a right quantiser, or a rounding to 16 bits, makes of the other's
     TRANSPOSED = "transposed"
+    PERMUTED = "permuted"  # rows of q or k: the halves of a head on one side, pairs on the other
+    UNJUDGED = "unjudged"  # of a type of which it is not known what right is
     DIFFERENT = "different"
     SHAPE = "shape"  # shapes that no transposition explains
     MISSING = "missing"
@@ -52,27 +57,7 @@ class Status(StrEnum):
 
     @property
     def agrees(self) -> bool:
-        return self in (Status.IDENTICAL, Status.DTYPE, Status.TIED)
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """One tensor of one side, under the name that it is stored by."""
-
-    checkpoint: ModelSource
-    info: TensorInfo
-
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        return self.checkpoint.read(self.info.name, start, stop) if self.info.shape else self.whole()
-
-    def columns(self, start: int, stop: int) -> np.ndarray:
-        return self.checkpoint.columns(self.info.name, start, stop)
-
-    def whole(self) -> np.ndarray:
-        return self.checkpoint.read(self.info.name)
-
-    def sha256(self) -> str:
-        return self.checkpoint.weights_sha256([self.info.name])[self.info.name]
+        return self in (Status.IDENTICAL, Status.DTYPE, Status.TIED, Status.QUANTISED)
 
 
 def diff_checkpoints(
@@ -130,23 +115,23 @@ def _names(a: ModelSource, b: ModelSource) -> list[str]:
     return sorted(there, key=lambda name: order.get(name, len(order)))
 
 
-def _nbytes(pair: tuple[_Stored | None, _Stored | None]) -> int:
+def _nbytes(pair: tuple[Stored | None, Stored | None]) -> int:
     return sum(stored.info.nbytes for stored in pair if stored is not None)
 
 
-def _stored(checkpoint: ModelSource, name: str) -> _Stored | None:
+def _stored(checkpoint: ModelSource, name: str) -> Stored | None:
     """The tensor called `name`, or the embedding for an LM head that is tied to it; None when it is not there."""
     tied = _tied(checkpoint) and name == LM_HEAD and EMBEDDING in checkpoint.tensors
     if name not in checkpoint.tensors and not tied:
         return None
-    return _Stored(checkpoint, checkpoint.tensors[name if name in checkpoint.tensors else EMBEDDING])
+    return Stored(checkpoint, checkpoint.tensors[name if name in checkpoint.tensors else EMBEDDING])
 
 
 def _tied(checkpoint: ModelSource) -> bool:
     return checkpoint.raw_config.get("tie_word_embeddings") is True
 
 
-def _row(name: str, a: _Stored | None, b: _Stored | None, top: int) -> dict[str, Any]:
+def _row(name: str, a: Stored | None, b: Stored | None, top: int) -> dict[str, Any]:
     row: dict[str, Any] = {
         "tensor": name,
         "layer": layer_of(name),
@@ -173,7 +158,7 @@ def _row(name: str, a: _Stored | None, b: _Stored | None, top: int) -> dict[str,
 def _check_stored_head(checkpoint: ModelSource, flags_differ: bool) -> None:
     """`InputError` for a stored LM head that a loader would replace by the embedding, where only one side ties."""
     if flags_differ and _tied(checkpoint) and EMBEDDING in checkpoint.tensors:
-        head, embedding = _Stored(checkpoint, checkpoint.tensors[LM_HEAD]), _stored(checkpoint, EMBEDDING)
+        head, embedding = Stored(checkpoint, checkpoint.tensors[LM_HEAD]), _stored(checkpoint, EMBEDDING)
         assert embedding is not None
         if _compare(head, embedding, 0)[0] is not Status.IDENTICAL:
             raise InputError(
@@ -182,7 +167,7 @@ def _check_stored_head(checkpoint: ModelSource, flags_differ: bool) -> None:
             )
 
 
-def _compare(a: _Stored, b: _Stored, top: int) -> tuple[Status, dict[str, Any]]:
+def _compare(a: Stored, b: Stored, top: int) -> tuple[Status, dict[str, Any]]:
     """What the values of two tensors say, and the row's fields for it."""
     wide = _common(a.info.dtype, b.info.dtype)
     shape_a, shape_b = a.info.shape, b.info.shape
@@ -200,10 +185,102 @@ def _compare(a: _Stored, b: _Stored, top: int) -> tuple[Status, dict[str, Any]]:
         return Status.TRANSPOSED, {"note": f"b holds a's transpose, value for value{other} ({how})"}
     if not straight and (label := _relabelled(a, b)):
         return Status.SHAPE, {"note": f"a is {list(shape_a)}, b is {list(shape_b)}{label}"}
+    heads = _of_heads(a, b) if straight else []
+    for note, reordered in heads:
+        if _equal(_straight(a, reordered), wide):
+            return Status.PERMUTED, {"note": note}
+    if (a.kind or b.kind) and len(shape_a) <= 2:
+        return _quantised(a, b, wide, top, [h for _, h in heads], straight=straight, turned=turned)
     return Status.DIFFERENT, _metrics(a, b, wide, top, straight=straight, turned=turned)
 
 
-def _relabelled(a: _Stored, b: _Stored) -> str:
+def _of_heads(a: Stored, b: Stored) -> list[tuple[str, Stored]]:
+    """b with the rows of q's or k's heads in another order, and what that says; none of another tensor."""
+    if not any(f"{part}." in a.info.name for part in PAIRED_ROWS):
+        return []
+    try:
+        head = a.checkpoint.config.head_dim
+    except InputError:
+        return []
+    if a.info.shape[0] % head:
+        return []
+    why = ""
+    for side in (a, b):
+        if isinstance(side.info, GgufInfo):
+            why = "; GGUF keeps those of a Llama in pairs, " + (
+                "and the file does not" if side.info.pairs else "and of no other family"
+            )
+    return [
+        (f"a has b's rows of each head turned from {text}{why}", replace(b, head=head, order=order))
+        for order, text in ((halves, "pairs to halves"), (pairs, "halves to pairs"))
+    ]
+
+
+def _quantised(
+    a: Stored, b: Stored, wide: np.dtype, top: int, heads: Sequence[Stored], *, straight: bool, turned: bool
+) -> tuple[Status, dict[str, Any]]:
+    """Tensors of which one at least has the blocks, or the 16 bits, of a GGUF file, and whose values differ."""
+    stored, other = (b, a) if b.kind else (a, b)
+    kind = stored.kind
+    assert kind is not None
+    if not all(judged(side.kind) for side in (a, b) if side.kind):
+        found = _metrics(a, b, wide, top, straight=straight, turned=turned)
+        return Status.UNJUDGED, {
+            **found,
+            "note": f"what a right quantiser makes of weights in {kind} is not known here",
+        }
+    result = blocks_of(stored, other) if straight else None
+    if result is not None and (result.right or (result.fitted and not _cause(result, stored, other))):
+        return Status.QUANTISED, {"quantised": _told(result), "note": _rightly(result)}
+    for b_turned in heads:
+        pair = (b_turned, a) if b.kind else (a, b_turned)
+        if blocks_of(*pair, whole=False).right:
+            return Status.PERMUTED, {"note": f"{kind}, rightly, but for the order of each head's rows, which is turned"}
+    if turned and other.kind is None and blocks_of(stored, other, turned=True, whole=False).right:
+        return Status.TRANSPOSED, {"note": f"{kind} of the other's transpose"}
+    differ = _metrics(a, b, wide, top, straight=straight, turned=turned)
+    if result is None:
+        return Status.DIFFERENT, differ
+    return Status.DIFFERENT, {
+        **differ,
+        "quantised": _told(result),
+        "note": _wrongly(result, _cause(result, stored, other)),
+    }
+
+
+def _cause(found: Found, stored: Stored, other: Stored) -> str:
+    if other.kind is not None:
+        return ""
+    return cause(found, stored.raw, lambda start, stop: weights_of(other, start, stop))
+
+
+def _told(found: Found) -> dict[str, Any]:
+    """What a row says of blocks; `worst` is the largest error over what its code allows."""
+    first = None if found.right else found.place()
+    return {"type": found.kind, "blocks": found.blocks, "wrong": found.wrong, "worst": found.off, "first": first}
+
+
+def _rightly(found: Found) -> str:
+    if found.right:
+        return (
+            f"{found.kind}: each of {found.blocks} blocks within what its codes allow, at most {found.worst:.3g} of it"
+        )
+    return (
+        f"{found.kind}: {found.wrong} of {found.blocks} blocks beyond what their codes allow, each as a scale that was "
+        "fitted after the codes leaves it (an importance matrix does that): judged by the order of codes alone"
+    )
+
+
+def _wrongly(found: Found, why: str) -> str:
+    place = found.place()
+    where = f"block {place['block']} of row {place['row']} (columns {place['columns'][0]} to {place['columns'][1]})"
+    return (
+        f"{found.kind}: {found.wrong} of {found.blocks} blocks hold other weights, the first {where}, "
+        f"{found.off:.3g} times what its codes allow{f': {why}' if why else ''}"
+    )
+
+
+def _relabelled(a: Stored, b: Stored) -> str:
     """The rest of a note on two tensors of different shape that hold the same bytes in the same order; "" otherwise."""
     alike = a.info.dtype == b.info.dtype and a.info.nbytes == b.info.nbytes
     if not alike or a.sha256() != b.sha256():
@@ -211,7 +288,7 @@ def _relabelled(a: _Stored, b: _Stored) -> str:
     return ": the same bytes in the same order, only the label of the shape differs; nothing was transposed"
 
 
-def _metrics(a: _Stored, b: _Stored, wide: np.dtype, top: int, *, straight: bool, turned: bool) -> dict[str, Any]:
+def _metrics(a: Stored, b: Stored, wide: np.dtype, top: int, *, straight: bool, turned: bool) -> dict[str, Any]:
     """Metrics of tensors that differ: as stored, or against the transpose where only that has the same shape."""
     transposed = _difference(_turned(a, b), wide, top).result() if turned else None
     if not straight:
@@ -225,13 +302,13 @@ def _metrics(a: _Stored, b: _Stored, wide: np.dtype, top: int, *, straight: bool
     return found
 
 
-def _straight(a: _Stored, b: _Stored) -> Blocks:
+def _straight(a: Stored, b: Stored) -> Blocks:
     """Both tensors in row blocks; their shapes are equal."""
     for start, stop in _ranges(a, b):
         yield start, 0, a.rows(start, stop), b.rows(start, stop)
 
 
-def _turned(a: _Stored, b: _Stored) -> Blocks:
+def _turned(a: Stored, b: Stored) -> Blocks:
     """a and b's transpose, cut along the longer side: columns are gathered from few long rows, not many short ones."""
     by_rows_of_a = a.info.shape[0] >= a.info.shape[1]
     for start, stop in _ranges(a, b) if by_rows_of_a else _ranges(b, a):
@@ -241,7 +318,7 @@ def _turned(a: _Stored, b: _Stored) -> Blocks:
             yield start, 1, a.columns(start, stop), b.rows(start, stop).T
 
 
-def _ranges(first: _Stored, second: _Stored) -> Iterator[tuple[int, int]]:
+def _ranges(first: Stored, second: Stored) -> Iterator[tuple[int, int]]:
     """Row ranges of `first` that hold at most `BLOCK_BYTES` on either side, or one row."""
     rows = first.info.shape[0] if first.info.shape else 1
     step = max(1, BLOCK_BYTES * rows // max(1, first.info.nbytes, second.info.nbytes))
@@ -296,8 +373,12 @@ def _config_document(a: ModelSource, b: ModelSource) -> dict[str, Any]:
         both = a.config, b.config
     except InputError as error:
         return {"understood": False, "reason": str(error), "differences": _raw_differences(a.raw_config, b.raw_config)}
-    # A dtype that all tensors have is theirs to tell; another one would be cast to, and change the values.
-    told = all({dtype_name(info.dtype) for info in side.tensors.values()} <= {side.config.dtype} for side in (a, b))
+    # A dtype that all tensors have is theirs to tell; another one would be cast to, and change the values. GGUF says
+    # nothing of what is computed in.
+    told = all(
+        isinstance(side, GgufModel) or {dtype_name(info.dtype) for info in side.tensors.values()} <= {side.config.dtype}
+        for side in (a, b)
+    )
     differences = [
         {
             "field": field.name,
@@ -327,9 +408,10 @@ def _plain(value: Any) -> Any:
 
 def _outcome(rows: Sequence[dict[str, Any]], config: dict[str, Any], compared: int) -> str:
     changed = any(difference["changes_computation"] for difference in config["differences"])
-    if changed or not all(Status(row["status"]).agrees for row in rows):
+    statuses = {Status(row["status"]) for row in rows}
+    if changed or not all(status.agrees for status in statuses - {Status.UNJUDGED}):
         return "diverged"
-    return "agree" if compared and config["understood"] else "incomplete"
+    return "agree" if compared and config["understood"] and Status.UNJUDGED not in statuses else "incomplete"
 
 
 def _sentence(rows: Sequence[dict[str, Any]], config: dict[str, Any], outcome: str) -> str:
@@ -346,7 +428,8 @@ def _sentence(rows: Sequence[dict[str, Any]], config: dict[str, Any], outcome: s
         text += f"; the configs could not be compared: {config['reason']}"
     first = next((row for row in rows if not Status(row["status"]).agrees), None)
     if outcome == "diverged" and first is not None:
-        text += f"; the first: {shown(first['tensor'])} is {_WORDS[Status(first['status'])]}"
+        why = f" ({first['note']})" if "quantised" in first else ""
+        text += f"; the first: {shown(first['tensor'])} is {_WORDS[Status(first['status'])]}{why}"
     return text + "."
 
 
@@ -354,7 +437,10 @@ _WORDS = {
     Status.IDENTICAL: "identical",
     Status.DTYPE: "equal in another dtype",
     Status.TIED: "tied on one side and equal on the other",
+    Status.QUANTISED: "quantised rightly",
     Status.TRANSPOSED: "transposed",
+    Status.PERMUTED: "permuted",
+    Status.UNJUDGED: "of a type that is not judged",
     Status.DIFFERENT: "different",
     Status.SHAPE: "of another shape",
     Status.MISSING: "missing in b",

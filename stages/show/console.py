@@ -377,7 +377,8 @@ def stats_document(document: Mapping[str, Any]) -> None:
 def checkpoints_document(document: Mapping[str, Any]) -> None:
     """A `svf.checkpoints/1` document: tensors that are not identical, fields that differ, the sentence."""
     out = console()
-    odd = [row for row in document["rows"] if row["status"] != "identical"]
+    blocks = [row for row in document["rows"] if row["status"] == "quantised"]
+    odd = [row for row in document["rows"] if row["status"] not in ("identical", "quantised")]
     if odd:
         table = Table(header_style="bold", show_edge=False, pad_edge=False)
         for name in ("tensor", "status", "max |a - b|", "note"):
@@ -386,9 +387,15 @@ def checkpoints_document(document: Mapping[str, Any]) -> None:
             name = row.get("tensor") or row.get("name") or ""
             table.add_row(escape(str(name)), row["status"], number(row.get("max_abs")), escape(row.get("note") or ""))
         out.print(table)
+    for kind in dict.fromkeys(row["quantised"]["type"] for row in blocks):
+        told = [row["quantised"] for row in blocks if row["quantised"]["type"] == kind]
+        beyond = sum(one["wrong"] for one in told)
+        most = f"at most {number(max(one['worst'] for one in told))} of what their codes allow"
+        most = f"{beyond:,} as scales that were fitted after the codes leave them" if beyond else most
+        out.print(f"{kind}: {len(told)} tensors, {sum(one['blocks'] for one in told):,} blocks, {most}", markup=False)
     for difference in document["config"]["differences"]:
         out.print(f"config {difference['field']}: {difference['a']} and {difference['b']}", markup=False)
-    out.print(", ".join(f"{count} {status}" for status, count in document["counts"].items()))
+    out.print(", ".join(f"{count} {status}" for status, count in document["counts"].items() if count))
     style = {"agree": "bold green", "diverged": "bold red"}.get(document["outcome"], "bold yellow")
     out.print(f"[{style}]{document['outcome'].upper()}[/]  {escape(document['verdict'])}", soft_wrap=True)
 
