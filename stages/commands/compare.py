@@ -538,6 +538,53 @@ def audit(
     raise typer.Exit(job.EXIT_CODES[document["outcome"]])
 
 
+@command(
+    "Compare",
+    "svf logprobs trainer.jsonl rollout.jsonl --model MODEL",
+    "svf logprobs trainer.jsonl rollout.jsonl --model MODEL --a-dtype float32 --b-dtype bfloat16",
+    "svf logprobs rollout.jsonl --model MODEL --other-model checkpoints/step-90",
+    "svf logprobs trainer.jsonl rollout.jsonl --model MODEL --json",
+)
+def logprobs(
+    a: Annotated[
+        Path, typer.Argument(help="JSON lines: prompt, completion and logprobs of a sequence each; the trainer's.")
+    ],
+    b: Annotated[
+        Path | None, typer.Argument(help="The same of the other system, the rollout; without it, a is judged alone.")
+    ] = None,
+    model: Annotated[str | None, of_run(help="The weights whose logprobs they should be.")] = None,
+    other_model: Annotated[
+        str | None, of_run(help="Weights that a side may have had instead: those of the step before.")
+    ] = None,
+    dtype: Annotated[RunDtype, compute(help="Dtype in which both sides computed.")] = RunDtype.model,
+    a_dtype: Annotated[RunDtype | None, compute(help="Dtype in which a computed, if not --dtype.")] = None,
+    b_dtype: Annotated[RunDtype | None, compute(help="Dtype in which b computed, if not --dtype.")] = None,
+    top: Annotated[int, comparing(min=0, help="Tokens shown that differ most.")] = 5,
+    json: Json = False,
+) -> None:
+    """Judge a trainer's and a rollout's logprobs of sampled tokens.
+
+    Computes them in float64 and splits each difference into rounding, temperature, top-k, top-p or another mistake
+    that is named, and the rest. Loads no framework.
+    """
+    from stages.errors import UsageError
+    from stages.judge import logprobs as job
+    from stages.progress import Progress
+    from stages.show.logprobs import logprobs_document
+
+    if model is None:
+        raise UsageError("--model MODEL is needed: the weights whose logprobs these should be")
+    if b is None and b_dtype is not None:
+        raise UsageError("--b-dtype applies to two files; name the second one, or use --dtype")
+    asked = job.LogprobsCommand(
+        a, b, model, (a_dtype or dtype).value, (b_dtype or dtype).value, other_model=other_model, top=top
+    )
+    with Progress(STATE.progress) as progress:
+        document = job.judge(asked, progress)
+    after(document, json, None, logprobs_document)
+    raise typer.Exit(job.EXIT_CODES[document["outcome"]])
+
+
 def _plan(
     named: tuple[str | None, str | None, Path | None, str | None],
     stages: str | None,

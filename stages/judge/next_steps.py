@@ -177,6 +177,16 @@ def _of_culprit(document: Document) -> list[str]:
 _COMPONENTS = ("--components", "--adapted")
 
 
+def _of_logprobs(document: Document) -> list[str]:
+    """Where no cause was found: the weights of another step, and the forward itself, recorded."""
+    words = command_words(document)
+    sides = [document[letter] for letter in "ab" if document[letter]]
+    if not any(side["verdict"] in ("bug", "suspect") and side["found"] is None for side in sides):
+        return []
+    other = [] if _value(words, "--other-model") else [shlex.join([*words, "--other-model", "OLDER"])]
+    return [*(other if words else []), "svf audit RECORDED --model MODEL --tokens TOKENS"]
+
+
 def _of_layouts(document: Document) -> list[str]:
     if document["outcome"] == "agree":
         return []
@@ -213,6 +223,7 @@ _RULES: dict[str, Callable[[Document], list[str]]] = {
     "svf.diff/1": _of_diff,
     "svf.audit/1": _of_audit,
     "svf.layouts/1": _of_layouts,
+    "svf.logprobs/1": _of_logprobs,
     "svf.forward/1": _of_forward,
     "svf.inspect/1": _of_inspect,
     "svf.stages/1": _of_stages,

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import typer.main
 from helpers import ROOT, fresh, some, svf
+from logprob_files import write_examples
 from plain_forward import gelu_tanh
 
 import cli
@@ -75,6 +76,7 @@ def set_up(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ports = {"port.safetensors": "none", "my-port.safetensors": "gate and up swapped"}
     runs = [word for out, fault in ports.items() for word in ("MODEL", "float32", out, fault)]
     subprocess.run([*program, *runs], cwd=folder, check=True)
+    write_examples(folder)
     return folder
 
 

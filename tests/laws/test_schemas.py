@@ -22,6 +22,7 @@ def fields(heading: str) -> set[str]:
     [
         ("audit", "{c}"),
         ("audit", "--plan", "--model", "{c}/../model", "--layers", "0"),
+        ("logprobs", "{c}/../one.jsonl", "{c}/../one.jsonl", "--model", "{c}/../model", "--dtype", "float32"),
         ("layouts", "{c}"),
         ("diff", "{c}", "{c}"),
         ("verify", "{c}"),
@@ -36,6 +37,7 @@ def fields(heading: str) -> set[str]:
     ids=" ".join,
 )
 def test_every_field_of_a_document_is_on_the_page(words: tuple[str, ...], made: Path) -> None:
+    (made / "one.jsonl").write_text('{"prompt": [1], "completion": [2], "logprobs": [-1]}')
     document = svf(*(word.format(c=made / "components") for word in words), "--json").json
     listed = fields(document["schema"])
     assert listed
