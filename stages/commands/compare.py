@@ -244,9 +244,12 @@ def replay(
     "svf forward MODEL --tokens 1,2,3 --backend jax --layers 0,3-5 --out dump",
     "svf forward MODEL --prompt 'Hello' --backend torch --generate 8",
     "svf forward MODEL --adapted components --layout vh --backend torch",
+    "svf forward model.gguf --tokens 1,2,3",
 )
 def forward(
-    model: Annotated[str | None, typer.Argument(help="Checkpoint folder or hub id; without it, a tiny one.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="Checkpoint folder, GGUF or hub id; without it, a tiny one.")
+    ] = None,
     tokens: Tokens = None,
     tokens_file: TokensFile = None,
     prompt: Prompt = None,
@@ -363,6 +366,7 @@ def forward(
     "svf diff a/stages.safetensors b/stages.safetensors --components bundle",
     "svf diff reference.json replay.json --strict-stage-tolerances",
     "svf diff dumps",
+    "svf diff model.gguf MODEL",
     "svf diff traces/torch recorded.safetensors --stages ffn_gate,ffn_out",
     "svf diff dumps/torch dumps/jax --explain-order",
     "svf diff dumps/torch dumps/jax --std-ratio 0.5:2",

@@ -36,7 +36,7 @@ from stages.commands.program import STATE, answer, command
     "svf capture MODEL --engine nnx --out captured",
 )
 def capture(
-    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
+    model: Annotated[str, typer.Argument(help="Checkpoint folder, GGUF file or hub id.")],
     out: Annotated[
         Path, output(help="New folder for the dump; of several sequences, each in a folder in it: 0, 1, ...")
     ],

@@ -15,11 +15,13 @@ from stages.commands.program import STATE, answer, command, refuse_idle
     "Look",
     "svf inspect components",
     "svf inspect MODEL --json",
+    "svf inspect model.gguf",
     "svf inspect pytorch_model.bin",
 )
 def inspect(
     source: Annotated[
-        str, typer.Argument(help="Bundle, checkpoint or hub id, dump, APRT, .safetensors, .npy, .pt or JSON result.")
+        str,
+        typer.Argument(help="Bundle, checkpoint or hub id, dump, GGUF, APRT, .safetensors, .npy, .pt, JSON result."),
     ],
     json: Json = False,
 ) -> None:

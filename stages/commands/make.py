@@ -88,7 +88,7 @@ def synth(
     "    --out components --report reference.json",
 )
 def decompose(
-    model: Annotated[str, typer.Argument(help="Checkpoint folder, or hub id org/name[@revision].")],
+    model: Annotated[str, typer.Argument(help="Checkpoint folder, GGUF file, or hub id org/name[@revision].")],
     vector: Annotated[
         Path,
         compute("--vector", "--router-vector", help="Router vector: .npy, or safetensors."),

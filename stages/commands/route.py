@@ -36,7 +36,7 @@ from stages.commands.program import STATE, answer, before, command
     "svf route MODEL --head router.npy --layers 26 --tokens 1,2,3 --precision exact",
 )
 def route(
-    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
+    model: Annotated[str, typer.Argument(help="Checkpoint folder, GGUF file or hub id.")],
     head: Annotated[
         Path,
         compute(help="Router vector, .npy or safetensors; or trinity_router_head.safetensors."),

@@ -22,6 +22,7 @@ import numpy as np
 
 from stages.errors import InputError, shown
 from stages.files.jsonio import open_regular
+from stages.spec.fields import got
 
 MAGIC = b"GGUF"
 SUFFIX = ".gguf"
@@ -35,6 +36,8 @@ _MAX_STRING_BYTES = 128 * 1024 * 1024
 _MAX_ENTRIES = 65_536
 _MAX_NAME_BYTES = 65_535  # of a key, by the format
 _MAX_AXES = 4  # of ggml
+# Of a row; the widest have some hundred thousand. A row is what is decoded at once.
+_MAX_COLUMNS = 2**24
 # Bytes and values of one read: little beside the memory of the smallest machine.
 _BLOCK_BYTES = 16 * 1024 * 1024
 
@@ -58,6 +61,9 @@ class GgufArray:
     """An array of the metadata, of which only its length is kept."""
 
     count: int
+
+    def __repr__(self) -> str:
+        return f"array of {self.count}"
 
 
 @dataclass(frozen=True)
@@ -240,8 +246,10 @@ class _Header:
 
     def fits(self, count: int, least: int, what: str, *, limit: int | None = None) -> None:
         """`InputError` unless the file can hold `count` things of `least` bytes each."""
-        if count * least > self.size - self.at or (limit is not None and count > limit):
+        if count * least > self.size - self.at:
             raise InputError(f"{self.where}: {count} {what} announced in a file of {self.size} bytes; it is damaged")
+        if limit is not None and count > limit:
+            raise InputError(f"{self.where}: {count} {what}, at most {limit} are read")
 
     def text(self, what: str, *, limit: int = _MAX_STRING_BYTES) -> str:
         length = self.number("<Q", f"the length of {what}")
@@ -295,7 +303,7 @@ class _Header:
     def alignment(self, metadata: dict[str, Any]) -> int:
         found = metadata.get("general.alignment", _ALIGNMENT)
         if not isinstance(found, int) or isinstance(found, bool) or found < 1 or found & (found - 1):
-            raise InputError(f"{self.where}: general.alignment: expected a power of 2, got {shown(found)}")
+            raise InputError(f"{self.where}: general.alignment: expected a power of 2, got {got(found)}")
         return found
 
     def tensor(self, alignment: int) -> GgufTensor:
@@ -315,7 +323,11 @@ class _Header:
         except ValueError:
             raise InputError(f"{place}: type {kind} is none that the gguf package knows") from None
         block, width = block_sizes()[known.name]
-        if 0 in shape or shape[-1] % block:
+        if shape[-1] > _MAX_COLUMNS:
+            raise InputError(f"{place}: rows of {shape[-1]} elements, at most {_MAX_COLUMNS} may be")
+        if 0 in shape:
+            raise InputError(f"{place}: shape {list(shape)} has an axis of 0")
+        if shape[-1] % block:
             raise InputError(
                 f"{place}: a row of shape {list(shape)} is not whole blocks of {block}, as {known.name} has"
             )

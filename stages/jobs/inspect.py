@@ -151,7 +151,7 @@ def _gguf(source: str) -> Found:
             {"name": t.name, "dtype": t.type, "shape": list(t.shape), "bytes": t.nbytes, "file": file.path.name}
             for t in file.tensors.values()
         ]
-        metadata = {k: f"array of {v.count}" if isinstance(v, GgufArray) else v for k, v in file.metadata.items()}
+        metadata = {k: repr(v) if isinstance(v, GgufArray) else v for k, v in file.metadata.items()}
         types = dict(Counter(tensor.type for tensor in file.tensors.values()))
     try:
         with GgufModel(Path(source), source) as model:

@@ -7,12 +7,15 @@ import shutil
 import struct
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from confined import MEMORY, SECONDS, Confined, Ended
 from damage import bomb
+from forward_models import MODELS
+from gguf_files import write_gguf
 from helpers import some, svf, with_json
 
 pytestmark = pytest.mark.faults
@@ -312,7 +315,7 @@ def test_what_is_no_regular_file_is_neither_waited_for_nor_read(
             path.mkdir()
         return path
 
-    odd = [put(tmp_path / name) for name in ("x.safetensors", "x.json", "x.npy", "x.pt", "x.bin")]
+    odd = [put(tmp_path / name) for name in ("x.safetensors", "x.json", "x.npy", "x.pt", "x.bin", "x.gguf")]
     for path in odd:
         for words in (("inspect", path), ("verify", path), ("audit", path), ("diff", path, path), ("stats", path)):
             refused(confined.run(*words), codes=(2, 3, 4, 5))
@@ -324,6 +327,7 @@ def test_what_is_no_regular_file_is_neither_waited_for_nor_read(
         ("forward", model, "--tokens-file", ids, "--backend", "reference"),
         ("route", model, "--head", weights, "--tokens", "1,2", "--backend", "reference"),
         ("report", ids, "--html", tmp_path / "page.html"),
+        ("forward", odd[5], "--tokens", "1", "--backend", "reference"),
     ):
         refused(confined.run(*words), codes=(3, 4))
     for source, name in (
@@ -343,3 +347,131 @@ def test_a_file_longer_than_it_says_is_read_to_its_limit(tmp_path: Path) -> None
     assert Path("/proc/self/status").stat().st_size == 0
     with pytest.raises(InputError, match="larger than the 100 bytes"):
         read_bytes("/proc/self/status", 100)
+
+
+# GGUF.
+
+
+def text(value: bytes) -> bytes:
+    return struct.pack("<Q", len(value)) + value
+
+
+def gguf_file(
+    pairs: bytes = b"", tensors: bytes = b"", counts: tuple[int, int] = (0, 0), version: int = 3, data: int = 0
+) -> bytes:
+    """A header with so many tensors and keys, by its counts, and `data` bytes of zeros behind it."""
+    head = b"GGUF" + struct.pack("<IQQ", version, *counts) + pairs + tensors
+    return head + bytes(-len(head) % 32 + data)
+
+
+def entry(name: bytes, shape: tuple[int, ...], kind: int = 0, offset: int = 0) -> bytes:
+    return text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
+
+
+def key(name: bytes, kind: int, value: bytes) -> bytes:
+    return text(name) + struct.pack("<I", kind) + value
+
+
+MANY = 2**62
+ALIGNED = b"general.alignment"
+GGUFS: dict[str, bytes] = {
+    "a count of tensors": gguf_file(counts=(MANY, 0)),
+    "a count of keys": gguf_file(counts=(0, MANY)),
+    "as many tensors as bytes could hold": gguf_file(counts=(70_000, 0), data=24 * 70_000),
+    "the length of a key": gguf_file(struct.pack("<Q", MANY), counts=(0, 1), data=64),
+    "the length of a text": gguf_file(key(b"a", 8, struct.pack("<Q", MANY)), counts=(0, 1), data=64),
+    "the length of an array": gguf_file(key(b"a", 9, struct.pack("<IQ", 4, MANY)), counts=(0, 1), data=64),
+    "the length of an array of texts": gguf_file(key(b"a", 9, struct.pack("<IQ", 8, MANY)), counts=(0, 1), data=64),
+    "an array of 5 million empty texts": gguf_file(
+        key(b"a", 9, struct.pack("<IQ", 8, 5_000_000)) + bytes(40_000_000), counts=(0, 1)
+    ),
+    "arrays in arrays": gguf_file(key(b"a", 9, struct.pack("<IQ", 9, 1) * 30_000), counts=(0, 1)),
+    "a type of a value": gguf_file(key(b"a", 77, bytes(8)), counts=(0, 1)),
+    "a bool of 2": gguf_file(key(b"a", 7, b"\2"), counts=(0, 1)),
+    "a key twice": gguf_file(key(b"a", 0, b"\1") * 2, counts=(0, 2)),
+    "a key that is no text": gguf_file(key(b"\xff\xfe", 0, b"\1"), counts=(0, 1)),
+    "an alignment of 0": gguf_file(key(ALIGNED, 4, struct.pack("<I", 0)), counts=(0, 1)),
+    "an alignment of 24": gguf_file(key(ALIGNED, 4, struct.pack("<I", 24)), counts=(0, 1)),
+    "an alignment of 2^31": gguf_file(
+        key(ALIGNED, 4, struct.pack("<I", 2**31)), entry(b"x", (8,)), counts=(1, 1), data=64
+    ),
+    "an alignment that is a text": gguf_file(key(ALIGNED, 8, text(b"32")), counts=(0, 1)),
+    "no axes": gguf_file(tensors=entry(b"x", ()), counts=(1, 0), data=64),
+    "a billion axes": gguf_file(tensors=text(b"x") + struct.pack("<I", 10**9), counts=(1, 0), data=64),
+    "an axis of 0": gguf_file(tensors=entry(b"x", (8, 0)), counts=(1, 0), data=64),
+    "axes of 2^32": gguf_file(tensors=entry(b"x", (2**32, 2**32)), counts=(1, 0), data=64),
+    "a row of 2^40 ternaries": gguf_file(tensors=entry(b"x", (2**40,), 34), counts=(1, 0), data=64),
+    "axes whose product is 2^64": gguf_file(tensors=entry(b"x", (2**20, 2**22, 2**22)), counts=(1, 0), data=64),
+    "half a block": gguf_file(tensors=entry(b"x", (16,), 2), counts=(1, 0), data=64),
+    "a type of a tensor": gguf_file(tensors=entry(b"x", (32,), 4), counts=(1, 0), data=64),
+    "an offset beyond the file": gguf_file(tensors=entry(b"x", (8,), 0, 2**63), counts=(1, 0), data=64),
+    "an offset that is not aligned": gguf_file(tensors=entry(b"x", (8,), 0, 8), counts=(1, 0), data=64),
+    "tensors that overlap": gguf_file(tensors=entry(b"x", (8,)) + entry(b"y", (8,)), counts=(2, 0), data=64),
+    "a hole": gguf_file(tensors=entry(b"x", (8,)) + entry(b"y", (8,), 0, 64), counts=(2, 0), data=96),
+    "a tensor twice": gguf_file(tensors=entry(b"x", (8,)) + entry(b"x", (8,), 0, 32), counts=(2, 0), data=64),
+    "bytes behind the last": gguf_file(tensors=entry(b"x", (8,)), counts=(1, 0), data=4096),
+    "no bytes of a tensor": gguf_file(tensors=entry(b"x", (8,)), counts=(1, 0)),
+    "version 1": gguf_file(version=1),
+    "the other byte order": gguf_file(version=3 << 24),
+    "nothing but the magic": b"GGUF",
+    "nothing at all": gguf_file(),
+}
+
+
+@pytest.mark.parametrize("kind", some(GGUFS, [*GGUFS][::3]))
+def test_a_gguf_header_is_compared_with_its_file(kind: str, confined: Confined, tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(GGUFS[kind])
+    reading = ("forward", path, "--tokens", "1", "--backend", "reference")
+    refused(confined.run(*reading), "m.gguf", codes=(3,))
+    whole = {"nothing at all"}  # a header without keys is one, only no model's
+    assert confined.run("inspect", path).code == (0 if kind in whole else 3)
+    assert confined.run("verify", path).code == 3
+
+
+def without(name: str) -> Callable[[dict[str, Any]], object]:
+    return lambda said: said.pop(name)
+
+
+def saying(**changes: Any) -> Callable[[dict[str, Any]], object]:
+    return lambda said: said.update({f"llama.{name.replace('__', '.')}": value for name, value in changes.items()})
+
+
+# What metadata may not say, and the word by which the refusal names it.
+SAID: dict[str, Callable[[dict[str, Any]], object]] = {
+    **{
+        f"llama.{name}": without(f"llama.{name}")
+        for name in (
+            "block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count",
+            "attention.head_count_kv", "attention.layer_norm_rms_epsilon", "rope.freq_base",
+        )
+    },
+    "missing tensors": saying(block_count=4096),
+    "block_count: expected": saying(block_count=2**31),
+    "head_count: expected": saying(attention__head_count=0),
+    "head_count_kv: expected": saying(attention__head_count_kv=[1, 2]),
+    "layer_norm_rms_epsilon": saying(attention__layer_norm_rms_epsilon=float("nan")),
+    "freq_base": saying(rope__freq_base=float("inf")),
+    "vocab_size: 7 contradicts": saying(vocab_size=7),
+    "tokenizer.ggml.tokens: 9 contradicts": lambda said: said.update({"tokenizer.ggml.tokens": ["a"] * 9}),
+    "value_length": saying(attention__value_length=8),
+    "dimension_count": saying(rope__dimension_count=8),
+    "wrong shapes": saying(feed_forward_length=32),
+    "expert_count": saying(expert_count=8),
+    "causal": saying(attention__causal=False),
+    "sliding_window": saying(attention__sliding_window=4),
+    "logit_scale": saying(logit_scale=2.0),
+    "scaling.type": saying(rope__scaling__type="longrope"),
+    "scaling.factor": saying(rope__scaling__type="linear"),
+    "original_context_length": saying(rope__scaling__type="yarn", rope__scaling__factor=4.0),
+    "split.count": lambda said: said.update({"split.count": 3}),
+    "general.type": lambda said: said.update({"general.type": "adapter"}),
+    "general.architecture": lambda said: said.update({"general.architecture": "gpt2"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("word", SAID)
+def test_metadata_is_obeyed_or_refused_by_its_key(word: str, confined: Confined, tmp_path: Path) -> None:
+    small = replace(MODELS["llama"], hidden=32, heads=2, kv_heads=1, head_dim=16, intermediate=64, vocab=40)
+    path = write_gguf(tmp_path / "m.gguf", small, edit=SAID[word])
+    refused(confined.run("forward", path, "--tokens", "1", "--backend", "reference"), "m.gguf", word)

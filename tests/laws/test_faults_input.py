@@ -8,13 +8,16 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from confined import MEMORY, SECONDS, Confined, Ended
 from damage import damage, rehash
+from forward_models import MODELS, write_model
+from gguf_files import write_gguf
 from helpers import some, svf
 from safetensors.torch import load_file, save_file
 
@@ -88,6 +91,12 @@ PROMPT = ("forward {x} --prompt ab --backend reference --layers 0 --stages embed
 MANIFEST = ("decompose {world}/model --manifest {x}/manifest.json --vector {world}/npy/router.npy --out {out}",)
 IDS = ("forward {world}/model --backend reference --tokens-file {x}/ids.json --layers 0",)
 PICKLE = ("inspect {x}/w.pt", "inspect {x}/w.pt --json", "verify {x}/w.pt")
+GGUF = (
+    "forward {x}/m.gguf --backend reference --tokens 1,2 --layers 0 --stages embedding", "inspect {x}/m.gguf",
+    "inspect {x}/m.gguf --json", "verify {x}/m.gguf", "diff {x}/m.gguf {good}/hf",
+    "diff {good}/m.gguf {x}/m.gguf --json", "decompose {x}/m.gguf --layers 1 --vector {good}/v.npy --out {out}",
+    "audit {good}/run --model {x}/m.gguf", "audit {good}/run/model.safetensors --model {x}/m.gguf --tokens 1,2",
+)  # fmt: skip
 SETTINGS = ("inspect {world}/npy/router.npy", "diff {world}/trace {world}/trace", "--version")
 
 # Exit codes of damage: a size that nobody has room for is told before tensors are looked at; ids that the user asked
@@ -118,6 +127,7 @@ TARGETS = {
     "reference manifest": Target("selection", "*", MANIFEST),
     "router vector": Target("npy", "*", VECTOR),
     "token ids": Target("tokens", "*", IDS, ASKED),
+    "GGUF": Target("gguf", "m.gguf", GGUF, ASKED),
     "pickle": Target("pickle", "*", PICKLE),
     "old pickle": Target("old", "*", PICKLE),
     "settings": Target("settings", "*", SETTINGS, frozenset({2})),
@@ -155,6 +165,7 @@ def world(made: Path, model: Path, manifest: Path, tmp_path_factory: pytest.Temp
         "settings",
         "aprt",
         "foreign",
+        "gguf",
     ):
         (at / name).mkdir()
     shutil.copy(made / "router.npy", at / "npy" / "router.npy")
@@ -182,6 +193,13 @@ def world(made: Path, model: Path, manifest: Path, tmp_path_factory: pytest.Temp
     torch.save(weights, at / "pickle" / "w.pt")
     torch.save(weights, at / "old" / "w.pt", _use_new_zipfile_serialization=False)
     shard(at / "model", at / "sharded")
+    small = replace(MODELS["llama"], hidden=32, heads=2, kv_heads=1, head_dim=16, intermediate=64, vocab=40)
+    write_gguf(
+        at / "gguf" / "m.gguf", small, kind="Q4_0", edit=lambda said: said.update({"tokenizer.words": ["a"] * 9})
+    )
+    write_model(at / "gguf" / "hf", small, "float32")
+    np.save(at / "gguf" / "v.npy", np.zeros(256 + 32, np.float32))
+    assert svf("forward", at / "gguf" / "m.gguf", *RUN, "--out", at / "gguf" / "run").code == 0
     return at
 
 

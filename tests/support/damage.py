@@ -251,9 +251,73 @@ def damaged_toml(data: bytes, pick: random.Random) -> bytes:
     return pick.choice([b"", data]) + f"{name} = {value}\n".encode()
 
 
+def gguf_fields(data: bytes) -> list[tuple[int, int, str]]:
+    """Where the numbers and texts of a sound GGUF header lie: offset, bytes, and what: `count`, `length`, `type`, ...
+
+    The header is written by `gguf.GGUFWriter`, and walked as its specification says.
+    """
+    fields = [(4, 4, "version"), (8, 8, "count"), (16, 8, "count")]
+    widths = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+    at = 24
+
+    def add(size: int, what: str) -> int:
+        nonlocal at
+        fields.append((at, size, what))
+        at += size
+        return int.from_bytes(data[at - size : at], "little")
+
+    def text(what: str) -> None:
+        add(add(8, "length"), what)
+
+    tensors, pairs = struct.unpack_from("<QQ", data, 8)
+    for _ in range(pairs):
+        text("key")
+        kind = add(4, "type")
+        if kind == 9:
+            of, count = add(4, "type"), add(8, "length")
+            for _ in range(count):
+                text("text") if of == 8 else add(widths[of], "value")
+        elif kind == 8:
+            text("text")
+        else:
+            add(widths[kind], "value")
+    for _ in range(tensors):
+        text("name")
+        for _ in range(add(4, "axes")):
+            add(8, "size")
+        add(4, "type")
+        add(8, "offset")
+    return fields
+
+
+def damaged_gguf(data: bytes, pick: random.Random) -> bytes:
+    """A GGUF file with one to three numbers or texts of its header replaced, or two of one kind swapped."""
+    changed, fields = bytearray(data), gguf_fields(data)
+    for _ in range(pick.choice([1, 1, 1, 2, 3])):
+        what = pick.choice(sorted({kind for _, _, kind in fields}))
+        at, size, _ = pick.choice([f for f in fields if f[2] == what])
+        if what in ("key", "name", "text"):
+            same = [f for f in fields if f[2] == what and f[1] == size]
+            other, _, _ = pick.choice(same)
+            new = [
+                bytes(changed[other : other + size]),
+                pick.randbytes(size),
+                b"\x1b" * size,
+                b"/" * size,
+                b"\0" * size,
+            ]
+        else:
+            old = int.from_bytes(changed[at : at + size], "little")
+            numbers = [old + 1, old - 1, 2 * old, old * 2**32, 0, *range(45), *SIZES, 2**63, 2**64 - 1, 3, 2**31 + 1]
+            new = [(pick.choice(numbers) % 2 ** (8 * size)).to_bytes(size, "little"), pick.randbytes(size)]
+        changed[at : at + size] = pick.choice(new)
+    return bytes(changed)
+
+
 WAYS: dict[str, list[Callable[[bytes, random.Random], bytes]]] = {
     ".json": [damaged_json] * 4 + [damaged_bytes],
     ".safetensors": [damaged_header] * 2 + [relabelled] * 3 + [damaged_bytes],
+    ".gguf": [damaged_gguf] * 4 + [damaged_bytes],
     ".pt": [damaged_zip] * 3 + [damaged_bytes, lambda _, pick: pickled(pick)],
     ".npy": [damaged_npy] * 3 + [damaged_bytes],
     ".toml": [damaged_toml] * 3 + [damaged_bytes],

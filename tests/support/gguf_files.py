@@ -10,6 +10,7 @@ import gguf
 import numpy as np
 from forward_models import Model, random_weights
 
+from stages.files.checkpoint import open_checkpoint
 from stages.files.gguf_config import FREQUENCIES
 from stages.files.gguf_model import gguf_names
 from stages.spec.config import ModelConfig
@@ -34,15 +35,35 @@ def write_gguf(
     `edit` changes the metadata, key to value, before it is written.
     """
     config = model.config(dtype)
+    given = random_weights(config, seed) if weights is None else weights
+    return write_config(path, config, given, kind=kind, raw=raw or {}, edit=edit)
+
+
+def gguf_of(folder: Path, path: Path, kind: str) -> Path:
+    """A checkpoint as GGUF, its matrices quantised."""
+    with open_checkpoint(folder) as checkpoint:
+        weights = {name: checkpoint.read(name) for name in checkpoint.tensors}
+        return write_config(path, checkpoint.config, weights, kind=kind, raw={}, edit=lambda _: None)
+
+
+def write_config(
+    path: Path,
+    config: ModelConfig,
+    weights: Mapping[str, np.ndarray],
+    *,
+    kind: str,
+    raw: Mapping[str, np.ndarray],
+    edit: Edit,
+) -> Path:
     metadata = described(config)
     edit(metadata)
     writer = gguf.GGUFWriter(path, metadata.pop("general.architecture", config.family))
     for key, value in metadata.items():
         add(writer, key, value)
     stored = gguf_names(config)
-    for name, array in (random_weights(config, seed) if weights is None else weights).items():
+    for name, array in weights.items():
         wide = paired(name, array.astype(np.float32), config)
-        if raw is not None and name in raw:
+        if name in raw:
             writer.add_tensor(stored[name], raw[name], raw_dtype=gguf.GGMLQuantizationType[kind])
             continue
         own = kind if array.ndim > 1 else "F32"
