@@ -8,7 +8,8 @@ a right block needs no tolerance that is chosen: each weight lies in its code's 
 An importance matrix fits the scale of Q4_0, Q4_1, Q5_0 and Q5_1 *after* the codes were chosen. Without one, a block
 represents its largest weight exactly; where most blocks do not, the tensor was fitted. It is right if, where a weight
 is beyond its interval, the block's codes rise with the weights, and the scale lies among those that single weights
-would ask for, as every weighted fit does. And an importance matrix may have any weight clipped.
+would ask for, as every weighted fit does. And an importance matrix may have any weight clipped. What it erased because
+its importance was exactly 0 is told as wrong: nothing in the file says so.
 Source: `ggml/src/ggml-quants.c` of llama.cpp.
 """
 
@@ -27,8 +28,6 @@ from stages.files.gguf_file import PLAIN, block_sizes, values
 _HALF16, _HALF_BF16, _SMALL16, _TINY16 = 2.0**-11, 2.0**-8, 2.0**-14, 2.0**-25
 # Float32 operations of a quantiser: some units, of a code and of a value.
 _ARITHMETIC = 2.0**-20
-# How much a search may have moved the unit in which the scales of a super-block are counted.
-_SEARCH = 1.2
 # Blocks whose cause is looked for, and rows that are read for it.
 _KEPT_BLOCKS, _KEPT_ROWS = 64, 8
 # A cause must explain this share of the blocks: those at the end of a row may have their neighbour elsewhere.
@@ -163,11 +162,10 @@ def intervals(raw: np.ndarray, kind: str) -> Intervals:
         beyond = np.where(flat, 0.0, np.inf) if layout.clips else step / 2
         low = np.where(y <= bottom, y - beyond, (y + below) / 2) - slack
         high = np.where(y >= top, y + beyond, (y + above) / 2) + slack
-        # A scale that is 0 in its super-block was less than half its unit. Where the lowest value is fitted too, an
-        # importance matrix may make it 0 for weights of any size; they still are of their super-block's.
+        # A scale that is 0 in its super-block was less than half its unit; an importance matrix may make it 0 for
+        # larger weights too, but they still are of their super-block's size.
         if layout.unit and flat.any():
-            lowest = _over_blocks(np.abs(bottom), block)
-            few = extent + lowest if layout.floor else _SEARCH * extent / (2 * layout.unit)
+            few = extent + _over_blocks(np.abs(bottom), block)
             few = few + layout.levels * layout.unit * _TINY16
             low, high = np.where(flat, y - few - slack, low), np.where(flat, y + few + slack, high)
     return Intervals(y, low, high, step, base)

@@ -13,6 +13,8 @@ import pytest
 from forward_models import LLAMA3, MODELS, Model, dumped, random_weights, trace, write_model
 from gguf_files import llama3_divisors, write_gguf
 from helpers import svf
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from stages.errors import InputError
 from stages.files.gguf_config import FREQUENCIES
@@ -107,6 +109,17 @@ def change_tensor(path: Path, name: str, kind: gguf.GGMLQuantizationType, raw: n
         writer.write_tensors_to_file()
         writer.close()
     path.with_suffix(".new").rename(path)
+
+
+@pytest.mark.parametrize("name", ["llama-gqa4", "llama-bias", "qwen2", "qwen3-gqa4"])
+def test_transformers_own_reader_has_the_same_tensors(name: str, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", MODELS[name], kind="F16")
+    with open_model(path) as found:
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**found.raw_config))
+        theirs = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
+        assert set(theirs) == set(found.tensors)
+        for tensor, array in theirs.items():
+            assert np.array_equal(np.asarray(array, np.float32), found.read(tensor).astype(np.float32)), tensor
 
 
 def test_llama_3_s_divisors_are_its_settings_and_others_stay_divisors(tmp_path: Path) -> None:
