@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -146,6 +148,23 @@ def test_a_forward_has_the_bits_of_the_folder_s(name: str, tmp_path: Path, torch
     one, other = dumped(tmp_path / "a"), dumped(tmp_path / "b")
     assert one.keys() == other.keys()
     assert all(np.array_equal(one[key].view(np.uint8), other[key].view(np.uint8)) for key in one)
+
+
+def test_rows_are_read_without_the_rest(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", dataclasses.replace(SMALL, vocab=200_000), kind="Q8_0")
+    with open_model(path) as found:
+        whole = found.info("lm_head.weight").nbytes
+        found.read("lm_head.weight", 0, 1)  # the package is loaded
+        reads: list[tuple[Callable[[], object], float]] = [
+            (lambda: found.read("lm_head.weight", 7, 9), whole / 100),
+            (lambda: found.columns("lm_head.weight", 32, 34), whole),
+            (lambda: found.read("lm_head.weight"), 2.5 * whole),  # itself, and one block at a time
+        ]
+        for read, most in reads:
+            tracemalloc.start()
+            read()
+            assert tracemalloc.get_traced_memory()[1] < most
+            tracemalloc.stop()
 
 
 def test_both_backends_agree_and_their_dumps_are_sound(tmp_path: Path) -> None:

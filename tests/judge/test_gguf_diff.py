@@ -245,3 +245,13 @@ def test_a_type_without_a_bound_is_not_judged(tmp_path: Path) -> None:
     document = compared(file, write_model(tmp_path / "hf", LLAMA, "float32"), code=5)
     assert document["outcome"] == "incomplete"
     assert {r["status"] for r in document["rows"]} == {"identical", "unjudged"}
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16"])
+def test_a_16_bit_number_that_is_not_the_nearest_is_told(kind: str, tmp_path: Path) -> None:
+    raw = stored(kind, LLAMA)
+    raw[GATE].view(np.uint16)[5, 9] += 1  # one unit further from 0
+    file = write_gguf(tmp_path / "m.gguf", LLAMA, kind=kind, raw=raw)
+    found = odd(compared(file, write_model(tmp_path / "hf", LLAMA, "float32"), code=1))
+    assert {name: row["quantised"]["first"]["row"] for name, row in found.items()} == {GATE: 5}
+    assert found[GATE]["quantised"]["first"]["columns"] == [9, 9]
