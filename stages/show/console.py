@@ -379,6 +379,7 @@ def checkpoints_document(document: Mapping[str, Any]) -> None:
     out = console()
     blocks = [row for row in document["rows"] if row["status"] == "quantised"]
     odd = [row for row in document["rows"] if row["status"] not in ("identical", "quantised")]
+    odd.sort(key=lambda row: row["status"] in ("dtype", "tied"))  # what agrees comes last
     if odd:
         table = Table(header_style="bold", show_edge=False, pad_edge=False)
         for name in ("tensor", "status", "max |a - b|", "note"):

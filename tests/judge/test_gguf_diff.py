@@ -255,3 +255,13 @@ def test_a_16_bit_number_that_is_not_the_nearest_is_told(kind: str, tmp_path: Pa
     found = odd(compared(file, write_model(tmp_path / "hf", LLAMA, "float32"), code=1))
     assert {name: row["quantised"]["first"]["row"] for name, row in found.items()} == {GATE: 5}
     assert found[GATE]["quantised"]["first"]["columns"] == [9, 9]
+
+
+def test_what_is_wrong_is_shown_before_what_agrees(tmp_path: Path) -> None:
+    raw = stored("Q8_0", LLAMA, "bfloat16")
+    raw[DOWN] = raw[DOWN][::-1].copy()
+    file = write_gguf(tmp_path / "m.gguf", LLAMA, "bfloat16", kind="Q8_0", raw=raw)
+    shown = svf("diff", file, write_model(tmp_path / "hf", LLAMA, "bfloat16")).out.splitlines()
+    assert shown[2].startswith(DOWN)
+    assert any("input_layernorm" in line for line in shown)  # float32 in the file: equal in another dtype
+    assert any(line.startswith("Q8_0: 8 tensors, ") for line in shown)
