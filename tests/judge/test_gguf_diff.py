@@ -17,6 +17,7 @@ from quantisers import quantised
 
 from stages.files.gguf_file import block_sizes
 from stages.judge.quantised import LAYOUTS, Found, cause, exactly, intervals
+from stages.spec.config import LM_HEAD
 
 RNG = np.random.default_rng(1)
 NORMAL = 0.02 * RNG.standard_normal((32, 1024))
@@ -259,9 +260,9 @@ def test_a_16_bit_number_that_is_not_the_nearest_is_told(kind: str, tmp_path: Pa
 
 def test_what_is_wrong_is_shown_before_what_agrees(tmp_path: Path) -> None:
     raw = stored("Q8_0", LLAMA, "bfloat16")
-    raw[DOWN] = raw[DOWN][::-1].copy()
+    raw[LM_HEAD] = raw[LM_HEAD][::-1].copy()  # the last tensor of all
     file = write_gguf(tmp_path / "m.gguf", LLAMA, "bfloat16", kind="Q8_0", raw=raw)
     shown = svf("diff", file, write_model(tmp_path / "hf", LLAMA, "bfloat16")).out.splitlines()
-    assert shown[2].startswith(DOWN)
+    assert shown[2].startswith(LM_HEAD)
     assert any("input_layernorm" in line for line in shown)  # float32 in the file: equal in another dtype
     assert any(line.startswith("Q8_0: 8 tensors, ") for line in shown)
