@@ -42,7 +42,9 @@ _FEW = 64
 # Lines of which, where no cause explains all that fail, each is asked alone.
 _ALONE = 8
 # Causes that explain a side about equally well, in units of twice the logarithm of the likelihood, are all named.
-_EQUAL = 10.0
+_EQUAL = 20.0
+# No token counts for more in the likelihood, in squares of its deviation: its choice may have been another.
+_MOST_UNLIKELY = 25.0
 # What errs in RMS by no more than its deviations is explained as well as it can be: no more causes are tried.
 _TYPICAL = 1.0
 # Median of error / deviation of right runs in 16 bits: 0.08 was the least seen. Of a mistake in a few tokens it is 0.
@@ -208,9 +210,12 @@ def fit(tokens: Tokens, made: Logprobs, step: float) -> Fit:
         ratio = np.where(there, error / (made.bound + step / 2), 0.0)
         width = np.square(made.deviation) + (np.square(made.high - made.low) + step * step) / 12
         square = np.square(error) / width
+        # From the likeliest choice: what a choice of others may explain is not what tells two causes apart.
+        likely = np.square(made.deviation) + step * step / 12
+        off = np.minimum(np.square(tokens.observed - made.value) / likely, _MOST_UNLIKELY)
     counted, count = square[there & np.isfinite(width)], max(int(there.sum()), 1)
     median = float(np.sqrt(np.median(counted))) if len(counted) else 0.0
-    likelihood = float(np.sum(counted) + np.sum(np.log(width[there & np.isfinite(width)])))
+    likelihood = float(np.sum(off[there] + np.log(likely[there])))
     return Fit(error, np.nan_to_num(ratio, nan=np.inf), float(np.sqrt(np.sum(counted) / count)), median, likelihood)
 
 
