@@ -37,6 +37,8 @@ from stages.spec.forward import forward_pipeline
 EXIT_CODES = {"agree": 0, "sound": 0, "diverged": 1, "faulty": 1, "incomplete": 5}
 # Logits that are held at a time: 64 MB of float64, of which some ten arrays are made.
 _BLOCK = 1 << 23
+# And in all, of those that causes ask for again: 256 MB with their variances.
+_HELD = 1 << 24
 # Tokens on which a cause is tried before it is on all.
 _FEW = 64
 # Lines of which, where no cause explains all that fail, each is asked alone.
@@ -95,6 +97,7 @@ class Forward:
         self.path = forward_pipeline(checkpoint.config, dtype)
         self.dtype = stored_dtype(self.path.activations)
         self._kept: dict[bytes, tuple[np.ndarray, Spread]] = {}
+        self._logits: dict[tuple[bytes, bytes], Logits] = {}
         self.vocab = checkpoint.config.vocab_size
 
     def chunks(self) -> Iterator[tuple[slice, np.ndarray]]:
@@ -119,10 +122,17 @@ class Forward:
             self._kept[key] = value.array, value.spread
 
     def logits(self, line: Line, rows: np.ndarray) -> Logits:
-        """Of some positions of a sequence."""
-        array, spread = self._kept[line.tokens.tobytes()]
+        """Of some positions of a sequence; kept for the causes that ask for the same ones."""
+        key = line.tokens.tobytes(), rows.tobytes()
+        if key in self._logits:
+            return self._logits[key]
+        array, spread = self._kept[key[0]]
         own, row = (e[rows] if isinstance(e, np.ndarray) and e.ndim else e for e in (spread.own, spread.row))
-        return logits_of(array[rows], Spread(own, row), self.chunks, self.dtype, LAMBDA)
+        found = logits_of(array[rows], Spread(own, row), self.chunks, self.dtype, LAMBDA)
+        if sum(one.values.size for one in self._logits.values()) + found.values.size > _HELD:
+            self._logits.clear()
+        self._logits[key] = found
+        return found
 
 
 @dataclass(frozen=True)

@@ -66,8 +66,11 @@ class Logits:
         return np.broadcast_to(np.asarray(self.of_hidden.row, np.float64).reshape(-1), len(self.values))
 
     def mean_row(self, p: np.ndarray) -> np.ndarray:
-        """The head's rows averaged over weights `p`, `[rows, hidden]`."""
-        return np.sum([p[:, columns] @ weight.astype(np.float64) for columns, weight in self.chunks()], axis=0)
+        """The head's rows averaged over weights `p`, `[rows, hidden]`; by float32 products, ample for a variance."""
+        narrow = p.astype(np.float32)
+        parts = [narrow[:, columns] @ weight.astype(np.float32) for columns, weight in self.chunks()]
+        mean: np.ndarray = np.sum(parts, axis=0, dtype=np.float64)
+        return mean
 
     def head_rows(self, ids: np.ndarray) -> np.ndarray:
         """The head's rows of these tokens, `[rows, hidden]`."""
