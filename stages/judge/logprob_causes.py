@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ _TOP_K = (1, 2, 5, 8, 10, 16, 20, 30, 32, 40, 50, 64, 100, 128, 200, 256, 500, 1
 _GRID = np.geomspace(0.05, 20, 61)
 _STEPS = 30
 # Rows for which top-p is searched at every temperature.
-_FEW = 128
+_FEW, _FEW_LOGITS = 128, 1 << 21
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,19 @@ class Sample:
     observed: np.ndarray
     plain: Logprobs
 
+    @cached_property
+    def ordered(self) -> np.ndarray:
+        """The logits of each token's row, largest first."""
+        found: np.ndarray = -np.sort(-self.logits, axis=-1)
+        return found
+
     @property
     def weight(self) -> np.ndarray:
         return 1 / np.maximum(self.plain.deviation, 1e-12)
 
-    def few(self, count: int) -> Sample:
-        """As many of the tokens, evenly."""
+    def few(self) -> Sample:
+        """Some of the tokens, evenly."""
+        count = min(_FEW, max(8, _FEW_LOGITS // self.logits.shape[-1]), len(self.targets))
         kept = np.unique(np.linspace(0, len(self.targets) - 1, count).astype(int))
         return Sample(self.logits[kept], self.targets[kept], self.observed[kept], _part(self.plain, kept))
 
@@ -154,7 +162,7 @@ def _digits(way: Processing) -> int:
 
 def joined(sample: Sample, temperatures: Iterable[float]) -> list[Cause]:
     """Top-k or top-p together with a temperature: the best of each."""
-    few, ways = sample.few(_FEW), []
+    few, ways = sample.few(), []
     for temperature in dict.fromkeys((*temperatures, *_TEMPERATURES)):
         if temperature != 1:
             ways += [*_top_k(few, temperature), *_top_p(few, temperature)]
@@ -228,33 +236,35 @@ def _units(sample: Sample) -> list[Cause]:
 # -- top-k and top-p ------------------------------------------------------------------------------------------------
 
 
+def _below(sample: Sample, temperature: float) -> tuple[np.ndarray, np.ndarray]:
+    """At a temperature, how far each token's logit lies below the largest, `[tokens]`, and the sums of the 1, 2, 3, ...
+    largest exponentials, `[tokens, vocab]`."""
+    ordered = sample.ordered
+    target = sample.logits[np.arange(len(ordered)), sample.targets] - ordered[:, 0]
+    return target / temperature, np.cumsum(np.exp((ordered - ordered[:, :1]) / temperature), axis=-1)
+
+
 def _top_k(sample: Sample, temperature: float) -> Iterator[Processing]:
     """The k whose largest logits, normalised, give the observed logprobs best."""
-    x = sample.logits / temperature
-    ordered = -np.sort(-x, axis=-1)
-    sums = np.log(np.cumsum(np.exp(ordered - ordered[:, :1]), axis=-1)) + ordered[:, :1]
-    target = x[np.arange(len(x)), sample.targets][:, None]
-    off = np.square((sample.observed[:, None] - target + sums) * sample.weight[:, None])
+    target, sums = _below(sample, temperature)
+    off = np.square((sample.observed[:, None] - target[:, None] + np.log(sums)) * sample.weight[:, None])
     total = np.sum(off, axis=0)
     best = 1 + int(np.argmin(total))
     usual = min((k for k in _TOP_K if k <= len(total)), key=lambda k: total[k - 1])
     for k in {best, usual}:
-        if k < x.shape[-1]:
+        if k < len(total):
             yield Processing(temperature, top_k=k)
 
 
 def _top_p(sample: Sample, temperature: float) -> Iterator[Processing]:
     """The p whose nuclei, normalised, give the observed logprobs best: one that people write, or of those between
     which the nuclei that were kept leave it."""
-    x = sample.logits / temperature
-    ordered = -np.sort(-x, axis=-1)
-    sums = np.cumsum(np.exp(ordered - ordered[:, :1]), axis=-1)
-    target = x[np.arange(len(x)), sample.targets] - ordered[:, 0]
+    target, sums = _below(sample, temperature)
     share = sums / sums[:, -1:]
     with np.errstate(over="ignore"):
         kept = np.exp(np.minimum(target - sample.observed, 700.0))  # the sum that was divided by
     nearest = np.argmin(np.abs(np.log(sums) - np.log(kept)[:, None]), axis=-1)
-    rows = np.arange(len(x))
+    rows = np.arange(len(sums))
     most = float(np.min(share[rows, nearest]))
     least = float(np.max(np.where(nearest > 0, share[rows, nearest - 1], 0.0)))
     middle = (least + most) / 2
@@ -272,10 +282,7 @@ def _off_top_p(sample: Sample, target: np.ndarray, share: np.ndarray, sums: np.n
 
 def _off(sample: Sample, way: Processing) -> float:
     """How far a way is from the observed logprobs of a sample."""
-    x = sample.logits / way.temperature
-    ordered = -np.sort(-x, axis=-1)
-    sums = np.cumsum(np.exp(ordered - ordered[:, :1]), axis=-1)
-    target = x[np.arange(len(x)), sample.targets] - ordered[:, 0]
+    target, sums = _below(sample, way.temperature)
     if way.top_p is not None:
         return _off_top_p(sample, target, sums / sums[:, -1:], sums, way.top_p)
     off = (sample.observed - target + np.log(sums[:, (way.top_k or 0) - 1])) * sample.weight

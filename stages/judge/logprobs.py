@@ -542,7 +542,7 @@ def _even(count: int, wanted: int) -> np.ndarray:
 def _sample(side: Side, kept: np.ndarray) -> Sample:
     """As many of these tokens as may be held, evenly, with their logits."""
     at = np.flatnonzero(kept)
-    count = min(len(at), max(8, _BLOCK // side.forward.vocab))
+    count = min(len(at), max(8, _BLOCK // (2 * side.forward.vocab)))
     at = at[_even(len(at), count)]
     tokens = side.tokens.part(at)
     logits = np.empty((len(at), side.forward.vocab))

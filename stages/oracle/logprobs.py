@@ -67,9 +67,9 @@ class Logits:
 
     def mean_row(self, p: np.ndarray) -> np.ndarray:
         """The head's rows averaged over weights `p`, `[rows, hidden]`; by float32 products, ample for a variance."""
-        narrow = p.astype(np.float32)
-        parts = [narrow[:, columns] @ weight.astype(np.float32) for columns, weight in self.chunks()]
-        mean: np.ndarray = np.sum(parts, axis=0, dtype=np.float64)
+        narrow, mean = p.astype(np.float32), np.zeros(self.hidden.shape)
+        for columns, weight in self.chunks():
+            mean += narrow[:, columns] @ weight.astype(np.float32)
         return mean
 
     def head_rows(self, ids: np.ndarray) -> np.ndarray:
