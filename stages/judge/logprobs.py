@@ -47,6 +47,7 @@ _ALONE = 8
 _EQUAL = 20.0
 # No token counts for more in the likelihood, in squares of its deviation: its choice may have been another.
 _MOST_UNLIKELY = 25.0
+_APPLIED = " had been applied"
 # What errs in RMS by no more than its deviations is explained as well as it can be: no more causes are tried.
 _TYPICAL = 1.0
 # Median of error / deviation of right runs in 16 bits: 0.08 was the least seen. Of a mistake in a few tokens it is 0.
@@ -418,7 +419,12 @@ class _Bench:
         kinds: dict[str, _Tried] = {}
         for one in sorted(equal, key=lambda one: one.cause.digits):
             kinds.setdefault(one.cause.kind, one)
-        return [(one.cause, one.made) for one in sorted(kinds.values(), key=lambda one: one.cost)]
+        told: list[_Tried] = []
+        for one in sorted(kinds.values(), key=lambda one: one.cost):
+            # One that adds a step to a likelier one adds nothing.
+            if not any(one.cause.words.startswith(f"{more.cause.words.removesuffix(_APPLIED)} and ") for more in told):
+                told.append(one)
+        return [(one.cause, one.made) for one in told]
 
     def _of_other_model(self, lines: Sequence[Line]) -> list[Cause]:
         name = self.command.other_model

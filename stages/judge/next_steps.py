@@ -181,7 +181,7 @@ def _of_logprobs(document: Document) -> list[str]:
     """Where no cause was found: the weights of another step, and the forward itself, recorded."""
     words = command_words(document)
     sides = [document[letter] for letter in "ab" if document[letter]]
-    if not any(side["verdict"] in ("bug", "suspect") and side["found"] is None for side in sides):
+    if not any(side["verdict"] == "suspect" or (side["verdict"] == "bug" and side["found"] is None) for side in sides):
         return []
     other = [] if _value(words, "--other-model") else [shlex.join([*words, "--other-model", "OLDER"])]
     return [*(other if words else []), "svf audit RECORDED --model MODEL --tokens TOKENS"]

@@ -170,6 +170,8 @@ def test_a_planted_mistake_is_named(dtype: str, name: str, made: Path, tmp_path:
         assert document["outcome"] == "diverged"
         assert document["verdict"].startswith(f"{letter}: bug, "), document["verdict"]
         assert words in document["verdict"]
+        if name.startswith("temperature 0"):
+            assert " or " not in document["verdict"]
         assert document["b" if letter == "a" else "a"]["verdict"] == "rounding"
         parts = document["split"]["parts"]
         assert parts["rest"]["max_abs"] == 0
@@ -194,6 +196,10 @@ def test_weights_of_a_step_before(made: Path, tmp_path: Path) -> None:
     document = judged(bad, None, made / "float32")
     assert document["outcome"] == "faulty"
     assert "a stale step?" in document["verdict"]
+    done = svf("logprobs", bad, "--model", made / "float32")
+    assert f"Next: svf logprobs {bad} --model {made}/float32 --other-model OLDER" in done.out.replace(
+        "--no-progress ", ""
+    )
     named = judged(bad, None, made / "float32", other_model=str(made / "stale-float32"))
     assert "bug, the weights of" in named["verdict"]
     assert " or " not in named["verdict"]
@@ -341,6 +347,7 @@ def test_text_and_json(made: Path, tmp_path: Path) -> None:
     assert "part of a - b" in done.out
     document = svf("logprobs", a, b, "--model", made / "float32", "--json").json
     assert document["schema"] == "svf.logprobs/1"
+    assert document["next"] == []
     assert document["b"]["found"]["temperature"] == 0.7
     assert len(document["worst"]) == 5
     json.dumps(document, allow_nan=False)
