@@ -17,7 +17,7 @@ import numpy as np
 from stages.files.forward_dump import Place
 from stages.judge.recorded_run import ForwardRun, find, given, sources_of, weights_of
 from stages.judge.spans import span_of
-from stages.judge.through import Edits
+from stages.judge.tried import Edits
 from stages.run.forward import parameters
 from stages.spec.backend import Backend
 from stages.spec.dtypes import stored_dtype

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,10 +30,12 @@ from stages.judge.recorded_run import (
     weights_of,
 )
 from stages.judge.rows import Row
+from stages.judge.slight import slight
 from stages.judge.spans import computed_between, mixes_positions, span_of, value_of, values_of, way_of
 from stages.judge.through import Search
 from stages.oracle import rope
 from stages.oracle.span import LEAST_SEEN, floor, oracle_through
+from stages.oracle.svd import single_threaded_blas
 from stages.oracle.verdict import Oracle, Verdict, consult, judge, judged_part, worst
 from stages.recipes.elements import explain_rows
 from stages.recipes.recipe import Class
@@ -329,12 +332,40 @@ def judge_place(place: Place, run: ForwardRun, observed: np.ndarray) -> SideVerd
         other = reread(place, run, observed) if verdict.verdict.fails else None
     except (ValueError, IndexError):  # numpy's, for operands whose shapes do not go together
         return SideVerdict(Verdict.SHAPE, np.inf)
+    if verdict.verdict.passes:
+        return slightly(place, run, observed) or verdict
     if other is None:
         verdict.reason = rope_cause(place, run, observed, verdict) or verdict.reason
         return verdict
     if other.fault:
         return SideVerdict(Verdict.BUG, verdict.ratio, other.text)
     return _judged(place, run, other.array)
+
+
+def slightly(place: Place, run: ForwardRun, observed: np.ndarray) -> SideVerdict | None:
+    """Of a stage that passes, what moves it surely, by less than the bound of long spans sees; None of nothing such."""
+    if way_of(span_of(place, run).acting, run).absolute:
+        return None
+    columns, oracle = next(oracles_of(place, run, observed))
+    if oracle.typical is None or part(observed, columns).shape != oracle.value.shape:
+        return None
+    with np.errstate(all="ignore"), threads(run):
+        found = slight(Search(place, run, oracle, part(observed, columns)))
+    if found is None:
+        return None
+    run.found[place], ratio = found
+    run.hints[place] = run.found[place].words
+    return SideVerdict(Verdict.SUSPECT, ratio, run.hints[place])
+
+
+# Products of models of less than this hidden size gain nothing by a second thread, and wait for it on a busy machine.
+_THREADED = 1024
+
+
+def threads(run: ForwardRun) -> AbstractContextManager[None]:
+    """As many threads as products of this model gain by."""
+    small = run.config is not None and run.config.hidden_size < _THREADED
+    return single_threaded_blas() if small else nullcontext()
 
 
 def rope_cause(place: Place, run: ForwardRun, observed: np.ndarray, verdict: SideVerdict) -> str | None:
@@ -410,7 +441,7 @@ def _in_hidden(place: Place, run: ForwardRun, oracle: Oracle, observed: np.ndarr
     """What is wrong in a stage on the way, where some were not recorded."""
     if oracle.typical is None or observed.shape != oracle.value.shape:
         return None
-    with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"), threads(run):
         found = Search(place, run, oracle, observed).named()
     if found is None:
         return None

@@ -22,7 +22,7 @@ from stages.files.forward_dump import Place, parse_key
 from stages.files.kinds import Recording, one_recording
 from stages.files.replay_recorded import open_side
 from stages.judge.arithmetic import Arithmetic, Step, arithmetics, edited, program
-from stages.judge.forward import oracles_of, part
+from stages.judge.forward import oracles_of, part, threads
 from stages.judge.forward_pair import Named
 from stages.judge.opened import open_forward
 from stages.judge.recorded_run import ForwardRun, inputs_of
@@ -194,15 +194,17 @@ def _through(
     order = sorted(range(len(ways)), key=lambda i: -sum(bits[i][key] == sizes[key] for key in sizes))
     known = any(bits[i][key] == sizes[key] for i in order for key in sizes)
     found: dict[str, dict[str, Any]] = {}
-    until = time.thread_time() + _SECONDS
+    until = time.process_time() + _SECONDS
     for key, at, run in places:
         best = max(order, key=lambda i: bits[i][key] or 0)
         most = bits[best][key] or 0
         if most:
             found[key] = {"bits": most, "recipe": ways[best].words}
-        # An engine whose way is not here gives other bytes where it is right: then what fails alone is worth asking.
-        worth = known or key in request.failing or len(places) == 1
-        if most < sizes[key] and worth and time.thread_time() < until:
+        # An engine whose way is not here gives other bytes where it is right: then what fails alone is worth asking,
+        # or one tensor of which 16 bits tell little.
+        alone = len(places) == 1 and run.read(at).dtype.itemsize < 4
+        worth = known or key in request.failing or alone
+        if most < sizes[key] and worth and time.process_time() < until:
             progress(f"{request.backend}: what is wrong in {key}", 0.5)
             proved = _proved([way for way in (ways[i] for i in order) if not way.whole], at, run, until)
             if proved is not None:
@@ -210,9 +212,9 @@ def _through(
     return found
 
 
-# Seconds of this thread that are spent on hypotheses, and how many are tried after one that gives every byte, which
-# others may give too.
-_SECONDS, _AFTER = 20.0, 40
+# Seconds of processor that are spent on hypotheses, with compiling them, and how many are tried after one that gives
+# every byte, which others may give too.
+_SECONDS, _AFTER = 8.0, 40
 
 
 def _proved(ways: Sequence[Arithmetic], at: Place, run: ForwardRun, until: float) -> str | None:
@@ -220,20 +222,24 @@ def _proved(ways: Sequence[Arithmetic], at: Place, run: ForwardRun, until: float
     observed = run.read(at)
     columns, oracle = next(oracles_of(at, run, observed))
     steps = program(at, run)
-    for way in ways:
+    native = None
+    for way in reversed(ways):
         way.start()
-        way.value(steps, run)
+        native = _native(way, steps, run, observed)
+    if native is None:
+        return None
     said: dict[str, list[str]] = {}
     after = 0
-    with np.errstate(all="ignore"):
-        for hypothesis in Search(at, run, oracle, part(observed, columns)).edited():
+    with np.errstate(all="ignore"), threads(run):
+        right = part(native, columns).astype(np.float64)
+        for hypothesis in Search(at, run, oracle, part(observed, columns)).edited(right):
             assert hypothesis.edits is not None
             changed = edited(steps, hypothesis.edits)
             for way in ways:
                 if _bits(way, changed, at, run) == observed.size:
                     said.setdefault(way.words, []).append(hypothesis.words)
             after += bool(said)
-            if time.thread_time() > until or after > _AFTER:
+            if time.process_time() > until or after > _AFTER:
                 break
     if not said:
         return None
@@ -249,6 +255,12 @@ def _given(way: Arithmetic, at: Place, run: ForwardRun) -> int | None:
 def _bits(way: Arithmetic, steps: Sequence[Step], at: Place, run: ForwardRun) -> int | None:
     assert run.path is not None
     observed = run.read(at)
+    value = _native(way, steps, run, observed)
+    return None if value is None else _alike(run.path.at(at), value, observed)
+
+
+def _native(way: Arithmetic, steps: Sequence[Step], run: ForwardRun, observed: np.ndarray) -> np.ndarray | None:
+    """What a way gives of what was recorded, as it is stored there."""
     try:
         value = way.value(steps, run)
     except (ValueError, TypeError, RuntimeError):  # a framework's, of operands whose shapes do not go together
@@ -256,7 +268,7 @@ def _bits(way: Arithmetic, steps: Sequence[Step], at: Place, run: ForwardRun) ->
     if value is None or value.dtype.itemsize > observed.dtype.itemsize:
         return None
     value = value[-len(observed) :] if value.ndim == observed.ndim else value
-    return _alike(run.path.at(at), value.astype(observed.dtype), observed)
+    return value.astype(observed.dtype)
 
 
 def _chunks(

@@ -15,7 +15,8 @@ import numpy as np
 from stages.files.bundle import Components
 from stages.files.forward_dump import Place
 from stages.judge.recorded_run import Span
-from stages.judge.through import Hypothesis, Search
+from stages.judge.through import Search
+from stages.judge.tried import Hypothesis
 from stages.oracle.bounds import Lambdas
 from stages.oracle.rounding import round_once
 from stages.oracle.span import Floor, Value, Way, oracle_through, value_through
@@ -159,6 +160,10 @@ class _Search(Search):
     def __init__(self, tensor: Replayed, chunk: Chunk, oracle: Oracle, observed: np.ndarray):
         self.tensor, self.chunk = tensor, chunk
         self.begin(span_in(chunk, oracle.stage), oracle, observed)
+
+    @property
+    def count(self) -> int:
+        return 0
 
     def sources(self, at: Place) -> list[Place]:
         return [(None, name) for name in REPLAY[at[1]].inputs]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
+from types import MappingProxyType
 
 import numpy as np
 
@@ -14,6 +16,14 @@ from stages.recipes.recipe import FIT, NARROW, Form, Kind, Mod, equivalent, narr
 from stages.recipes.value import Pieces, Value, nearest, point, total
 from stages.spec.causal import up_to_query
 from stages.spec.noise import Noise
+
+# A mistake in how heads share keys and values is one mistake in two stages, in words.
+DEALT: Mapping[str, str] = MappingProxyType(
+    {
+        stage: f"{what} heads are dealt out in turn, not each to consecutive query heads"
+        for stage, what in (("attn_scores", "key"), ("attention", "value"))
+    }
+)
 
 
 def _keys_for(x: np.ndarray, heads: int, tiled: bool) -> np.ndarray:
@@ -115,7 +125,7 @@ _SCORE_MODS = (
     Mod("the scale 1/sqrt(head_dim) is missing", {"factor": "missing"}),
     Mod("the scale 1/sqrt(head_dim) is there twice", {"factor": "twice"}),
     Mod("the scores are multiplied by sqrt(head_dim), not divided", {"factor": "upside down"}),
-    Mod("key heads are dealt out in turn, not each to consecutive query heads", {"tiled": True}),
+    Mod(DEALT["attn_scores"], {"tiled": True}),
     Mod("queries and keys are swapped", {"swapped": True}),
     *(
         Mod(f"capped softly at {cap:g}{words}", {"cap": cap, **args})
@@ -445,7 +455,7 @@ _WEIGHTED_MODS = (
     Mod("values are the keys", {"keys": True}),
     Mod("attn_softmax is transposed", {"transposed": True}),
     Mod("heads are joined without bringing the tokens first", {"unjoined": True}),
-    Mod("value heads are dealt out in turn, not each to consecutive query heads", {"tiled": True}),
+    Mod(DEALT["attention"], {"tiled": True}),
     Mod("heads are joined in reverse order", {"reverse": True}),
 )
 WEIGHTED = Kind(

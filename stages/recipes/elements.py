@@ -171,7 +171,7 @@ def _one_element(row: _Row) -> _Found | None:
     k = int(fitting[np.argmin(residuals[fitting])])
     at, old = row.product.place(row.j, k), float(row.weights[k])
     weight = row.product.part(row.j).weight
-    new, text = said(at, old, old + float(least[k]), old + float(most[k]), _neighbours(row, k), stored_as(weight))
+    new, text = become(at, old, old + float(least[k]), old + float(most[k]), _neighbours(row, k), stored_as(weight))
     if abs(new - old) < CLEAR * abs(old):
         return None
     others = np.delete(residuals, k)
@@ -308,7 +308,7 @@ def _two_elements(row: _Row) -> _Found | None:
         if a != b and ((row.low <= added) & (added <= row.high)).all():
             both = sorted(zip((a, b), new, strict=True))
             text = " and ".join(
-                said(row.product.place(row.j, k), float(row.weights[k]), value, value, _neighbours(row, k), dtype)[1]
+                become(row.product.place(row.j, k), float(row.weights[k]), value, value, _neighbours(row, k), dtype)[1]
                 for k, value in both
             )
             return Explanation(text, row.left(added)), None
@@ -340,29 +340,27 @@ def _joined(product: Product, found: list[tuple[int, Explanation, int | None]], 
 # -- what a number became -------------------------------------------------------------------------------------------
 
 
-def said(
+def become(
     at: str, old: float, least: float, most: float, neighbours: Iterable[tuple[str, float]], dtype: np.dtype
 ) -> tuple[float, str]:
     """What the element `at` is instead of `old`, and that in words, if it lies between `least` and `most`.
 
     Flatly only if the record leaves one number of `dtype`, or a 16th of the change; about so much otherwise.
     """
-    usual = next((u for u in _usual(at, old, neighbours, dtype) if least <= u[0] <= most and u[0] != old), None)
+    likely = next((u for u in usual(at, old, neighbours, dtype) if least <= u[0] <= most and u[0] != old), None)
     middle = (least + most) / 2
     nearest = float(round_once(np.array([middle]), dtype)[0])
     alone = least <= nearest <= most and not any(least <= _step(nearest, n, dtype) <= most for n in (-1, 1))
     sharp = alone or most - least <= abs(middle - old) / 16
-    if usual is not None:
-        new, text = usual
+    if likely is not None:
+        new, text = likely
         return new, text if sharp else f"{at} is about {shortest(least, most):.6g}, not {old:.6g}: perhaps {text}"
     if alone:
         return nearest, f"{at} is {nearest:.6g}, not {old:.6g}"
     return middle, f"{at} is about {shortest(least, most):.6g}, not {old:.6g}"
 
 
-def _usual(
-    at: str, old: float, neighbours: Iterable[tuple[str, float]], dtype: np.dtype
-) -> Iterator[tuple[float, str]]:
+def usual(at: str, old: float, neighbours: Iterable[tuple[str, float]], dtype: np.dtype) -> Iterator[tuple[float, str]]:
     """What a wrong number most often is."""
     yield -old, f"the sign of {at} is flipped"
     yield 0.0, f"{at} is 0, not {old:.6g}"
@@ -414,7 +412,7 @@ def _of_norm(oracle: Oracle, observed: np.ndarray) -> Explanation | None:
         if _evidence((least + most) / 2 - factor * old, half, 1, 1) < EVIDENT:
             return None
         beside = [(word, float(weight[i])) for word, i in (("before", j - 1), ("after", j + 1)) if 0 <= i < wide]
-        new, text = said(at, old, float(low[0]), float(high[0]), beside, stored)
+        new, text = become(at, old, float(low[0]), float(high[0]), beside, stored)
         if abs(new - old) < CLEAR * abs(old):
             return None
         texts.append(text)
@@ -485,5 +483,5 @@ def _row_said(name: str, token: int, got: np.ndarray, right: np.ndarray, row: in
             (w, float(right[i])) for w, i in (("on the left", k - 1), ("on the right", k + 1)) if 0 <= i < len(right)
         ]
         new = float(got[k])
-        texts.append(said(f"{name}[{token}, {k}]", float(right[k]), new, new, sides, stored_as(right))[1])
+        texts.append(become(f"{name}[{token}, {k}]", float(right[k]), new, new, sides, stored_as(right))[1])
     return " and ".join(texts)

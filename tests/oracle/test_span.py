@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from forward_models import MODELS, random_weights
 
+from stages.oracle.adjoint import ADJOINTS, carried_back
 from stages.oracle.decoder import FORWARD_STAGES
 from stages.oracle.span import CARRIED, carried
 from stages.oracle.verdict import STAGES
@@ -103,3 +104,27 @@ def test_a_rounding_inside_is_allowed_where_it_may_have_been_done(name: str) -> 
     allowed = carried(stage, [*(n.astype(np.float64) for n in narrow), *params], errors, options, 2.0**-8)
     assert (np.abs(rounded - exact) > 0).any()
     assert (np.abs(rounded - exact) <= allowed).all()
+
+
+@pytest.mark.parametrize(("model", "name"), [case for case in CASES if case[1] in ADJOINTS])
+def test_an_error_is_carried_back_by_the_transposed_derivative(model: str, name: str) -> None:
+    """<back, J d> is <J^T back, d>: the derivative of `STAGES` by differences, the adjoint as it is."""
+    stage, inputs, params, options = _of_forward(model, name) if model != "replay" else _of_replay(name)
+
+    def value(arrays: list[np.ndarray]) -> np.ndarray:
+        return np.asarray(STAGES[stage.function](*arrays, *params, **options), np.float64)
+
+    result, step = value(inputs), 1e-6
+    back = RNG.standard_normal((2, *result.shape))
+    carried_to = carried_back(stage, inputs, params, options, back)
+    assert carried_to is not None
+    for number, found in enumerate(carried_to):
+        if found is None:  # RoPE's tables
+            continue
+        assert found.shape == (2, *inputs[number].shape)
+        direction = RNG.standard_normal(inputs[number].shape)
+        moved = [[x + sign * step * direction if i == number else x for i, x in enumerate(inputs)] for sign in (1, -1)]
+        derivative = (value(moved[0]) - value(moved[1])) / (2 * step)
+        for one, other in zip(back, found, strict=True):
+            size = np.linalg.norm(one) * np.linalg.norm(derivative)
+            assert np.vdot(one, derivative) == pytest.approx(np.vdot(other, direction), abs=1e-7 * size)

@@ -1,0 +1,120 @@
+"""What moves a recorded tensor surely, by less than right programs differ by.
+
+These err in every direction a little, and in one direction as little: by the square root of how many elements say so.
+A wrong number, or a wrong element of a weight, errs in its own direction alone. The tensor's error is carried back to
+all of them at once (sensitivity.py); what is far more than its noise there is computed, token by token: where the
+tokens agree on it, it is told. docs/findings/spans.md has what right programs did.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from stages.judge.sensitivity import FEW, Sensitivity
+from stages.judge.sensitivity import carried as carried_back
+from stages.judge.through import Fit, Named, Search, told
+from stages.judge.tried import Hypothesis, Number
+from stages.judge.wrong_weights import Element
+from stages.oracle.bounds import U32, rounding_unit
+from stages.recipes.elements import shortest
+from stages.spec.dtypes import stored_dtype
+
+# What moves a tensor less than right programs differ by: how many standard deviations it must be off, as estimated,
+# and token by token, of a number or a function and of a weight's element, of which there are a million. Right programs
+# were at most at 7.3 and 11 (docs/findings/spans.md). With fewer tokens nothing is said.
+_SURE_AT_ONCE, _SURELY_NUMBER, _SURELY_WEIGHT, _LEAST_TOKENS = 10.0, 12.0, 40.0, 8
+# Weights are asked of a stage of whose columns one is off by so much in RMS; of right ones at most by 5.6.
+_OFF_COLUMN = 6.0
+# Between these multiples of itself a change is there, and not another one that has something in common with it.
+_AS_A_WHOLE = (0.5, 2.0)
+# A number is told that is so far from the right one, relative to it; and so many changes are computed at most.
+_CLEAR, _MOST = 8 * U32, 24
+# Two changes are told apart by so many units of what they leave: three standard deviations.
+_APART = 9
+
+
+@dataclass(frozen=True)
+class _Try:
+    """A change that may be there: how `sure` at a glance, about how large (0: of one size), and how sure it must be."""
+
+    at_a_glance: float
+    change: float
+    made: Callable[..., Hypothesis]
+    least: float
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A change that is there: how sure, over how sure it must be; the mean square that it leaves, and the `unit` of
+    that, so many of which tell two changes apart."""
+
+    of: Hypothesis
+    ratio: float
+    left: float
+    unit: float
+
+
+def slight(search: Search) -> tuple[Named, float] | None:
+    """The change, with all that cannot be told from it, that is surely in a tensor which passes; and how sure it is,
+    over how sure it must be. None where there is none, or too few tokens to tell."""
+    carried = None if len(search.case.got) < _LEAST_TOKENS else carried_back(search, FEW)
+    if carried is None or len(search.seen()[0]) < _LEAST_TOKENS:
+        return None
+    tries = sorted((*_numbers(search, carried), *_weights(search, carried)), key=lambda one: -one.at_a_glance)
+    found = [one for one in (_computed(search, tried) for tried in tries[:_MOST]) if one is not None]
+    if not found:
+        return None
+    best = min(found, key=lambda one: one.left)
+    equal = [Fit(one.left, one.of.said, one.of) for one in found if one.left - best.left < _APART * best.unit]
+    named = told(sorted(equal, key=lambda fit: fit.error))
+    return None if named is None else (named, best.ratio)
+
+
+def _numbers(search: Search, carried: Sensitivity) -> Iterator[_Try]:
+    dtype = stored_dtype(search.path.activations)
+    clear = 2 * rounding_unit(dtype) if dtype.itemsize < 4 else _CLEAR  # in 16 bits a constant may have been rounded
+    for number, share in search.shares_of_numbers(carried):
+        clearly = abs(share.change) > clear * (abs(number.right) or 1.0)
+        if share.sure > _SURE_AT_ONCE and clearly and number.right + share.change >= number.least:
+            yield _Try(share.sure, share.change, functools.partial(_at_number, number), _SURELY_NUMBER)
+
+
+def _at_number(number: Number, change: float, room: float = 0.0) -> Hypothesis:
+    x = number.right + change
+    return number.hypothesis(x, shortest(x - room, x + room))
+
+
+def _weights(search: Search, carried: Sensitivity) -> Iterator[_Try]:
+    """In 16 bits: in float32 the bound sees an element, and right kernels that sum in another order look like one."""
+    if stored_dtype(search.path.activations).itemsize == 4:
+        return
+    for one in carried.weights(_OFF_COLUMN):
+        if one.share.sure > _SURE_AT_ONCE:
+            change = one.share.change if isinstance(one, Element) else 0.0
+            yield _Try(one.share.sure, change, functools.partial(search.weight_at, one), _SURELY_WEIGHT)
+
+
+def _computed(search: Search, tried: _Try) -> _Found | None:
+    """A change as it is, each token for itself: how alike these are in it says how sure it is."""
+    hypothesis = tried.made(tried.change)
+    value = search.value(hypothesis.instead)
+    if value is None or not np.isfinite(value).all():
+        return None
+    got, weight = search.seen()
+    moved, error = ((x - search.expected) * weight for x in (value, got))
+    own, square = (np.sum((x * moved).reshape(len(moved), -1), axis=1) for x in (error, moved))
+    multiple = float(own.sum() / square.sum()) if square.any() else 0.0
+    off = float(np.sqrt(np.sum((own - square * multiple) ** 2) * len(own) / (len(own) - 1)))
+    sure = float(own.sum()) / off if off else 0.0
+    if sure < tried.least or not _AS_A_WHOLE[0] < multiple < _AS_A_WHOLE[1]:
+        return None
+    left = float(np.sum(error * error) - own.sum() ** 2 / square.sum()) / error.size
+    alone = multiple * float(np.sqrt(square.sum() / left))  # how sure it were, did elements err each for itself
+    if tried.change:
+        change = tried.change * multiple
+        hypothesis = tried.made(change, 2 * abs(change) / sure)
+    return _Found(hypothesis, sure / tried.least, left, left / error.size * max(1.0, alone / sure) ** 2)

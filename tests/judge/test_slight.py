@@ -1,0 +1,121 @@
+"""What is wrong by less than right programs differ by, and elements, rows and columns of hidden weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import svf
+
+from stages.files.tensorfile import write_tensors
+from stages.selftest.engines import ENGINES
+from stages.selftest.specimens import Specimen
+
+Weights = dict[str, np.ndarray]
+Change = Callable[[Weights], object]
+
+
+def specimen(dtype: str, family: str = "qwen3") -> Specimen:
+    return Specimen(
+        family, dtype, heads=4, kv_heads=2, head_dim=32, hidden=128, intermediate=256, layers=3, tied=False, tokens=20
+    )
+
+
+def audited(made: Specimen, folder: Path, engine: str, recorded: str, change: Change | None = None) -> dict[str, Any]:
+    """What an audit says of what `recorded` of a run whose weights were changed, of the model as it is."""
+    made.write(folder / "model")
+    wrong = made if change is None else _Changed(made, change)
+    run = ENGINES[engine].run(wrong)
+    kept = {key: array for key, array in run.items() if key.rpartition(".")[2] in recorded.split()}
+    write_tensors(folder / "run.safetensors", kept)
+    tokens = ",".join(map(str, made.token_ids()))
+    done = svf("audit", folder / "run.safetensors", "--model", folder / "model", "--tokens", tokens, "--json")
+    assert done.code in (0, 1), done.error
+    return done.json
+
+
+class _Changed:
+    """A specimen with other weights."""
+
+    def __init__(self, made: Specimen, change: Change):
+        self.made, self.change = made, change
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.made, name)
+
+    def weights(self) -> Weights:
+        weights = {name: array.copy() for name, array in self.made.weights().items()}
+        self.change(weights)
+        return weights
+
+
+HIDDEN, LOGITS = "embedding post_ffn_residual final_norm", "lm_head"
+
+
+@pytest.mark.parametrize("recorded", [HIDDEN, LOGITS])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_no_right_engine_has_a_slight_mistake(tmp_path: Path, engine: str, dtype: str, recorded: str) -> None:
+    found = audited(specimen(dtype), tmp_path, engine, recorded)
+    assert found["outcome"] == "sound", found["culprit"]
+
+
+def times(name: str, factor: float) -> Change:
+    """A norm's weight times a factor: what it gives is so many times what it should be."""
+
+    def change(weights: Weights) -> None:
+        weights[name] = (weights[name].astype(np.float32) * factor).astype(weights[name].dtype)
+
+    return change
+
+
+def sign(name: str, row: int, column: int) -> Change:
+    def change(weights: Weights) -> None:
+        weights[name][row, column] *= -1
+
+    return change
+
+
+def swapped(name: str, one: int, other: int, axis: int) -> Change:
+    def change(weights: Weights) -> None:
+        lines = np.moveaxis(weights[name], axis, 0)
+        lines[[one, other]] = lines[[other, one]]
+
+    return change
+
+
+_LAYER = "model.layers.1"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (sign(f"{_LAYER}.mlp.up_proj.weight", 50, 17), ("layers.1.ffn_up", "sign of mlp.up_proj.weight[50, 17]")),
+        (sign(f"{_LAYER}.mlp.down_proj.weight", 5, 7), ("layers.1.ffn_out", "sign of mlp.down_proj.weight[5, 7]")),
+        (sign(f"{_LAYER}.self_attn.v_proj.weight", 9, 3), ("qkv_matmul", "sign of self_attn.v_proj.weight[9, 3]")),
+        (swapped(f"{_LAYER}.mlp.gate_proj.weight", 3, 9, 0), ("layers.1.ffn_gate", "rows 3 and 9 of mlp.gate_proj")),
+        (swapped(f"{_LAYER}.self_attn.o_proj.weight", 3, 9, 1), ("attn_out", "columns 3 and 9 of self_attn.o_proj")),
+    ],
+)
+@pytest.mark.parametrize("recorded", [HIDDEN, LOGITS])
+def test_what_is_wrong_with_a_hidden_weight_is_told(
+    tmp_path: Path, change: Change, words: tuple[str, ...], recorded: str
+) -> None:
+    found = audited(specimen("float32"), tmp_path, "blocked", recorded, change)
+    assert found["outcome"] == "faulty"
+    assert all(word in found["culprit"]["hint"] for word in words), found["culprit"]["hint"]
+
+
+@pytest.mark.parametrize("engine", ["backwards", "flash", "fused"])
+def test_a_factor_below_the_floor_of_the_bound_is_found_by_its_direction(tmp_path: Path, engine: str) -> None:
+    """All scores of a layer 3% too large: a bfloat16 layer's output may differ by more."""
+    found = audited(specimen("bfloat16"), tmp_path, engine, HIDDEN, times(f"{_LAYER}.self_attn.q_norm.weight", 1.03))
+    assert (found["culprit"]["layer"], found["culprit"]["stage"]) == (1, "post_ffn_residual")
+    row = next(row for row in found["rows"] if row["key"] == "layers.1.post_ffn_residual")
+    assert row["verdict"] == "bug"
+    assert row["rms_ratio"] < 2.5  # the statistic of the whole tensor sees nothing
+    assert "layers.1.q_norm" in found["culprit"]["hint"]
+    assert "times what it should be" in found["culprit"]["hint"]
