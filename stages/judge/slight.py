@@ -89,8 +89,10 @@ def _at_number(number: Number, change: float, room: float = 0.0) -> Hypothesis:
 
 
 def _weights(search: Search, carried: Sensitivity) -> Iterator[_Try]:
-    """In 16 bits: in float32 the bound sees an element, and right kernels that sum in another order look like one."""
-    if stored_dtype(search.path.activations).itemsize == 4:
+    """In 16 bits, through one layer: in float32 the bound sees an element, and right kernels that sum in another order
+    look like one; through more layers what they make of roundings does."""
+    layers = {layer for layer, _ in search.places if layer is not None}
+    if stored_dtype(search.path.activations).itemsize == 4 or len(layers) > 1:
         return
     for one in carried.weights(_OFF_COLUMN):
         if one.share.sure > _SURE_AT_ONCE:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -46,21 +47,28 @@ def _span_of(place: Place, run: ForwardRun) -> Span:
     acting = place
     while run.path.at(acting).identity and find(run, _only(sources_of(acting, run))) is None:
         acting = _only(sources_of(acting, run))
-    sources = sources_of(acting, run)
-    hidden: dict[Place, None] = {}
-    recorded: dict[Place, None] = {}
-    waiting, from_start = list(sources.values()), False
+    sources, recorded = sources_of(acting, run), dict[Place, None]()
+    hidden = dict.fromkeys(_hidden_above(acting, run, recorded))
+    from_start = any(name == "embedding" for _, name in hidden)
+    missing = tuple(source for source in sources.values() if source in hidden)
+    return Span(acting, tuple(recorded), tuple(order_of(run.path, hidden)), missing, from_start)
+
+
+def _hidden_above(acting: Place, run: ForwardRun, recorded: dict[Place, None]) -> Iterator[Place]:
+    """The hidden stages on the ways up from a stage, near ones first; `recorded` takes what ends these ways."""
+    seen: set[Place] = set()
+    waiting = deque(sources_of(acting, run).values())
     while waiting:
-        source = waiting.pop()
+        source = waiting.popleft()
+        if source in seen:
+            continue
+        seen.add(source)
         found = find(run, source)
         if found is not None:
             recorded[found] = None
-        elif source not in hidden:
-            hidden[source] = None
-            from_start |= source[1] == "embedding"
+        else:
+            yield source
             waiting += sources_of(source, run).values()
-    missing = tuple(source for source in sources.values() if source in hidden)
-    return Span(acting, tuple(recorded), tuple(order_of(run.path, hidden)), missing, from_start)
 
 
 def computed_between(place: Place, run: ForwardRun) -> list[Place]:
@@ -75,17 +83,21 @@ def _only(sources: Mapping[str, Place]) -> Place:
 
 
 def way_of(place: Place, run: ForwardRun) -> Way:
-    """How a place is judged through those of its span."""
+    """How a place, which is no copy, is judged through the hidden stages that it needs."""
     assert run.path is not None
-    span = span_of(place, run)
-    layers = {layer for layer, _ in (*span.hidden, span.acting)} - ({None} if span.acting[0] is not None else set())
+    layers, inside = {place[0]}, 0
+    for layer, _ in _hidden_above(place, run, {}):
+        layers |= {layer} if place[0] is None or layer is not None else set()
+        inside += layer is not None
+        if len(layers) > 1 and inside > _MOST_ABSOLUTE:
+            break  # further ones change nothing
     within = len(layers) == 1
     return Way(
         run.lambdas,
         stored_dtype(run.path.activations),
         np.asarray(run.tokens)[chosen(run)],
         WITHIN_LAYER if within else BEYOND_LAYER,
-        sum(layer is not None for layer, _ in span.hidden) <= _MOST_ABSOLUTE,
+        inside <= _MOST_ABSOLUTE,
     )
 
 
