@@ -11,6 +11,7 @@ import io
 import json
 import sys
 import tomllib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from recipes_page import page as recipes_page
 
 import cli
 from stages.commands.program import COMMANDS
+from stages.files.tool_dumps import TOKENS, Table, Target
+from stages.files.tool_dumps import tables as tool_tables
 from stages.jobs.stages import plain
 from stages.oracle.bounds import LAMBDA
 from stages.selftest import tables
@@ -141,7 +144,26 @@ def foreign_page() -> str:
         dtype = "activations" if stage.dtype == "model" else stage.dtype
         absent = ", ".join(title for title, of in stages if of[stage.name].absent)
         lines.append(f"| `{key}` | {stage.shape} | {dtype} | {inputs} | {absent} | {doc} |")
-    return FOREIGN.replace("TABLE", "\n".join(lines))
+    tools = "\n".join(line for table in tool_tables() for line in _tool(table))
+    return FOREIGN.replace("TABLE", "\n".join(lines)) + tools
+
+
+def _tool(table: Table) -> Iterator[str]:
+    """The section of docs/foreign-dumps.md on one tool."""
+    yield from ("", f"### {table.title}", "", f"Recorded by `{table.record}`. {table.note}".strip(), "")
+    after = f", after it `{table.suffix}`" if table.suffix else ""
+    where = f" `...` before a name is `{table.prefix}`{after}." if table.prefix else ""
+    yield from (f"Source: {table.source}.{where}", "", "| recorded as | read as |", "|---|---|")
+    for row in table.rows:
+        around = "..." if table.prefix else ""
+        yield f"| `{around}{row.name}{around if table.suffix else ''}` | {', '.join(map(_target, row.targets))} |"
+
+
+def _target(target: Target) -> str:
+    (part, parts), (share, shares) = target.part, target.share
+    joined = f", part {part + 1} of {parts} on the last axis" if parts > 1 else ""
+    shared = f", share {share + 1} of {shares} of the last axis" if shares > 1 else ""
+    return f"`{target.key}`{joined}{shared}" if target.key != TOKENS else "the tokens, compared with `--tokens`"
 
 
 def _inputs(stage: Stage) -> str:
@@ -190,7 +212,8 @@ table is refused by name.
 - Record each value as it was *computed*, before anything rounds it again. Copy it, because some frameworks reuse
   buffers.
 
-An APRT tree (`layer-<n>/<stage>.bin`, `<stage>.bin`; flat float32) with these stage names is read as well.
+An APRT tree (`layer-<n>/<stage>.bin`, `<stage>.bin`; flat float32) with these stage names is read as well, and so is
+[what other tools write](#what-other-tools-write).
 
 ## The stages
 
@@ -213,6 +236,17 @@ layer itself (`post_ffn_residual`), `norm` and `lm_head`. `rotary_emb` returns `
 `inv_freq`; the angle is `positions * inv_freq` in float32, joined with itself. The second value that `self_attn`
 returns is `attn_softmax`. No hook reaches `q_post_rope`, `k_post_rope` and `attn_scores`: wrap `apply_rotary_pos_emb`
 and `eager_attention_forward`. [`svf capture`](guides/capture.md) and `svf.capture(model)` put such hooks on for you.
+
+## What other tools write
+
+A folder or file of these tools is known by what it holds, and `svf audit` reads it as it is. `svf import` writes it
+under the keys above. What a tool records beside the stages is left out, and the JSON says how many tensors that is.
+`{n}` is the layer, `{n-1}` the one before, `{last}` the model's last, `{call}` the number of the call, of which the
+first is read; other words in braces are whatever the tool writes there. A dump that several processes wrote, each with
+a part of the tensors, is refused. `.pt` files are never unpickled: their opcodes are read in a limited child process,
+and the tensors where they lie.
+
+For one more tool write one more table in `stages/files/formats/`, beside those that the following is generated from.
 """
 
 

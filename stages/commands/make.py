@@ -299,7 +299,7 @@ def export(
     name="import",
 )
 def import_(
-    source: Annotated[Path, typer.Argument(help="APRT tree.")],
+    source: Annotated[Path, typer.Argument(help="APRT tree, or what another tool recorded.")],
     out: Annotated[Path, typer.Argument(help="New folder for the safetensors.")],
     model: Annotated[
         str | None,
@@ -308,14 +308,14 @@ def import_(
     tokens: Tokens = None,
     json: Json = False,
 ) -> None:
-    """Write an APRT tree as safetensors.
+    """Write an APRT tree, or what another tool recorded, as safetensors.
 
-    Writes flat arrays, or a forward dump when the model and its tokens are given.
+    Writes a forward dump when the model and its tokens are given; else the stages as they were recorded, of APRT flat.
     """
-    from stages.jobs.export import import_aprt
+    from stages.jobs.export import import_recording
     from stages.progress import Progress
     from stages.show import files as render_files
 
     with Progress(STATE.progress) as progress:
-        document = import_aprt(source, out, model, tokens, progress)
+        document = import_recording(source, out, model, tokens, progress)
     answer(document, json, render_files.import_document)

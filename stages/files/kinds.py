@@ -15,6 +15,7 @@ from stages.files.checkpoint import CONFIG
 from stages.files.folders import RUN_FILE
 from stages.files.forward_dump import is_forward_dump
 from stages.files.tensorfile import TensorFile
+from stages.files.tool_dumps import table_of
 
 
 class Kind(StrEnum):
@@ -115,7 +116,8 @@ class Recording(StrEnum):
 
 
 def recording_at(path: Path) -> Recording:
-    """What was recorded at a path; another program's is a safetensors file or folder of them without our stages.
+    """What was recorded at a path; another program's is what a tool of `tool_dumps` wrote, or safetensors without our
+    stages.
 
     `NotFoundError` where nothing is, or nothing that a run finished.
     """
@@ -129,6 +131,8 @@ def recording_at(path: Path) -> Recording:
         return Recording.CHECKPOINT
     if is_aprt(path):
         return Recording.APRT
+    if table_of(path) is not None:
+        return Recording.FOREIGN
     with TensorFile(path) as file:
         return Recording.REPLAY if stages_in(file) else Recording.FOREIGN
 
@@ -153,7 +157,7 @@ def _recording_in(folder: Path) -> Recording:
         return Recording.REPLAY
     if (folder / RUN_FILE).is_file():
         raise NotFoundError(f"{folder}: holds an unfinished run and no dump; finish the run with --resume")
-    if any(folder.glob("*.safetensors")):
+    if any(folder.glob("*.safetensors")) or table_of(folder) is not None:
         return Recording.FOREIGN
     inside = [found.name for found in dumps_in(folder)]
     hint = f"; it has the dumps {', '.join(map(shown, inside))} inside" if inside else ""

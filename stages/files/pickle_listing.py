@@ -135,6 +135,54 @@ def list_pickle(path: Path) -> Listing:
     return Listing(found, names, [name for name in names if name not in _PLAIN], records)
 
 
+@dataclass(frozen=True)
+class Stored:
+    """A dense tensor of a zip: element `first` of its storage and `stride` elements an axis on, as torch has them."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    first: int
+    storage: str
+
+
+def stored_tensors(path: Path) -> list[Stored]:
+    """The dense tensors of a zip of torch.save, wherever they stand in dicts, lists and tuples.
+
+    Their names are the keys and numbers on the way, joined by dots; "" for a file that is one tensor.
+    """
+    if not zipfile.is_zipfile(path):
+        raise InputError(f"{path}: expected a zip, as torch.save writes since 1.6; save it again with a later torch")
+    machine = _Machine(path).run(io.BytesIO(_from_zip(path)[0]))
+    try:
+        return list(_stored((), machine.result, itertools.count(-MAX_OPCODES)))
+    except ValueError as error:
+        raise InputError(f"{path}: not a readable pickle: {shown(error)}") from None
+
+
+def _stored(way: tuple[str, ...], item: Any, counter: Iterator[int]) -> Iterator[Stored]:
+    if next(counter) > 0 or len(way) > _MAX_DEPTH:
+        raise ValueError("containers inside containers, again and again")
+    match item:
+        case Pairs(items):
+            for key, inner in items:
+                yield from _stored(
+                    (*way, str(key) if isinstance(key, str | int) else type(key).__name__), inner, counter
+                )
+        case list() | tuple():
+            for number, inner in enumerate(item):
+                yield from _stored((*way, str(number)), inner, counter)
+        case Call(Global("torch._utils._rebuild_parameter"), (inner, *_)):
+            yield from _stored(way, inner, counter)
+        case Call(
+            Global("torch._utils._rebuild_tensor_v2"),
+            (Persistent((_, Global(storage), str(key), *_)), int(first), tuple(shape), tuple(stride), *_),
+        ) if _is_shape(shape) and _is_shape(stride) and len(shape) == len(stride) and first >= 0:
+            dtype = _STORAGES.get(storage.rpartition(".")[2], storage)
+            yield Stored(_checked_name(".".join(way)), dtype, shape, stride, first, _checked_name(key))
+
+
 class _Directory(io.FileIO):
     """A file of which no more than a directory is read at once: `zipfile` takes the whole one, whatever its size."""
 

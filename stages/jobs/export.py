@@ -1,8 +1,8 @@
-"""Forward dumps as APRT trees, and APRT trees as safetensors. What a format cannot hold is told, tensor by tensor."""
+"""Forward dumps as APRT trees; APRT trees and what other tools write as safetensors. What is not kept is told."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ from stages.files.aprt import HELD, AprtTree, is_aprt_tree, write_tree
 from stages.files.folders import ensure_space, new_folder
 from stages.files.forward_dump import ForwardDump, ForwardSide, Place, forward_key, is_forward_dump, run_fields
 from stages.files.source import ModelSource, open_model
-from stages.files.tensorfile import TensorWriter
+from stages.files.tensorfile import TensorWriter, write_tensors
 from stages.files.tokens import check_tokens, parse_tokens
+from stages.files.tool_dumps import table_of
 from stages.judge.foreign import open_foreign, open_side
 from stages.judge.recorded_run import ForwardRun, order_of
 from stages.progress import Progress
@@ -98,13 +99,23 @@ def _manifest_loss(source: Path) -> list[str]:
     return ["the manifest: model, tokens, precision, facts, adapted weights"] if is_forward_dump(source) else []
 
 
-# -- from APRT ----------------------------------------------------------------------------------------------------
+# -- to safetensors -----------------------------------------------------------------------------------------------
 
 
-def import_aprt(source: Path, out: Path, model: str | None, tokens: str | None, progress: Progress) -> dict[str, Any]:
-    """Write an APRT tree as safetensors: a forward dump where model and tokens are told, else flat; `svf.import/1`."""
+def import_recording(
+    source: Path, out: Path, model: str | None, tokens: str | None, progress: Progress
+) -> dict[str, Any]:
+    """Write an APRT tree, or what another tool recorded, as safetensors; `svf.import/1`.
+
+    A forward dump where model and tokens are told, else the documented keys: flat of a tree, as recorded of a tool's.
+    """
     if (model is None) != (tokens is None):
         raise UsageError("--model and --tokens go together: shapes follow from both")
+    if table_of(source) is not None:
+        about: dict[str, Any] = {"schema": "svf.import/1", "source": str(source), "out": str(out)}
+        if model is None or tokens is None:
+            return about | _as_recorded(source, out, progress)
+        return about | _dump(source, out, model, tokens, progress)
     tree = AprtTree(source)
     document = {
         "schema": "svf.import/1",
@@ -116,7 +127,7 @@ def import_aprt(source: Path, out: Path, model: str | None, tokens: str | None, 
     }
     if model is None or tokens is None:
         return document | {"dtype": "float32", "sha256": _flat(tree, out, progress), "flat": _keys(tree.files)}
-    return document | _dump(source, out, model, tokens, progress)
+    return _dump(source, out, model, tokens, progress) | document
 
 
 def _keys(places: Iterable[Place]) -> list[str]:
@@ -136,6 +147,28 @@ def _flat(tree: AprtTree, out: Path, progress: Progress) -> dict[str, str]:
             return writer.commit()
 
 
+def _as_recorded(source: Path, out: Path, progress: Progress) -> dict[str, Any]:
+    """One file of the stages that a tool recorded, under the documented keys."""
+    with ExitStack() as stack:
+        side = open_side(source, stack)
+        folder = stack.enter_context(new_folder(out))
+        arrays = {forward_key(place): side.raw(place) for place in side.places}
+        progress(f"writing {FLAT_FILE}", 0.5)
+        digests = write_tensors(folder / FLAT_FILE, arrays, hashes=True)
+        return {
+            "tensors": len(arrays),
+            "elements": sum(array.size for array in arrays.values()),
+            "not_kept": _not_read(side.facts),
+            "dtype": ", ".join(sorted({array.dtype.name for array in arrays.values()})),
+            "sha256": digests,
+            "flat": [],
+        }
+
+
+def _not_read(facts: Mapping[str, str]) -> list[str]:
+    return [facts[name] for name in ("not read", "in part", "call") if name in facts]
+
+
 def _dump(source: Path, out: Path, model: str, tokens: str, progress: Progress) -> dict[str, Any]:
     """A committed forward dump: every stage in the shape and dtype that the model declares."""
     with ExitStack() as stack:
@@ -148,6 +181,9 @@ def _dump(source: Path, out: Path, model: str, tokens: str, progress: Progress) 
         for done, _ in enumerate(dump.record(StageResult(*place, run.side.read(place)) for place in places)):
             progress(f"writing {forward_key(places[done])}", (done + 1) / len(places))
         return {
+            "tensors": len(places),
+            "elements": sum(int(np.prod(run.side.shape(place), dtype=object)) for place in places),
+            "not_kept": _not_read(run.side.facts),
             "dtype": run.side.facts["dtype"],
             "sha256": dump.commit(_manifest(run, checkpoint, model, source)),
             "flat": [],
@@ -157,7 +193,7 @@ def _dump(source: Path, out: Path, model: str, tokens: str, progress: Progress) 
 def _manifest(run: ForwardRun, checkpoint: ModelSource, model: str, source: Path) -> dict[str, Any]:
     places = run.side.places
     return {
-        "backend": "aprt",
+        "backend": "aprt" if is_aprt_tree(source) else "another tool",
         "facts": {**run.side.facts, "imported from": str(source)},
         **run_fields(checkpoint, model, run.tokens),
         "dtype": run.side.facts["dtype"],
@@ -176,12 +212,12 @@ def _check_sizes(run: ForwardRun, source: Path) -> None:
     assert run.config is not None
     for place in run.side.places:
         shape = list(recorded_shape(run.config, run.path.at(place), len(run.tokens), run.positions))
-        if place[1] == "lm_head":
+        if place[1] == "lm_head" and run.side.shape(place) != shape:
             shape[0] = 1
         found = run.side.shape(place)
         if found != shape:
             raise InputError(
                 f"{source}: {forward_key(place)} has {np.prod(found, dtype=object)} elements, but "
                 f"{len(run.tokens)} tokens of this model give it {np.prod(shape, dtype=object)}; do --tokens and "
-                "--model belong to this tree?"
+                "--model belong to this recording?"
             )

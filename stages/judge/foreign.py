@@ -1,4 +1,5 @@
-"""Forwards recorded by other programs: safetensors with the documented keys, or APRT, given the model and the tokens.
+"""Forwards recorded by other programs: safetensors with the documented keys, APRT, or what a tool that we have a table
+of writes, given the model and the tokens.
 
 docs/foreign-dumps.md says how to write one.
 """
@@ -20,6 +21,7 @@ from stages.errors import InputError, NotFoundError, shown
 from stages.files.aprt import AprtTree, is_aprt_tree
 from stages.files.forward_dump import Place, advice, forward_key, parse_key
 from stages.files.tensorfile import TensorFile, sha256
+from stages.files.tool_dumps import open_recorded, table_of
 from stages.judge.recorded_run import ForwardRun, Turn, order_of
 from stages.spec.backend import Weights
 from stages.spec.config import ModelConfig
@@ -85,6 +87,7 @@ class ForeignSide:
         self.label = label
         self._shapes = dict(shapes)
         self.facts: dict[str, str] = {}
+        self.tokens: tuple[int, ...] | None = None  # where the program recorded them
         self.places = {place: forward_key(place) for place in readers}
         self._readers = dict(readers)
         self._forms: dict[Place, Form] = {}
@@ -180,7 +183,10 @@ def open_foreign(
     path: Path, config: ModelConfig, weights: Weights, tokens: Sequence[int], stack: ExitStack
 ) -> ForwardRun:
     """The forward of another program at `path`; `InputError` naming a key that is no stage of this model."""
-    side = open_side(path, stack)
+    side = open_side(path, stack, config.num_hidden_layers)
+    if side.tokens is not None and list(side.tokens) != list(tokens):
+        ran = ",".join(map(str, side.tokens[:8])) + (",..." if len(side.tokens) > 8 else "")
+        raise InputError(f"{path}: ran {len(side.tokens)} tokens, {ran}, which are not those of --tokens")
     for layer, stage in side.places:
         if layer is not None and layer >= config.num_hidden_layers:
             key = forward_key((layer, stage))
@@ -189,14 +195,17 @@ def open_foreign(
     config.check_length(len(tokens))
     positions = _positions(side, forward_pipeline(config), config, len(tokens))
     dtype, why = _activations(side, config.dtype)
-    side.facts = {"dtype": dtype, "dtype taken": why, "tokens": str(len(tokens))}
+    side.facts |= {"dtype": dtype, "dtype taken": why, "tokens": str(len(tokens))}
     declared = forward_pipeline(config, dtype)
     side.interpret(declared, config, len(tokens), positions)
     return ForwardRun(side, config, declared, list(tokens), positions, weights, read_as=side.notes, orders=side.orders)
 
 
-def open_side(path: Path, stack: ExitStack) -> ForeignSide:
-    """The stages that another program recorded at `path`, not yet interpreted; `InputError` naming an odd key."""
+def open_side(path: Path, stack: ExitStack, layers: int | None = None) -> ForeignSide:
+    """The stages that another program recorded at `path`, not yet interpreted; `InputError` naming an odd key.
+
+    `layers`: the model's; where it is not known, what only the last layer has is left out.
+    """
     if is_aprt_tree(path):
         tree = AprtTree(path)
         if tree.extra:
@@ -205,6 +214,12 @@ def open_side(path: Path, stack: ExitStack) -> ForeignSide:
             )
         flat = {place: (file.count,) for place, file in tree.files.items()}
         return ForeignSide(f"{path} (APRT, flat)", {place: file.read for place, file in tree.files.items()}, flat)
+    if (table := table_of(path)) is not None:
+        recorded = open_recorded(table, path, layers, stack)
+        read = {place: functools.partial(recorded.read, place) for place in recorded.pieces}
+        side = ForeignSide(str(path), read, {place: recorded.shape(place) for place in recorded.pieces})
+        side.facts, side.tokens = recorded.facts, recorded.tokens
+        return side
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files:
         what = "no *.safetensors and no APRT stage files" if path.is_dir() else "no such file"

@@ -77,7 +77,8 @@ def next_lines(document: Mapping[str, Any]) -> None:
 def audit_document(document: Mapping[str, Any]) -> None:
     """A `svf.audit/1` document: one line per stage, what needs a look, the sentence."""
     out = console()
-    facts = ", ".join(f"{name} {value}" for name, value in document["facts"].items() if name.startswith("dtype"))
+    told = ("dtype", "dtype taken", "recorded by", "call", "in part")
+    facts = ", ".join(f"{name} {value}" for name, value in document["facts"].items() if name in told)
     out.print(escape(f"{document['source']}{f' ({facts})' if facts else ''}"), soft_wrap=True)
     rows = document["rows"]
     if rows:

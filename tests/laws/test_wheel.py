@@ -28,6 +28,7 @@ def test_a_wheel_works_outside_the_tree(tmp_path: Path) -> None:
     subprocess.run(install, check=True, capture_output=True)
     env = {**os.environ, "PYTHONPATH": str(site), "SVF_CACHE": str(tmp_path / "cache")}
     assert (site / "stages" / "show" / "skill" / "SKILL.md").is_file()
+    assert (site / "stages" / "files" / "formats" / "transformers.toml").is_file()
     where = [sys.executable, "-P", "-c", "import cli, stages, svf_torch, svf_jax; print(stages.__file__)"]
     found = subprocess.run(where, env=env, cwd=empty, check=True, capture_output=True, text=True).stdout
     assert Path(found.strip()).is_relative_to(site)

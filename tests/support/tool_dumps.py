@@ -1,0 +1,154 @@
+"""Forwards recorded as other tools write them: by the tool itself where it installs, else file by file as its code.
+
+Imports nothing of this project. Each writer runs a model in transformers, right or with a fault, and writes to `out`.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.model_debugging_utils import model_addition_debugger_context
+
+Model = Any
+Fault = Callable[[Model], None]
+
+
+def right(_model: Model) -> None:
+    """No fault."""
+
+
+def swapped(model: Model) -> None:
+    """Gate and up of layer 1 in each other's place."""
+    mlp = model.model.layers[1].mlp
+    mlp.gate_proj.weight, mlp.up_proj.weight = mlp.up_proj.weight, mlp.gate_proj.weight
+
+
+def loaded(folder: Path, fault: Fault) -> Model:
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    with torch.no_grad():
+        fault(model)
+    return model.eval()
+
+
+def transformers_debugger(folder: Path, tokens: Sequence[int], out: Path, fault: Fault = right, **options: Any) -> None:
+    """What `model_addition_debugger_context` writes."""
+    model = loaded(folder, fault)
+    options = {"do_prune_layers": False, "use_repr": False, **options}
+    with torch.no_grad(), model_addition_debugger_context(model, debug_path=str(out), **options):
+        model(input_ids=torch.tensor([list(tokens)]), use_cache=False)
+
+
+class Called:
+    """One call of a module: its name and class, and the tensors that went in and came out, copied."""
+
+    def __init__(self, name: str, module: Any, given: Sequence[Any], out: Any):
+        self.name, self.kind = name, type(module).__name__
+        self.inputs = [x.clone() for x in given if isinstance(x, torch.Tensor)]
+        outs = out if isinstance(out, tuple | list) else getattr(out, "to_tuple", lambda: (out,))()
+        self.outputs = [x.clone() for x in outs if isinstance(x, torch.Tensor)]
+
+
+def calls_of(model: Model, tokens: Sequence[int]) -> list[Called]:
+    """Every module's call in the order in which they end, as hooks see it."""
+    seen: list[Called] = []
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda m, given, out, name=name: seen.append(Called(name, m, given, out)))
+    with torch.no_grad():
+        model(torch.tensor([list(tokens)]), use_cache=False)
+    return seen
+
+
+def _sglang(folder: Path, tokens: Sequence[int], fault: Fault) -> Iterator[tuple[str, list[torch.Tensor]]]:
+    """Name and outputs of the modules of SGLang's Qwen3 and Qwen2: q, k, v and gate, up fused, norms that add."""
+    model = loaded(folder, fault)
+    rotated: list[tuple[torch.Tensor, torch.Tensor]] = []
+    code = sys.modules[type(model).__module__]
+    plain = code.apply_rotary_pos_emb
+
+    def rotate(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        q, k = plain(*args, **kwargs)
+        rotated.append((q.clone(), k.clone()))
+        return q, k
+
+    code.apply_rotary_pos_emb = rotate
+    try:
+        of = {call.name: call for call in calls_of(model, tokens)}
+    finally:
+        code.apply_rotary_pos_emb = plain
+
+    def rows(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor[0].clone()
+
+    yield "model.embed_tokens", [rows(of["model.embed_tokens"].outputs[0])]
+    for n in range(len(model.model.layers)):
+        at = f"model.layers.{n}."
+        norm = of[at + "input_layernorm"]
+        yield at + "input_layernorm", [rows(x) for x in (*norm.outputs, *(norm.inputs if n else ()))]
+        parts = [rows(of[f"{at}self_attn.{name}_proj"].outputs[0]) for name in "qkv"]
+        yield at + "self_attn.qkv_proj", [torch.cat(parts, dim=-1)]
+        for name in ("q_norm", "k_norm"):
+            if f"{at}self_attn.{name}" in of:
+                each = rows(of[f"{at}self_attn.{name}"].outputs[0])
+                yield f"{at}self_attn.{name}", [each.reshape(-1, each.shape[-1])]
+        yield at + "self_attn.rotary_emb", [rows(x).transpose(0, 1).flatten(1) for x in rotated[n]]
+        yield at + "self_attn.attn", [rows(of[at + "self_attn.o_proj"].inputs[0])]
+        yield at + "self_attn.o_proj", [rows(of[at + "self_attn.o_proj"].outputs[0])]
+        norm = of[at + "post_attention_layernorm"]
+        yield at + "post_attention_layernorm", [rows(x) for x in (*norm.outputs, *norm.inputs)]
+        gate_up = [rows(of[f"{at}mlp.{name}_proj"].outputs[0]) for name in ("gate", "up")]
+        yield at + "mlp.gate_up_proj", [torch.cat(gate_up, dim=-1)]
+        yield at + "mlp.act_fn", [rows(of[at + "mlp.down_proj"].inputs[0])]
+        yield at + "mlp.down_proj", [rows(of[at + "mlp.down_proj"].outputs[0])]
+    norm = of["model.norm"]
+    yield "model.norm", [rows(x) for x in (*norm.outputs, *norm.inputs)]
+
+
+def sglang_hooks(folder: Path, tokens: Sequence[int], out: Path, fault: Fault = right) -> None:
+    """One pass as `TensorDumper` saves it, after another whose logits lie in its file."""
+    inside = out / "TP0_PP0_Rank0_pid4711"
+    inside.mkdir(parents=True)
+    kept: dict[str, Any] = {"model": torch.zeros(3, 64), "logits_processor": torch.zeros(1, 300)}
+    for name, outputs in _sglang(folder, tokens, fault):
+        kept[name] = outputs[0] if len(outputs) == 1 else outputs
+    kept["model.forward_batch_info.input_ids"] = torch.tensor(tokens)
+    kept["model.forward_batch_info.seq_lens"] = torch.tensor([len(tokens)])
+    kept["model.forward_batch_info.positions"] = torch.arange(len(tokens))
+    torch.save(kept, inside / "Pass00001.pt")
+
+
+def sglang_dumper(folder: Path, tokens: Sequence[int], out: Path, fault: Fault = right, rank: int = 0) -> None:
+    """A step as `dumper` saves it with DUMPER_NON_INTRUSIVE_MODE=all, and one decoded token after it."""
+    out.mkdir(exist_ok=True)
+    count = 0
+
+    def dump(step: int, name: str, value: torch.Tensor) -> None:
+        nonlocal count
+        count += 1
+        tags: dict[str, Any] = {"step": step, "rank": rank, "dump_index": count, "name": name}
+        tags["recompute_status"] = "disabled"
+        if (found := re.search(r"layers\.(\d+)", name)) is not None:
+            tags["layer_id"] = int(found[1])
+        meta = {**tags, "world_rank": 0, "world_size": 1, "sglang_parallel_info": {"tp_rank": 0, "tp_size": 1}}
+        file = "___".join(f"{key}={given}" for key, given in tags.items()) + ".pt"
+        torch.save({"value": value, "meta": meta}, out / file)
+
+    dump(0, "input_ids", torch.tensor(tokens))
+    dump(0, "positions", torch.arange(len(tokens)))
+    for name, outputs in _sglang(folder, tokens, fault):
+        for number, value in enumerate(outputs):
+            dump(0, f"non_intrusive__{name}.output" + (f".{number}" if len(outputs) > 1 else ""), value)
+            dump(1, f"non_intrusive__{name}.output" + (f".{number}" if len(outputs) > 1 else ""), value[-1:].clone())
+    dump(1, "input_ids", torch.tensor(tokens[-1:]))
+
+
+WRITERS: dict[str, Callable[..., None]] = {
+    "transformers": transformers_debugger,
+    "sglang_hooks": sglang_hooks,
+    "sglang_dumper": sglang_dumper,
+}
