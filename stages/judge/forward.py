@@ -432,17 +432,17 @@ def _explained(place: Place, run: ForwardRun, observed: np.ndarray) -> str | Non
                 return cause
             others = functools.partial(of_what_it_does_not_read, place, run, oracle, columns)
             case = Case(oracle, shown, others, columns.start or 0)
-            named = _wrong_rows(run, oracle, shown) or _in_hidden(place, run, oracle, shown)
+            named = _wrong_rows(run, oracle, shown) or _in_hidden(place, run, oracle, shown, columns.start or 0)
             return named or explain(case)
     return None
 
 
-def _in_hidden(place: Place, run: ForwardRun, oracle: Oracle, observed: np.ndarray) -> str | None:
+def _in_hidden(place: Place, run: ForwardRun, oracle: Oracle, observed: np.ndarray, start: int) -> str | None:
     """What is wrong in a stage on the way, where some were not recorded."""
     if oracle.typical is None or observed.shape != oracle.value.shape:
         return None
     with np.errstate(all="ignore"), threads(run):
-        found = Search(place, run, oracle, observed).named()
+        found = Search(place, run, oracle, observed, start).named()
     if found is None:
         return None
     run.found[place] = found

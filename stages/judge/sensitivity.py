@@ -37,10 +37,12 @@ class Sensitivity:
         error = (got - value) * weight
         self.square = float(np.sum(error * error))
         self.typical = float(np.sqrt(self.square / max(int(np.count_nonzero(error)), 1)))
-        signs = np.random.default_rng(0).choice((-1.0, 1.0), (probes, *error.shape))
-        first = np.concatenate(((error * weight)[None], signs * weight)).astype(np.float32)
+        first, rng = np.empty((probes + 1, *error.shape), np.float32), np.random.default_rng(0)
         self.of: dict[Place, np.ndarray] = {search.span.acting: first}
         with np.errstate(all="ignore"):
+            first[0] = error * weight
+            for probe in first[1:]:  # one at a time: in float64 all of them take twice the memory that is allowed for
+                probe[...] = rng.choice((-1.0, 1.0), error.shape) * weight
             self._carry()
 
     def _carry(self) -> None:
@@ -79,7 +81,9 @@ class Sensitivity:
 
     def weights(self, least: float = 0.0) -> Iterator[Element | Line]:
         """Elements, rows and columns of the weights of all products and norms that explain most; of stages in whose
-        result some column is off by `least` standard deviations in RMS."""
+        result some column is off by `least` standard deviations in RMS. None of a tensor without any error."""
+        if not self.square:
+            return
         with np.errstate(all="ignore"):
             for at in (self.search.span.acting, *reversed(self.search.places)):
                 stage = self.search.stage_of(at)

@@ -105,13 +105,15 @@ class Tried:
     """A recorded tensor that hidden stages lead to, or a part of it that an oracle speaks of; and what it would be of
     wrong ones."""
 
-    def __init__(self, place: Place, run: ForwardRun, oracle: Oracle, observed: np.ndarray):
+    def __init__(self, place: Place, run: ForwardRun, oracle: Oracle, observed: np.ndarray, start: int = 0):
         assert run.path is not None
         assert run.config is not None
         self.run, self.path, self.config = run, run.path, run.config
-        self.begin(span_of(place, run), oracle, observed)
+        self.begin(span_of(place, run), oracle, observed, start)
 
-    def begin(self, span: Span, oracle: Oracle, observed: np.ndarray) -> None:
+    def begin(self, span: Span, oracle: Oracle, observed: np.ndarray, start: int = 0) -> None:
+        """`start`: the first row of the weights of a stage that is judged by parts of the vocabulary."""
+        self.start = start
         self.span, self.oracle, self.case = span, oracle, Case(oracle, observed)
         self.places = [at for at in self.span.hidden if not self.stage(at).identity]
         typical = oracle.bound if oracle.typical is None else oracle.typical()
@@ -469,7 +471,7 @@ class Tried:
     def with_line(self, line: Line) -> Hypothesis:
         params = list(self.params(line.at))
         params[line.param] = line.changed(params[line.param])
-        said = line.said(self.stage(line.at).params[line.param])
+        said = line.said(self.stage(line.at).params[line.param], self._first_row(line.at) if line.axis == 0 else 0)
         return self._with_params(line.at, self._where(line.at), said, params)
 
     def with_element(self, one: Element, new: float, text: str) -> Hypothesis:
@@ -479,7 +481,12 @@ class Tried:
         return self._with_params(one.at, self._where(one.at), text, params)
 
     def named_element(self, one: Element) -> str:
-        return f"{self.stage(one.at).params[one.param]}[{', '.join(map(str, one.index))}]"
+        index = (one.index[0] + self._first_row(one.at), *one.index[1:])
+        return f"{self.stage(one.at).params[one.param]}[{', '.join(map(str, index))}]"
+
+    def _first_row(self, at: Place) -> int:
+        """Which row of the whole weights a stage's first one is."""
+        return self.start if self.stage(at).by_vocab else 0
 
 
 def in_words(alike: Sequence[Hypothesis]) -> str:

@@ -60,14 +60,15 @@ class Line:
             own[self.other] = was[self.index]
         return new
 
-    def said(self, name: str) -> str:
-        """That in words, of a weight of this name."""
-        word = ("row", "column")[self.axis]
+    def said(self, name: str, start: int = 0) -> str:
+        """That in words, of a weight of this name, or of its part from line `start` on."""
+        word, index = ("row", "column")[self.axis], self.index + start
+        other = None if self.other is None else self.other + start
         if self.swapped:
-            return f"{word}s {self.index} and {self.other} of {name} are swapped"
-        whole = f"{word} {self.index} of {name}"
-        if self.other is not None:
-            return f"{whole} is {word} {self.other}'s"
+            return f"{word}s {index} and {other} of {name} are swapped"
+        whole = f"{word} {index} of {name}"
+        if other is not None:
+            return f"{whole} is {word} {other}'s"
         return f"{whole} is 0" if self.factor == 0 else f"{whole} has its sign flipped"
 
 

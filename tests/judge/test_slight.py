@@ -119,3 +119,33 @@ def test_a_factor_below_the_floor_of_the_bound_is_found_by_its_direction(tmp_pat
     assert row["rms_ratio"] < 2.5  # the statistic of the whole tensor sees nothing
     assert "layers.1.q_norm" in found["culprit"]["hint"]
     assert "times what it should be" in found["culprit"]["hint"]
+
+
+def test_a_row_of_a_later_part_of_the_vocabulary_has_its_own_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits are judged some rows of the head at a time; what is wrong with a row is told by its place in the whole."""
+    monkeypatch.setattr("stages.run.forward.LM_HEAD_CHUNK", 128)
+    monkeypatch.setattr("stages.run.forward.MIN_CHUNK", 64)
+    change = sign("lm_head.weight", 203, 5)
+    found = audited(specimen("float32"), tmp_path, "blocked", "embedding post_ffn_residual lm_head", change)
+    assert "sign of lm_head.weight[203, 5] is flipped" in found["culprit"]["hint"], found["culprit"]["hint"]
+
+
+def test_a_model_whose_blocks_add_nothing_is_audited(tmp_path: Path) -> None:
+    """As some are before their training: a layer's output is its input, with no error that could be carried back."""
+
+    def nothing(weights: Weights) -> None:
+        for name, array in weights.items():
+            if "o_proj" in name or "down_proj" in name:
+                array[:] = 0
+
+    idle = _Changed(specimen("bfloat16"), nothing)
+    specimen("bfloat16").write(tmp_path / "model")
+    write_tensors(tmp_path / "model" / "model.safetensors", idle.weights(), metadata={"format": "pt"})
+    run = ENGINES["blocked"].run(idle)
+    kept = {key: array for key, array in run.items() if key.rpartition(".")[2] in HIDDEN.split()}
+    write_tensors(tmp_path / "run.safetensors", kept)
+    tokens = ",".join(map(str, idle.token_ids()))
+    done = svf("audit", tmp_path / "run.safetensors", "--model", tmp_path / "model", "--tokens", tokens, "--json")
+    assert done.json["outcome"] == "sound", done.error
