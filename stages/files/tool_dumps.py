@@ -1,10 +1,11 @@
 """Forwards as other tools write them, each known by what it holds and read by a table of names, `formats/*.toml`.
 
 A table says which files hold tensors, what each is called, and which stage that is; one more tool is one more table.
-A name in a table has words in braces: `{n}` is the layer, `{call}` the number of the call and `{rank}` the process that
-wrote it; any other is one of the table's own `words`. What a name stands for is a documented key, with `{n}`, `{n-1}`,
-the model's `{last}` layer, or a word of the name; or `tokens`, the ids that were run. Nothing a folder holds is
-executed, and no name that it holds becomes a path: files are those of its own listing.
+A name in a table has words in braces: `{n}` is the layer, `{call}` the number of the call, `{rank}` the process that
+wrote it and `{stage}` the documented name of a stage; any other is one of the table's own `words`. What a name stands
+for is a documented key, with `{n}`, `{n-1}`, the model's `{last}` layer, or a word of the name; or `tokens`, the ids
+that were run. Nothing a folder holds is executed, and no name that it holds becomes a path: files are those of its own
+listing.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from stages.files.jsonio import open_regular, read_object
 from stages.files.npy import read_npy_header
 from stages.files.tensorfile import TensorFile
 from stages.files.torch_child import Lying, locate
+from stages.spec.forward import ANY_MODEL
 
 _TABLES = Path(__file__).with_name("formats")
 _WORD = re.compile(r"\{(\w+)\}")
@@ -65,9 +67,10 @@ Match = tuple[Row, re.Match[str]]
 @dataclass(frozen=True)
 class Table:
     """One tool's way of writing. `files`: the paths, from the folder on, of the files with tensors, whose group `name`
-    names one of one tensor, which has the key `tensor` in it; None: its keys are names. `sign`: a JSON file that the
-    tool writes beside them, and keys that it has; None: the names alone tell. `closed`: a name of no row is refused.
-    `prefix` and `suffix` stand around the name of every row."""
+    names one of one tensor, which has the key `tensor` in it; without it the keys are names. `sign`: a JSON file that
+    the tool writes beside them, and keys that it has; None: the names alone tell. `marks`: a file that has to be there,
+    where another table has the same sign. `closed`: a name of no row is refused. `prefix` and `suffix` stand around
+    the name of every row."""
 
     title: str
     record: str
@@ -76,6 +79,7 @@ class Table:
     files: re.Pattern[str]
     tensor: str | None
     sign: tuple[re.Pattern[str], tuple[str, ...]] | None
+    marks: re.Pattern[str] | None
     closed: bool
     prefix: str
     suffix: str
@@ -145,13 +149,15 @@ class Recorded:
 
 @functools.cache
 def tables() -> tuple[Table, ...]:
-    """Every table, by file name."""
-    return tuple(_table(path) for path in sorted(_TABLES.glob("*.toml")))
+    """Every table, by file name; those with marks before those that would take what has them too."""
+    found = [_table(path) for path in sorted(_TABLES.glob("*.toml"))]
+    return tuple(sorted(found, key=lambda table: table.marks is None))
 
 
 def _table(path: Path) -> Table:
     raw = tomllib.loads(path.read_text("utf-8"))
-    words = {**dict.fromkeys(_NUMBERS, _NUMBER), **raw.get("words", {})}
+    stages = "|".join(sorted({*ANY_MODEL, *ANY_MODEL.aliases}))
+    words = {**dict.fromkeys(_NUMBERS, _NUMBER), "stage": stages, **raw.get("words", {})}
     prefix, suffix = raw.get("prefix", ""), raw.get("suffix", "")
     rows = tuple(
         Row(name, _pattern(f"{prefix}{name}{suffix}", words), tuple(_targets(value)))
@@ -166,6 +172,7 @@ def _table(path: Path) -> Table:
         files=re.compile(raw["files"], re.ASCII),
         tensor=raw.get("tensor"),
         sign=None if sign is None else (re.compile(sign["file"], re.ASCII), tuple(sign["keys"])),
+        marks=re.compile(raw["marks"], re.ASCII) if "marks" in raw else None,
         closed=raw.get("closed", False),
         prefix=prefix,
         suffix=suffix,
@@ -200,6 +207,8 @@ def table_of(path: Path) -> Table | None:
 
 
 def _wrote(table: Table, path: Path, names: Sequence[str]) -> bool:
+    if table.marks is not None and not any(map(table.marks.fullmatch, names)):
+        return False
     if table.sign is not None:
         found = [name for name in names if table.sign[0].fullmatch(name)]
         return path.is_dir() and any(set(table.sign[1]) <= set(read_object(path / name)) for name in found)
@@ -212,12 +221,17 @@ def _is_of(table: Table, path: Path, name: str) -> bool:
     if match is None:
         return False
     file = path / name if path.is_dir() else path
-    if table.tensor is not None or "name" in table.files.groupindex:
-        return table.row(match["name"]) is not None
+    if (own := _named(match)) is not None:
+        return table.row(own) is not None
     if file.suffix != ".safetensors":
         return True  # its keys are read by a child, which no look at a folder starts
     with TensorFile(file) as tensors:
         return any(table.row(key) is not None for key in tensors.tensors)
+
+
+def _named(match: re.Match[str]) -> str | None:
+    """The tensor that a file's own name names; None where its keys do."""
+    return match.groupdict().get("name")
 
 
 def _listing(path: Path) -> list[str]:
@@ -245,11 +259,12 @@ def open_recorded(table: Table, path: Path, layers: int | None, stack: ExitStack
 
     `InputError` where nothing is a stage, where several processes wrote parts, or where two tensors are one stage.
     """
-    names = [name for name in _listing(path) if table.files.fullmatch(name)]
-    raws = _tensors(table, path, names, stack)
+    matches = [match for name in _listing(path) if (match := table.files.fullmatch(name))]
+    passed = {given for match in matches if (given := _named(match)) is not None and table.row(given) is None}
+    raws = _tensors(path, table.tensor, [match for match in matches if _named(match) not in passed], stack)
     found = {name: row for name in raws if (row := table.row(name)) is not None}
-    others = [name for name in raws if name not in found]
-    _check(table, path, raws, found, others)
+    others = [*sorted(passed), *(name for name in raws if name not in found)]
+    _check(table, path, found, others)
     facts = {"recorded by": table.title}
     if others:
         facts["not read"] = f"{len(others)} tensors that are no stage: {_some(others)}"
@@ -262,7 +277,7 @@ def open_recorded(table: Table, path: Path, layers: int | None, stack: ExitStack
     if lacking := [forward_key(place) for place in pieces if place not in whole]:
         facts["in part"] = f"not all that is joined was recorded: {_some(lacking)}"
     if not whole:
-        raise InputError(f"{path}: is a dump of {table.title}, but {_no_stage(table, raws)}")
+        raise InputError(f"{path}: is a dump of {table.title}, but {_no_stage(table, [*found, *others])}")
     for place, parts in whole.items():
         _check_joined(path, place, parts)
     return Recorded(table.title, whole, tokens, facts)
@@ -288,17 +303,15 @@ def _pieces(
     return {place: tuple(parts[part][1] for part in sorted(parts)) for place, parts in pieces.items()}, tokens
 
 
-def _no_stage(table: Table, raws: Mapping[str, Raw]) -> str:
-    if not raws:
+def _no_stage(table: Table, names: Sequence[str]) -> str:
+    if not names:
         return f"holds no tensors; record with {table.record}"
-    return f"none of its {len(raws)} tensors is a stage: {_some(raws)}"
+    return f"none of its {len(names)} tensors is a stage: {_some(names)}"
 
 
-def _check(
-    table: Table, path: Path, raws: Mapping[str, Raw], found: Mapping[str, Match], others: Sequence[str]
-) -> None:
+def _check(table: Table, path: Path, found: Mapping[str, Match], others: Sequence[str]) -> None:
     if not found:
-        raise InputError(f"{path}: is a dump of {table.title}, but {_no_stage(table, raws)}")
+        raise InputError(f"{path}: is a dump of {table.title}, but {_no_stage(table, others)}")
     if table.closed and others:
         raise InputError(f"{path}: '{shown(others[0])}' is no stage; a dump of {table.title} holds {table.note}")
     ranks = sorted({match["rank"] for _, match in found.values() if "rank" in match.groupdict()})
@@ -360,40 +373,39 @@ def _some(names: Iterable[str]) -> str:
 # -- tensors ------------------------------------------------------------------------------------------------------
 
 
-def _tensors(table: Table, path: Path, names: Sequence[str], stack: ExitStack) -> dict[str, Raw]:
-    """Every tensor by its name; `InputError` for one name twice."""
+def _tensors(path: Path, key: str | None, files: Sequence[re.Match[str]], stack: ExitStack) -> dict[str, Raw]:
+    """Every tensor by its name, of files of one tensor that of `key`; `InputError` for one name twice."""
     root = path if path.is_dir() else path.parent
-    pickles = [root / name for name in names if name.endswith(".pt")]
+    pickles = [root / match.string for match in files if match.string.endswith(".pt")]
     located = dict(zip(pickles, locate(pickles), strict=True)) if pickles else {}
     raws: dict[str, Raw] = {}
-    for name in names:
-        for key, raw in _in_file(table, root / name, located, stack):
-            match = table.files.fullmatch(name)
-            assert match is not None
-            known = match["name"] if "name" in table.files.groupindex else key
-            if known in raws:
-                raise InputError(f"{path}: '{shown(known)}' is in {raws[known].file.name} and in {name}; name one")
-            raws[known] = raw
+    for match in files:
+        for own, raw in _in_file(root / match.string, located, stack):
+            given = _named(match)
+            if given is not None and own not in ("", key):
+                continue
+            name = own if given is None else given
+            if name in raws:
+                raise InputError(
+                    f"{path}: '{shown(name)}' is in {raws[name].file.name} and in {shown(match.string)}; name one"
+                )
+            raws[name] = raw
     return raws
 
 
-def _in_file(
-    table: Table, file: Path, located: Mapping[Path, Mapping[str, Lying]], stack: ExitStack
-) -> Iterator[tuple[str, Raw]]:
-    """Key and tensor of those of a file that the table asks for."""
+def _in_file(file: Path, located: Mapping[Path, Mapping[str, Lying]], stack: ExitStack) -> Iterator[tuple[str, Raw]]:
+    """Key and tensor of all in a file; the key of one that is a tensor is ""."""
     if file.suffix == ".npy":
         header = read_npy_header(file)
         yield "", Raw(file, header.dtype.newbyteorder("="), header.shape, functools.partial(_npy, file))
     elif file.suffix == ".pt":
         for key, lying in located[file].items():
-            if table.tensor in (None, key):
-                yield key, Raw(file, lying.dtype, lying.shape, functools.partial(read_lying, file, lying))
+            yield key, Raw(file, lying.dtype, lying.shape, functools.partial(read_lying, file, lying))
     else:
         tensors = TensorFile(file)
         stack.callback(tensors.close)
         for key, info in tensors.tensors.items():
-            if table.tensor in (None, key):
-                yield key, Raw(file, info.dtype, info.shape, functools.partial(tensors.read, key))
+            yield key, Raw(file, info.dtype, info.shape, functools.partial(tensors.read, key))
 
 
 def _npy(file: Path) -> np.ndarray:

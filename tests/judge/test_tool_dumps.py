@@ -21,7 +21,13 @@ from stages.spec.forward import ANY_MODEL
 
 TOKENS = ",".join(map(str, tokens_of(9)))
 # Stages that a tool records of two layers, of Qwen3 and of Qwen2.
-STAGES = {"transformers": (33, 29), "sglang_hooks": (32, 28), "sglang_dumper": (32, 28)}
+STAGES = {
+    "transformers": (33, 29),
+    "sglang_hooks": (28, 24),
+    "sglang_dumper": (32, 28),
+    "msprobe": (35, 31),
+    "msprobe_fused": (28, 24),
+}
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ Imports nothing of this project. Each writer runs a model in transformers, right
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -116,6 +117,8 @@ def sglang_hooks(folder: Path, tokens: Sequence[int], out: Path, fault: Fault = 
     kept: dict[str, Any] = {"model": torch.zeros(3, 64), "logits_processor": torch.zeros(1, 300)}
     for name, outputs in _sglang(folder, tokens, fault):
         kept[name] = outputs[0] if len(outputs) == 1 else outputs
+        if name.endswith(".rotary_emb"):  # one module under every layer's name: each call writes over all of them
+            kept |= {f"model.layers.{n}.self_attn.rotary_emb": outputs for n in range(2)}
     kept["model.forward_batch_info.input_ids"] = torch.tensor(tokens)
     kept["model.forward_batch_info.seq_lens"] = torch.tensor([len(tokens)])
     kept["model.forward_batch_info.positions"] = torch.arange(len(tokens))
@@ -129,8 +132,9 @@ def sglang_dumper(folder: Path, tokens: Sequence[int], out: Path, fault: Fault =
 
     def dump(step: int, name: str, value: torch.Tensor) -> None:
         nonlocal count
+        shared = re.sub(r"layers\.\d+(\.self_attn\.rotary_emb)", r"layers.0\1", name)  # by its first name alone
         count += 1
-        tags: dict[str, Any] = {"step": step, "rank": rank, "dump_index": count, "name": name}
+        tags: dict[str, Any] = {"step": step, "rank": rank, "dump_index": count, "name": shared}
         tags["recompute_status"] = "disabled"
         if (found := re.search(r"layers\.(\d+)", name)) is not None:
             tags["layer_id"] = int(found[1])
@@ -147,8 +151,58 @@ def sglang_dumper(folder: Path, tokens: Sequence[int], out: Path, fault: Fault =
     dump(1, "input_ids", torch.tensor(tokens[-1:]))
 
 
+def _msprobe(out: Path, entries: Sequence[tuple[str, str, str, list[Any], list[Any]]]) -> None:
+    """msprobe's files of modules' calls: name, class, number of the call, inputs and outputs."""
+    data = out / "dump_tensor_data"
+    data.mkdir(parents=True)
+    listed: dict[str, Any] = {}
+    for name, kind, call, inputs, outputs in entries:
+        entry = f"Module.{name}.{kind}.forward.{call}"
+        listed[entry] = {"input_args": [], "input_kwargs": {}, "output": []}
+        for end, part, tensors in (("input", "input_args", inputs), ("output", "output", outputs)):
+            for number, tensor in enumerate(tensors):
+                file = f"{entry}.{end}.{number}.pt"
+                torch.save(tensor, data / file)
+                about = {"type": "torch.Tensor", "dtype": str(tensor.dtype), "shape": list(tensor.shape)}
+                listed[entry][part].append({**about, "requires_grad": False, "data_name": file})
+    head = {"task": "tensor", "level": "L0", "framework": "pytorch", "dump_data_dir": str(data), "data": listed}
+    (out / "dump.json").write_text(json.dumps(head, indent=1))
+    for name in ("stack.json", "construct.json"):
+        (out / name).write_text("{}")
+
+
+def msprobe(folder: Path, tokens: Sequence[int], out: Path, fault: Fault = right) -> None:
+    """What msprobe dumps of a model in transformers at level L0, and a decoded token's call of each after it."""
+    entries = []
+    for call in calls_of(loaded(folder, fault), tokens):
+        if call.name:
+            entries.append((call.name, call.kind, "0", call.inputs, call.outputs))
+            later = [x[:, -1:].clone() for x in call.outputs]
+            entries.append((call.name, call.kind, "1", [], later))
+    _msprobe(out, entries)
+
+
+def msprobe_fused(folder: Path, tokens: Sequence[int], out: Path, fault: Fault = right) -> None:
+    """What msprobe dumps of an engine with vLLM's modules; RoPE, which the layers share, under the first one's name."""
+    entries: list[tuple[str, str, str, list[Any], list[Any]]] = []
+    for name, outputs in _sglang(folder, tokens, fault):
+        inputs = [torch.tensor(tokens)] if name == "model.embed_tokens" else []
+        kind = {"norm": "RMSNorm"}.get(name.rpartition(".")[2], "Layer")
+        if name.endswith(".attn"):
+            before = outputs
+        if name.endswith(".o_proj"):
+            inputs = before
+        if name.endswith(".rotary_emb"):
+            entries.append(("model.layers.0.self_attn.rotary_emb", "RotaryEmbedding", name.split(".")[2], [], outputs))
+        else:
+            entries.append((name, kind, "0", inputs, outputs))
+    _msprobe(out, entries)
+
+
 WRITERS: dict[str, Callable[..., None]] = {
     "transformers": transformers_debugger,
     "sglang_hooks": sglang_hooks,
     "sglang_dumper": sglang_dumper,
+    "msprobe": msprobe,
+    "msprobe_fused": msprobe_fused,
 }
