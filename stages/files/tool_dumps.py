@@ -312,8 +312,9 @@ def _no_stage(table: Table, names: Sequence[str]) -> str:
 def _check(table: Table, path: Path, found: Mapping[str, Match], others: Sequence[str]) -> None:
     if not found:
         raise InputError(f"{path}: is a dump of {table.title}, but {_no_stage(table, others)}")
+    names = " or ".join(row.name for row in table.rows)
     if table.closed and others:
-        raise InputError(f"{path}: '{shown(others[0])}' is no stage; a dump of {table.title} holds {table.note}")
+        raise InputError(f"{path}: '{shown(others[0])}' is no stage; expected {names}")
     ranks = sorted({match["rank"] for _, match in found.values() if "rank" in match.groupdict()})
     if len(ranks) > 1:
         raise InputError(

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 from transformers.model_debugging_utils import model_addition_debugger_context
@@ -199,10 +200,111 @@ def msprobe_fused(folder: Path, tokens: Sequence[int], out: Path, fault: Fault =
     _msprobe(out, entries)
 
 
+def _bumblebee(folder: Path, tokens: Sequence[int], fault: Fault) -> dict[str, torch.Tensor]:
+    """Outputs of Bumblebee's layers, which it maps to those of transformers."""
+    of = {call.name: call.outputs[0] for call in calls_of(loaded(folder, fault), tokens) if call.outputs}
+    parts = {
+        "self_attention_norm": "input_layernorm",
+        **{f"self_attention.{long}": f"self_attn.{long[0]}_proj" for long in ("query", "key", "value")},
+        **{f"self_attention.{long}_norm": f"self_attn.{long[0]}_norm" for long in ("query", "key")},
+        "self_attention.output": "self_attn.o_proj",
+        "output_norm": "post_attention_layernorm",
+        **{
+            f"ffn.{name}": f"mlp.{at}_proj"
+            for name, at in (("gate", "gate"), ("intermediate", "up"), ("output", "down"))
+        },
+    }
+    names = {"embedder.token_embedding": "model.embed_tokens", "output_norm": "model.norm"}
+    names["language_modeling_head.output"] = "lm_head"
+    for n in range(2):
+        names |= {f"decoder.blocks.{n}.{name}": f"model.layers.{n}.{at}" for name, at in parts.items()}
+    return {name: of[at] for name, at in names.items() if at in of}
+
+
+def nx_safetensors(folder: Path, tokens: Sequence[int], out: Path, fault: Fault = right) -> None:
+    """Bytes as Elixir's `Safetensors.write!`: keys sorted, no padding of the header, no metadata."""
+    dtypes = {torch.float32: "F32", torch.bfloat16: "BF16"}
+    entries, data = [], b""
+    for name, tensor in sorted(_bumblebee(folder, tokens, fault).items()):
+        raw = tensor.contiguous().view(torch.uint8).numpy().tobytes()
+        offsets = [len(data), len(data) + len(raw)]
+        entry = {"dtype": dtypes[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        entries.append((name, entry))
+        data += raw
+    header = json.dumps(dict(entries), separators=(",", ":")).encode()
+    out.mkdir()
+    (out / "hooks.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + data)
+
+
+def nx_npy(folder: Path, tokens: Sequence[int], out: Path, fault: Fault = right) -> None:
+    """Bytes as Elixir's `Npy.save`; bfloat16 as float32, since it has no name for that."""
+    out.mkdir()
+    for name, tensor in _bumblebee(folder, tokens, fault).items():
+        header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({', '.join(map(str, tensor.shape))}), }}"
+        header += " " * (63 - (len(header) + 10) % 64) + "\n"
+        start = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode()
+        (out / f"{name}.npy").write_bytes(start + tensor.float().numpy().tobytes())
+
+
+def _documented(folder: Path, tokens: Sequence[int], fault: Fault) -> Iterator[tuple[str, torch.Tensor]]:
+    """Documented keys and stages of the modules of `_sglang`."""
+    one = {"input_layernorm": "attn_norm", "self_attn.qkv_proj": "qkv_bias", "self_attn.attn": "attention"}
+    one |= {"self_attn.o_proj": "attn_out", "post_attention_layernorm": "ffn_norm", "mlp.act_fn": "ffn_swigl"}
+    one |= {"mlp.down_proj": "ffn_out", "self_attn.q_norm": "q_norm", "self_attn.k_norm": "k_norm"}
+    for name, outputs in _sglang(folder, tokens, fault):
+        layer, _, inside = name.removeprefix("model.layers.").partition(".")
+        if inside in one:
+            stage = outputs[0].reshape(len(tokens), -1) if inside.endswith(("q_norm", "k_norm")) else outputs[0]
+            yield f"layers.{layer}.{one[inside]}", stage
+        if inside == "mlp.gate_up_proj":
+            for part, stage in zip(("ffn_gate", "ffn_up"), outputs[0].chunk(2, dim=-1), strict=True):
+                yield f"layers.{layer}.{part}", stage
+        if inside == "post_attention_layernorm":
+            yield f"layers.{layer}.post_attn_residual", outputs[1]
+        if name == "model.embed_tokens":
+            yield "embedding", outputs[0]
+        if name == "model.norm":
+            yield "final_norm", outputs[0]
+
+
+def npy(folder: Path, tokens: Sequence[int], out: Path, fault: Fault = right) -> None:
+    """`numpy.save` of each stage under its documented key; float16 and float64 have names there, bfloat16 has none."""
+    out.mkdir()
+    for key, stage in _documented(folder, tokens, fault):
+        np.save(out / f"{key}.npy", stage.float().numpy())
+
+
+def tensorrt_llm(folder: Path, tokens: Sequence[int], out: Path, fault: Fault = right) -> None:
+    """Bytes as TensorRT-LLM's `saveNpy`: a dtype without byte order, bfloat16 as float32, a header that ends at 16."""
+    out.mkdir()
+
+    def save(name: str, array: np.ndarray) -> None:
+        ends = ", " if array.ndim == 1 else ""
+        shape = ", ".join(map(str, array.shape)) + ends
+        header = f"{{'descr': '{array.dtype.str[1:]}', 'fortran_order': False, 'shape': ({shape})}}"
+        base = 6 + 4 + len(header)
+        pad = 16 * ((base + 1 + 15) // 16)
+        header += " " * (pad - base - 1) + "\n"
+        start = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode()
+        (out / f"{name}.npy").write_bytes(start + array.tobytes())
+
+    save("request_ids", np.array([1], np.int64))
+    save("input_ids", np.array(tokens, np.int32))
+    for key, stage in _documented(folder, tokens, fault):
+        inside = ".mlp" if ".ffn_gate" in key or ".ffn_up" in key else ""
+        at, _, last = key.rpartition(".")
+        name = f"transformer.{at}{inside}.{last}" if at else f"transformer.{last}"
+        save(name, stage.float().numpy())
+
+
 WRITERS: dict[str, Callable[..., None]] = {
     "transformers": transformers_debugger,
     "sglang_hooks": sglang_hooks,
     "sglang_dumper": sglang_dumper,
     "msprobe": msprobe,
     "msprobe_fused": msprobe_fused,
+    "nx_safetensors": nx_safetensors,
+    "nx_npy": nx_npy,
+    "npy": npy,
+    "tensorrt_llm": tensorrt_llm,
 }
