@@ -199,7 +199,8 @@ class Search(Tried):
             near: Iterable[float] = (own * 10, own / 10, *number.starts)
         else:
             x, room = own + share.change, max(4 * share.deviation, 3 * _STEP)
-            steps = np.arange(np.ceil((x - room) / _STEP), np.floor((x + room) / _STEP) + 1) * _STEP
+            reach = min(room, _STEP * _MOST_STEPS)  # of a factor that hardly moves the tensor there are millions
+            steps = np.arange(np.ceil((x - reach) / _STEP), np.floor((x + reach) / _STEP) + 1) * _STEP
             near = (shortest(x - room, x + room), *steps[np.argsort(abs(steps - x))][:_MOST_STEPS])
         yield from (number.hypothesis(x) for x in dict.fromkeys(round(float(y), 12) for y in near) if x != own)
 

@@ -11,6 +11,9 @@ import pytest
 from helpers import svf
 
 from stages.files.tensorfile import write_tensors
+from stages.judge.through import Search
+from stages.judge.tried import Number
+from stages.judge.wrong_weights import Share
 from stages.selftest.engines import ENGINES
 from stages.selftest.specimens import Specimen
 
@@ -149,3 +152,12 @@ def test_a_model_whose_blocks_add_nothing_is_audited(tmp_path: Path) -> None:
     tokens = ",".join(map(str, idle.token_ids()))
     done = svf("audit", tmp_path / "run.safetensors", "--model", tmp_path / "model", "--tokens", tokens, "--json")
     assert done.json["outcome"] == "sound", done.error
+
+
+def test_a_factor_that_is_hardly_known_has_few_values() -> None:
+    """Of one that moves a tensor by next to nothing any value is as likely: the nearest ones are tried."""
+    number = Number("attn_scores", "{} times", lambda _x: {}, (1.0,), 1.0)
+    tried = list(Search._edited_numbers(Search.__new__(Search), number, Share(0.1, 0.02, 1e9)))
+    said = {hypothesis.said for hypothesis in tried}
+    assert {"1.02 times", "1.019 times", "1.03 times"} <= said
+    assert len(said) < 50
