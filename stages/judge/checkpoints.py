@@ -72,10 +72,10 @@ def diff_checkpoints(
     than the embedding's, and only one side ties. `top` differences are listed per tensor.
     """
     config = _config_document(a, b)
-    pairs = {name: (_stored(a, name), _stored(b, name)) for name in _names(a, b)}
-    total, done = sum(map(_nbytes, pairs.values())), 0
+    tensors = {name: (_stored(a, name), _stored(b, name)) for name in _names(a, b)}
+    total, done = sum(map(_nbytes, tensors.values())), 0
     rows: list[dict[str, Any]] = []
-    for name, pair in pairs.items():
+    for name, pair in tensors.items():
         progress(f"comparing {shown(name)}", done / max(1, total))
         rows.append(_row(name, *pair, top))
         done += _nbytes(pair)
