@@ -63,8 +63,10 @@ class LogprobFile:
     def step(self) -> float:
         """The decimals to which all logprobs were written, as a number; 0 where they have more than any format shows.
 
-        Of a few numbers it says what these have.
+        Of a few numbers it says what these have; zeros alone, which every format writes alike, say nothing.
         """
+        if not self.values.any():
+            return 0.0
         digits = (d for d in range(_MOST_DIGITS) if np.all(np.abs(np.round(self.values, d) - self.values) < 1e-12))
         found = next(digits, None)
         return 0.0 if found is None else 10.0**-found
@@ -100,7 +102,7 @@ def _line(path: Path, number: int, text: bytes) -> Line:
     for name, item in value.items():
         known = _NAMES.get(name, name)
         if known not in _FIELDS or known in row:
-            what = "twice" if known in row else "not known"
+            what = "given twice" if known in row else "not known"
             raise InputError(f"{where}: field '{shown(name, 40)}' is {what}; a line may have {', '.join(_FIELDS)}")
         row[known] = item
     tokens, start = _tokens(row, where)

@@ -29,6 +29,7 @@ _TOP_K = (1, 2, 5, 8, 10, 16, 20, 30, 32, 40, 50, 64, 100, 128, 200, 256, 500, 1
 # Among so many values of a search by hand; from the best of them Newton's method goes on.
 _GRID = np.geomspace(0.05, 20, 61)
 _STEPS = 30
+NOTHING = "as if nothing was applied to the logits, against what is declared"
 # Rows for which top-p is searched at every temperature.
 _FEW, _FEW_LOGITS = 128, 1 << 21
 
@@ -95,13 +96,12 @@ def simple(lines: Iterable[Line], others: Iterable[Line], dtype: str, stored: st
     """Causes with no number to be found: what a side declares, or the other side, left out or applied; another row or
     token; fewer bits. `stored`: the 16-bit format that holds all its logprobs."""
     found = []
-    own, theirs = ({declared(line) for line in some} for some in (lines, others))
-    if own != {PLAIN}:
-        found.append(Cause("as if nothing was applied to the logits, against what is declared", lambda _line: PLAIN))
-    for way in theirs - own:
-        found.append(applied(way))
-    for way in own | theirs:
-        found += [applied(part) for part in _parts(way) if part not in own | theirs]
+    own, theirs = (list(dict.fromkeys(map(declared, some))) for some in (lines, others))
+    if own != [PLAIN]:
+        found.append(Cause(NOTHING, lambda _line: PLAIN))
+    found += [applied(way) for way in theirs if way not in (*own, PLAIN)]
+    parts = dict.fromkeys(part for way in (*own, *theirs) for part in _parts(way))
+    found += [applied(part) for part in parts if part not in (*own, *theirs)]
     found += [Cause(words, but(row=row, token=token)) for row, token, words in _MOVED]
     found.append(Cause("the logprobs of the most likely tokens, not of those sampled", but(likeliest=True)))
     for narrow in (None, "bfloat16", "float16") if dtype == "float32" else ():
@@ -184,9 +184,11 @@ def _temperatures(sample: Sample) -> list[Cause]:
     for _ in range(_STEPS):
         slope = _slope(sample, beta)
         power = float(np.sum(slope * slope))
-        if power <= 0:
+        if not power > 0:
             return []
         beta = float(np.clip(beta + np.sum(slope * _residual(sample, beta)) / power, beta / 2, beta * 2))
+    if not math.isfinite(beta):
+        return []
     error = 1 / math.sqrt(power)
     # As many digits as the tokens tell: the deviation of 1 / beta is error / beta^2.
     digits = 1 + max(0, -math.floor(math.log10(error / beta**2)))

@@ -263,15 +263,22 @@ class Side:
         return self.made.value if self.explained is None else self.explained.value
 
     @property
+    def deviation(self) -> float:
+        """What right programs differ by, in RMS."""
+        return float(np.sqrt(np.mean(np.square(self.made.deviation))))
+
+    @property
     def floor(self) -> float:
-        """The least error of all logprobs, in RMS, that is seen."""
-        return RMS_THROUGH * float(np.sqrt(np.mean(np.square(self.made.deviation))))
+        """The least error of all logprobs, in RMS, that is seen; of few tokens one of them must be beyond its bound."""
+        if len(self.tokens.place) < RMS_COUNT:
+            return float(np.sqrt(np.mean(np.square(_bounds(self)))))
+        return RMS_THROUGH * math.hypot(self.deviation, self.file.step / math.sqrt(12))
 
 
 def judge(command: LogprobsCommand, progress: Report) -> dict[str, Any]:
     """The `svf.logprobs/1` document."""
     files = [read_logprobs(path) for path in (command.a, command.b) if path is not None]
-    with ExitStack() as stack:
+    with ExitStack() as stack, np.errstate(all="ignore"):  # a file may hold numbers of any size
         bench = _Bench(command, stack, progress)
         _check(files, bench.checkpoint)
         pairs, unpaired = _paired(files)
@@ -366,21 +373,17 @@ class _Bench:
     def explain(self, side: Side, others: Sequence[Line]) -> None:
         """The verdict on a side, and the causes that explain what fails."""
         if side.fit.passes:
-            blind = side.floor > LEAST_SEEN * _contrast(side)
-            side.verdict = Verdict.UNJUDGED if blind else Verdict.ROUNDING
-            if blind:
-                share = number(side.floor / _contrast(side))
-                side.hint = f"too long to tell: rounding alone may move the logits by {share} of what they differ by"
+            side.hint = _blind(side)
+            side.verdict = Verdict.UNJUDGED if side.hint else Verdict.ROUNDING
             return
-        dummies = (side.fit.ratio > 1) & (side.tokens.observed == 0)
-        if dummies.any() and dummies.sum() == np.sum(side.fit.ratio > 1):
+        beyond = side.fit.ratio > 1
+        if beyond.any() and not side.tokens.observed[beyond].any() and not beyond.all():
             side.verdict = Verdict.BUG
-            side.hint = (
-                f"{dummies.sum()} logprobs are 0, those of all others are right: masked tokens? write null there"
-            )
+            said = "1 logprob is 0" if beyond.sum() == 1 else f"{beyond.sum()} logprobs are 0"
+            side.hint = f"{said}, those of all others are right: masked tokens? write null there"
             return
         everything = np.ones(len(side.tokens.place), bool)
-        failing = np.isin(side.tokens.line, np.unique(side.tokens.line[side.fit.ratio > 1]))
+        failing = np.isin(side.tokens.line, np.unique(side.tokens.line[beyond]))
         some = failing if failing.any() and not failing.all() else None
         if self._named(side, everything, others) or (some is not None and self._named(side, some, others)):
             return
@@ -421,8 +424,7 @@ class _Bench:
             kinds.setdefault(one.cause.kind, one)
         told: list[_Tried] = []
         for one in sorted(kinds.values(), key=lambda one: one.cost):
-            # One that adds a step to a likelier one adds nothing.
-            if not any(one.cause.words.startswith(f"{more.cause.words.removesuffix(_APPLIED)} and ") for more in told):
+            if not any(_adds_a_step(one.cause, more.cause) for more in told):
                 told.append(one)
         return [(one.cause, one.made) for one in told]
 
@@ -521,6 +523,14 @@ def _tokens(lines: tuple[Line, ...]) -> Tokens:
     )
 
 
+def _adds_a_step(cause: Cause, likelier: Cause) -> bool:
+    """Whether a cause is a likelier one and a step more, which adds nothing; what was found to be applied is a step
+    beside nothing at all."""
+    if likelier.words == causes.NOTHING:
+        return cause.digits > 0 and cause.words.endswith(_APPLIED)
+    return cause.words.startswith(f"{likelier.words.removesuffix(_APPLIED)} and ")
+
+
 def _typical(found: Fit) -> bool:
     """Whether most tokens err as in a run of that format; not one alone, nor all much less."""
     return found.median > _LEAST_TYPICAL
@@ -572,6 +582,16 @@ def _fields(found: Logprobs) -> tuple[np.ndarray, ...]:
     return found.value, found.low, found.high, found.deviation, found.own
 
 
+def _blind(side: Side) -> str | None:
+    """Why nothing can be told of a side that passes: any logprobs would; None where a wrong function would not."""
+    contrast, moved = _contrast(side), RMS_THROUGH * side.deviation
+    if not contrast:
+        return "nothing to tell: the logits of a row are all the same"
+    if moved <= LEAST_SEEN * contrast:
+        return None
+    return f"too long to tell: rounding alone may move the logits by {number(moved / contrast)} of what they differ by"
+
+
 def _contrast(side: Side) -> float:
     """By how much the logits of a row differ, in RMS: what a wrong function would move logprobs by."""
     rows = side.tokens.part(_even(len(side.tokens.place), 16))
@@ -598,6 +618,8 @@ def _other_token(side: Side, one: Tokens) -> int | None:
 
 def _rest(side: Side) -> str:
     """Where errors that nothing explains are, and what has such errors."""
+    if not side.tokens.observed.any():
+        return "every logprob is 0: were they recorded?"
     beyond = side.fit.ratio > 1
     lines = np.unique(side.tokens.line[beyond])
     share = float(np.mean(beyond))
@@ -645,7 +667,7 @@ def _document(command: LogprobsCommand, sides: Sequence[Side], unpaired: int) ->
         "split": _split(sides) if len(sides) == 2 else None,
         "worst": _worst(sides, command.top),
     }
-    document["verdict"] = _sentence(document)
+    document["verdict"] = _sentence(document, _differently(sides))
     return document
 
 
@@ -681,7 +703,7 @@ def _side(side: Side) -> dict[str, Any]:
         "rms": side.fit.rms,
         "beyond": float(np.mean(side.fit.ratio > 1)),
         "floor": side.floor,
-        "deviation": float(np.sqrt(np.mean(np.square(side.made.deviation)))),
+        "deviation": side.deviation,
         "mean_abs_error": float(np.mean(side.fit.error)),
         "declared": [_way(way) for way in dict.fromkeys(map(declared, side.tokens.lines))],
         "found": None if way is None else _way(way),
@@ -713,7 +735,7 @@ def _split(sides: Sequence[Side]) -> dict[str, Any]:
     declared_apart = one.value[a] - two.value[b]
     found = (sides[0].final[a] - one.value[a]) - (sides[1].final[b] - two.value[b])
     with np.errstate(invalid="ignore"):
-        left = difference - declared_apart - found
+        left = difference - (sides[0].final[a] - sides[1].final[b])  # finite, too, where a side rules a token out
     budget = np.sqrt(np.square(_bounds(sides[0])[a]) + np.square(_bounds(sides[1])[b]))
     rounding = np.clip(np.nan_to_num(left), -budget, budget)
     parts = {"rounding": rounding, "declared": declared_apart, "cause": found, "rest": left - rounding}
@@ -782,15 +804,16 @@ def _token(side: Side, n: int, other: Side | None, m: int | None, ratio: float) 
     }
 
 
-def _sentence(document: Mapping[str, Any]) -> str:
+def _sentence(document: Mapping[str, Any], differently: str | None) -> str:
     sides = [(letter, document[letter]) for letter in "ab" if document[letter]]
     wrong = [(letter, side) for letter, side in sides if Verdict(side["verdict"]).fails]
     if wrong:
         return "; ".join(_wrong(letter, side, len(sides)) for letter, side in wrong) + "."
     total = sides[0][1]["tokens"]
     if document["outcome"] == "diverged":
-        a, b = (causes.words_of(Processing(**side["declared"][0])) for _, side in sides)
-        return f"Each side is right as declared, but they are logprobs of two distributions: a has {a} applied, b {b}."
+        blind = [f"; {letter}: {side['hint']}" for letter, side in sides if side["hint"]]
+        right = "Each side is right as declared" if not blind else "Neither side is beyond rounding as declared"
+        return f"{right}, but they are logprobs of two distributions: {differently}{''.join(blind)}."
     if document["outcome"] == "incomplete":
         blind = [f"{letter}: {side['hint']}" for letter, side in sides if side["hint"]]
         if document["unpaired"]:

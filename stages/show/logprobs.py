@@ -96,7 +96,8 @@ def _notes(side: Mapping[str, Any]) -> list[str]:
     """What of the file a reader should know."""
     notes = []
     if side["stored"] and side["dtype"] != side["stored"]:
-        notes.append(f"every logprob is a {side['stored']} number")
+        # Of what was written to few decimals more is not known.
+        notes.append(f"every logprob {'may be' if side['step'] else 'is'} a {side['stored']} number")
     if side["step"]:
         notes.append(f"written to {number(side['step'])}: half of that is allowed for")
     return notes

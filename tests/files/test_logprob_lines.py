@@ -60,7 +60,7 @@ BAD = {
     "no JSON": ("{", "line 1: expected JSON"),
     "no object": ("[1]", "line 1: expected a JSON object with prompt, completion and logprobs"),
     "another field": ({**GOOD, "temprature": 1}, "field 'temprature' is not known; a line may have prompt"),
-    "a field twice": ({**GOOD, "prompt_ids": [1]}, "field 'prompt_ids' is twice"),
+    "a field twice": ({**GOOD, "prompt_ids": [1]}, "field 'prompt_ids' is given twice"),
     "duplicate": ('{"prompt": [1], "prompt": [2]}', "duplicate key 'prompt'"),
     "no tokens": ({"logprobs": []}, "expected prompt and completion, or tokens and start; it has logprobs"),
     "both": ({**GOOD, "tokens": [1], "start": 1}, "expected prompt and completion, or tokens and start"),

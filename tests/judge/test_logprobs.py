@@ -262,6 +262,68 @@ def test_masked_tokens_that_were_written_as_zero(made: Path, tmp_path: Path) -> 
     assert found["a"]["tokens"] == 3 * 14
 
 
+def test_zeros_alone_are_no_logprobs_that_were_written_to_whole_numbers(made: Path, tmp_path: Path) -> None:
+    """Of the likeliest tokens they are what top-k 1 gives; of others nothing."""
+    model = engine(made / "float32", "float32")
+    greedy = sampled(model, 3, top_k=1)
+    top = judged(write(tmp_path / "k.jsonl", [one.row([0.0] * 16) for one in greedy]), None, made / "float32")
+    assert "bug, as if top-k 1 had been applied" in top["verdict"]
+    none = judged(
+        write(tmp_path / "z.jsonl", [one.row([0.0] * 16) for one in sampled(model, 3)]), None, made / "float32"
+    )
+    assert "bug, every logprob is 0: were they recorded?" in none["verdict"]
+    assert none["a"]["step"] is None
+    # The likeliest of all tokens: 0 is less than 1 off, and wrong.
+    model_name, one = made / "float32", greedy[0]
+    likely = max(range(16), key=lambda n: _right(model, one)[n])
+    row = {"tokens": one.tokens[: one.start + likely + 1], "start": one.start + likely, "logprobs": [0.0]}
+    assert judged(write(tmp_path / "one.jsonl", [row]), None, model_name)["outcome"] == "faulty"
+
+
+def test_numbers_far_beyond_any_logprob_are_judged(made: Path, tmp_path: Path) -> None:
+    rows = [one.row([-1e300] * 16) for one in sampled(engine(made / "float32", "float32"), 3)]
+    document = judged(write(tmp_path / "a.jsonl", rows), None, made / "float32")
+    assert "bug, none of the known causes; 100% of the tokens" in document["verdict"]
+
+
+def test_a_side_that_rules_its_own_tokens_out(made: Path, tmp_path: Path) -> None:
+    """Raw logprobs of a file that says top-k 1: what is left beside that is a number."""
+    model = engine(made / "float32", "float32")
+    sequences = sampled(model, 3)
+    a = write(tmp_path / "a.jsonl", [one.row(_right(model, one), top_k=1) for one in sequences])
+    b = write(tmp_path / "b.jsonl", [one.row(_right(model, one)) for one in sequences])
+    document = judged(a, b, made / "float32")
+    assert document["verdict"].startswith("a: bug, as if nothing was applied to the logits, against what is declared (")
+    assert document["split"]["parts"]["rest"]["max_abs"] == 0
+
+
+def test_a_head_of_zeros(tmp_path: Path) -> None:
+    """As some models begin their training: every function of it gives the same logprobs."""
+    folder = write_sharp(tmp_path / "model", "qwen3", "float32", sharp=0.0)
+    rows = [Sampled(list(range(20)), 4).row([-math.log(300)] * 16)]
+    document = judged(write(tmp_path / "a.jsonl", rows), None, folder)
+    assert document["outcome"] == "incomplete"
+    assert "nothing to tell: the logits of a row are all the same" in document["verdict"]
+
+
+def test_the_floor_is_of_the_tokens_and_decimals_at_hand(made: Path, tmp_path: Path) -> None:
+    """Errors of a little more in every token are seen, those of much less are not."""
+    model = engine(made / "float32", "float32")
+    for count, decimals in ((3, 16), (5, 16), (3, 1), (5, 2)):
+        sequences = sampled(model, count)
+
+        def off_by(size: float, decimals: int = decimals, sequences: tuple[Sampled, ...] = sequences) -> dict[str, Any]:
+            rows = [one.row([round(x - size, decimals) for x in _right(model, one)]) for one in sequences]
+            return judged(write(tmp_path / "a.jsonl", rows), None, made / "float32")
+
+        floor = off_by(0.0)["a"]["floor"]
+        assert off_by(1.5 * floor)["outcome"] == "faulty"
+        if decimals == 16:
+            assert off_by(0.01 * floor)["outcome"] == "sound"
+        else:  # half of the last decimal, or what all of them do together
+            assert floor > 0.28 * 10**-decimals
+
+
 def test_what_is_declared_is_what_is_asked(made: Path, tmp_path: Path) -> None:
     """Raw logprobs of a file that says 0.7 are wrong; two sides that declare different things are of two policies."""
     model = engine(made / "float32", "float32")
@@ -272,10 +334,16 @@ def test_what_is_declared_is_what_is_asked(made: Path, tmp_path: Path) -> None:
     )
     lying = write(tmp_path / "lying.jsonl", [one.row(_right(model, one), temperature=0.7) for one in sequences])
     assert judged(cold, None, made / "float32")["outcome"] == "sound"
-    assert "as if nothing was applied to the logits" in judged(lying, None, made / "float32")["verdict"]
+    for other in (None, raw):
+        verdict = judged(lying, other, made / "float32")["verdict"]
+        assert "bug, as if nothing was applied to the logits, against what is declared (" in verdict
     document = judged(raw, cold, made / "float32")
     assert document["outcome"] == "diverged"
     assert "a has nothing applied, b temperature 0.7" in document["verdict"]
+    some = [json.loads(text) for text in (*raw.read_text().splitlines()[:2], *cold.read_text().splitlines()[2:])]
+    document = judged(raw, write(tmp_path / "some.jsonl", some), made / "float32")
+    assert "a has nothing applied, b temperature 0.7" in document["verdict"]
+    document = judged(raw, cold, made / "float32")
     assert document["split"]["parts"]["declared"]["mean_abs"] > 100 * document["split"]["parts"]["rounding"]["max_abs"]
 
 
