@@ -1,9 +1,9 @@
 """Where in hidden stages a recorded tensor's error most likely begins: it is carried back to all of them at once.
 
-Beside the error go random vectors of the tensor's own noise. What these leave at a hidden value says how much an error
-there moves the tensor; with the error's own it says how much of that a change there explains, of every hidden value,
-every number and every element, row and column of a weight, for the price of a few forwards. First order, and an
-estimate: who asks computes the likeliest as they are.
+Random vectors of the tensor's own noise are carried back beside the error. What arrives of them at a hidden value says
+how much an error there moves the tensor; what arrives of the error says how much of it a change there would explain. So
+every hidden value, every number and every element, row and column of a weight is asked for the price of a few forwards.
+It is an estimate, of first order: who asks computes the likeliest changes as they are.
 """
 
 from __future__ import annotations

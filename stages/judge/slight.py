@@ -1,9 +1,9 @@
-"""What moves a recorded tensor surely, by less than right programs differ by.
+"""What has surely moved a recorded tensor, though by less than right programs differ by.
 
-These err in every direction a little, and in one direction as little: by the square root of how many elements say so.
-A wrong number, or a wrong element of a weight, errs in its own direction alone. The tensor's error is carried back to
-all of them at once (sensitivity.py); what is far more than its noise there is computed, token by token: where the
-tokens agree on it, it is told. docs/findings/spans.md has what right programs did.
+Right programs err in all directions a little, and so in any one direction very little. A wrong number, or a wrong
+element of a weight, moves the tensor in one direction alone, its own. The tensor's error is carried back to all of them
+at once (sensitivity.py). Where much more than noise arrives, the change is computed as it is, token by token; where the
+tokens agree on its size, it is told. docs/findings/spans.md has what right programs did.
 """
 
 from __future__ import annotations
