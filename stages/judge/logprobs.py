@@ -378,9 +378,7 @@ class _Bench:
             return
         beyond = side.fit.ratio > 1
         if beyond.any() and not side.tokens.observed[beyond].any() and not beyond.all():
-            side.verdict = Verdict.BUG
-            said = "1 logprob is 0" if beyond.sum() == 1 else f"{beyond.sum()} logprobs are 0"
-            side.hint = f"{said}, those of all others are right: masked tokens? write null there"
+            side.verdict, side.hint = Verdict.BUG, _zeros(side, beyond)
             return
         everything = np.ones(len(side.tokens.place), bool)
         failing = np.isin(side.tokens.line, np.unique(side.tokens.line[beyond]))
@@ -614,6 +612,14 @@ def _other_token(side: Side, one: Tokens) -> int | None:
         if made.error(one.observed)[0] <= made.bound[0] + side.file.step / 2:
             fits.append(int(token))
     return fits[0] if len(fits) == 1 and fits[0] != one.ids[0] else None
+
+
+def _zeros(side: Side, beyond: np.ndarray) -> str:
+    """What some logprobs are that are 0, and whether all others are right."""
+    others = fit(side.tokens.part(~beyond), Logprobs(*(x[~beyond] for x in _fields(side.made))), side.file.step)
+    rest = "those of all others are right" if others.passes else "and all others together err more than rounding does"
+    said = "1 logprob is 0" if beyond.sum() == 1 else f"{beyond.sum()} logprobs are 0"
+    return f"{said}, {rest}: masked tokens? write null there"
 
 
 def _rest(side: Side) -> str:

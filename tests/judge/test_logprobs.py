@@ -256,6 +256,11 @@ def test_masked_tokens_that_were_written_as_zero(made: Path, tmp_path: Path) -> 
     rows = [one.row([0.0, 0.0, *_right(model, one)[2:]]) for one in sampled(model, 3)]
     document = judged(write(tmp_path / "a.jsonl", rows), None, made / "float32")
     assert "6 logprobs are 0, those of all others are right: masked tokens? write null there" in document["verdict"]
+    warm = [
+        one.row([0.0, *taken(prefill(model, one).double(), one, temperature=1 + 1e-5)[1:]]) for one in sampled(model, 5)
+    ]
+    document = judged(write(tmp_path / "warm.jsonl", warm), None, made / "float32")
+    assert "5 logprobs are 0, and all others together err more than rounding does" in document["verdict"]
     masked = [{**row, "logprobs": [None, None, *row["logprobs"][2:]]} for row in rows]
     found = judged(write(tmp_path / "b.jsonl", masked), None, made / "float32")
     assert found["outcome"] == "sound"
