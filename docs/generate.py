@@ -42,6 +42,7 @@ ROOT = HERE.parent
 STAGES = ROOT / "stages"
 README = ROOT / "README.md"
 RECORDED, FLOORS = HERE / "selftest.json", HERE / "floors.json"
+LITTLE = HERE / "little.json"
 
 
 def noise_of(stage: Stage) -> str:
@@ -317,6 +318,38 @@ def _recorded() -> Any:
     return json.loads(RECORDED.read_text())
 
 
+_LITTLE_HEAD = """## Next to nothing recorded
+
+What `benchmarks/little.py` printed: dumps of layers' outputs alone, or of logits alone, of a Qwen3 of 6 layers, hidden
+256. The bits of the installed engines this machine can give, those of the strangers it cannot. *named*: sound if right,
+else what was planted is in the hint; *found*: wrong, and where, but not why; *missed*: called sound, for rounding hides
+it; *seconds* of one `svf audit`, the median and the most, on a machine that did other things too.
+
+| engines | recorded | dtype | dumps | named | found | too long | missed | other name | alarms | seconds |
+|---|---|---|---|---|---|---|---|---|---|---|"""
+_ANSWERS = ("right", "found", "too long", "missed", "wrong", "alarm")
+
+
+def little_table(known: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """What `benchmarks/little.py` recorded, by engines, recording and dtype; and what was not named."""
+    lines, failed = _LITTLE_HEAD.split("\n"), []
+    for of, answers in known.items():
+        groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+        for one in answers:
+            groups.setdefault(tuple(one["case"].split()[1:3]), []).append(one)
+            failed += [f"- {one['case'][3:]}: {one['answer']}"] if one["answer"] != "right" else []
+        for (recorded, dtype), alike in groups.items():
+            counts = [str(sum(one["answer"] == answer for one in alike)) for answer in _ANSWERS]
+            seconds = sorted(one["seconds"] for one in alike)
+            took = f"{seconds[len(seconds) // 2]:.1f}, {seconds[-1]:.1f}"
+            lines.append(row([of, recorded, dtype, str(len(alike)), *counts, took]))
+    return [*lines, "", "Not named:", "", *failed]
+
+
+def _little() -> Any:
+    return json.loads(LITTLE.read_text())
+
+
 def _floors() -> Any:
     return json.loads(FLOORS.read_text())
 
@@ -436,7 +469,9 @@ PAGES = {
     HERE / "stages.md": stages_page,
     HERE / "foreign-dumps.md": foreign_page,
     HERE / "cli.md": cli_page,
-    HERE / "selftest.md": lambda: tables.page(_recorded()) + "\n".join(["", *floors_table(_floors()), ""]),
+    HERE / "selftest.md": lambda: (
+        tables.page(_recorded()) + "\n".join(["", *floors_table(_floors()), "", *little_table(_little()), ""])
+    ),
     HERE / "recipes.md": lambda: recipes_page(_floors()),
     HERE / "architecture.md": architecture_page,
     README: readme_page,

@@ -26,7 +26,8 @@ def fused_attention(
 ) -> Float[Array, "queries {heads}*{head_dim}"]:
     """Scores, softmax and weighted values in one call: jax.nn.dot_product_attention."""
     q, k, v = (x[None] for x in (q, k, _values(qkv_bias, heads, kv_heads, head_dim)))
-    out = jax.nn.dot_product_attention(q, k, v, is_causal=True, scale=scaling)
+    causal = q.shape[1] > 1  # one query sees all keys up to itself
+    out = jax.nn.dot_product_attention(q, k, v, is_causal=causal, scale=scaling)
     return out[0].reshape(out.shape[1], -1)
 
 

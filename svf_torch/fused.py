@@ -26,7 +26,8 @@ def fused_attention(
 ) -> Float[Tensor, "queries {heads}*{head_dim}"]:
     """Scores, softmax and weighted values in one call, `transformers`' default: scaled_dot_product_attention."""
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, _values(qkv_bias, heads, kv_heads, head_dim)))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=heads != kv_heads)
+    causal = q.shape[-2] > 1  # one query sees all keys up to itself
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scaling, enable_gqa=heads != kv_heads)
     return _joined(out[0])
 
 

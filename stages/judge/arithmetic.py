@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +21,8 @@ from stages.judge.tried import Edits
 from stages.run.forward import parameters
 from stages.spec.backend import Backend
 from stages.spec.dtypes import stored_dtype
-from stages.spec.forward import stage_options
+from stages.spec.forward import RUN_PARAMS, stage_options
+from stages.spec.profiles import TABLES
 
 _ATTENTION = "attention"
 
@@ -98,26 +99,43 @@ def _fused(steps: Sequence[Step], backend: Backend) -> list[Step] | None:
 
 @dataclass
 class Arithmetic:
-    """One way in which a backend computes stages that nobody recorded."""
+    """One way in which a backend computes stages that nobody recorded.
+
+    `by_token`: as a decode with a cache does, one token after another, but for the first `at_once`.
+    """
 
     backend: Backend
-    words: str
+    how: str
     fused: bool = False
     whole: bool = False
+    by_token: bool = False
+    at_once: int = 0
 
     def __post_init__(self) -> None:
         self._compiled: dict[Any, Callable[..., Any]] = {}
+        self._decoded: dict[Place, tuple[Step, list[np.ndarray]]] = {}
         self._known: dict[Place, tuple[Step, Any]] = {}  # of the last program: what a step was, and what it gave
+
+    @property
+    def words(self) -> str:
+        facts = self.backend.facts()
+        by = f"{self.backend.name} {facts.get(self.backend.name, '')}".strip()
+        first = f"the first {self.at_once} tokens at once, then " if self.at_once else ""
+        decoded = f", {first}one token after another" if self.by_token else ""
+        return f"as {by} computes it on this machine, {self.how}{decoded}"
 
     def start(self) -> None:
         """Another program begins; what follows are its edits."""
         self._known.clear()
+        self._decoded.clear()
 
     def value(self, steps: Sequence[Step], run: ForwardRun) -> np.ndarray | None:
         """The last step's value from what was recorded; None where this way is no way of its own."""
         chosen = _fused(steps, self.backend) if self.fused else list(steps)
         if chosen is None or (self.whole and len(chosen) < 2):
             return None
+        if self.by_token:
+            return self._as_decoded(chosen, run)
         inside = {step.at for step in chosen}
         leaves = list(dict.fromkeys(at for step in chosen for at in step.inputs if at not in inside))
         recorded = [self.backend.put(_read(run, at)) for at in leaves]
@@ -141,6 +159,74 @@ class Arithmetic:
                 self._known[step.at] = (step, values[step.at])
                 same.add(step.at)
         return values[steps[-1].at]
+
+    def learn(self, given: Iterable[tuple[np.ndarray | None, np.ndarray]]) -> int:
+        """How many first tokens were at once, at least; 0 of none. Of what one token after another gives of some
+        tensors, the rows after a last wrong one are right; the tensor that says most counts."""
+        least = 0
+        for value, observed in given if self.by_token else ():
+            if value is not None and value.shape == observed.shape:
+                wrong = np.flatnonzero((value != observed).reshape(len(value), -1).any(axis=1))
+                if len(wrong) and wrong[-1] < len(value) - 1:
+                    least = max(least, int(wrong[-1]) + 1)
+        return least
+
+    def _as_decoded(self, steps: Sequence[Step], run: ForwardRun) -> np.ndarray | None:
+        """Each step for the tokens of one call after another; a cache has the keys and values of those before."""
+        assert run.path is not None
+        count, known = len(run.tokens), dict[Place, np.ndarray]()
+        inside = {step.at for step in steps}
+        for at in {at for step in steps for at in step.inputs if at not in inside}:
+            known[at] = _read(run, at)
+            axis = run.path.at(at).shape.split()[0]
+            if at[1] not in TABLES and (axis not in ("tokens", "queries") or len(known[at]) != count):
+                return None
+        for step in (step for step in steps if step.at[1] in TABLES):
+            known[step.at] = self._call(step, [known[at] for at in step.inputs], step.params)
+        by_call = [step for step in steps if step.at[1] not in TABLES]
+        made, same = dict[Place, list[np.ndarray]](), known.keys() - inside
+        for step in by_call:  # what is as it was before, of inputs that are, is not computed again
+            before = self._decoded.get(step.at)
+            if before is not None and before[0].alike(step) and same.issuperset(set(step.inputs) - known.keys()):
+                made[step.at] = before[1]
+                same.add(step.at)
+        calls = [(0, self.at_once)] * (self.at_once > 0) + [(t, t + 1) for t in range(self.at_once, count)]
+        for number, (start, stop) in enumerate(calls):
+            for step in by_call:
+                if step.at not in same:
+                    made.setdefault(step.at, []).append(self._of_call(step, run, known, made, number, start, stop))
+        for step in by_call:
+            self._decoded.setdefault(step.at, (step, made[step.at]))
+        return np.concatenate(made[steps[-1].at])
+
+    def _of_call(
+        self,
+        step: Step,
+        run: ForwardRun,
+        known: Mapping[Place, np.ndarray],
+        made: Mapping[Place, Sequence[np.ndarray]],
+        number: int,
+        start: int,
+        stop: int,
+    ) -> np.ndarray:
+        """A step for the tokens from `start` to `stop`, which are call `number`'s."""
+        assert run.path is not None
+        arguments = []
+        for place, at in enumerate(step.inputs):
+            cached = (step.function, place) in _CACHED
+            if at in known:
+                arguments.append(known[at][0 if cached else start : stop])
+            else:
+                arguments.append(np.concatenate(made[at][: number + 1]) if cached else made[at][number])
+        of_run = [name in RUN_PARAMS for name in run.path.at(step.at).params]
+        params = [p[start:stop] if own else p for p, own in zip(step.params, of_run, strict=False)]
+        return self._call(step, arguments, params)
+
+    def _call(self, step: Step, arguments: Sequence[np.ndarray], params: Sequence[np.ndarray]) -> np.ndarray:
+        if not step.function:
+            return arguments[0]
+        put = self.backend.put
+        return self.backend.get(self._function(step)(*map(put, arguments), *map(put, params)))
 
     def _function(self, step: Step) -> Callable[..., Any]:
         if step.call not in self._compiled:
@@ -173,6 +259,10 @@ class Arithmetic:
         return self._compiled[key](*recorded, *params)
 
 
+# Inputs, by stage and number, that a decode has in its cache: keys, and values; of attention in one call both.
+_CACHED = {("attn_scores", 1), (_ATTENTION, 1), (_ATTENTION, 2)}
+
+
 def _read(run: ForwardRun, at: Place) -> np.ndarray:
     """A recorded stage in the run's dtype, if nothing is lost by it."""
     assert run.path is not None
@@ -185,10 +275,10 @@ def _read(run: ForwardRun, at: Place) -> np.ndarray:
 
 def arithmetics(backend: Backend) -> Iterator[Arithmetic]:
     """The ways of a backend, in words."""
-    facts = backend.facts()
-    by = f"{backend.name} {facts.get(backend.name, '')}".strip()
-    yield Arithmetic(backend, f"as {by} computes it on this machine, stage by stage")
-    if backend.fused:
-        yield Arithmetic(backend, f"as {by} computes it on this machine, attention in one call", fused=True)
-    if facts.get("jit") == "True":  # else nothing is compiled, and it is the first way again
-        yield Arithmetic(backend, f"as {by} computes it on this machine, compiled as one", whole=True)
+    jitted = backend.facts().get("jit") == "True"  # else nothing is compiled
+    for by_token in (False,) if jitted else (False, True):  # a call of each length would be compiled
+        yield Arithmetic(backend, "stage by stage", by_token=by_token)
+        if backend.fused:
+            yield Arithmetic(backend, "attention in one call", fused=True, by_token=by_token)
+    if jitted:
+        yield Arithmetic(backend, "compiled as one", whole=True)

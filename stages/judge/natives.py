@@ -188,11 +188,11 @@ def _through(
     where it is right; and a hypothesis with which it gives all of them."""
     places = [one for one in _places(request, stack, progress) if span_of(one[1], one[2]).hidden]
     ways = list(arithmetics(backend))
-    bits = [{key: _given(way, at, run) for key, at, run in places} for way in ways]
+    bits = [_given(way, places) for way in ways]
     sizes = {key: run.read(at).size for key, at, run in places}
     # The way of most tensors that are right to the last byte is the engine's, and is asked first where one is not.
     order = sorted(range(len(ways)), key=lambda i: -sum(bits[i][key] == sizes[key] for key in sizes))
-    known = any(bits[i][key] == sizes[key] for i in order for key in sizes)
+    known = [i for i in order if any(bits[i][key] == sizes[key] for key in sizes)]
     found: dict[str, dict[str, Any]] = {}
     until = time.process_time() + _SECONDS
     for key, at, run in places:
@@ -203,10 +203,10 @@ def _through(
         # An engine whose way is not here gives other bytes where it is right: then what fails alone is worth asking,
         # or one tensor of which 16 bits tell little.
         alone = len(places) == 1 and run.read(at).dtype.itemsize < 4
-        worth = known or key in request.failing or alone
+        worth = bool(known) or key in request.failing or alone
         if most < sizes[key] and worth and time.process_time() < until:
             progress(f"{request.backend}: what is wrong in {key}", 0.5)
-            proved = _proved([way for way in (ways[i] for i in order) if not way.whole], at, run, until)
+            proved = _proved([ways[i] for i in known or order if not ways[i].whole], at, run, until)
             if proved is not None:
                 found[key] = {"proved": proved}
     return found
@@ -229,15 +229,18 @@ def _proved(ways: Sequence[Arithmetic], at: Place, run: ForwardRun, until: float
     if native is None:
         return None
     said: dict[str, list[str]] = {}
-    after = 0
+    after, last = 0, ""
     with np.errstate(all="ignore"), threads(run):
         right = part(native, columns).astype(np.float64)
         for hypothesis in Search(at, run, oracle, part(observed, columns)).edited(right):
             assert hypothesis.edits is not None
+            if hypothesis.about and hypothesis.about == last:
+                continue  # a likelier number of that element gave all bytes
             changed = edited(steps, hypothesis.edits)
             for way in ways:
                 if _bits(way, changed, at, run) == observed.size:
                     said.setdefault(way.words, []).append(hypothesis.words)
+                    last = hypothesis.about
             after += bool(said)
             if time.process_time() > until or after > _AFTER:
                 break
@@ -247,9 +250,33 @@ def _proved(ways: Sequence[Arithmetic], at: Place, run: ForwardRun, until: float
     return f"{', or '.join(dict.fromkeys(words))}: then every byte is there, {by}"
 
 
-def _given(way: Arithmetic, at: Place, run: ForwardRun) -> int | None:
-    way.start()
-    return _bits(way, program(at, run), at, run)
+def _given(way: Arithmetic, places: Sequence[tuple[str, Place, ForwardRun]]) -> dict[str, int | None]:
+    """How many elements of each of some tensors a way gives to the last bit."""
+
+    def values() -> Iterator[tuple[np.ndarray | None, np.ndarray]]:
+        for _, at, run in places:
+            way.start()
+            yield _native(way, program(at, run), run, run.read(at)), run.read(at)
+
+    def bits(found: Iterable[tuple[np.ndarray | None, np.ndarray]]) -> dict[str, int | None]:
+        return {
+            key: None if value is None or run.path is None else _alike(run.path.at(at), value, observed)
+            for (key, at, run), (value, observed) in zip(places, found, strict=True)
+        }
+
+    alone = list(values())
+    best, least, chosen = bits(alone), way.learn(alone), 0
+    # A row may come out right by chance: the first tokens may be a few more than its last wrong one says.
+    for way.at_once in range(least, least + _CHANCE) if least else ():
+        found = bits(values())
+        if sum(count or 0 for count in found.values()) > sum(count or 0 for count in best.values()):
+            best, chosen = found, way.at_once
+    way.at_once = chosen
+    return best
+
+
+# Rows in sequence that may be given to the last bit by another way than the engine's.
+_CHANCE = 6
 
 
 def _bits(way: Arithmetic, steps: Sequence[Step], at: Place, run: ForwardRun) -> int | None:

@@ -23,7 +23,7 @@ FEW, MANY = 12, 64
 # They are carried back of so many of the first tokens, and in so many bytes, at most.
 _MOST_TOKENS, _MOST_BYTES = 256, 1 << 30
 # Of each weight, so many rows and columns are worth asking, and so many elements of a row.
-_MOST = 6
+_MOST, _MOST_OF_ROW = 6, 12
 # Rows or columns of a weight of which each is compared with each.
 _MOST_LINES = 4096
 
@@ -133,7 +133,7 @@ class Sensitivity:
         gains = own * own / square
         for row in dict.fromkeys(i // gains.shape[1] for i in self._largest(gains)):
             of_row = np.mean((back[1:, :, row] @ x) ** 2, axis=0)
-            for column in self._largest(own[row] ** 2 / of_row):
+            for column in self._largest(own[row] ** 2 / of_row, _MOST_OF_ROW):
                 share = self._share(float(own[row, column]), float(of_row[column]))
                 yield Element(share, at, number, (row, column))
 
@@ -159,10 +159,10 @@ class Sensitivity:
                 share = self._share(float(copied[one, other]), float(squares[one, other]))
                 yield Line(share, at, number, axis, one, other, swapped)
 
-    def _largest(self, gains: np.ndarray) -> Iterator[int]:
+    def _largest(self, gains: np.ndarray, most: int = _MOST) -> Iterator[int]:
         """Where the largest are in the flat array."""
         flat = np.where(np.isfinite(gains), gains, 0.0).reshape(-1)
-        for i in np.argpartition(-flat, min(_MOST, flat.size) - 1)[:_MOST]:
+        for i in np.argpartition(-flat, min(most, flat.size) - 1)[:most]:
             if flat[i] > 0:
                 yield int(i)
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from stages.files.forward_dump import Place
-from stages.judge.sensitivity import FEW, MANY, Sensitivity
+from stages.judge.sensitivity import MANY, Sensitivity
 from stages.judge.sensitivity import carried as carried_back
 from stages.judge.tried import Function, Hypothesis, Number, Tried, in_words
 from stages.judge.wrong_weights import Element, Line, Share, beside
@@ -178,7 +178,7 @@ class Search(Tried):
         for number in self.numbers():
             if number.of_config and number.edits is not None:
                 yield from map(number.hypothesis, dict.fromkeys((number.right * 10, number.right / 10, *number.starts)))
-        carried = carried_back(self, FEW, judged_part(self.oracle.stage, native))
+        carried = carried_back(self, MANY, judged_part(self.oracle.stage, native))
         if carried is None:
             return
         found: list[tuple[Share, Callable[[], Iterable[Hypothesis]]]] = []

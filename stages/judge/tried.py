@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -64,13 +64,16 @@ Edits = Mapping[Place, Edit]
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """Another function in the place of some stages: where, in words, and what it is; as edits, where it is one."""
+    """Another function in the place of some stages: where, in words, and what it is; as edits, where it is one.
+
+    `about` is the element of which it says what it is instead, the likeliest first."""
 
     where: str
     said: str
     kind: Class
     instead: Mapping[Place, Function]
     edits: Edits | None = None
+    about: str = ""
 
     @property
     def words(self) -> str:
@@ -478,7 +481,7 @@ class Tried:
         params = list(self.params(one.at))
         params[one.param] = params[one.param].copy()
         params[one.param][one.index] = new
-        return self._with_params(one.at, self._where(one.at), text, params)
+        return replace(self._with_params(one.at, self._where(one.at), text, params), about=self.named_element(one))
 
     def named_element(self, one: Element) -> str:
         index = (one.index[0] + self._first_row(one.at), *one.index[1:])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,9 @@ import torch
 from forward_models import Model, write_model
 from helpers import svf
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from stages.judge.arithmetic import Arithmetic
 
 IDS = list(range(3, 135, 11))
 TOKENS = ",".join(map(str, IDS))
@@ -27,20 +30,32 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(source: Path, out: Path, dtype: str, change: Change = lambda _m: None, attention: str = "sdpa") -> dict:
-    """The documents of an audit of the layers' outputs, and of the logits alone."""
+def run(
+    source: Path,
+    out: Path,
+    dtype: str,
+    change: Change = lambda _m: None,
+    attention: str = "sdpa",
+    at_once: int = len(IDS),
+) -> dict:
+    """Dumps of the layers' outputs, and of the logits alone; after `at_once` tokens one after another, with a cache."""
     model = AutoModelForCausalLM.from_pretrained(str(source), dtype=DTYPES[dtype], attn_implementation=attention).eval()
     change(model)
-    found: dict[str, torch.Tensor] = {}
+    calls: dict[str, list[torch.Tensor]] = {}
 
     def keep(name: str) -> Callable[..., None]:
-        return lambda _m, _i, o: found.update({name: (o[0] if isinstance(o, tuple) else o)[0].contiguous()})
+        return lambda _m, _i, o: calls.setdefault(name, []).append((o[0] if isinstance(o, tuple) else o)[0])
 
     model.model.embed_tokens.register_forward_hook(keep("embedding"))
     for n, layer in enumerate(model.model.layers):
         layer.register_forward_hook(keep(f"layers.{n}.post_ffn_residual"))
+    cache = DynamicCache(config=model.config)
     with torch.inference_mode():
-        logits = model(torch.tensor([IDS]), use_cache=False).logits[0].contiguous()
+        for ids in (IDS[:at_once], *([token] for token in IDS[at_once:])):
+            if ids:
+                calls.setdefault("lm_head", []).append(model(torch.tensor([ids]), past_key_values=cache).logits[0])
+    found = {name: torch.cat(parts).contiguous() for name, parts in calls.items()}
+    logits = found.pop("lm_head")
     save_file(found, out / "hidden.safetensors")
     save_file({"lm_head": logits}, out / "logits.safetensors")
     return {"hidden": out / "hidden.safetensors", "logits": out / "logits.safetensors"}
@@ -117,6 +132,36 @@ def test_a_backends_own_functions_give_every_byte_from_logits_alone(
     (row,) = found["rows"]
     assert (row["verdict"], row["bits"]) == ("exact", row["elements"])
     assert {"sdpa": "attention in one call", "eager": "stage by stage"}[attention] in row["recipe"]
+
+
+@pytest.mark.parametrize("at_once", [0, 5, 9])
+def test_a_decode_comes_out_to_the_last_byte(source: Path, tmp_path: Path, at_once: int) -> None:
+    for dump in run(source, tmp_path, "bfloat16", at_once=at_once).values():
+        rows = [row for row in audit(dump, source, "--natives")["rows"] if row["through"]]
+        assert {row["verdict"] for row in rows} == {"exact"}
+        if not at_once:
+            assert all("one token after another" in row["recipe"] for row in rows)
+
+
+def test_how_many_tokens_were_at_once_is_learned_from_the_last_wrong_row() -> None:
+    backend = SimpleNamespace(name="torch", facts=lambda: {"torch": "2"})
+    way = Arithmetic(backend, "stage by stage", by_token=True)  # type: ignore[arg-type]
+    value, observed = np.zeros((6, 4)), np.zeros((6, 4))
+    assert way.learn([(value, observed)]) == 0  # all rows are right
+    observed[[0, 2], 1] = 1
+    assert way.learn([(value, value), (value, observed), (None, observed)]) == 3
+    way.at_once = 3
+    assert way.words.endswith("stage by stage, the first 3 tokens at once, then one token after another")
+
+
+def zeroed(model: Any) -> None:
+    model.model.layers[1].self_attn.q_proj.weight.data[40, 9] = 0
+
+
+def test_an_element_of_a_decode_in_bfloat16_is_proved(source: Path, tmp_path: Path) -> None:
+    found = audit(run(source, tmp_path, "bfloat16", zeroed, at_once=0)["hidden"], source, "--natives")
+    assert "self_attn.q_proj.weight[40, 9] is 0" in found["culprit"]["hint"]
+    assert "every byte is there" in found["culprit"]["hint"]
 
 
 def test_what_rounding_hides_is_proved_by_every_byte(source: Path, tmp_path: Path) -> None:
