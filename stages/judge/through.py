@@ -175,15 +175,18 @@ class Search(Tried):
     def edited(self, native: np.ndarray) -> Iterator[Hypothesis]:
         """What can be tried with a framework's own functions, where the tensor is `native` of the right ones: constants
         of the config, then the constants, weights and stages left out that explain most of the difference."""
+        within = len({layer for layer, _ in self.places if layer is not None}) == 1
         for number in self.numbers():
-            if number.of_config and number.edits is not None:
-                yield from map(number.hypothesis, dict.fromkeys((number.right * 10, number.right / 10, *number.starts)))
+            # Constants move a tensor the least, and are few: of one layer, all are asked.
+            if number.edits is not None and (number.of_config or (within and _is_constant(number))):
+                yield from map(number.hypothesis, _constants(number))
         carried = carried_back(self, MANY, judged_part(self.oracle.stage, native))
         if carried is None:
             return
         found: list[tuple[Share, Callable[[], Iterable[Hypothesis]]]] = []
         for number, share in self.shares_of_numbers(carried):
-            if not number.of_config and number.edits is not None:
+            asked = number.of_config or (within and _is_constant(number))
+            if not asked and number.edits is not None:
                 found.append((share, functools.partial(self._edited_numbers, number, share)))
         for tried, share in self.shares(carried, itertools.chain(self.other_weights(), self.each_left_out())):
             found.append((share, functools.partial(iter, [tried])))
@@ -195,8 +198,8 @@ class Search(Tried):
     def _edited_numbers(self, number: Number, share: Share) -> Iterator[Hypothesis]:
         """Values of a number that programs have; of a factor, all of few digits about the likeliest."""
         own = number.right
-        if number.starts != (own,):
-            near: Iterable[float] = (own * 10, own / 10, *number.starts)
+        if _is_constant(number):
+            near: Iterable[float] = _constants(number)
         else:
             x, room = own + share.change, max(4 * share.deviation, 3 * _STEP)
             reach = min(room, _STEP * _MOST_STEPS)  # of a factor that hardly moves the tensor there are millions
@@ -273,6 +276,15 @@ class Search(Tried):
             inputs = [one.last(len(self.oracle.value)) for one in inputs]
         params = self.params(self.span.acting)
         return oracle_through(self.oracle.stage, inputs, params, self.oracle.options, self.way())
+
+
+def _is_constant(number: Number) -> bool:
+    """Whether programs have it of a few values: no factor."""
+    return number.starts != (number.right,)
+
+
+def _constants(number: Number) -> Iterable[float]:
+    return dict.fromkeys((number.right * 10, number.right / 10, *number.starts))
 
 
 def _with_array(right: Value, array: np.ndarray) -> Value:
