@@ -32,6 +32,7 @@ STAGES = {
     "nx_npy": (21, 17),
     "npy": (26, 22),
     "tensorrt_llm": (26, 22),
+    "tensorrt_edge": (26, 26),
 }
 
 
@@ -192,3 +193,11 @@ def test_what_writes_two_names_for_one_stage_is_refused(models: Path, tmp_path: 
     shutil.copy(dump / "transformer.layers.1.mlp.ffn_up.npy", dump / "transformer.layers.1.ffn_up.npy")
     done = svf("audit", dump, "--model", model, "--tokens", TOKENS)
     assert (done.code, "both layers.1.ffn_up" in done.error) == (3, True)
+
+
+def test_the_names_of_an_onnx_graph_are_those_of_torch(models: Path, tmp_path: Path) -> None:
+    (table,) = (table for table in tables() if "Edge" in table.title)
+    plain = {row.name.format(n=1, profile="") for row in table.rows if "Plugin" not in row.name}
+    biases = {name for name in plain if "proj/Add_" in name}
+    assert plain - biases <= tool_dumps.onnx_names(models / "qwen3-float32", tokens_of(9), tmp_path / "q3.onnx")
+    assert plain <= tool_dumps.onnx_names(models / "qwen2-float32", tokens_of(9), tmp_path / "q2.onnx")

@@ -8,12 +8,15 @@ from __future__ import annotations
 import json
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 from transformers.model_debugging_utils import model_addition_debugger_context
 
@@ -297,6 +300,56 @@ def tensorrt_llm(folder: Path, tokens: Sequence[int], out: Path, fault: Fault = 
         save(name, stage.float().numpy())
 
 
+def tensorrt_edge(folder: Path, tokens: Sequence[int], out: Path, fault: Fault = right) -> None:
+    """What TensorRT Edge-LLM dumps of a prefill and a decode: tensors by their names in the ONNX graph."""
+    model = loaded(folder, fault)
+    of = {call.name: call for call in calls_of(model, tokens)}
+    kept = {"logits [profile 0]": of["lm_head"].outputs[0], "/model/norm/Mul_1_output_0": of["model.norm"].outputs[0]}
+    for n in range(len(model.model.layers)):
+        at, module = f"/model/layers.{n}/", f"model.layers.{n}."
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            kept[f"{at}{name}/Mul_1_output_0"] = of[module + name].outputs[0]
+        for name in "qkv":
+            proj = model.get_submodule(f"{module}self_attn.{name}_proj")
+            y = of[f"{module}self_attn.{name}_proj"].outputs[0]
+            if proj.bias is None:
+                kept[f"{at}self_attn/{name}_proj/MatMul_output_0"] = y
+            else:
+                kept[f"{at}self_attn/{name}_proj/Add_output_0"] = y
+        attention = of[module + "self_attn.o_proj"].inputs[0]
+        kept[at + "self_attn/AttentionPlugin_output_0"] = attention.reshape(*attention.shape[:2], -1, 16)
+        for name in ("self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"):
+            kept[f"{at}{name.replace('.', '/')}/MatMul_output_0"] = of[module + name].outputs[0]
+        kept[at + "mlp/act_fn/Mul_output_0"] = of[module + "mlp.act_fn"].outputs[0]
+        kept[at + "mlp/Mul_output_0"] = of[module + "mlp.down_proj"].inputs[0]
+        kept[at + "Add_output_0"] = of[module + "post_attention_layernorm"].inputs[0]
+        kept[at + "Add_1_output_0"] = of[module.removesuffix(".")].outputs[0]
+    out.mkdir()
+    save_file({name: tensor.contiguous() for name, tensor in kept.items()}, out / "step_000_prefill.safetensors")
+    later = {name: tensor[:, -1:].contiguous() for name, tensor in kept.items()}
+    save_file(later, out / "step_001_decode.safetensors")
+
+
+def onnx_names(folder: Path, tokens: Sequence[int], out: Path) -> set[str]:
+    """The names of all values in the graph that torch.onnx makes of the model's modules."""
+    model = loaded(folder, right)
+
+    class Whole(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, self.lm_head = model.model, model.lm_head
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            mask = torch.zeros(1, 1, len(tokens), len(tokens))
+            return self.lm_head(self.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        names = {"input_names": ["ids"], "output_names": ["logits"]}
+        torch.onnx.export(Whole(), (torch.tensor([list(tokens)]),), str(out), dynamo=False, opset_version=17, **names)
+    return {value for node in onnx.load(out).graph.node for value in node.output}
+
+
 WRITERS: dict[str, Callable[..., None]] = {
     "transformers": transformers_debugger,
     "sglang_hooks": sglang_hooks,
@@ -307,4 +360,5 @@ WRITERS: dict[str, Callable[..., None]] = {
     "nx_npy": nx_npy,
     "npy": npy,
     "tensorrt_llm": tensorrt_llm,
+    "tensorrt_edge": tensorrt_edge,
 }
