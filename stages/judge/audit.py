@@ -214,9 +214,8 @@ def _forward_row(place: Place, run: ForwardRun, top: int) -> Row:
     if other is not None:
         judged = _forward_judged(place, run, other.array, top)
     judged.verdict.reason = rope_cause(place, run, observed, judged.verdict) or judged.verdict.reason
-    sure = slightly(place, run, observed) if judged.verdict.verdict.passes else None
-    if sure is not None:
-        judged.verdict.elementwise, judged.verdict.ratio, judged.verdict.reason = sure.verdict, sure.ratio, sure.reason
+    if judged.verdict.verdict.passes:
+        judged.verdict = slightly(place, run, observed, judged.verdict)
     words = through_words(place, run)
     how = "; ".join(filter(None, (run.read_as.get(place), words)))
     through = [forward_key(at) for at in span_of(place, run).hidden]

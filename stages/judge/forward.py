@@ -333,7 +333,7 @@ def judge_place(place: Place, run: ForwardRun, observed: np.ndarray) -> SideVerd
     except (ValueError, IndexError):  # numpy's, for operands whose shapes do not go together
         return SideVerdict(Verdict.SHAPE, np.inf)
     if verdict.verdict.passes:
-        return slightly(place, run, observed) or verdict
+        return slightly(place, run, observed, verdict)
     if other is None:
         verdict.reason = rope_cause(place, run, observed, verdict) or verdict.reason
         return verdict
@@ -342,20 +342,21 @@ def judge_place(place: Place, run: ForwardRun, observed: np.ndarray) -> SideVerd
     return _judged(place, run, other.array)
 
 
-def slightly(place: Place, run: ForwardRun, observed: np.ndarray) -> SideVerdict | None:
-    """Of a stage that passes, what moves it surely, by less than the bound of long spans sees; None of nothing such."""
+def slightly(place: Place, run: ForwardRun, observed: np.ndarray, verdict: SideVerdict) -> SideVerdict:
+    """The verdict on a stage that passes: `suspect` with the reason where something moves it surely, by less than the
+    bound of long spans sees. `run` keeps what was found."""
     if way_of(span_of(place, run).acting, run).absolute:
-        return None
+        return verdict
     columns, oracle = next(oracles_of(place, run, observed))
     if oracle.typical is None or part(observed, columns).shape != oracle.value.shape:
-        return None
+        return verdict
     with np.errstate(all="ignore"), threads(run):
         found = slight(Search(place, run, oracle, part(observed, columns)))
     if found is None:
-        return None
-    run.found[place], ratio = found
-    run.hints[place] = run.found[place].words
-    return SideVerdict(Verdict.SUSPECT, ratio, run.hints[place])
+        return verdict
+    run.found[place], sure = found
+    run.hints[place] = f"{run.found[place].words}: in that direction alone it is off, by {sure:.3g} standard errors"
+    return dataclasses.replace(verdict, elementwise=Verdict.SUSPECT, reason=run.hints[place])
 
 
 # Products of models of less than this hidden size gain nothing by a second thread, and wait for it on a busy machine.

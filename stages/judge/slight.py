@@ -49,18 +49,18 @@ class _Try:
 
 @dataclass(frozen=True)
 class _Found:
-    """A change that is there: how sure, over how sure it must be; the mean square that it leaves, and the `unit` of
-    that, so many of which tell two changes apart."""
+    """A change that is there: how sure, in its standard errors; the mean square that it leaves, and the `unit` of that,
+    so many of which tell two changes apart."""
 
     of: Hypothesis
-    ratio: float
+    sure: float
     left: float
     unit: float
 
 
 def slight(search: Search) -> tuple[Named, float] | None:
-    """The change, with all that cannot be told from it, that is surely in a tensor which passes; and how sure it is,
-    over how sure it must be. None where there is none, or too few tokens to tell."""
+    """The change, with all that cannot be told from it, that is surely in a tensor which passes; and of how many
+    standard errors. None where there is none, or too few tokens to tell."""
     carried = None if len(search.case.got) < _LEAST_TOKENS else carried_back(search, FEW)
     if carried is None or len(search.seen()[0]) < _LEAST_TOKENS:
         return None
@@ -71,7 +71,7 @@ def slight(search: Search) -> tuple[Named, float] | None:
     best = min(found, key=lambda one: one.left)
     equal = [Fit(one.left, one.of.said, one.of) for one in found if one.left - best.left < _APART * best.unit]
     named = told(sorted(equal, key=lambda fit: fit.error))
-    return None if named is None else (named, best.ratio)
+    return None if named is None else (named, best.sure)
 
 
 def _numbers(search: Search, carried: Sensitivity) -> Iterator[_Try]:
@@ -119,4 +119,4 @@ def _computed(search: Search, tried: _Try) -> _Found | None:
     if tried.change:
         change = tried.change * multiple
         hypothesis = tried.made(change, 2 * abs(change) / sure)
-    return _Found(hypothesis, sure / tried.least, left, left / error.size * max(1.0, alone / sure) ** 2)
+    return _Found(hypothesis, sure, left, left / error.size * max(1.0, alone / sure) ** 2)

@@ -25,6 +25,8 @@ def times(value: float | None, verdict: str = "bug") -> str | None:
     """error / bound in a sentence, or what it means beyond all counting; None where nothing was measured."""
     if not value or not math.isfinite(value):
         return None
+    if value < 1:  # what fails there fails by all elements together, or is proved
+        return "within the bound of each element"
     if value <= ANOTHER_FUNCTION:
         return f"{value:.3g} times the bound"
     return "far beyond any rounding" if verdict == "bug" else "over a million times the bound"
