@@ -112,6 +112,10 @@ class Sensitivity:
         x, start = self.search.given(source, {})[-back.shape[1] :].astype(np.float32), 0
         for number, weight in enumerate(self.search.params(at)):
             if weight.ndim != 2:
+                start = 0 if self.search.params(at)[number - 1].ndim == 2 else start  # biases come after all weights
+                each = back[..., start : start + len(weight)].sum(axis=1)
+                start += len(weight)
+                yield from self._elements(at, number, each[0], np.mean(each[1:] ** 2, axis=0))
                 continue
             part, wide = back[..., start : start + len(weight)], weight.astype(np.float32)
             start += len(weight)

@@ -84,7 +84,7 @@ def _numbers(search: Search, carried: Sensitivity) -> Iterator[_Try]:
 
 
 def _at_number(number: Number, change: float, room: float = 0.0) -> Hypothesis:
-    x = number.right + change
+    x = max(number.right + change, number.least)
     return number.hypothesis(x, shortest(x - room, x + room))
 
 

@@ -112,6 +112,15 @@ def test_what_is_wrong_with_a_hidden_weight_is_told(
     assert all(word in found["culprit"]["hint"] for word in words), found["culprit"]["hint"]
 
 
+@pytest.mark.parametrize("name", "qkv")
+def test_a_bias_that_is_wrong_in_one_element_is_told(tmp_path: Path, name: str) -> None:
+    def change(weights: Weights) -> None:
+        weights[f"{_LAYER}.self_attn.{name}_proj.bias"][9] *= -1
+
+    found = audited(specimen("float32", "qwen2"), tmp_path, "blocked", HIDDEN, change)
+    assert f"sign of self_attn.{name}_proj.bias[9]" in found["culprit"]["hint"]
+
+
 @pytest.mark.parametrize("engine", ["backwards", "flash", "fused"])
 def test_a_factor_below_the_floor_of_the_bound_is_found_by_its_direction(tmp_path: Path, engine: str) -> None:
     """All scores of a layer 3% too large: a bfloat16 layer's output may differ by more."""
