@@ -462,13 +462,8 @@ def audited(case: Case, folder: Path) -> dict[str, Any]:
     elif said["outcome"] == "sound":
         answer = "missed"
     else:
-        answer = (
-            "found"
-            if said["outcome"] == "faulty" and hint.startswith("judged from")
-            else "wrong"
-            if said["outcome"] == "faulty"
-            else "too long"
-        )
+        unnamed = hint.startswith(("judged from", "no element is beyond"))
+        answer = "too long" if said["outcome"] == "incomplete" else "found" if unnamed else "wrong"
     return {
         "case": case.name,
         "answer": answer,

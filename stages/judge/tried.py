@@ -382,6 +382,11 @@ class Tried:
         norms = [at for at in places if self.stage(at).noise is Noise.RMS_NORM]
         if len({at[0] for at in norms}) > 1:
             yield self._option(norms, "eps", "every norm", _EPS)
+        scores = [at for at in places if self.stage(at).noise is Noise.SCORES]
+        if len(scores) > 1:
+            sizes = (self.config.hidden_size, self.config.num_attention_heads, 1)
+            scales = [size**-0.5 for size in sizes]
+            yield self._option(scores, "scaling", "attn_scores of every layer", scales)
         tables = [at for at in places if at[1] == "inv_freq"]
         if tables:
             yield self._option(tables, "rope_theta", "RoPE", THETAS)
