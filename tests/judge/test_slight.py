@@ -58,6 +58,7 @@ class _Changed:
 HIDDEN, LOGITS = "embedding post_ffn_residual final_norm", "lm_head"
 
 
+@pytest.mark.cover(2)
 @pytest.mark.parametrize("recorded", [HIDDEN, LOGITS])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("engine", ENGINES)
