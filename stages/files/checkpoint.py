@@ -7,6 +7,7 @@ weights (`.bin`, `.pt`) never are, since unpickling runs code.
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import os
 import re
@@ -21,7 +22,7 @@ import numpy as np
 from stages.errors import InputError, NotFoundError, shown
 from stages.files.gguf_file import is_gguf
 from stages.files.jsonio import MAX_JSON_BYTES, parse_json, read_bytes, read_object
-from stages.files.tensorfile import TensorFile, TensorInfo
+from stages.files.tensorfile import TensorFile, TensorInfo, sha256_by_rows
 from stages.spec.config import DTYPES, EMBEDDING, LM_HEAD, ModelConfig
 from stages.spec.dtypes import dtype_name
 from stages.spec.families import parameter_shapes, parse_config
@@ -150,13 +151,7 @@ class Checkpoint:
 
     def weights_sha256(self, names: Iterable[str]) -> dict[str, str]:
         """sha256 over the raw bytes of each named tensor, read in blocks; names resolve as in `read`."""
-        return {name: self._content_sha256(name) for name in names}
-
-    def _content_sha256(self, name: str) -> str:
-        digest = hashlib.sha256()
-        for start, stop in self.info(name).row_blocks():
-            digest.update(self.read(name, start, stop).reshape(-1).view(np.uint8).data)
-        return digest.hexdigest()
+        return {name: sha256_by_rows(self.info(name), functools.partial(self.read, name)) for name in names}
 
     def _check_dtypes(self) -> None:
         declared = self.config.dtype

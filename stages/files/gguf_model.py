@@ -6,6 +6,7 @@ pairs; reading turns them back. A quantised tensor is read as what its blocks st
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -21,7 +22,7 @@ from stages.errors import InputError
 from stages.files.checkpoint import check_parameters, held_by
 from stages.files.gguf_config import FREQUENCIES, raw_config
 from stages.files.gguf_file import PLAIN, GgufFile, GgufTensor, row_blocks, values
-from stages.files.tensorfile import TensorInfo
+from stages.files.tensorfile import TensorInfo, sha256_by_rows
 from stages.spec.config import ModelConfig
 from stages.spec.dtypes import dtype_name
 from stages.spec.families import layer_param, parameter_shapes, parse_config
@@ -135,13 +136,7 @@ class GgufModel:
 
     def weights_sha256(self, names: Iterable[str]) -> dict[str, str]:
         """sha256 over the values of each named tensor, as it is read."""
-        return {name: self._content_sha256(name) for name in names}
-
-    def _content_sha256(self, name: str) -> str:
-        digest = hashlib.sha256()
-        for start, stop in self.info(name).row_blocks():
-            digest.update(self.read(name, start, stop).reshape(-1).view(np.uint8).data)
-        return digest.hexdigest()
+        return {name: sha256_by_rows(self.info(name), functools.partial(self.read, name)) for name in names}
 
     def _named(self) -> dict[str, GgufInfo]:
         """The tensors by the names of the parameters that they are; one that is none keeps its own."""

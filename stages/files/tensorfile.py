@@ -15,7 +15,7 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -382,6 +382,14 @@ def write_tensors(
         for name, array in tensors.items():
             writer.write(name, array)
         return writer.commit()
+
+
+def sha256_by_rows(info: TensorInfo, read: Callable[[int, int | None], np.ndarray]) -> str:
+    """sha256 over the bytes of a tensor that `read(start, stop)` gives by rows, a block at a time."""
+    digest = hashlib.sha256()
+    for start, stop in info.row_blocks():
+        digest.update(read(start, stop).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 def sha256(array: np.ndarray) -> str:

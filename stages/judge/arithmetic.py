@@ -1,7 +1,7 @@
 """Hidden stages by a backend's own functions: which of its ways to compute gives a recorded tensor to the last byte.
 
-A way is stage by stage, with attention in one call, or all hidden stages compiled as one. Where one gives all bytes
-there is nothing to estimate; and a hypothesis with which one gives all bytes is proved.
+A way is stage by stage, with attention in one call, one token after another with a cache, or all hidden stages compiled
+as one. Where one gives all bytes there is nothing to estimate; a hypothesis with which one gives all bytes is proved.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ class Arithmetic:
                 same.add(step.at)
         return values[steps[-1].at]
 
-    def learn(self, given: Iterable[tuple[np.ndarray | None, np.ndarray]]) -> int:
+    def least_at_once(self, given: Iterable[tuple[np.ndarray | None, np.ndarray]]) -> int:
         """How many first tokens were at once, at least; 0 of none. Of what one token after another gives of some
         tensors, the rows after a last wrong one are right; the tensor that says most counts."""
         least = 0

@@ -265,12 +265,13 @@ def _given(way: Arithmetic, places: Sequence[tuple[str, Place, ForwardRun]]) -> 
         }
 
     alone = list(values())
-    best, least, chosen = bits(alone), way.learn(alone), 0
+    best, chosen, least = bits(alone), 0, way.least_at_once(alone)
     # A row may come out right by chance: the first tokens may be a few more than its last wrong one says.
-    for way.at_once in range(least, least + _CHANCE) if least else ():
+    for at_once in range(least, least + _CHANCE) if least else ():
+        way.at_once = at_once
         found = bits(values())
         if sum(count or 0 for count in found.values()) > sum(count or 0 for count in best.values()):
-            best, chosen = found, way.at_once
+            best, chosen = found, at_once
     way.at_once = chosen
     return best
 

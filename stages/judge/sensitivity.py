@@ -109,20 +109,23 @@ class Sensitivity:
 
     def _of_product(self, at: Place) -> Iterator[Element | Line]:
         (source,), back = self.search.inputs_of(at), self.of[at]
-        x, start = self.search.given(source, {})[-back.shape[1] :].astype(np.float32), 0
-        for number, weight in enumerate(self.search.params(at)):
-            if weight.ndim != 2:
-                start = 0 if self.search.params(at)[number - 1].ndim == 2 else start  # biases come after all weights
-                each = back[..., start : start + len(weight)].sum(axis=1)
-                start += len(weight)
-                yield from self._elements(at, number, each[0], np.mean(each[1:] ** 2, axis=0))
-                continue
-            part, wide = back[..., start : start + len(weight)], weight.astype(np.float32)
-            start += len(weight)
-            noise = np.mean(part[1:] ** 2, axis=0)
+        x = self.search.given(source, {})[-back.shape[1] :].astype(np.float32)
+        for number, weight, part in self._joined(at, 2):
+            wide, noise = weight.astype(np.float32), np.mean(part[1:] ** 2, axis=0)
             yield from self._elements_of_rows(at, number, part, x, part[0].T @ x, noise.T @ (x * x))
             yield from self._lines(at, number, 0, part, x @ wide.T)
             yield from self._lines(at, number, 1, part @ wide, x)
+        for number, _, part in self._joined(at, 1):
+            each = part.sum(axis=1)
+            yield from self._elements(at, number, each[0], np.mean(each[1:] ** 2, axis=0))
+
+    def _joined(self, at: Place, axes: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """A product's weights (2 axes) or biases (1), whose results are joined: which param, it, and its columns."""
+        start = 0
+        for number, param in enumerate(self.search.params(at)):
+            if param.ndim == axes:
+                yield number, param, self.of[at][..., start : start + len(param)]
+                start += len(param)
 
     def _elements(self, at: Place, number: int, own: np.ndarray, square: np.ndarray) -> Iterator[Element]:
         for flat in self._largest(own * own / square):
@@ -171,7 +174,7 @@ class Sensitivity:
                 yield int(i)
 
 
-def carried(search: Tried, probes: int, native: np.ndarray | None = None) -> Sensitivity | None:
+def sensitivity_of(search: Tried, probes: int, native: np.ndarray | None = None) -> Sensitivity | None:
     """How a tensor differs from the right value, or from a `native` one, carried back with `probes` random vectors, or
     fewer; of as many tokens as there is room for. None where too few of them were recorded."""
     each = 4 * search.elements / max(search.count, 1)

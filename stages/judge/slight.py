@@ -14,25 +14,24 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stages.judge.sensitivity import FEW, Sensitivity
-from stages.judge.sensitivity import carried as carried_back
-from stages.judge.through import Fit, Named, Search, told
+from stages.judge.sensitivity import FEW, Sensitivity, sensitivity_of
+from stages.judge.through import OFF, Fit, Named, Search, told
 from stages.judge.tried import Hypothesis, Number
 from stages.judge.wrong_weights import Element
-from stages.oracle.bounds import U32, rounding_unit
+from stages.oracle.bounds import rounding_unit
 from stages.recipes.elements import shortest
 from stages.spec.dtypes import stored_dtype
 
 # What moves a tensor less than right programs differ by: how many standard deviations it must be off, as estimated,
 # and token by token, of a number or a function and of a weight's element, of which there are a million. Right programs
-# were at most at 7.3 and 11 (docs/findings/spans.md). With fewer tokens nothing is said.
+# were at most at 6.2 and 21 (docs/findings/spans.md). With fewer tokens nothing is said.
 _SURE_AT_ONCE, _SURELY_NUMBER, _SURELY_WEIGHT, _LEAST_TOKENS = 10.0, 12.0, 40.0, 8
 # Weights are asked of a stage of whose columns one is off by so much in RMS; of right ones at most by 5.6.
 _OFF_COLUMN = 6.0
 # Between these multiples of itself a change is there, and not another one that has something in common with it.
 _AS_A_WHOLE = (0.5, 2.0)
-# A number is told that is so far from the right one, relative to it; and so many changes are computed at most.
-_CLEAR, _MOST = 8 * U32, 24
+# So many changes are computed at most.
+_MOST = 24
 # Two changes are told apart by so many units of what they leave: three standard deviations.
 _APART = 9
 
@@ -61,7 +60,7 @@ class _Found:
 def slight(search: Search) -> tuple[Named, float] | None:
     """The change, with all that cannot be told from it, that is surely in a tensor which passes; and of how many
     standard errors. None where there is none, or too few tokens to tell."""
-    carried = None if len(search.case.got) < _LEAST_TOKENS else carried_back(search, FEW)
+    carried = None if len(search.case.got) < _LEAST_TOKENS else sensitivity_of(search, FEW)
     if carried is None or len(search.seen()[0]) < _LEAST_TOKENS:
         return None
     tries = sorted((*_numbers(search, carried), *_weights(search, carried)), key=lambda one: -one.at_a_glance)
@@ -76,7 +75,7 @@ def slight(search: Search) -> tuple[Named, float] | None:
 
 def _numbers(search: Search, carried: Sensitivity) -> Iterator[_Try]:
     dtype = stored_dtype(search.path.activations)
-    clear = 2 * rounding_unit(dtype) if dtype.itemsize < 4 else _CLEAR  # in 16 bits a constant may have been rounded
+    clear = 2 * rounding_unit(dtype) if dtype.itemsize < 4 else OFF  # in 16 bits a constant may have been rounded
     for number, share in search.shares_of_numbers(carried):
         clearly = abs(share.change) > clear * (abs(number.right) or 1.0)
         if share.sure > _SURE_AT_ONCE and clearly and number.right + share.change >= number.least:
@@ -91,8 +90,7 @@ def _at_number(number: Number, change: float, room: float = 0.0) -> Hypothesis:
 def _weights(search: Search, carried: Sensitivity) -> Iterator[_Try]:
     """In 16 bits, through one layer: in float32 the bound sees an element, and right kernels that sum in another order
     look like one; through more layers what they make of roundings does."""
-    layers = {layer for layer, _ in search.places if layer is not None}
-    if stored_dtype(search.path.activations).itemsize == 4 or len(layers) > 1:
+    if stored_dtype(search.path.activations).itemsize == 4 or search.layers > 1:
         return
     for one in carried.weights(_OFF_COLUMN):
         if one.share.sure > _SURE_AT_ONCE:

@@ -16,8 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from stages.files.forward_dump import Place
-from stages.judge.sensitivity import MANY, Sensitivity
-from stages.judge.sensitivity import carried as carried_back
+from stages.judge.sensitivity import MANY, Sensitivity, sensitivity_of
 from stages.judge.tried import Function, Hypothesis, Number, Tried, in_words
 from stages.judge.wrong_weights import Element, Line, Share, beside
 from stages.oracle.bounds import RMS_THROUGH, U32
@@ -40,7 +39,7 @@ _FIRST = 8
 # What is worth asking leaves so many times less error than the right function.
 _LESS = 1.5
 # A number that is fitted must exclude the right one by so many of its own standard deviations, and by 8 u.
-_SURE, _CLEAR = 6.0, 8 * U32
+_SURE, OFF = 6.0, 8 * U32
 _STEPS = 4
 # A number is shown with the fewest digits that are as near as this, relative to it: it was computed with in float32.
 _SHOWN = 16 * U32
@@ -82,8 +81,7 @@ class Search(Tried):
 
     def named(self) -> Named | None:
         """What explains the tensor best, with all that explain it as well; the likelier kinds are asked first."""
-        layers = len({layer for layer, _ in self.places if layer is not None})
-        first = _FIRST if layers > 1 and len(self.run.tokens) == len(self.case.got) else None
+        first = _FIRST if self.layers > 1 and len(self.run.tokens) == len(self.case.got) else None
         groups: list[Callable[[], Iterator[Fit]]] = [
             lambda: self._fitted(number for number in self.numbers() if number.of_config),
             self._likeliest,
@@ -92,7 +90,7 @@ class Search(Tried):
             lambda: self._tried(self.functions(Class.NARROWER)),
         ]
         error, size = (float(np.linalg.norm(x)) for x in (self.case.got - self.oracle.value, self.oracle.value))
-        if layers > 1 and error < _SMALL * size:
+        if self.layers > 1 and error < _SMALL * size:
             groups[2:4] = groups[3:1:-1]  # another number moves a tensor a little, another function a lot
         for group in groups:
             self.until = time.thread_time() + _SECONDS
@@ -107,7 +105,7 @@ class Search(Tried):
 
     def _likeliest(self) -> Iterator[Fit]:
         """What explains most of the error as far as this is carried back to where it may begin."""
-        carried = carried_back(self, MANY)
+        carried = sensitivity_of(self, MANY)
         if carried is None or any(at not in carried.of and at[1] not in TABLES for at in self.places):
             return  # what is wrong there would be blamed on another
         self.before = self.error(self.expected)
@@ -132,6 +130,7 @@ class Search(Tried):
                 yield tried, share
 
     def shares_of_numbers(self, carried: Sensitivity) -> Iterator[tuple[Number, Share]]:
+        """Of numbers, what they explain."""
         for number in self.numbers():
             share = carried.explained(self.slopes(number))
             if share is not None:
@@ -166,7 +165,7 @@ class Search(Tried):
                 return
             x, error, deviation = self._newton(number)
             off = abs(x - number.right)
-            sure = off > _SURE * deviation * max(1.0, error) and off > _CLEAR * abs(number.right)
+            sure = off > _SURE * deviation * max(1.0, error) and off > OFF * abs(number.right)
             if sure and error * _LESS <= self.before:
                 room = 2 * deviation * max(1.0, error) + _SHOWN * abs(x)
                 shown = shortest(x - room, x + room)
@@ -175,12 +174,12 @@ class Search(Tried):
     def edited(self, native: np.ndarray) -> Iterator[Hypothesis]:
         """What can be tried with a framework's own functions, where the tensor is `native` of the right ones: constants
         of the config, then the constants, weights and stages left out that explain most of the difference."""
-        within = len({layer for layer, _ in self.places if layer is not None}) == 1
+        within = self.layers == 1
         for number in self.numbers():
             # Constants move a tensor the least, and are few: of one layer, all are asked.
             if number.edits is not None and (number.of_config or (within and _is_constant(number))):
                 yield from map(number.hypothesis, _constants(number))
-        carried = carried_back(self, MANY, judged_part(self.oracle.stage, native))
+        carried = sensitivity_of(self, MANY, judged_part(self.oracle.stage, native))
         if carried is None:
             return
         found: list[tuple[Share, Callable[[], Iterable[Hypothesis]]]] = []

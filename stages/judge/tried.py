@@ -178,6 +178,11 @@ class Tried:
         return self.first(self.known(at).array, self.stage_of(at).shape).astype(np.float64, copy=False)
 
     @property
+    def layers(self) -> int:
+        """Layers that the hidden stages are of."""
+        return len({layer for layer, _ in self.places if layer is not None})
+
+    @property
     def count(self) -> int:
         """Tokens that are computed."""
         return len(self.run.tokens)
@@ -329,6 +334,7 @@ class Tried:
         return Hypothesis(where, _LEFT_OUT, Class.OTHER, dict.fromkeys(places, lambda x: x[0]), copied)
 
     def each_left_out(self) -> Iterator[Hypothesis]:
+        """Each stage left out that gives what has its input's shape."""
         for at in self.places:
             inputs = self.sources(at)
             if inputs and self.given(inputs[0], {}).shape == self.values(at).shape:

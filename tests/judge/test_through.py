@@ -147,9 +147,9 @@ def test_how_many_tokens_were_at_once_is_learned_from_the_last_wrong_row() -> No
     backend = SimpleNamespace(name="torch", facts=lambda: {"torch": "2"})
     way = Arithmetic(backend, "stage by stage", by_token=True)  # type: ignore[arg-type]
     value, observed = np.zeros((6, 4)), np.zeros((6, 4))
-    assert way.learn([(value, observed)]) == 0  # all rows are right
+    assert way.least_at_once([(value, observed)]) == 0  # all rows are right
     observed[[0, 2], 1] = 1
-    assert way.learn([(value, value), (value, observed), (None, observed)]) == 3
+    assert way.least_at_once([(value, value), (value, observed), (None, observed)]) == 3
     way.at_once = 3
     assert way.words.endswith("stage by stage, the first 3 tokens at once, then one token after another")
 
