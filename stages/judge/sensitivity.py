@@ -18,8 +18,8 @@ from stages.judge.wrong_weights import Element, Line, Share
 from stages.oracle.adjoint import carried_back
 from stages.spec.noise import Noise
 
-# Random vectors: of 12, what a change explains is known to 40%, enough to choose whom to ask; of 64, to 18%.
-FEW, MANY = 12, 64
+# Random vectors: of 8, what a change explains is known to 50%, enough to choose whom to ask; of 64, to 18%.
+FEW, MANY = 8, 64
 # They are carried back of so many of the first tokens, and in so many bytes, at most.
 _MOST_TOKENS, _MOST_BYTES = 256, 1 << 30
 # Of each weight, so many rows and columns are worth asking, and so many elements of a row.
@@ -174,11 +174,13 @@ class Sensitivity:
                 yield int(i)
 
 
-def sensitivity_of(search: Tried, probes: int, native: np.ndarray | None = None) -> Sensitivity | None:
+def sensitivity_of(
+    search: Tried, probes: int, native: np.ndarray | None = None, most: int = _MOST_TOKENS
+) -> Sensitivity | None:
     """How a tensor differs from the right value, or from a `native` one, carried back with `probes` random vectors, or
-    fewer; of as many tokens as there is room for. None where too few of them were recorded."""
+    fewer; of the first `most` tokens, or as many as there is room for. None where too few of them were recorded."""
     each = 4 * search.elements / max(search.count, 1)
-    tokens = min(search.count, _MOST_TOKENS, int(_MOST_BYTES / each / (FEW + 1)))
+    tokens = min(search.count, most, int(_MOST_BYTES / each / (FEW + 1)))
     fits = tokens > 0 if search.count else each * (FEW + 1) < _MOST_BYTES
     if not fits or not search.ask_at_most(tokens):
         return None

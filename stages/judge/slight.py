@@ -24,14 +24,14 @@ from stages.spec.dtypes import stored_dtype
 
 # What moves a tensor less than right programs differ by: how many standard deviations it must be off, as estimated,
 # and token by token, of a number or a function and of a weight's element, of which there are a million. Right programs
-# were at most at 6.2 and 21 (docs/findings/spans.md). With fewer tokens nothing is said.
-_SURE_AT_ONCE, _SURELY_NUMBER, _SURELY_WEIGHT, _LEAST_TOKENS = 10.0, 12.0, 40.0, 8
+# were at most at 6.5 and 14.8 (docs/findings/spans.md). With fewer tokens nothing is said.
+_SURE_AT_ONCE, _SURELY_NUMBER, _SURELY_WEIGHT, _LEAST_TOKENS = 10.0, 12.0, 30.0, 8
 # Weights are asked of a stage of whose columns one is off by so much in RMS; of right ones at most by 5.6.
 _OFF_COLUMN = 6.0
 # Between these multiples of itself a change is there, and not another one that has something in common with it.
 _AS_A_WHOLE = (0.5, 2.0)
-# So many changes are computed at most.
-_MOST = 24
+# So many changes are computed at most, of so many of the first tokens.
+_MOST, _MOST_TOKENS = 24, 24
 # Two changes are told apart by so many units of what they leave: three standard deviations.
 _APART = 9
 
@@ -60,7 +60,8 @@ class _Found:
 def slight(search: Search) -> tuple[Named, float] | None:
     """The change, with all that cannot be told from it, that is surely in a tensor which passes; and of how many
     standard errors. None where there is none, or too few tokens to tell."""
-    carried = None if len(search.case.got) < _LEAST_TOKENS else sensitivity_of(search, FEW)
+    few = len(search.case.got) < _LEAST_TOKENS
+    carried = None if few or search.layers > 1 else sensitivity_of(search, FEW, most=_MOST_TOKENS)
     if carried is None or len(search.seen()[0]) < _LEAST_TOKENS:
         return None
     tries = sorted((*_numbers(search, carried), *_weights(search, carried)), key=lambda one: -one.at_a_glance)
@@ -78,8 +79,15 @@ def _numbers(search: Search, carried: Sensitivity) -> Iterator[_Try]:
     clear = 2 * rounding_unit(dtype) if dtype.itemsize < 4 else OFF  # in 16 bits a constant may have been rounded
     for number, share in search.shares_of_numbers(carried):
         clearly = abs(share.change) > clear * (abs(number.right) or 1.0)
-        if share.sure > _SURE_AT_ONCE and clearly and number.right + share.change >= number.least:
+        asked = share.sure > _SURE_AT_ONCE and clearly and number.right + share.change >= number.least
+        if asked and _moves(search, number, share.change) > OFF:
             yield _Try(share.sure, share.change, functools.partial(_at_number, number), _SURELY_NUMBER)
+
+
+def _moves(search: Search, number: Number, change: float) -> float:
+    """By how much of itself, in RMS, a number so changed moves the stage that it moves most."""
+    sizes = ((at, np.linalg.norm(slope * change)) for at, slope in search.slopes(number).items())
+    return max(float(size / np.linalg.norm(search.right_value_of(at))) for at, size in sizes)
 
 
 def _at_number(number: Number, change: float, room: float = 0.0) -> Hypothesis:
@@ -88,9 +96,8 @@ def _at_number(number: Number, change: float, room: float = 0.0) -> Hypothesis:
 
 
 def _weights(search: Search, carried: Sensitivity) -> Iterator[_Try]:
-    """In 16 bits, through one layer: in float32 the bound sees an element, and right kernels that sum in another order
-    look like one; through more layers what they make of roundings does."""
-    if stored_dtype(search.path.activations).itemsize == 4 or search.layers > 1:
+    """In 16 bits: in float32 the bound sees an element, and right kernels that sum in another order look like one."""
+    if stored_dtype(search.path.activations).itemsize == 4:
         return
     for one in carried.weights(_OFF_COLUMN):
         if one.share.sure > _SURE_AT_ONCE:
@@ -108,7 +115,8 @@ def _computed(search: Search, tried: _Try) -> _Found | None:
     moved, error = ((x - search.expected) * weight for x in (value, got))
     own, square = (np.sum((x * moved).reshape(len(moved), -1), axis=1) for x in (error, moved))
     multiple = float(own.sum() / square.sum()) if square.any() else 0.0
-    off = float(np.sqrt(np.sum((own - square * multiple) ** 2) * len(own) / (len(own) - 1)))
+    others = 1 - square / square.sum()  # a token's own residual is as small as its share in the multiple is large
+    off = float(np.sqrt(np.sum(((own - square * multiple) / others) ** 2))) if others.all() else np.inf
     sure = float(own.sum()) / off if off else 0.0
     if sure < tried.least or not _AS_A_WHOLE[0] < multiple < _AS_A_WHOLE[1]:
         return None

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from helpers import svf
@@ -171,3 +172,34 @@ def test_a_factor_that_is_hardly_known_has_few_values() -> None:
     said = {hypothesis.said for hypothesis in tried}
     assert {"1.02 times", "1.019 times", "1.03 times"} <= said
     assert len(said) < 50
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_right_deep_model_is_sound_from_its_logits(tmp_path: Path, seed: int) -> None:
+    """Through many layers what roundings do is not of first order: no direction is asked there."""
+    import torch
+    import transformers
+
+    torch.manual_seed(seed)
+    config = transformers.Qwen3Config(
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=28,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=64,
+        rope_theta=1e6,
+        tie_word_embeddings=True,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    with torch.no_grad():
+        for norm in (p for p in model.parameters() if p.ndim == 1):
+            norm.copy_(torch.exp(0.3 * torch.randn(norm.shape)))
+        tokens = [(7 * i * i + 13 * i + 5) % 512 for i in range(24)]
+        logits = model(torch.tensor([tokens]), use_cache=False).logits[0]
+    model.save_pretrained(tmp_path / "model")
+    write_tensors(tmp_path / "run.safetensors", {"lm_head": logits.float().numpy().astype(ml_dtypes.bfloat16)})
+    named = ("--model", tmp_path / "model", "--tokens", ",".join(map(str, tokens)))
+    found = svf("audit", tmp_path / "run.safetensors", *named, "--json").json
+    assert found["outcome"] == "sound", found["culprit"]
