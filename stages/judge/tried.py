@@ -85,7 +85,7 @@ class Number:
     """A number that a hypothesis leaves open: `of` gives the functions of one, from which of `starts` it is sought.
 
     `said` are its words, with `{}` for the number; `right` is the number of the model. `edits` gives the edits of one.
-    `of_config`: it is one number of the config, for all layers. It is not sought below `least`.
+    `of_config`: it is one number of the config, for all layers. It is not sought below `least`. `text` writes it.
     """
 
     where: str
@@ -96,11 +96,12 @@ class Number:
     edits: Callable[[float], Edits] | None = None
     of_config: bool = False
     least: float = 0.0
+    text: Callable[[float], str] = "{:.9g}".format
 
     def hypothesis(self, x: float, shown: float | None = None) -> Hypothesis:
         """The hypothesis that it is `x`."""
         edits = None if self.edits is None else self.edits(x)
-        said = self.said.format(f"{x if shown is None else shown:.9g}")
+        said = self.said.format(self.text(x if shown is None else shown))
         return Hypothesis(self.where, said, Class.OTHER, self.of(x), edits)
 
 
@@ -261,7 +262,8 @@ class Tried:
             yield from self._functions([at], self._where(at), classes)
         if Class.OTHER in classes:
             yield from self._exchanged()
-            yield from self._windows()
+            yield from self._masks()
+            yield from self._moved_on()
             yield from self._dealt()
 
     def _dealt(self) -> Iterator[Hypothesis]:
@@ -277,19 +279,37 @@ class Tried:
                 where = "attention of every layer" if len(alike) > 1 else " and ".join(map(forward_key, functions))
                 yield Hypothesis(where, " and ".join(DEALT.values()), Class.OTHER, functions)
 
-    def _windows(self) -> Iterator[Hypothesis]:
-        """A sliding window, as many keys wide as there are right rows before the first wrong one."""
+    def _wrong_rows(self) -> np.ndarray:
+        """Which tokens of the tensor are beyond its bound somewhere."""
         rows = np.abs(self.case.got - self.oracle.value) > self.oracle.bound
-        wrong = np.flatnonzero(rows.reshape(len(rows), -1).any(axis=1))
+        return np.flatnonzero(rows.reshape(len(rows), -1).any(axis=1))
+
+    def _masks(self) -> Iterator[Hypothesis]:
+        """A sliding window, as many keys wide as there are right rows before the first wrong one; the key of the first
+        wrong row hidden, as if it were padding."""
+        wrong = self._wrong_rows()
         places = [at for at in (self.span.acting, *self.places) if self.stage(at).noise is Noise.SOFTMAX]
-        if not len(wrong) or not wrong[0] or self.stage(self.span.acting).noise in (Noise.SOFTMAX, Noise.SCORES):
+        if not len(wrong) or self.stage(self.span.acting).noise in (Noise.SOFTMAX, Noise.SCORES):
             return
-        said = f"the mask shows the last {wrong[0]} keys alone: a window"
-        function = functools.partial(_in_window, int(wrong[0]))
-        if len(places) > 1:
-            yield Hypothesis("attn_softmax of every layer", said, Class.OTHER, dict.fromkeys(places, function))
-        for at in places:
-            yield Hypothesis(self._where(at), said, Class.OTHER, {at: function})
+        first = int(wrong[0])
+        tried = {
+            f"the mask shows the last {first} keys alone: a window": functools.partial(_in_window, first),
+            f"the mask hides the key of token {first}, as if it were padding": functools.partial(_without_key, first),
+        }
+        every = [("attn_softmax of every layer", places)] if len(places) > 1 else []
+        for where, alike in (*every, *((self._where(at), [at]) for at in places)):
+            for said, function in list(tried.items())[0 if first else 1 :]:
+                yield Hypothesis(where, said, Class.OTHER, dict.fromkeys(alike, function))
+
+    def _moved_on(self) -> Iterator[Hypothesis]:
+        """Positions that go on with another number from the first wrong row on, as after a cache that was cut."""
+        wrong = self._wrong_rows()
+        for at in self.places if len(wrong) and wrong[0] else ():
+            for by in (-1, 1) if at[1] == "rope_angle" else ():
+                (positions,) = self.params(at)
+                moved = positions + by * (np.arange(len(positions)) >= wrong[0])
+                said = f"positions are {abs(by)} {'less' if by < 0 else 'more'} from token {wrong[0]} on"
+                yield replace(self._with_params(at, self._where(at), said, [moved]), edits=None)
 
     def _exchanged(self) -> Iterator[Hypothesis]:
         """An elementwise stage after the recorded one, not before it."""
@@ -405,7 +425,11 @@ class Tried:
             if of_layer or stage.name == "embedding":
                 of = functools.partial(self._times, at)
                 edits = functools.partial(self._rescaled, at) if stage.noise is Noise.SCORES else None
-                yield Number(self._where(at), _FACTOR, of, (1.0,), 1.0, edits)
+                starts = (1.0, 0.5, 2.0) if stage.name == "embedding" else (1.0,)  # a norm after it hides small ones
+                yield Number(self._where(at), _FACTOR, of, starts, 1.0, edits)
+            for said, text, change in _OF_SCORES if stage.noise is Noise.SCORES else ():
+                of = functools.partial(self._then, at, change)
+                yield Number(self._where(at), said, of, (1e-3,), 0.0, text=text)
             for said, start, right, function in _INSIDE.get(
                 stage.function if stage.noise is Noise.EXACT else stage.noise, ()
             ):
@@ -432,6 +456,9 @@ class Tried:
 
     def _times(self, at: Place, factor: float) -> Mapping[Place, Function]:
         return {at: lambda x: self.right(at, x) * factor}
+
+    def _then(self, at: Place, change: Callable[[np.ndarray, float], np.ndarray], x: float) -> Mapping[Place, Function]:
+        return {at: lambda inputs: change(self.right(at, inputs), x)}
 
     def _option(self, places: Sequence[Place], name: str, where: str, starts: Sequence[float]) -> Number:
         own = float(self.options(places[0])[name])
@@ -516,6 +543,23 @@ def _in_window(width: int, inputs: Arrays) -> np.ndarray:
     return attn_softmax(np.where(keys > queries - width, inputs[0], -np.inf))
 
 
+def _without_key(key: int, inputs: Arrays) -> np.ndarray:
+    """A query that sees no other one sees it all the same."""
+    queries, keys = np.indices(inputs[0].shape[-2:])
+    return attn_softmax(np.where((keys == key) & (queries > 0), -np.inf, inputs[0]))
+
+
+def _biased(scores: np.ndarray, slope: float) -> np.ndarray:
+    queries, keys = np.indices(scores.shape[-2:])
+    return scores - slope * np.maximum(queries - keys, 0)
+
+
+def _capped(scores: np.ndarray, x: float) -> np.ndarray:
+    """c tanh(scores / c) of x = c^-2, of which it is a smooth function about 0, where nothing is cut."""
+    root = np.sqrt(x)
+    return np.tanh(scores * root) / root if x > 0 else scores - x * scores**3 / 3
+
+
 def _sloped(inputs: Arrays, slope: float) -> np.ndarray:
     return inputs[0] / (1 + np.exp(-slope * inputs[0]))
 
@@ -531,6 +575,11 @@ def _with_more(inputs: Arrays, more: float) -> np.ndarray:
     return p / (1 + more * largest)
 
 
+# What scores may be made into: in words, how the number is written, and the function, which of 0 changes nothing.
+_OF_SCORES: tuple[tuple[str, Callable[[float], str], Callable[[np.ndarray, float], np.ndarray]], ...] = (
+    ("capped softly at {}", lambda x: f"{max(x, 1e-300) ** -0.5:.4g}", _capped),
+    ("each score is {} less for each token between", "{:.9g}".format, _biased),
+)
 _FACTOR = "every value is {} times what it should be"
 _OF_ANGLES = (1.0, 0.5, 2.0, np.pi / 180, 180 / np.pi)
 # What a stage of a kind, or an exact function, may be given: in words, from which number it is sought, the right one,

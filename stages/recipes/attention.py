@@ -42,9 +42,13 @@ def scores(
     cap: float | None = None,
     core: bool = False,
     steps: bool = False,
+    rotated: bool = False,
     pieces: Pieces | None = None,
 ) -> Value | None:
-    """q k^T scaled, `[heads, queries, keys]`; `form` says where the scale goes and what is rounded before it."""
+    """q k^T scaled, `[heads, queries, keys]`; `form` says where the scale goes and what is rounded before it.
+
+    `cap`: c tanh(s / c), in `steps` that are each rounded. `rotated`: each head has those of the one before it.
+    """
     scale = float(nearest(np.float64(at.options["scaling"]), "float32"))
     scale = float(nearest(np.float64(scale * _times(at, factor)), "float32"))
     q, k = at.input(0), at.input(1)
@@ -66,11 +70,16 @@ def scores(
     if form in ("each", "scale narrow"):
         y = at.stored(y)
     y = (y * scale).soft(1) if scale != 1.0 else y
+    y = y.map(_rotated) if rotated else y
     if cap is None:
         return y
     if steps:
         return at.stored(at.stored(at.stored(y) / cap).map(np.tanh).soft(8)) * cap
     return (y / cap).map(np.tanh).soft(8) * cap
+
+
+def _rotated(heads: np.ndarray) -> np.ndarray:
+    return np.roll(heads, 1, axis=0)
 
 
 def _times(at: At, factor: str | float) -> float:
@@ -132,6 +141,8 @@ _SCORE_MODS = (
         for cap in (20.0, 30.0, 50.0)
         for words, args in (("", {}), (", each step rounded", {"steps": True}))
     ),
+    Mod("capped softly at {fit:.9g}", {"cap": FIT}),
+    Mod("each head has the scores of the one before it", {"rotated": True}),
 )
 SCORES = Kind(
     "scores",
@@ -155,6 +166,7 @@ def softmax(
     temperature: float = 1.0,
     stored: bool = False,
     sink: float | None = None,
+    divided: bool = True,
     axis: str = "keys",
     fast: float = 0.0,
     per: float = 0.0,
@@ -178,6 +190,8 @@ def softmax(
     if per:
         top = np.where(seen, x.mid, -np.inf).max(axis=-1, keepdims=True)
         e = e.off(np.where(seen, U32 * (4 + per * np.abs(x.mid - top)), 0.0) * e.mid)
+    if not divided:
+        return e
     t = total(e)
     if sink is not None:
         top = np.where(seen, x.mid, -np.inf).max(axis=-1, keepdims=True)
@@ -269,6 +283,7 @@ _SOFTMAX_MODS = (
     Mod("the mask shows one position too many", {"mask": 1}),
     *(Mod(f"the mask shows the last {n} keys alone: a window", {"window": n}) for n in (2, 4, 8, 16, 32, 64, 128)),
     Mod("softmax runs over the queries, not over the keys", {"axis": "queries"}),
+    Mod("not divided by its sum: numerators alone", {"divided": False}),
     Mod("a sink: one more key, of score 0, in the sum", {"sink": 0.0}),
     *(
         Mod(f"as if the scores were divided by {t} before the softmax{words}", {"temperature": value, **args})
@@ -299,6 +314,7 @@ def weighted(
     unjoined: bool = False,
     transposed: bool = False,
     reverse: bool = False,
+    rotated: bool = False,
     core: bool = False,
     pieces: Pieces | None = None,
 ) -> Value | None:
@@ -332,6 +348,7 @@ def weighted(
     elif t is not None:
         y = (y / t).soft(1)
     y = y.map(lambda x: x[::-1]) if reverse else y
+    y = y.map(_rotated) if rotated else y
     rows = y.mid.shape[1]
     y = y.map(lambda x: (x if unjoined else x.swapaxes(0, 1)).reshape(rows, -1))
     return at.cut(y) if mixed else y
@@ -457,6 +474,7 @@ _WEIGHTED_MODS = (
     Mod("heads are joined without bringing the tokens first", {"unjoined": True}),
     Mod(DEALT["attention"], {"tiled": True}),
     Mod("heads are joined in reverse order", {"reverse": True}),
+    Mod("each head has the output of the one before it", {"rotated": True}),
 )
 WEIGHTED = Kind(
     "attention",

@@ -37,6 +37,8 @@ ACTIVATIONS: Mapping[str, Callable[[np.ndarray], np.ndarray]] = MappingProxyType
         "gelu (by tanh) instead of silu": _gelu_tanh,
         "gelu (by erf) instead of silu": lambda x: 0.5 * x * (1 + _erf(x / np.sqrt(2))),
         "tanh instead of silu": np.tanh,
+        "mish instead of silu": lambda x: x * np.tanh(np.logaddexp(0, x)),
+        "hard swish instead of silu": lambda x: x * np.clip(x / 6 + 0.5, 0, 1),
         "silu twice": lambda x: x * sigmoid(x) * sigmoid(x * sigmoid(x)),
         "silu's argument is cut to 7 at most": lambda x: np.minimum(x, 7) * sigmoid(np.minimum(x, 7)),
     }

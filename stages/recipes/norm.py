@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
 from stages.oracle import decoder as forward
@@ -36,11 +38,19 @@ def norm(
     summed: bool = False,
     skip: bool = False,
     whole: bool = False,
+    parts: int = 1,
+    first: int = 1,
+    fewer: int = 0,
+    sizes: bool = False,
+    tokens: bool = False,
+    twice: str = "",
 ) -> Value | None:
     """x / sqrt(mean(x^2) + eps) * weight; `cast` says where the product with the weight is rounded.
 
     `chain`: the squares are added one after another, in float32. `weight`: 0 for ones in its place, 1 for one more than
-    it, which is `kept` in its own dtype.
+    it, which is `kept` in its own dtype. The columns are normalised in so many `parts`, each by itself; or the root is
+    of the `first` of so many parts, of a mean over `fewer` than there are, of the `sizes` in the place of squares, or
+    over all `tokens` at once. `twice`: it is normalised again, `weighted` again or `plain`.
     """
     x, w = inputs(at), at.params()[-1][1]
     if source != "record":
@@ -53,23 +63,35 @@ def norm(
         if x.mid.ndim < 3:
             return None
         x, w = x.map(lambda a: a.reshape(len(a), -1)), np.tile(w, shape[1])
+    if max(parts, first) > 1 and shape[-1] % max(parts, first):
+        return None
+    if parts > 1:
+        x, w = x.map(lambda a: a.reshape(*shape[:-1], parts, -1)), w.reshape(parts, -1)
     if skip:
         return (x * w).map(lambda a: a.reshape(shape))
     if centred:
         mean = x.mid.mean(axis=-1, keepdims=True)
         x = (x - mean).off(U32 * (np.abs(x.mid) + 4 * np.abs(x.mid).mean(axis=-1, keepdims=True)))
-    y = _normed(at, x, w, cast, _root(at, x, stat, eps, chain=chain, outside=outside, summed=summed))
+    root = functools.partial(_root, at, stat=stat, eps=eps, chain=chain, outside=outside)
+    some = inputs(at.but(rows=None)).map(lambda a: a.reshape(1, -1)) if tokens else x
+    some = some.map(lambda a: a[..., : a.shape[-1] // first])
+    y = _normed(at, x, w, cast, root(some, count=1 if summed else some.mid.shape[-1] - fewer, sizes=sizes))
+    if twice:
+        w = w if twice == "weighted" else np.ones_like(w)
+        y = _normed(at, y, w, cast, root(y, count=y.mid.shape[-1], sizes=False))
     return y.map(lambda a: a.reshape(shape))
 
 
-def _root(at: At, x: Value, stat: str, eps: float, *, chain: bool, outside: bool, summed: bool) -> Value:
-    """1 / sqrt(mean(x^2) + eps), `[.., 1]`."""
+def _root(at: At, x: Value, *, stat: str, eps: float, chain: bool, outside: bool, count: int, sizes: bool) -> Value:
+    """1 / sqrt(sum(x^2) / count + eps), `[.., 1]`; of the `sizes` 1 / (sum(|x|) / count + eps)."""
     stat = at.inside if stat == "own" else stat
     squares = x * x
     if not squares.sure:
         squares = Value(np.maximum(squares.lo, 0), squares.mid, squares.hi)
+    if sizes:
+        return (total(squares.map(np.sqrt).soft(1)) * (1 / count) + eps).falling(lambda a: 1 / a).soft(4)
     added = _one_by_one(squares.soft(1)) if chain else total(_held(at, squares, stat, "squares"))
-    mean = _held(at, added * (1.0 if summed else 1.0 / x.mid.shape[-1]), stat, "mean")
+    mean = _held(at, added * (1.0 / count), stat, "mean")
     if outside:
         return (mean.map(np.sqrt) + eps).falling(lambda a: 1 / a).soft(4)
     under = _held(at, mean + eps, stat, "mean + eps")
@@ -167,6 +189,9 @@ FORMS = (
     narrower("mean square and root in bfloat16", dtypes=("float32", "float16"), stat="bfloat16"),
     narrower("mean square and root in float16", dtypes=("float32",), stat="float16"),
 )
+FEWER = "a mean over one column fewer than there are"
+# What one of several ranks holds of a row.
+_PARTS = (("half", 2), ("quarter", 4), ("eighth", 8))
 MODS = (
     *(Mod(f"as if eps were {e:g}, not {{eps:g}}", {"eps": e}) for e in (0.0, *(10.0**-n for n in range(12, 2, -1)))),
     Mod("as if eps were {fit:g}, not {eps:g}", {"eps": FIT}),
@@ -179,6 +204,13 @@ MODS = (
     Mod("a sum in the place of the mean", {"summed": True}),
     Mod("eps is added to the root, not under it", {"outside": True}),
     Mod("normalised over all heads at once", {"whole": True}),
+    Mod(FEWER, {"fewer": 1}),
+    *(Mod(f"each {name} of the columns is normalised by itself", {"parts": n}) for name, n in _PARTS),
+    *(Mod(f"the root is of the first {name} of the columns alone", {"first": n}) for name, n in _PARTS),
+    Mod("the mean of the magnitudes in the place of the root", {"sizes": True}),
+    Mod("the root is over all tokens at once", {"tokens": True}),
+    Mod("normalised twice", {"twice": "weighted"}),
+    Mod("normalised twice, times the weight once", {"twice": "plain"}),
 )
 NORM = Kind(
     "norm",

@@ -1,4 +1,4 @@
-"""Numbers that a mod leaves open, estimated from what was recorded: eps, temperature, one factor of all."""
+"""Numbers that a mod leaves open, estimated from what was recorded: eps, temperature, cap, theta, one factor of all."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from stages.recipes.at import At
 from stages.recipes.elements import interval, shortest
 from stages.recipes.recorded_product import cell
 from stages.spec.dtypes import stored_dtype
+from stages.spec.noise import Noise
 
 # A fitted number must exclude the right one by this much of it.
 CLEAR = 256 * U32
@@ -60,6 +61,25 @@ def _temperature(at: At, y: np.ndarray, right: np.ndarray) -> float | None:
     return float(f"{1 / slope:.3g}") if abs(float(f"{1 / slope:.3g}") - 1) >= CLEAR else 1 / slope
 
 
+def _cap(at: At, y: np.ndarray, right: np.ndarray) -> float | None:
+    """The one of fewest digits of which the score that is cut most is what it is, give or take its own rounding."""
+    where = np.unravel_index(np.argmax(np.abs(right - y)), y.shape)
+    s, cut = abs(float(right[where])), abs(float(y[where]))
+    off = (2 * rounding_unit(stored_dtype(at.stage.dtype)) + 16 * U32) * s
+    if cut + off >= s or not cut > off:
+        return None
+    return shortest(_capped_at(s, cut - off), _capped_at(s, cut + off))
+
+
+def _capped_at(s: float, cut: float) -> float:
+    """The c of which c tanh(s / c) is `cut`, which grows with it; halved 60 times, it is one of float64."""
+    low, high = cut, max(1e6 * s, 2 * cut)
+    for _ in range(60):
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if middle * np.tanh(s / middle) < cut else (low, middle)
+    return high
+
+
 def _theta(at: At, y: np.ndarray, right: np.ndarray) -> float | None:
     """From the logarithms of the frequencies, which are in proportion to theta's."""
     if len(y) < 2 or (y[1:] <= 0).any():
@@ -71,7 +91,7 @@ def _theta(at: At, y: np.ndarray, right: np.ndarray) -> float | None:
 
 
 _ESTIMATES: Mapping[str, Callable[[At, np.ndarray, np.ndarray], float | None]] = MappingProxyType(
-    {"eps": _eps, "temperature": _temperature, "theta": _theta}
+    {"eps": _eps, "temperature": _temperature, "cap": _cap, "theta": _theta}
 )
 
 
@@ -113,7 +133,10 @@ def _bits(value: np.ndarray, observed: np.ndarray) -> int:
 
 
 def _scales(at: At) -> dict[str, float]:
-    """By what factor scores are off whose scale goes by another of the model's sizes."""
+    """By what factor scores are off whose scale goes by another of the model's sizes, and norms of another count."""
+    if at.stage.noise is Noise.RMS_NORM:
+        columns = len(at.params()[-1][1])
+        return {norms.FEWER: (1 - 1 / columns) ** 0.5}
     scaling = at.options.get("scaling")
     if scaling is None:
         return {}

@@ -31,10 +31,11 @@ def rope(
     sign: int = 1,
     left_out: str = "",
     of: float = 1.0,
+    of_pairs: float = 1.0,
 ) -> Value | None:
     """x cos + x' sin; `form` says which of the three operations are rounded to the storage dtype.
 
-    `of`: the part of each head that is turned.
+    `of`: the part of each head that is turned; `of_pairs`: the part of its pairs.
     """
     x = inputs(at)
     cos, sin = (at.input(n).map(lambda t: t[:, None]) for n in (1, 2))
@@ -50,12 +51,11 @@ def rope(
     if left_out == "sin":
         return direct
     whole = _added(at, direct, across, form)
-    if of == 1.0:
+    columns = np.arange(x.mid.shape[-1])
+    kept = (columns < of * len(columns)) & (columns % (len(columns) // 2) < of_pairs * (len(columns) // 2))
+    if kept.all():
         return whole
-    kept = int(of * x.mid.shape[-1])
-    return Value(
-        *(np.concatenate((a[..., :kept], b[..., kept:]), -1) for a, b in zip(_three(whole), _three(x), strict=True))
-    )
+    return Value(*(np.where(kept, a, b) for a, b in zip(_three(whole), _three(x), strict=True)))
 
 
 def _three(x: Value) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -111,6 +111,7 @@ MODS = (
     Mod("not turned by RoPE at all", {"left_out": "all"}),
     Mod("the term with rope_sin is missing", {"left_out": "sin"}),
     *(Mod(f"only {name} of each head is turned", {"of": part}) for name, part in (("half", 0.5), ("a quarter", 0.25))),
+    *(Mod(f"only the first {n} of 8 pairs are turned", {"of_pairs": n / 8}) for n in range(1, 8)),
 )
 ROPE = Kind(
     "rope",
@@ -126,11 +127,11 @@ ROPE = Kind(
 # -- tables -------------------------------------------------------------------------------------------------------
 
 
-def table(at: At, *, swapped: bool = False, cuda: bool = False) -> Value | None:
+def table(at: At, *, swapped: bool = False, degrees: bool = False, cuda: bool = False) -> Value | None:
     """cos or sin of the angles times the attention factor, float32, cast. `cuda`: on GPUs alone."""
     if cuda:
         at.on_gpu()
-    x = at.input(0).mid
+    x = at.input(0).mid * (np.pi / 180 if degrees else 1.0)
     f = np.cos if (at.stage.function == "rope_cos") != swapped else np.sin
     mid = f(x)
     # A library may bound its error by units of 1 near the zeros.
@@ -151,7 +152,10 @@ TABLE = Kind(
             cuda=True,
         ),
     ),
-    (Mod("cosine and sine are swapped", {"swapped": True}),),
+    (
+        Mod("cosine and sine are swapped", {"swapped": True}),
+        Mod("of angles taken for degrees", {"degrees": True}),
+    ),
     doc="cos or sin of the angles in float32, times the attention factor, cast once.",
 )
 

@@ -215,6 +215,19 @@ def _described() -> Iterator[Row]:
     yield "norm's weight of ones", NORMS, of_operands(lambda x, w: (x, np.ones_like(w))), "weight is missing"
     yield "norm's weight 1 + w", NORMS, of_operands(lambda x, w: (x, 1 + float32(w))), "is 1 . what is stored"
     yield "LayerNorm", NORMS, another(lambda x, w: _centred(x) / _rms(_centred(x)) * w), "LayerNorm"
+    yield "mean over K - 1", NORMS, _over(_rms_of_fewer), "one column fewer"
+    yield "normalised twice", NORMS, another(lambda x, w: _twice(x / _rms(x) * w)), "normalised twice"
+    yield "norm of each half of the columns", NORMS, another(_of_halves), "each half of the columns"
+    yield "norm by the mean magnitude", NORMS, _over(lambda x: np.abs(x).mean(-1, keepdims=True) + 1e-6), "magnitudes"
+    yield "norm by the first half of the columns", NORMS, _over(lambda x: _rms(x[:, : x.shape[1] // 2])), "first half"
+    yield "norm over all tokens", NORMS, _over(lambda x: _rms(x, (0, 1))), "over all tokens"
+    yield "3/8 of each head turned", ROPED, _three_eighths, "first 3 of 8 pairs"
+    yield "heads of the scores rotated", SCORES, then(lambda s: np.roll(s, 1, axis=0)), "of the one before it"
+    yield "softmax not divided", SOFTMAX, another(_powers), "not divided"
+    yield "heads of the output rotated", ATTENTION, _in_heads(lambda y: np.roll(y, 1, axis=0)), "of the one before it"
+    yield "mish", SILU, another(lambda x: x * np.tanh(np.log1p(np.exp(x)))), "mish instead"
+    yield "hard swish", SILU, another(lambda x: x * np.clip(x + 3, 0, 6) / 6), "hard swish instead"
+    yield "angle in degrees", ("rope_cos",), another(lambda a: np.cos(a * np.pi / 180)), "taken for degrees"
     yield "pairs interleaved", ROPED, _interleaved, "pairs are interleaved"
     yield "turned the other way", ROPED, of_operands(lambda x, c, s: (x, c, -s)), "the other way|other sign"
     yield "sin and cos swapped", ROPED, of_operands(lambda x, c, s: (x, s, c)), "are swapped"
@@ -242,6 +255,7 @@ def _centred(x: np.ndarray) -> np.ndarray:
 
 def _described_in_float32() -> Iterator[Row]:
     yield "scores capped at 30", SCORES, _capped(30), "capped softly at 30"
+    yield "scores capped at 17.3", SCORES, _capped(17.3), "capped softly at 17"
     yield "products in TF32", PRODUCTS, all_operands(cut), "its (operands|inputs) have 10 "
     yield "products in bfloat16", PRODUCTS, all_operands(bfloat16), "its (operands|inputs) have 7 "
     yield "products in float16", PRODUCTS, all_operands(float16), "its (operands|inputs) have 10 "
@@ -273,12 +287,6 @@ _ANGLES = r"turned by other angles .*|.*(positions?|angles?|frequencies|scaled?|
 
 
 def _norms() -> Iterator[Row]:
-    yield "mean over K - 1", NORMS, _over(_rms_of_fewer), r"every value is 0\.99.*"
-    yield "normalised twice", NORMS, another(lambda x, w: _twice(x / _rms(x) * w)), _FACTORS
-    yield "norm of each half of the columns", NORMS, another(_of_halves), ""
-    yield "norm by the mean magnitude", NORMS, _over(lambda x: np.abs(x).mean(-1, keepdims=True) + 1e-6), _FACTORS
-    yield "norm by the first half of the columns", NORMS, _over(lambda x: _rms(x[:, : x.shape[1] // 2])), _FACTORS
-    yield "norm over all tokens", NORMS, _over(lambda x: _rms(x, (0, 1))), _FACTORS
     yield "norm by the row above", NORMS, _over(lambda x: np.roll(_rms(x), 1, axis=0)), _FACTORS
     yield "norm's weight of 5 bits", NORMS, of_operands(lambda x, w: (x, cut(float32(w), 4))), r".*columns? .*"
 
@@ -288,7 +296,6 @@ def _twice(y: np.ndarray) -> np.ndarray:
 
 
 def _ropes() -> Iterator[Row]:
-    yield "3/8 of each head turned", ROPED, _three_eighths, _ANGLES
     yield (
         "tables of the next token",
         ROPED,
@@ -297,12 +304,9 @@ def _ropes() -> Iterator[Row]:
     )
     yield "positions halved", ANGLE, of_operands(lambda f, p: (f / 2, p)), _ANGLES
     yield "positions past a cache", ANGLE, of_operands(lambda f, p: (f, p - (p >= 12))), _ANGLES
-    yield "angle in degrees", ("rope_cos",), another(lambda a: np.cos(a * np.pi / 180)), ""
 
 
 def _attentions() -> Iterator[Row]:
-    yield "scores capped at 17.3", SCORES, _capped(17.3), ""
-    yield "heads of the scores rotated", SCORES, then(lambda s: np.roll(s, 1, axis=0)), _ORDER
     yield "one head's q and k exchanged", SCORES, then(_with(0, np.transpose)), ""
     yield "scores biased by distance", SCORES, then(lambda s: s - np.float32(2.0**-7) * _back(s)), ""
     yield "scores times log(n)", SCORES, then(lambda s: s * np.log(np.arange(len(s[0])) + 3)[:, None]), r"queries .*"
@@ -316,8 +320,6 @@ def _attentions() -> Iterator[Row]:
     yield "a padded key hidden", SOFTMAX, _softmax(lambda back: (back >= 0) & (np.arange(len(back)) != 3)), _MASK
     yield "a key to come seen", SOFTMAX, _softmax(lambda back: (back >= 0) | (np.arange(len(back)) == 15)), _MASK
     yield "sum of the exponentials + 0.01", SOFTMAX, _softmax(_causal, more=0.01), _FACTORS
-    yield "softmax not divided", SOFTMAX, another(_powers), _FACTORS
-    yield "heads of the output rotated", ATTENTION, _in_heads(lambda y: np.roll(y, 1, axis=0)), _ORDER
     yield "a head of zeros", ATTENTION, _in_heads(_with(1, lambda h: 0 * h)), r".* columns .*"
     yield "a stale row of the cache", ATTENTION, of_operands(lambda p, v: (p, _with(7, lambda _: v[6])(v))), ""
     yield "values one token late", ATTENTION, of_operands(lambda p, v: (p, np.roll(v, 1, axis=0))), ""
@@ -344,8 +346,6 @@ def _others() -> Iterator[Row]:
     yield "gelu by tanh, of 0.05 for 0.044715", SILU, another(_gelu_tanh), ""
     yield "silu, its argument cut at 0.55", SILU, another(lambda x: _silu(np.minimum(x, 0.55))), ""
     yield "silu of slope 1.1", SILU, another(lambda x: x * _sigmoid(np.float32(1.1) * x)), ""
-    yield "mish", SILU, another(lambda x: x * np.tanh(np.log1p(np.exp(x)))), ""
-    yield "hard swish", SILU, another(lambda x: x * np.clip(x + 3, 0, 6) / 6), ""
     yield "silu times up + 1", SWIGL, another(lambda s, u: s * (u + 1)), ""
     yield "residual x 0.9", SUMS, another(lambda x, y: np.float32(0.9) * x + y), ""
     yield "block x 1.1", SUMS, another(lambda x, y: x + np.float32(1.1) * y), ""
