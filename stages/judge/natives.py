@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -38,6 +39,7 @@ from stages.run.children import document_of, run_child
 from stages.run.forward import Forwarder
 from stages.run.replay import Replayer, chunk_plan, default_chunk_rows
 from stages.spec.backend import SIDES, Backend, Loader
+from stages.spec.dtypes import stored_dtype
 from stages.spec.replay import REPLAY
 from stages.spec.stage import Stage
 
@@ -53,7 +55,8 @@ Parts = Iterable[tuple[Oracle, np.ndarray]]
 class NativesRequest:
     """The rows of a recorded run that a backend's own functions are asked for, and the run as `svf audit` names it.
 
-    `backend` may be `ORDERS`, which asks the orders of summation. `failing` are those of `keys` that failed.
+    `backend` may be `ORDERS`, which asks the orders of summation. `failing` are those of `keys` of which it is asked
+    what would give every byte.
     """
 
     job: ClassVar[str] = "natives"
@@ -76,24 +79,51 @@ def ask(rows: Sequence[Row], asked: NativesRequest, progress: Report) -> None:
 
     A backend that is not installed, or cannot run them, is told in the rows' notes.
     """
-    everybody, known = (*SIDES, ORDERS), False
-    for number, name in enumerate(everybody):
-        # Once a backend gives some of the tensors to the last byte, what it does not give is not another's.
-        asking = [row for row in rows if _open(row) and not (row.get("through") and (known or name == ORDERS))]
-        keys = tuple(row["key"] for row in asking)
-        if not keys:
-            continue
-        progress(f"asking {name} for the last bits", number / len(everybody))
+    progress(f"asking {' and '.join(SIDES)} for the last bits", 0.0)
+    _ask(rows, asked, SIDES)
+    through = [row for row in rows if row.get("through")]
+    # Of one tensor alone 16 bits tell little: what would give every byte is asked where it passes, too.
+    if len(through) == 1 and _passes(through[0]) and stored_dtype(through[0]["dtype"]).itemsize < 4:
+        progress("asking them what would give every byte", 0.4)
+        _ask(through, replace(asked, failing=(through[0]["key"],)), SIDES)
+    progress(f"asking {ORDERS} for the last bits", 0.8)
+    _ask([row for row in rows if row not in through], asked, (ORDERS,))
+
+
+def _ask(rows: Sequence[Row], asked: NativesRequest, names: Sequence[str]) -> None:
+    """Rows asked of several at once, which wait for libraries more than for each other."""
+    rows = [row for row in rows if _open(row)]
+    if not rows:
+        return
+    failing = asked.failing or tuple(row["key"] for row in rows if not _passes(row))
+    request = replace(asked, keys=tuple(row["key"] for row in rows), failing=failing)
+
+    def document(name: str) -> dict[str, Any]:
         try:
-            failing = tuple(row["key"] for row in asking if not Verdict(row["verdict"]).passes)
-            request = NativesRequest(**{**vars(asked), "backend": name, "keys": keys, "failing": failing})
-            document = document_of(name, run_child(request))
+            found: dict[str, Any] = document_of(name, run_child(replace(request, backend=name)))
         except SvfError as error:
-            document = {"stages": {}, "why": str(error)}
+            return {"stages": {}, "why": str(error)}
+        return found
+
+    with ThreadPoolExecutor(len(names)) as pool:
+        documents = dict(zip(names, pool.map(document, names), strict=True))
+    # Once a backend gives some of the tensors to the last byte, what it does not give is not another's.
+    known = False
+    for name in sorted(names, key=lambda name: -_whole(rows, documents[name])):
         for row in rows:
-            if row["key"] in keys and _open(row):
-                _take(row, name, document)
-                known |= bool(row.get("through")) and not _open(row)
+            if _open(row) and not (known and row.get("through")):
+                _take(row, name, documents[name])
+        known |= _whole(rows, documents[name]) > 0
+
+
+def _whole(rows: Sequence[Row], document: dict[str, Any]) -> int:
+    """Tensors behind hidden stages of which a backend gave every byte, as they are or with one thing changed."""
+    found = ((row, document["stages"].get(row["key"], {})) for row in rows if row.get("through"))
+    return sum("proved" in given or given.get("bits") == row["elements"] for row, given in found)
+
+
+def _passes(row: Row) -> bool:
+    return Verdict(row["verdict"]).passes
 
 
 def _open(row: Row) -> bool:
@@ -114,8 +144,7 @@ def _take(row: Row, name: str, document: dict[str, Any]) -> None:
         row |= {"verdict": Verdict.BUG.value, "hint": found["proved"], "proved": True, "class": Class.OTHER.value}
         row |= {"bits": row["elements"], "recipe": found["proved"]}
     elif found is not None and found["bits"] > (row.get("bits") or 0):
-        passes = Verdict(row["verdict"]).passes
-        if passes or found["bits"] == row["elements"]:
+        if _passes(row) or found["bits"] == row["elements"]:
             row |= {**found, "class": Class.EQUIVALENT.value}
         if row["bits"] == row["elements"]:
             row["verdict"] = Verdict.EXACT.value
@@ -200,10 +229,8 @@ def _through(
         most = bits[best][key] or 0
         if most:
             found[key] = {"bits": most, "recipe": ways[best].words}
-        # An engine whose way is not here gives other bytes where it is right: then what fails alone is worth asking,
-        # or one tensor of which 16 bits tell little.
-        alone = len(places) == 1 and run.read(at).dtype.itemsize < 4
-        worth = bool(known) or key in request.failing or alone
+        # An engine whose way is not here gives other bytes where it is right: then what fails alone is worth asking.
+        worth = bool(known) or key in request.failing
         if most < sizes[key] and worth and time.process_time() < until:
             progress(f"{request.backend}: what is wrong in {key}", 0.5)
             proved = _proved([ways[i] for i in known or order if not ways[i].whole], at, run, until)
