@@ -14,7 +14,7 @@ BACKENDS = {
     "reference": "stages.oracle.components:ReferenceBackend",
 }
 # Engines whose own models can be captured: the module with its `capture` and `run`.
-ENGINES = {"transformers": "svf_torch.capture", "nnx": "svf_jax.capture"}
+ENGINES = {"transformers": "svf_torch.capture", "nnx": "svf_jax.capture", "llama.cpp": "svf_llama.capture"}
 PROBES = {"torch": "svf_torch.probe:probe", "jax": "svf_jax.probe:probe"}
 
 
@@ -34,6 +34,6 @@ def attribute(place: str) -> Any:
     try:
         return getattr(importlib.import_module(module), name)
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] in ("stages", "svf_torch", "svf_jax"):
+        if error.name is None or error.name.partition(".")[0] in ("stages", "svf_torch", "svf_jax", "svf_llama"):
             raise
         raise NotFoundError(f"{error.name} is not installed, and this needs it: pip install {error.name}") from error

@@ -28,7 +28,7 @@ from stages.spec.dtypes import dtype_name
 from stages.spec.families import layer_param, parameter_shapes, parse_config
 
 # Families of which llama.cpp rotates neighbouring rows of a head, where Hugging Face rotates its halves.
-_PAIRED = frozenset({"llama"})
+PAIRED_FAMILIES = frozenset({"llama"})
 PAIRED_ROWS = ("self_attn.q_proj", "self_attn.k_proj")
 
 
@@ -141,7 +141,7 @@ class GgufModel:
     def _named(self) -> dict[str, GgufInfo]:
         """The tensors by the names of the parameters that they are; one that is none keeps its own."""
         names = {stored: name for name, stored in gguf_names(self.config).items()}
-        heads = self.config.head_dim if self.config.family in _PAIRED else 0
+        heads = self.config.head_dim if self.config.family in PAIRED_FAMILIES else 0
         found = {}
         for stored in self.file.tensors.values():
             name = names.get(stored.name, stored.name)
