@@ -151,9 +151,9 @@ def chosen(run: ForwardRun) -> slice:
 
 
 def _recorded(run: ForwardRun, place: Place) -> np.ndarray | None:
-    """A recorded stage of the declared shape; None where there is none."""
-    there = place in run.side.places and place not in run.misshapen and fits(run, place)
-    return run.read(place) if there else None
+    """A stage of the declared shape, recorded under its own name or as what it is a copy of; None where it is not."""
+    found = find(run, place)
+    return run.read(found) if found is not None and found not in run.misshapen and fits(run, found) else None
 
 
 def open_run(folder: Path, model: str | None, stack: ExitStack) -> ForwardRun:

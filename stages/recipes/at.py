@@ -100,7 +100,7 @@ class At:
         if key not in self._memo:
             array = self.oracle.arguments[number]
             wide = (array if some is None else array[some]).astype(np.float64)
-            self._memo[key] = point(wide if taken is None else taken.of(wide, self._peak(taken, number)))
+            self._memo[key] = point(wide) if taken is None else taken.value(wide, self._peak(taken, number))
         return self._memo[key]
 
     def kept(self, key: Hashable, make: Callable[[], Value]) -> Value:

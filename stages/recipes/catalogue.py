@@ -115,9 +115,9 @@ def ways_of(
     rows: list[tuple[str, Class | None, Mapping[str, Any], At, bool]]
     rows = [(told(form, at), form.of(dtype), form.args, at, True) for form in kind.forms if form.of(dtype)]
     for narrow in NARROW if Class.NARROWER in classes else ():
-        if dtype in narrow.dtypes:
+        if narrow.holds(at.stage, dtype):
             wide = [a.astype(np.float64) if a.dtype.kind != "i" else None for a in at.oracle.arguments]
-            more = [x is not None and not np.array_equal(narrow.of(x), x) for x in wide]
+            more = [x is not None and narrow.changes(x) for x in wide]
             lost = ways(at.stage.inputs, more, narrow, at.biases)
             rows += [(words, Class.NARROWER, {}, at.but(lost=what), False) for words, what in lost]
     for mod in kind.mods:

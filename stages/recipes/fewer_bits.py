@@ -8,7 +8,10 @@ from types import MappingProxyType
 
 import numpy as np
 
-from stages.recipes.value import keep, nearest
+from stages.oracle.activations import Q8_0, Q8_K, Blocks
+from stages.recipes.value import Value, keep, nearest, point
+from stages.spec.noise import Noise
+from stages.spec.stage import Stage
 
 
 @dataclass(frozen=True)
@@ -17,7 +20,8 @@ class Narrow:
 
     `dtypes`: storage in which that loses something. `result`: whether a kernel would keep its result so. `whole`: it
     goes by the largest magnitude of a tensor, as a scale does: `round` takes that too. `core`: the format of the tensor
-    core that takes such operands. `cast`: a dtype, to which a product's bias is cast too.
+    core that takes such operands. `cast`: a dtype, to which a product's bias is cast too. `blocks`: a product's inputs
+    alone are taken so, block by block. `usual`: who does that by itself.
     """
 
     name: str
@@ -28,12 +32,32 @@ class Narrow:
     whole: bool = False
     core: str | None = None
     cast: bool = False
+    blocks: Blocks | None = None
+    usual: str = ""
+
+    def holds(self, stage: Stage, dtype: str) -> bool:
+        """Whether it loses something of a stage that is stored in `dtype`."""
+        return dtype in self.dtypes and (self.blocks is None or (stage.noise is Noise.PRODUCT and bool(stage.inputs)))
+
+    def value(self, x: np.ndarray, peak: float | None = None) -> Value:
+        """What `x` is taken to, with the numbers between which right kernels' lie."""
+        if self.blocks is None:
+            return point(self.of(x, peak))
+        least, middle, most = self.blocks.quantised(x)
+        return point(middle) if np.array_equal(least, most) else Value(least, middle, most)
 
     def of(self, x: np.ndarray, peak: float | None = None) -> np.ndarray:
         """What `x` is taken to; `peak` is the largest magnitude of the tensor that `x` is part of, or its own."""
         if not self.whole:
             return self.round(x)
         return self.round(x, largest(x) if peak is None else peak)
+
+    def changes(self, x: np.ndarray) -> bool:
+        """Whether it takes any of these numbers to another one."""
+        if self.blocks is not None and not self.blocks.divides(x):
+            return False
+        wide = x.astype(np.float64, copy=False)
+        return not np.array_equal(self.of(wide), wide)
 
     def keeps(self, a: np.ndarray) -> bool:
         """Whether the mantissas of stored numbers alone show that they lose nothing."""
@@ -108,6 +132,18 @@ NARROW: tuple[Narrow, ...] = (
         _EVERY,
         result=False,
     ),
+    *(
+        Narrow(
+            f"8-bit whole numbers with a {'float16' if blocks.half else 'float32'} scale for {blocks.size} (ggml's {blocks.name})",
+            0,
+            lambda x, blocks=blocks: blocks.quantised(x)[1],
+            _WIDE,
+            result=False,
+            blocks=blocks,
+            usual=f"as ggml does on a CPU before it multiplies with {weights}",
+        )
+        for blocks, weights in ((Q8_0, "Q4_0, Q5_0 and Q8_0"), (Q8_K, "K-quants"))
+    ),
 )
 BY_NAME: Mapping[str, Narrow] = MappingProxyType({narrow.name: narrow for narrow in NARROW})
 
@@ -130,6 +166,10 @@ def ways(
     """
     numbers = tuple(i for i, more in enumerate(changed) if more)
     own, weights = (tuple(i for i in numbers if (i < len(inputs)) == first) for first in (True, False))
+    if narrow.blocks is not None:
+        if own:
+            yield f"its inputs are {narrow.words}", Lost(narrow, own)
+        return
     if narrow.result:
         yield f"its result has {narrow.words}", Lost(narrow, result=True)
     if not numbers:

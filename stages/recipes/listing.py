@@ -101,7 +101,7 @@ def bits_lines(stage: Stage, dtype: str | None = None) -> list[tuple[Narrow, lis
             ],
         )
         for narrow in NARROW
-        if dtype is None or held(dtype) in narrow.dtypes
+        if narrow.holds(stage, narrow.dtypes[0] if dtype is None else held(dtype))
     ]
 
 

@@ -269,10 +269,10 @@ class Match:
         """The prescribed recipe with operands or a result in fewer bits."""
         args, arguments = forms_of(self.kind, self.dtype, Class.PRESCRIBED)[0].args, self.at.oracle.arguments
         for narrow in NARROWER:
-            if self.dtype in narrow.dtypes:
+            if narrow.holds(self.at.stage, self.dtype):
                 changed = [_loses(narrow, a) for a in arguments]
                 for words, lost in ways(self.at.stage.inputs, changed, narrow, self.at.biases):
-                    yield Tried(words, Class.NARROWER, args, self.at.but(lost=lost))
+                    yield Tried(words, Class.NARROWER, args, self.at.but(lost=lost), narrow.usual)
 
     def _others(self) -> None:
         for form in forms_of(self.kind, self.dtype, *SOUND):
@@ -400,17 +400,12 @@ def _loses(narrow: Narrow, a: np.ndarray) -> bool:
     """Whether an argument has more bits than a format keeps: mostly its first numbers tell."""
     if a.dtype.kind == "i" or not a.size:
         return False
-    if a.ndim > 1 and _changes(narrow, a[: _ROWS + 1]):
+    if a.ndim > 1 and narrow.changes(a[: _ROWS + 1]):
         return True
     if narrow.keeps(a):
         return False
     step = len(a) if narrow.whole or a.ndim < 2 else max(1, _SCANNED // max(1, a[0].size))
-    return any(_changes(narrow, a[at : at + step]) for at in range(0, len(a), step))
-
-
-def _changes(narrow: Narrow, a: np.ndarray) -> bool:
-    wide = a.astype(np.float64)
-    return not np.array_equal(narrow.of(wide), wide)
+    return any(narrow.changes(a[at : at + step]) for at in range(0, len(a), step))
 
 
 def _class(form: Form, dtype: str) -> Class:
