@@ -11,6 +11,7 @@ from stages.commands.backends import load_backend
 from stages.commands.options import (
     ON_BOTH,
     Accepted,
+    Activations,
     Adapted,
     AdaptedLayout,
     Backend,
@@ -492,6 +493,7 @@ def audit(
     stages: JudgedStages = None,
     top: Annotated[int, comparing(min=0, help="Largest errors kept per stage.")] = 5,
     accept: Accepted = None,
+    activations: Activations = None,
     natives: Natives = False,
     plan: Plan = False,
     dtype: Annotated[RunDtype | None, compute(help="With --plan: what would run in; by default the model's.")] = None,
@@ -536,6 +538,7 @@ def audit(
             rerun=rerun,
             accepted=accept,
             natives=natives,
+            activations=activations and activations.value,
             progress=progress,
         )
     after(document, json, html, render.audit_document)

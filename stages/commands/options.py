@@ -37,6 +37,8 @@ EngineName = StrEnum("EngineName", [*ENGINES])  # type: ignore[misc]
 ON_TRANSFORMERS = EngineName("transformers")
 Attention = StrEnum("Attention", ["eager", "sdpa", "flex_attention", "flash_attention_2", "flash"])
 CacheKind = StrEnum("CacheKind", ["dynamic", "static", "none", "float16", "float32"])
+# As CHOICES of stages/judge/activations.py, which loads numpy.
+TakenTo = StrEnum("TakenTo", ["float32", "float16", "bfloat16", "q8_0", "q8_k", "ggml"])
 OneLayout = StrEnum("OneLayout", ["declared", "torch_v", "nx", "vh"])
 LayoutName = StrEnum("LayoutName", ["declared", "torch_v", "nx", "vh", "all"])
 DumpMode = StrEnum("DumpMode", ["full", "hash", "none"])
@@ -104,6 +106,13 @@ Plan = Annotated[
 Accepted = Annotated[
     Accept | None,
     gate("--accept", help="usual: let fewer bits pass where a popular library computes so by itself."),
+]
+Activations = Annotated[
+    TakenTo | None,
+    of_run(
+        help="What the kernels take the inputs of products to before they multiply; ggml: by the types of a GGUF file's "
+        "weights, as ggml does on a CPU. Where it is not given, the verdict says what they did."
+    ),
 ]
 StrictStages = Annotated[
     bool,

@@ -18,6 +18,7 @@ from stages.files.replay_recorded import Side, open_side
 from stages.files.source import ModelSource, open_model
 from stages.judge import document as diff
 from stages.judge import stats
+from stages.judge.activations import declare
 from stages.judge.adapted import AdaptedPair, adaptation
 from stages.judge.arrangements import fitting_layouts
 from stages.judge.culprit import ORACLE, chosen_row, culprit_data, oracle_pieces
@@ -84,6 +85,7 @@ def audit(
     rerun: bool = True,
     accepted: str | None = None,
     natives: bool = False,
+    activations: str | None = None,
     progress: Reporter | None = None,
 ) -> dict[str, Any]:
     """The `svf.audit/1` document of a dump, a component bundle, a stage file, or another program's forward.
@@ -91,7 +93,8 @@ def audit(
     `model` and the tokens are needed for another program's, which does not name them, and `adapted` and `layout` where
     it ran on adapted weights. `layers` and `stages` ask for less. `InputError` for a key that is no stage. With
     `rerun`, suspect stages of our own dumps are run again on their backend. `accepted`: see `explained.accept`.
-    With `natives`, what is within rounding is asked of the backends' own functions too.
+    With `natives`, what is within rounding is asked of the backends' own functions too. `activations`: what kernels take
+    the inputs of products to, one of `activations.CHOICES`; where it is not given, the verdict says what they did.
     """
     named, wanted = Named(model, tokens, tokens_file, prompt), Wanted.of(layers, stages)
     progress = progress or Reporter(False)
@@ -104,12 +107,13 @@ def audit(
                 f"{path}: one APRT file does not hold the inputs that it is judged from; name the folder of the tree"
             )
         if kind is Recording.REPLAY:
-            if named.ids or adapted is not None:
-                raise UsageError(f"--tokens and --adapted apply to forwards; {path} is a component replay")
+            if named.ids or adapted is not None or activations is not None:
+                raise UsageError(f"--tokens, --adapted and --activations apply to forwards; {path} is a component replay")
             return _audit_replay(path, named.model, components, how, stack, progress)
         if components is not None:
             raise UsageError(f"--components applies to component replays; {path} is a forward")
         run = open_forward(path, named, adapted, layout, stack, progress)
+        declare(run, activations)
         return _audit_forward(run, named.model, how, progress)
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from stages.files.forward_dump import Place, forward_key
+from stages.judge.activations import settled, taken_at
 from stages.judge.culprit import Piece
 from stages.judge.guarantees import enforce_precision
 from stages.judge.hints import Case, explain
@@ -148,8 +149,13 @@ def _oracles_of_recorded(
         return
     if stage.by_vocab and observed.ndim == 2:  # logits may be recorded of the last tokens alone
         inputs = {name: array[-len(observed) :] if name in stage.inputs else array for name, array in inputs.items()}
-    made = _made(acting, run)
+    made, taken, cell = _made(acting, run), taken_at(run, acting), None
+    if taken is not None:
+        cell = taken.cell(inputs[stage.inputs[0]])
+        inputs = {**inputs, stage.inputs[0]: cell[1].astype(np.float32)}
     for columns, oracle in oracles(run.path, run.config, stage, inputs, weights_of(run), place[0], run.lambdas):
+        if cell is not None:
+            oracle = settled(oracle, cell, part(observed, columns))
         yield columns, dataclasses.replace(oracle, made=made, sizes=_sizes(run.config))
 
 

@@ -98,6 +98,8 @@ class ForwardRun:
     orders: dict[Place, Turn] = field(default_factory=dict)  # another order of axes, where the shape does not tell
     turned: dict[Place, Turn] = field(default_factory=dict)  # what is done to a recorded array to get its values
 
+    activations: str | None = None  # what kernels take the inputs of products to, if that is declared (activations.py)
+
     # What adapted weights may be off that another program adapted itself, by the calibrated and the rigorous bounds.
     doubts: tuple[Weights, ...] = ()
 
@@ -143,7 +145,9 @@ class ForwardRun:
     @property
     def notes(self) -> list[str]:
         """What a reader of the verdict should know of how the run was judged."""
-        return [] if self.path is None or self.config is None else self.rope.notes
+        of_rope = [] if self.path is None or self.config is None else self.rope.notes
+        declared = self.activations and f"inputs of products as {self.activations}, declared"
+        return [*of_rope, *([declared] if declared else [])]
 
 
 def chosen(run: ForwardRun) -> slice:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import numpy as np
 
 from stages.files.forward_dump import Place
+from stages.judge.activations import taken_at
 from stages.judge.recorded_run import (
     ForwardRun,
     Span,
@@ -98,6 +99,7 @@ def way_of(place: Place, run: ForwardRun) -> Way:
         np.asarray(run.tokens)[chosen(run)],
         WITHIN_LAYER if within else BEYOND_LAYER,
         inside <= _MOST_ABSOLUTE,
+        taken_at(run, place),
     )
 
 

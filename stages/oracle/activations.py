@@ -1,10 +1,11 @@
-"""Activations as ggml's kernels multiply them: whole numbers from -127 to 127, and one scale for each block of a row.
+"""What kernels take the input of a product to before they multiply: a narrower float, or ggml's blocks of 8-bit numbers.
 
-A kernel for quantised weights first quantises its input, then sums products of whole numbers, which are exact, and in
-float32 their blocks. So the product of the quantised input is exact to the order of that sum, and its bound is the
-product's own. What may differ between right kernels is the whole number of a value that lies within their roundings of
-the middle between two: of that both are given, as the ends of a cell. Facts: `quantize_row_q8_0`, `quantize_row_q8_1`
-and `quantize_row_q8_K` in `ggml/src/ggml-quants.c`, `ggml/src/ggml-cpu/arch/*/quants.c` and `ggml-cuda/quantize.cu`.
+A kernel for quantised weights first quantises its input: whole numbers from -127 to 127, and one scale for each block of
+a row. It sums products of whole numbers, which are exact, and in float32 their blocks. So the product of the quantised
+input is exact to the order of that sum, and its bound is the product's own. What may differ between right kernels is
+the whole number of a value that lies within their roundings of the middle between two: of that both are given, as the
+ends of a cell. Facts: `quantize_row_q8_0` and `quantize_row_q8_K` in `ggml/src/ggml-quants.c` and
+`ggml/src/ggml-cpu/arch/*/quants.c`, `quantize_q8_1` in `ggml/src/ggml-cuda/quantize.cu`.
 """
 
 from __future__ import annotations
@@ -12,14 +13,40 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Protocol
 
 import numpy as np
 
-from stages.oracle.bounds import U32
+from stages.oracle.bounds import U32, half_unit
+from stages.oracle.rounding import round_once
+from stages.spec.dtypes import stored_dtype
 
 _MOST = np.float32(127)
 # The quotient that is rounded is a product with an inverse of a quotient at most: three roundings to float32.
 _ROUNDINGS = 3 * U32
+# What lies so many standard deviations from the middle between two numbers is not taken to the other one.
+_CLEAR = 6.0
+# A number that may be taken to either weighs so much of its step's square at least: a tenth of a step is one standard
+# deviation, so that a single step is within the ten that right programs stay within (span.WITHIN_LAYER).
+_LEAST = 1e-2
+
+Cell = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+class Taken(Protocol):
+    """What inputs are taken to; `name` as users write it."""
+
+    @property
+    def name(self) -> str: ...
+
+    def divides(self, x: np.ndarray) -> bool:
+        """Whether rows of `x` can be taken so."""
+
+    def cell(self, x: np.ndarray) -> Cell:
+        """What rows of float32 values are taken to: least, as the plain C code has it, and most; float64, as `x`."""
+
+    def variance(self, x: np.ndarray, of_x: np.ndarray) -> np.ndarray:
+        """The variance of what `x` is taken to, whose own is `of_x`."""
 
 
 @dataclass(frozen=True)
@@ -31,30 +58,75 @@ class Blocks:
     half: bool
 
     def divides(self, x: np.ndarray) -> bool:
-        """Whether rows of `x` are whole blocks."""
         return x.ndim > 1 and not x.shape[-1] % self.size
 
-    def quantised(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What rows of float32 values are taken to: least, as the plain C code has it, and most; float64, as `x`."""
-        blocks = np.ascontiguousarray(x, np.float64).reshape(*x.shape[:-1], -1, self.size)
-        peak = np.abs(blocks).max(axis=-1, keepdims=True).astype(np.float32)
-        safe = np.where(peak > 0, peak, np.float32(1))
-        whole = blocks * (127.0 / safe.astype(np.float64))
+    def cell(self, x: np.ndarray) -> Cell:
+        blocks, peak = self._blocks(x)
+        whole = blocks * (127.0 / peak)
         doubt = _ROUNDINGS * np.abs(whole)
-        plain = np.rint((blocks.astype(np.float32) * (_MOST / safe)).astype(np.float64))
+        plain = np.rint((blocks.astype(np.float32) * (_MOST / peak.astype(np.float32))).astype(np.float64))
         low, high = np.rint(whole - doubt), np.rint(whole + doubt)
-        scale = self._scale(safe).astype(np.float64)
-        found = (np.minimum(low, plain), plain, np.maximum(high, plain))
-        least, middle, most = (np.where(peak > 0, end * scale, 0.0).reshape(x.shape) for end in found)
-        return least, middle, most
+        scale = self._scale(peak)
+        least, middle, most = (end * scale for end in (np.minimum(low, plain), plain, np.maximum(high, plain)))
+        return least.reshape(x.shape), middle.reshape(x.shape), most.reshape(x.shape)
+
+    def variance(self, x: np.ndarray, of_x: np.ndarray) -> np.ndarray:
+        blocks, peak = self._blocks(x)
+        own = np.broadcast_to(of_x, x.shape).reshape(blocks.shape)
+        largest = np.abs(blocks).argmax(axis=-1, keepdims=True)
+        of_peak = np.take_along_axis(own, largest, axis=-1) / peak**2  # relative to it
+        whole, step = blocks * (127.0 / peak), self._scale(peak)
+        of_whole = (127.0 / peak) ** 2 * own + whole**2 * of_peak
+        found = step**2 * _taken_to_another(whole, of_whole) + blocks**2 * of_peak
+        if self.half:
+            ulp = 2 * half_unit(peak / 127, np.dtype(np.float16))
+            another = _taken_to_another(peak / 127 / ulp, (peak / 127 / ulp) ** 2 * of_peak)
+            found = found + (whole * ulp) ** 2 * another
+        return found.reshape(x.shape)
+
+    def _blocks(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`x` by blocks, and of each the largest magnitude; of one that is 0 throughout any number is."""
+        blocks = np.ascontiguousarray(x, np.float64).reshape(*x.shape[:-1], -1, self.size)
+        peak = np.abs(blocks).max(axis=-1, keepdims=True).astype(np.float32).astype(np.float64)
+        return blocks, np.where(peak > 0, peak, 1.0)
 
     def _scale(self, peak: np.ndarray) -> np.ndarray:
-        """The float32 scale of blocks whose largest magnitude is `peak`."""
+        """The scale of blocks whose largest magnitude is `peak`."""
+        largest = peak.astype(np.float32)
         if not self.half:
-            return np.float32(1) / (_MOST / peak)
+            return (np.float32(1) / (_MOST / largest)).astype(np.float64)
         with np.errstate(over="ignore"):
-            return (peak / _MOST).astype(np.float16).astype(np.float32)
+            return (largest / _MOST).astype(np.float16).astype(np.float64)
 
 
-Q8_0, Q8_K = Blocks("Q8_0", 32, half=True), Blocks("Q8_K", 256, half=False)
-BLOCKS: Mapping[str, Blocks] = MappingProxyType({blocks.name: blocks for blocks in (Q8_0, Q8_K)})
+@dataclass(frozen=True)
+class Cast:
+    """A float of 16 bits, as kernels for weights of that type have their input."""
+
+    name: str
+
+    def divides(self, x: np.ndarray) -> bool:
+        return x.ndim > 1
+
+    def cell(self, x: np.ndarray) -> Cell:
+        taken = round_once(np.asarray(x, np.float64), stored_dtype(self.name)).astype(np.float64)
+        return taken, taken, taken
+
+    def variance(self, x: np.ndarray, of_x: np.ndarray) -> np.ndarray:
+        step = 2 * half_unit(x, stored_dtype(self.name))
+        return step**2 * _taken_to_another(x / step, of_x / step**2)
+
+
+def _taken_to_another(whole: np.ndarray, variance: np.ndarray) -> np.ndarray:
+    """How likely numbers of that variance are rounded to another whole one than these; `_LEAST` where they may be."""
+    far = np.abs(whole - np.floor(whole) - 0.5)
+    deviation = np.sqrt(variance)
+    near = far <= _CLEAR * deviation + _ROUNDINGS * np.abs(whole)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        tail = 0.5 * np.exp(-0.5 * (far / deviation) ** 2)  # no less than the normal distribution's
+    moved = np.where(deviation < 1, tail, variance)  # by many steps it moves as its input does
+    return np.where(near, np.maximum(np.nan_to_num(moved), _LEAST), 0.0)
+
+
+Q8_0, Q8_K = Blocks("q8_0", 32, half=True), Blocks("q8_k", 256, half=False)
+TAKEN: Mapping[str, Taken] = MappingProxyType({one.name: one for one in (Cast("float16"), Cast("bfloat16"), Q8_0, Q8_K)})

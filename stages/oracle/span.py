@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from stages.oracle import spread
+from stages.oracle.activations import Taken
 from stages.oracle.bounds import RMS_THROUGH, U32, Lambdas, rounding_unit
 from stages.oracle.components import _v_transposed
 from stages.oracle.decoder import _repeated, attn_softmax
@@ -65,7 +66,8 @@ class Value:
 class Way:
     """How a span is judged: the run's dtype, its tokens, and how many standard deviations right programs stay within.
 
-    Absolute bounds are carried where `absolute` says so: they say nothing of many stages.
+    Absolute bounds are carried where `absolute` says so: they say nothing of many stages. `taken`: what the stage takes
+    its first input to before it computes anything.
     """
 
     lambdas: Lambdas
@@ -73,6 +75,7 @@ class Way:
     tokens: np.ndarray | None = None
     deviations: float = WITHIN_LAYER
     absolute: bool = True
+    taken: Taken | None = None
 
 
 Doubts = Sequence[Sequence[np.ndarray]]
@@ -91,6 +94,8 @@ def oracle_through(
     Computed without the roundings that the model prescribes inside the stage; whether they were done is in the bounds.
     `doubts` are what the params may be off, by the calibrated and by the rigorous bounds.
     """
+    if way.taken is not None:
+        inputs = [_as_taken(inputs[0], way.taken), *inputs[1:]]
     arguments = (*(value.array.astype(np.float64) for value in inputs), *params)
     if not inputs and doubts is None:
         return consult(stage, arguments, options, way.lambdas)
@@ -113,6 +118,17 @@ def oracle_through(
         return np.sqrt(of_inputs().variance(oracle.value) + own.variance(oracle.value))
 
     return replace(oracle, typical=typical, carried=of_inputs)
+
+
+def _as_taken(value: Value, taken: Taken) -> Value:
+    """What a value is taken to; of one that is not sure, right programs may take numbers to others near by."""
+    array = value.array.astype(np.float64)
+    least, middle, most = taken.cell(array)
+    if value.sure and np.array_equal(least, most):
+        return Value(middle)
+    of = taken.variance(array, np.asarray(value.spread.variance(array)))
+    far = np.maximum(most - middle, middle - least) if value.sure else np.inf
+    return Value(middle, Spread(of), far)
 
 
 def value_through(oracle: Oracle, inputs: Sequence[Value], way: Way) -> Value:

@@ -43,7 +43,7 @@ class Narrow:
         """What `x` is taken to, with the numbers between which right kernels' lie."""
         if self.blocks is None:
             return point(self.of(x, peak))
-        least, middle, most = self.blocks.quantised(x)
+        least, middle, most = self.blocks.cell(x)
         return point(middle) if np.array_equal(least, most) else Value(least, middle, most)
 
     def of(self, x: np.ndarray, peak: float | None = None) -> np.ndarray:
@@ -134,9 +134,9 @@ NARROW: tuple[Narrow, ...] = (
     ),
     *(
         Narrow(
-            f"8-bit whole numbers with a {'float16' if blocks.half else 'float32'} scale for {blocks.size} (ggml's {blocks.name})",
+            f"8-bit whole numbers with a {'float16' if blocks.half else 'float32'} scale for {blocks.size} (ggml's {blocks.name.upper()})",
             0,
-            lambda x, blocks=blocks: blocks.quantised(x)[1],
+            lambda x, blocks=blocks: blocks.cell(x)[1],
             _WIDE,
             result=False,
             blocks=blocks,

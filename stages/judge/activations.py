@@ -1,0 +1,92 @@
+"""What the kernels of a run take the inputs of its products to, as its user declares it.
+
+Undeclared, a run is judged as one that multiplies what it recorded, and a recipe names what it multiplied instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from stages.errors import UsageError, shown
+from stages.files.forward_dump import Place
+from stages.files.gguf_model import GgufModel
+from stages.oracle.activations import TAKEN, Cell, Taken
+from stages.oracle.verdict import Oracle
+from stages.spec.forward import parameter_name
+from stages.spec.noise import Noise
+
+if TYPE_CHECKING:
+    from stages.judge.recorded_run import ForwardRun
+
+# By the type of the weights, as ggml's CPU kernels do.
+GGML, FLOAT32 = "ggml", "float32"
+CHOICES = (FLOAT32, *TAKEN, GGML)
+# `vec_dot_type` of `type_traits_cpu` in ggml/src/ggml-cpu/ggml-cpu.c.
+_OF_WEIGHTS: Mapping[str, str] = MappingProxyType(
+    {
+        "F32": FLOAT32,
+        "F16": "float16",
+        "BF16": "bfloat16",
+        **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0", "IQ4_NL", "MXFP4"), "q8_0"),
+        **dict.fromkeys(("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "TQ1_0", "TQ2_0"), "q8_k"),
+        **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"), "q8_k"),
+    }
+)
+
+
+def declare(run: ForwardRun, activations: str | None) -> None:
+    """Have `run` judged by what its user declares; `UsageError` for what there is not, or where it does not apply."""
+    if activations not in (None, *CHOICES):
+        raise UsageError(f"activations {shown(activations)}: there are {', '.join(CHOICES)}")
+    if activations is not None and run.path is None:
+        raise UsageError("activations are of a model's products, and this tree says nothing of its model")
+    if activations is not None and run.path is not None and run.path.activations != FLOAT32:
+        raise UsageError(f"activations are taken to {activations} by kernels of float32 runs; this one is {run.path.activations}")
+    if activations == GGML and _gguf(run) is None:
+        raise UsageError("activations ggml follow from the types of a GGUF file's weights; give it as --model")
+    run.activations = activations
+
+
+def _gguf(run: ForwardRun) -> GgufModel | None:
+    return next((one for one in (run.weights, run.checkpoint) if isinstance(one, GgufModel)), None)
+
+
+def taken_at(run: ForwardRun, place: Place) -> Taken | None:
+    """What a stage's kernel takes its input to; None where it is no product, or multiplies what it is given.
+
+    None too of a stage whose weights are of types that ask for different ones, and of a type that is unknown here.
+    """
+    assert run.path is not None
+    stage = run.path.at(place)
+    if run.activations in (None, FLOAT32) or stage.noise is not Noise.PRODUCT or not stage.inputs:
+        return None
+    if run.activations != GGML:
+        return TAKEN[str(run.activations)]
+    weights = _gguf(run)
+    assert weights is not None
+    infos = [weights.info(parameter_name(stage, name, place[0])) for name in stage.params]
+    kinds = {_OF_WEIGHTS.get(info.stored.type) for info in infos if len(info.shape) > 1}
+    kind = kinds.pop() if len(kinds) == 1 else None
+    return TAKEN.get(kind) if kind is not None else None
+
+
+def settled(oracle: Oracle, cell: Cell, observed: np.ndarray) -> Oracle:
+    """The oracle of a product whose input's doubtful numbers are those within their cells that are nearest to what was
+    recorded: each right kernel has one of them, and the record tells which."""
+    least, middle, most = cell
+    doubtful = np.argwhere(least != most)
+    if not len(doubtful) or observed.shape != oracle.value.shape:
+        return oracle
+    weights = [a for a in oracle.arguments[1:] if a.ndim == 2]
+    x, left = middle.copy(), observed.astype(np.float64) - oracle.value
+    for row, k in doubtful:
+        column = np.concatenate([w[:, k] for w in weights]).astype(np.float64)
+        share = float(left[row] @ column) / max(float(column @ column), np.finfo(np.float64).tiny)
+        other = min((least[row, k], middle[row, k], most[row, k]), key=lambda end: abs(end - middle[row, k] - share))
+        left[row] -= (other - x[row, k]) * column
+        x[row, k] = other
+    return oracle.of((x.astype(np.float32), *oracle.arguments[1:]))
