@@ -321,8 +321,8 @@ def weighted(
     """p @ v, heads joined, `[tokens, heads * head_dim]`; of few `rows` these queries alone.
 
     `p`: the probabilities as recorded, or `numerators` made again from the scores, divided by their sum at the end;
-    `cast` rounds them first. Of a `float16 cache` keys and values have been rounded to that; `key by key` so have the
-    queries, and the accumulators are, at each key.
+    `cast` rounds them first. Of a `float16 cache` keys and values have been rounded to that; of `float16 products` so have
+    the queries and the probabilities; `key by key` the queries, and the accumulators are, at each key.
     """
     mixed, of, o = transposed or unjoined, at.but(rows=None), at.options
     queries = None if mixed else at.rows
@@ -338,6 +338,8 @@ def weighted(
         y, t = _key_by_key(_scores_of_cache(of, o["heads"], queries, narrow=True), v, queries)
     else:
         a, t = (of.input(0), None) if p == "recorded" else _numerators(of, p, fast, queries)
+        if p == "float16 products" and t is not None:  # the probabilities, by the sum's inverse, are an operand too
+            a, t = (a * t.falling(lambda x: 1 / x).soft(1)).soft(1).once("float16"), None
         if p == "recorded" and queries is not None:
             a = a.map(lambda x: x[:, queries])
         if transposed:
@@ -354,13 +356,13 @@ def weighted(
     return at.cut(y) if mixed else y
 
 
-_CACHED = ("float16 cache", "key by key")
+_CACHED = ("float16 cache", "key by key", "float16 products")
 
 
 def _numerators(at: At, p: str, fast: float, queries: np.ndarray | None) -> tuple[Value, Value]:
     """exp(scores - largest), and their sum; from unrounded scores."""
-    if p == "float16 cache":
-        scores = _scores_of_cache(at, at.options["heads"], queries, narrow=False)
+    if p in _CACHED:
+        scores = _scores_of_cache(at, at.options["heads"], queries, narrow=p == "float16 products")
     else:
         scores = at.maker(at.stage.inputs[0]).raw("attn_scores", 1)
         scores = scores if queries is None else scores.map(lambda x: x[:, queries])
@@ -418,6 +420,7 @@ def _where(which: np.ndarray, yes: Value | np.ndarray, no: Value | np.ndarray) -
 
 
 _LLAMA = "as llama.cpp does by default: flash attention over a float16 cache of keys and values"
+_NO_FLASH = "as llama.cpp does without flash attention: products of a float16 cache take their other operand to that too"
 _WEIGHTED_FORMS: tuple[Form, ...] = (
     prescribed("of the recorded probabilities, summed in float32, rounded once", who="transformers eager (ran)"),
     equivalent(
@@ -465,6 +468,14 @@ _WEIGHTED_FORMS: tuple[Form, ...] = (
         usual=_LLAMA,
         deep=True,
         p="key by key",
+    ),
+    narrower(
+        "queries, keys, values and probabilities in float16",
+        dtypes=("float32",),
+        who="llama.cpp of October 2026, ggml-cpu/ggml-cpu.c (read and ran)",
+        usual=_NO_FLASH,
+        deep=True,
+        p="float16 products",
     ),
     *(narrower(words, dtypes=("float32",), pieces=pieces) for words, pieces in IN_PIECES.items()),
 )
