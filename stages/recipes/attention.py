@@ -13,7 +13,7 @@ from stages.oracle.bounds import U32
 from stages.recipes.at import At
 from stages.recipes.product import IN_PIECES, summed
 from stages.recipes.recipe import FIT, NARROW, Form, Kind, Mod, equivalent, narrower, prescribed
-from stages.recipes.value import Pieces, Value, nearest, point, total
+from stages.recipes.value import Pieces, Value, any_of, nearest, point, total
 from stages.spec.causal import up_to_query
 from stages.spec.noise import Noise
 
@@ -322,8 +322,13 @@ def weighted(
 
     `p`: the probabilities as recorded, or `numerators` made again from the scores, divided by their sum at the end;
     `cast` rounds them first. Of a `float16 cache` keys and values have been rounded to that; of `float16 products` so have
-    the queries and the probabilities; `key by key` the queries, and the accumulators are, at each key.
+    the queries and the probabilities; `key by key` the queries, and the accumulators are, at each key; `either` of these
+    two in each element.
     """
+    if p == "either":
+        ways = [weighted(at, p=one) for one in ("key by key", "float16 cache")]
+        found = [way for way in ways if way is not None]
+        return any_of(found) if len(found) == len(ways) else None
     mixed, of, o = transposed or unjoined, at.but(rows=None), at.options
     queries = None if mixed else at.rows
     split = forward._keys if keys else forward._values
@@ -468,6 +473,14 @@ _WEIGHTED_FORMS: tuple[Form, ...] = (
         usual=_LLAMA,
         deep=True,
         p="key by key",
+    ),
+    narrower(
+        "keys and values in float16, at short calls the queries too, and at each key the accumulators",
+        dtypes=("float32",),
+        who="llama.cpp at a prompt of 64 tokens and more and the tokens after it (ran)",
+        usual=_LLAMA,
+        deep=True,
+        p="either",
     ),
     narrower(
         "queries, keys, values and probabilities in float16",
