@@ -1,7 +1,7 @@
 """What llama.cpp computes on a CPU, by the callback that it calls after each node of its graph.
 
-Nodes are known by the names that its own graphs give them (`src/llama-graph.cpp`, `src/models/`). Where a node is asked
-for, the graph is computed up to it, so that nothing is fused across it; its values are copied before the next node runs.
+Nodes are known by the names that its own graphs give them (`src/llama-graph.cpp`, `src/models/`). Where one is asked
+for, the graph is computed up to it, so that nothing is fused across it; its values are copied before the next runs.
 """
 
 from __future__ import annotations
@@ -48,14 +48,24 @@ _NODES: dict[tuple[str, str | None], tuple[str, int]] = {
     ("l_out", None): ("post_ffn_residual", 0),
     ("result_norm", None): ("final_norm", 0),
     ("result_output", None): ("lm_head", 0),
-    **{(f"{which}cur", op): (stage, part) for part, which in enumerate("QKV") for op, stage in
-       (("MUL_MAT", "qkv_matmul"), ("ADD", "qkv_bias"))},
+    **{
+        (f"{which}cur", op): (stage, part)
+        for part, which in enumerate("QKV")
+        for op, stage in (("MUL_MAT", "qkv_matmul"), ("ADD", "qkv_bias"))
+    },
 }
 _NAME = re.compile(r"(?P<name>[A-Za-z_]+)(?:-(?P<layer>\d+))?", re.ASCII)
 # o_proj's product has a name in some graphs; in the others it is the product after this node.
 _BEFORE_OUT, _UNNAMED = "kqv_out", re.compile(r"node_\d+", re.ASCII)
 # Where heads may be in pairs of rows.
-_TURNED = {("q_post_rope", 0), ("k_post_rope", 0), ("qkv_matmul", 0), ("qkv_matmul", 1), ("qkv_bias", 0), ("qkv_bias", 1)}
+_TURNED = {
+    ("q_post_rope", 0),
+    ("k_post_rope", 0),
+    ("qkv_matmul", 0),
+    ("qkv_matmul", 1),
+    ("qkv_bias", 0),
+    ("qkv_bias", 1),
+}
 
 
 def run(
@@ -82,7 +92,9 @@ def run(
     if not isinstance(weights, GgufModel):
         raise UsageError(f"{ENGINE} runs GGUF files, and {source} is none")
     if compiled or deep or device != "cpu" or dtype not in ("model", "float32"):
-        raise UsageError(f"{ENGINE} runs its own kernels on the CPU here, in float32: leave --compile, --deep, --device and --dtype out")
+        raise UsageError(
+            f"{ENGINE} runs its own kernels, here on the CPU; leave --compile, --deep, --device and --dtype out"
+        )
     if attention not in (None, *FLASH) or cache not in CACHES:
         raise UsageError(f"{ENGINE} has --attention {' or '.join(FLASH)}, and --kv-cache {' or '.join(CACHES)}")
     library = load()
@@ -131,10 +143,8 @@ class _Taking:
             array = self.seen.get((layer, site))
             if array is None or array.shape[1] != len(tokens):
                 what = "lacks" if array is None else f"has {array.shape[1]} rows of {len(tokens)} of"
-                raise InputError(
-                    f"llama.cpp's graph {what} {forward_key((layer, site.stage))} (node {site.module}); this build may name its "
-                    "nodes otherwise"
-                )
+                key = forward_key((layer, site.stage))
+                raise InputError(f"{ENGINE}'s graph {what} {key} (node {site.module}); another build may name it so")
         ids = np.asarray([tokens], np.int64)
         self.record.calls.append(Call(ids, np.ones(ids.shape, bool), before, dict(self.seen)))
         self.seen.clear()
@@ -198,7 +208,7 @@ def _context(
         raise library.refused(f"makes no context with --attention {attention or 'its own'} and --kv-cache {cache}")
     taking.record.facts |= {
         "engine": ENGINE,
-        "library": library.version,
+        "xllamacpp": library.version,
         "system": library.text(library.c.llama_print_system_info()),
         "attention": attention or "flash where it can",
         "cache": cache,

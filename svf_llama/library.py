@@ -1,26 +1,23 @@
 """llama.cpp's C library: where it is, what its structs look like, and its words when it refuses something.
 
-Declarations are those of the wheel `llama-cpp-py-sync`, for cffi. Its own library is used where the system can load it,
-else the one inside the wheel of `xllamacpp` of the neighbouring build. Struct layouts change between builds of
-llama.cpp, so `svf[llama]` names the two exactly.
+The library is the one inside the wheel `xllamacpp`, which exports llama.cpp's own functions; their declarations are
+those of the wheel `llama-cpp-py-sync` of the neighbouring build, for cffi. Struct layouts change between builds of
+llama.cpp, so `svf[llama]` names the two exactly, and others are refused.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from stages.errors import InputError, NotFoundError
 
-# Build of llama.cpp that the declarations are of, and the wheels that hold it or the next one.
-DECLARED, WHEELS = "0.11548", ("llama-cpp-py-sync", "xllamacpp")
-_INSTALL = "pip install 'svf[llama]'"
+WHEELS = {"llama-cpp-py-sync": "0.11548", "xllamacpp": "2026.10.11549"}
+_INSTALL = f"pip install {' '.join(f'{wheel}=={build}' for wheel, build in WHEELS.items())}"
 # Of `struct ggml_tensor` what comes first, which no build has changed since 2023, and functions on it.
 _GGML = """
 struct ggml_tensor { int type; void * buffer; int64_t ne[4]; size_t nb[4]; };
@@ -79,7 +76,7 @@ class Library:
     def listen(self) -> None:
         """Keep what it logs as errors, and print nothing."""
 
-        @self.ffi.callback("void(enum ggml_log_level, const char *, void *)")  # type: ignore[misc]
+        @self.ffi.callback("void(enum ggml_log_level, const char *, void *)")
         def logged(level: int, text: Any, _user: Any) -> None:
             if level == _WORST:
                 self.said.append(self.ffi.string(text).decode(errors="replace").strip())
@@ -107,43 +104,34 @@ class Library:
         return callback
 
     def refused(self, what: str) -> InputError:
-        """The error for what the library would not do, in its own last words."""
-        return InputError(f"llama.cpp {what}: {self.said[-1] if self.said else 'it gives no reason'}")
+        """The error for what the library would not do, in its own first words: the later ones say what came of it."""
+        return InputError(f"llama.cpp {what}: {self.said[0] if self.said else 'it gives no reason'}")
 
 
 def load() -> Library:
     """The library of the installed wheels; `NotFoundError` that says what to install."""
-    if importlib.util.find_spec("llama_cpp_py_sync") is None:
-        raise NotFoundError(f"llama.cpp's declarations (llama-cpp-py-sync) are not installed: {_INSTALL}")
-    found = importlib.metadata.version(WHEELS[0])
-    if found != DECLARED:
-        raise NotFoundError(
-            f"llama-cpp-py-sync {found} is installed, and this reads the structs of {DECLARED}: {_INSTALL}"
-        )
+    for wheel, build in WHEELS.items():
+        try:
+            found = importlib.metadata.version(wheel)
+        except importlib.metadata.PackageNotFoundError:
+            raise NotFoundError(f"{wheel} is not installed, and llama.cpp needs it: {_INSTALL}") from None
+        if found != build:
+            raise NotFoundError(
+                f"{wheel} {found} is installed; the structs that are read here are {build}'s: {_INSTALL}"
+            )
     from cffi import FFI
     from llama_cpp_py_sync._cffi_bindings import ffi
 
-    own, tried = FFI(), []
+    files = importlib.metadata.files("xllamacpp") or []
+    path = next(
+        (str(file.locate()) for file in files if file.name.startswith("xllamacpp.") and file.suffix == ".so"), ""
+    )
+    own = FFI()
     own.cdef(_GGML)
-    for wheel in WHEELS:
-        for path in _libraries(wheel):
-            try:
-                c, ggml = ffi.dlopen(str(path)), own.dlopen(str(path))
-                c.llama_backend_init()
-            except (OSError, AttributeError) as error:
-                tried.append(str(error))
-                continue
-            library = Library(ffi, c, own, ggml, f"{wheel} {importlib.metadata.version(wheel)}")
-            library.listen()
-            return library
-    raise NotFoundError(f"no llama.cpp library can be loaded ({'; '.join(tried) or 'none is installed'}): {_INSTALL}")
-
-
-def _libraries(wheel: str) -> list[Path]:
-    """The shared libraries of a wheel that hold llama.cpp."""
     try:
-        files = importlib.metadata.files(wheel) or []
-    except importlib.metadata.PackageNotFoundError:
-        return []
-    names = ("libllama.so", "libllama.dylib", "xllamacpp.abi3.so")
-    return [Path(str(file.locate())) for file in files if file.name in names]
+        library = Library(ffi, ffi.dlopen(path), own, own.dlopen(path), WHEELS["xllamacpp"])
+    except OSError as error:
+        raise NotFoundError(f"llama.cpp's library cannot be loaded: {error}") from error
+    library.c.llama_backend_init()
+    library.listen()
+    return library

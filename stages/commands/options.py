@@ -110,8 +110,8 @@ Accepted = Annotated[
 Activations = Annotated[
     TakenTo | None,
     of_run(
-        help="What the kernels take the inputs of products to before they multiply; ggml: by the types of a GGUF file's "
-        "weights, as ggml does on a CPU. Where it is not given, the verdict says what they did."
+        help="What kernels take the inputs of products to; ggml: as it does on a CPU, by the types of a GGUF file's "
+        "weights. Where it is not given, the verdict says what they did."
     ),
 ]
 StrictStages = Annotated[

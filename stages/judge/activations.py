@@ -45,7 +45,9 @@ def declare(run: ForwardRun, activations: str | None) -> None:
     if activations is not None and run.path is None:
         raise UsageError("activations are of a model's products, and this tree says nothing of its model")
     if activations is not None and run.path is not None and run.path.activations != FLOAT32:
-        raise UsageError(f"activations are taken to {activations} by kernels of float32 runs; this one is {run.path.activations}")
+        raise UsageError(
+            f"activations are taken to {activations} by kernels of float32 runs; this one is {run.path.activations}"
+        )
     if activations == GGML and _gguf(run) is None:
         raise UsageError("activations ggml follow from the types of a GGUF file's weights; give it as --model")
     run.activations = activations

@@ -93,8 +93,8 @@ def audit(
     `model` and the tokens are needed for another program's, which does not name them, and `adapted` and `layout` where
     it ran on adapted weights. `layers` and `stages` ask for less. `InputError` for a key that is no stage. With
     `rerun`, suspect stages of our own dumps are run again on their backend. `accepted`: see `explained.accept`.
-    With `natives`, what is within rounding is asked of the backends' own functions too. `activations`: what kernels take
-    the inputs of products to, one of `activations.CHOICES`; where it is not given, the verdict says what they did.
+    With `natives`, what is within rounding is asked of the backends' own functions too. `activations`: what
+    kernels take the inputs of products to, of `activations.CHOICES`; where it is not given, the verdict says it.
     """
     named, wanted = Named(model, tokens, tokens_file, prompt), Wanted.of(layers, stages)
     progress = progress or Reporter(False)
@@ -108,7 +108,9 @@ def audit(
             )
         if kind is Recording.REPLAY:
             if named.ids or adapted is not None or activations is not None:
-                raise UsageError(f"--tokens, --adapted and --activations apply to forwards; {path} is a component replay")
+                raise UsageError(
+                    f"--tokens, --adapted and --activations apply to forwards; {path} is a component replay"
+                )
             return _audit_replay(path, named.model, components, how, stack, progress)
         if components is not None:
             raise UsageError(f"--components applies to component replays; {path} is a forward")

@@ -143,9 +143,11 @@ def _in_both(document: Document) -> list[str]:
 
 
 def _of_audit(document: Document) -> list[str]:
-    if document["culprit"] is not None:
-        return _of_culprit(document)
     words = command_words(document)
+    if document["culprit"] is not None:
+        blocks = any("ggml's Q8_" in str(row.get("recipe")) for row in document["rows"])
+        declared = _again(document, "--activations", "ggml") if blocks and "--activations" not in words else []
+        return [*declared, *_of_culprit(document)]
     asked = [word for option in _TOKENS if (value := _value(words, option)) for word in (option, value)]
     model, dtype = _value(words, "--model"), document["facts"].get("dtype", "model")
     if document["outcome"] != "incomplete" or document["kind"] != "forward" or model is None or not asked:

@@ -1,10 +1,10 @@
-"""What kernels take the input of a product to before they multiply: a narrower float, or ggml's blocks of 8-bit numbers.
+"""What kernels take the input of a product to before they multiply: a narrower float, or blocks of 8-bit numbers.
 
-A kernel for quantised weights first quantises its input: whole numbers from -127 to 127, and one scale for each block of
-a row. It sums products of whole numbers, which are exact, and in float32 their blocks. So the product of the quantised
-input is exact to the order of that sum, and its bound is the product's own. What may differ between right kernels is
-the whole number of a value that lies within their roundings of the middle between two: of that both are given, as the
-ends of a cell. Facts: `quantize_row_q8_0` and `quantize_row_q8_K` in `ggml/src/ggml-quants.c` and
+A kernel of ggml for quantised weights first quantises its input: whole numbers from -127 to 127, and one scale for each
+block of a row. It sums products of whole numbers, which are exact, and in float32 their blocks. So the product of the
+quantised input is exact to the order of that sum, and its bound is the product's own. What may differ between right
+kernels is the whole number of a value that lies within their roundings of the middle between two: of that both are
+given, as the ends of a cell. Facts: `quantize_row_q8_0` and `quantize_row_q8_K` in `ggml/src/ggml-quants.c` and
 `ggml/src/ggml-cpu/arch/*/quants.c`, `quantize_q8_1` in `ggml/src/ggml-cuda/quantize.cu`.
 """
 
@@ -26,9 +26,9 @@ _MOST = np.float32(127)
 _ROUNDINGS = 3 * U32
 # What lies so many standard deviations from the middle between two numbers is not taken to the other one.
 _CLEAR = 6.0
-# A number that may be taken to either weighs so much of its step's square at least: a tenth of a step is one standard
-# deviation, so that a single step is within the ten that right programs stay within (span.WITHIN_LAYER).
-_LEAST = 1e-2
+# A number that may be taken to either weighs so much of its step's square at least: a fifth of a step is one standard
+# deviation, so that a single step is well within the ten that right programs stay within (span.WITHIN_LAYER).
+_LEAST = 4e-2
 
 Cell = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -67,7 +67,8 @@ class Blocks:
         plain = np.rint((blocks.astype(np.float32) * (_MOST / peak.astype(np.float32))).astype(np.float64))
         low, high = np.rint(whole - doubt), np.rint(whole + doubt)
         scale = self._scale(peak)
-        least, middle, most = (end * scale for end in (np.minimum(low, plain), plain, np.maximum(high, plain)))
+        with np.errstate(invalid="ignore"):  # of a scale that float16 has not
+            least, middle, most = (end * scale for end in (np.minimum(low, plain), plain, np.maximum(high, plain)))
         return least.reshape(x.shape), middle.reshape(x.shape), most.reshape(x.shape)
 
     def variance(self, x: np.ndarray, of_x: np.ndarray) -> np.ndarray:
@@ -129,4 +130,6 @@ def _taken_to_another(whole: np.ndarray, variance: np.ndarray) -> np.ndarray:
 
 
 Q8_0, Q8_K = Blocks("q8_0", 32, half=True), Blocks("q8_k", 256, half=False)
-TAKEN: Mapping[str, Taken] = MappingProxyType({one.name: one for one in (Cast("float16"), Cast("bfloat16"), Q8_0, Q8_K)})
+TAKEN: Mapping[str, Taken] = MappingProxyType(
+    {one.name: one for one in (Cast("float16"), Cast("bfloat16"), Q8_0, Q8_K)}
+)

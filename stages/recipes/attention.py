@@ -321,14 +321,18 @@ def weighted(
     """p @ v, heads joined, `[tokens, heads * head_dim]`; of few `rows` these queries alone.
 
     `p`: the probabilities as recorded, or `numerators` made again from the scores, divided by their sum at the end;
-    `cast` rounds them first. Of a `float16 cache` keys and values have been rounded to that; of `float16 products` so have
-    the queries and the probabilities; `key by key` the queries, and the accumulators are, at each key; `either` of these
-    two in each element.
+    `cast` rounds them first. Of a `float16 cache` keys and values have been rounded to that; of `float16 products` so
+    have the queries and the probabilities; `key by key` the queries, and the accumulators are, at each key; `either` of
+    these two in each element.
     """
     if p == "either":
-        ways = [weighted(at, p=one) for one in ("key by key", "float16 cache")]
-        found = [way for way in ways if way is not None]
-        return any_of(found) if len(found) == len(ways) else None
+        one, other = (weighted(at, p=way) for way in ("key by key", "float16 cache"))
+        if one is None or other is None:
+            return None
+        both = any_of([one, other])
+        return Value(
+            both.lo, (one.mid + other.mid) / 2, both.hi
+        )  # neither's bits: where one alone gives all, it is told
     mixed, of, o = transposed or unjoined, at.but(rows=None), at.options
     queries = None if mixed else at.rows
     split = forward._keys if keys else forward._values
@@ -425,7 +429,9 @@ def _where(which: np.ndarray, yes: Value | np.ndarray, no: Value | np.ndarray) -
 
 
 _LLAMA = "as llama.cpp does by default: flash attention over a float16 cache of keys and values"
-_NO_FLASH = "as llama.cpp does without flash attention: products of a float16 cache take their other operand to that too"
+_NO_FLASH = (
+    "as llama.cpp does without flash attention: products of a float16 cache take their other operand to that too"
+)
 _WEIGHTED_FORMS: tuple[Form, ...] = (
     prescribed("of the recorded probabilities, summed in float32, rounded once", who="transformers eager (ran)"),
     equivalent(

@@ -125,16 +125,9 @@ NARROW: tuple[Narrow, ...] = (
         result=False,
         whole=True,
     ),
-    Narrow(
-        "8-bit whole numbers with a scale per row",
-        0,
-        lambda x: _by_rows(x, 7),
-        _EVERY,
-        result=False,
-    ),
     *(
         Narrow(
-            f"8-bit whole numbers with a {'float16' if blocks.half else 'float32'} scale for {blocks.size} (ggml's {blocks.name.upper()})",
+            f"8-bit whole numbers with a scale for {blocks.size} of them, ggml's {blocks.name.upper()}",
             0,
             lambda x, blocks=blocks: blocks.cell(x)[1],
             _WIDE,
@@ -143,6 +136,13 @@ NARROW: tuple[Narrow, ...] = (
             usual=f"as ggml does on a CPU before it multiplies with {weights}",
         )
         for blocks, weights in ((Q8_0, "Q4_0, Q5_0 and Q8_0"), (Q8_K, "K-quants"))
+    ),
+    Narrow(
+        "8-bit whole numbers with a scale per row",
+        0,
+        lambda x: _by_rows(x, 7),
+        _EVERY,
+        result=False,
     ),
 )
 BY_NAME: Mapping[str, Narrow] = MappingProxyType({narrow.name: narrow for narrow in NARROW})

@@ -13,7 +13,8 @@ from stages.files.gguf_file import block_sizes
 
 
 @functools.cache
-def _ggml() -> ctypes.CDLL:
+def ggml() -> ctypes.CDLL:
+    """ggml's library, with what it declares of its quantiser of weights."""
     files = importlib.metadata.files("pywhispercpp") or []
     library = ctypes.CDLL(str(next(f.locate() for f in files if f.name == "libggml-base.so")))
     whole, place = ctypes.c_int64, ctypes.c_void_p
@@ -33,7 +34,7 @@ def quantised(kind: str, weights: np.ndarray, importance: np.ndarray | None = No
     block, width = block_sizes()[kind]
     out = np.empty((len(rows), rows.shape[1] // block * width), np.uint8)
     given = None if importance is None else np.ascontiguousarray(importance, np.float32)
-    written = _ggml().ggml_quantize_chunk(
+    written = ggml().ggml_quantize_chunk(
         gguf.GGMLQuantizationType[kind].value,
         rows.ctypes.data,
         out.ctypes.data,
