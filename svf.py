@@ -179,18 +179,20 @@ def audit(
     tokens: Sequence[int] | None = None,
     top: int = 5,
     accept: str | None = None,
+    activations: str | None = None,
     natives: bool = False,
 ) -> Result:
     """`svf audit PATH`: one recorded run against float64, each stage from its own recorded inputs.
 
-    `accept` is `diff`'s. With `natives`, PyTorch's and JAX's own functions are asked for the last bits, in processes of
-    their own.
+    `accept` is `diff`'s. `activations`: what kernels take the inputs of products to, as of `--activations`. With
+    `natives`, PyTorch's and JAX's own functions are asked for the last bits, in processes of their own.
     """
     from stages.judge.audit import audit as judged
 
     named = None if model is None else str(model)
     words = _text(tokens)
-    return Result(judged(Path(path), model=named, tokens=words, top=top, accepted=accept, natives=natives))
+    how: dict[str, Any] = {"accepted": accept, "activations": activations, "natives": natives}
+    return Result(judged(Path(path), model=named, tokens=words, top=top, **how))
 
 
 class Captured:

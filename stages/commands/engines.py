@@ -34,6 +34,7 @@ from stages.commands.program import STATE, answer, command
     "svf capture MODEL --engine transformers --attention sdpa --compile --generate 8 --out captured",
     "svf capture MODEL --tokens 1,2,3,4,5 --beside 6,7 --kv-cache static --generate 4 --deep --out captured",
     "svf capture MODEL --engine nnx --out captured",
+    "svf capture model.gguf --engine llama.cpp --tokens 1,2,3 --generate 4 --out captured",
 )
 def capture(
     model: Annotated[str, typer.Argument(help="Checkpoint folder, GGUF file or hub id.")],
@@ -47,15 +48,19 @@ def capture(
         list[str] | None,
         of_run(help="Token ids of one more sequence in the batch; shorter ones are padded on the left."),
     ] = None,
-    engine: Annotated[EngineName, compute(help="Whose model runs: transformers', or ours in flax.nnx.")] = (
-        ON_TRANSFORMERS
-    ),
+    engine: Annotated[
+        EngineName, compute(help="Whose model runs: transformers', ours in flax.nnx, or llama.cpp's.")
+    ] = (ON_TRANSFORMERS),
     attention: Annotated[
-        Attention | None, compute(help="How transformers computes attention; sdpa if not given.")
+        Attention | None,
+        compute(help="How transformers computes attention, sdpa if not given; llama.cpp: eager, flash."),
     ] = None,
     kv_cache: Annotated[
         CacheKind | None,
-        compute(help="What a decode keeps keys and values in; dynamic if not given. none: every call runs all tokens."),
+        compute(
+            help="What a decode keeps keys and values in; dynamic if not given. none: every call runs all tokens. "
+            "llama.cpp: float16 if not given, float32."
+        ),
     ] = None,
     compile: Annotated[bool, compute("--compile", help="Compile the model: torch.compile, jax.jit.")] = False,
     generate: Annotated[int, compute(min=0, help="Greedy tokens to generate, and capture too.")] = 0,

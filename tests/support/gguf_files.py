@@ -40,10 +40,11 @@ def write_gguf(
 
 
 def gguf_of(folder: Path, path: Path, kind: str) -> Path:
-    """A checkpoint as GGUF, its matrices quantised."""
+    """A checkpoint as GGUF, its matrices quantised, with no tokenizer, which llama.cpp wants to be told."""
     with open_checkpoint(folder) as checkpoint:
         weights = {name: checkpoint.read(name) for name in checkpoint.tensors}
-        return write_config(path, checkpoint.config, weights, kind=kind, raw={}, edit=lambda _: None)
+        said = {"tokenizer.ggml.model": "none", f"{checkpoint.config.family}.vocab_size": checkpoint.config.vocab_size}
+        return write_config(path, checkpoint.config, weights, kind=kind, raw={}, edit=lambda had: had.update(said))
 
 
 def write_config(
