@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from stages.files.forward_dump import Place, forward_key
+from stages.judge.activations import taken_at
 from stages.judge.hints import Case
 from stages.judge.mix_ups import ALIKE
 from stages.judge.recorded_run import ForwardRun, Span, given, sources_of, weights_of
@@ -149,6 +150,11 @@ class Tried:
         """How the tensor is judged."""
         return way_of(self.span.acting, self.run)
 
+    def taken(self, at: Place, inputs: Arrays) -> Arrays:
+        """What a stage's kernel takes its inputs to before it computes anything."""
+        taken = taken_at(self.run, at)
+        return inputs if taken is None else [taken.cell(inputs[0])[1], *inputs[1:]]
+
     # -- values of wrong programs ---------------------------------------------------------------------------------
 
     def value(self, instead: Mapping[Place, Function]) -> np.ndarray | None:
@@ -215,7 +221,8 @@ class Tried:
         stage = self.stage_of(at)
         if stage.identity:
             return inputs[0]
-        return np.asarray(STAGES[stage.function](*inputs, *self.params(at), **self.options_of(at)), np.float64)
+        taken = self.taken(at, inputs)
+        return np.asarray(STAGES[stage.function](*taken, *self.params(at), **self.options_of(at)), np.float64)
 
     def stage(self, at: Place) -> Stage:
         return self.oracle.stage if at == self.span.acting else self.path.at(at)
@@ -361,7 +368,8 @@ class Tried:
                 yield self._left_out([at], self._where(at))
 
     def _at(self, at: Place, inputs: Arrays) -> At:
-        oracle = consult(self.stage(at), (*inputs, *self.params(at)), self.options(at), self.oracle.lambdas)
+        arguments = (*self.taken(at, inputs), *self.params(at))
+        oracle = consult(self.stage(at), arguments, self.options(at), self.oracle.lambdas)
         return At(oracle, inside="float64", right=right_value)
 
     def _way(self, words: str, kind: Class, at: Place, inputs: Arrays) -> np.ndarray | None:
@@ -399,7 +407,7 @@ class Tried:
 
     def _with_params(self, at: Place, where: str, said: str, params: Arrays) -> Hypothesis:
         function, options = STAGES[self.stage(at).function], self.options(at)
-        instead = {at: lambda x: np.asarray(function(*x, *params, **options), np.float64)}
+        instead = {at: lambda x: np.asarray(function(*self.taken(at, x), *params, **options), np.float64)}
         return Hypothesis(where, said, Class.OTHER, instead, {at: Edit(params=params)})
 
     def numbers(self) -> Iterator[Number]:
