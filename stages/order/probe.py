@@ -108,30 +108,36 @@ class _Region:
 def with_fma(tree: Tree, fuses: Callable[[int, int], bool]) -> Order:
     """The order of `tree`, its innermost chains by FMA when every tested term that such a chain fuses is fused.
 
-    An explicit order, with every term tested, when some are and some are not.
+    An explicit order, with every term tested, when some are and some are not; and when some are in an order without
+    chains, as one without a name is.
     """
     plain = recognise(tree)
-    steps = [step for step in lower(fused(plain), tree.size).steps if step.fused]
-    chosen = [steps[k] for k in np.linspace(0, len(steps) - 1, min(_FMA_TESTS, len(steps))).astype(int)]
-    answers = {fuses(step.of, step.into) for step in chosen}
-    if answers == {True}:
-        return fused(plain)
-    if not answers or answers == {False}:
+    chained = [(step.of, step.into) for step in lower(fused(plain), tree.size).steps if step.fused]
+    asked = chained or [alone[0] for _, alone in _alone(tree) if alone]
+    chosen = [asked[k] for k in np.linspace(0, len(asked) - 1, min(_FMA_TESTS, len(asked))).astype(int)]
+    answers = {fuses(*question) for question in chosen}
+    if True not in answers:
         return plain
+    if chained and answers == {True}:
+        return fused(plain)
     return Explicit(Program(tree.size, tuple(_tested(tree, fuses))))
 
 
 def _tested(tree: Tree, fuses: Callable[[int, int], bool]) -> Iterable[Step]:
-    slot, alone = list(range(tree.size)), set(range(tree.size))
+    slot = list(range(tree.size))  # by its least term, what an accumulator is called
+    for (a, b), alone in _alone(tree):
+        taken = next((question for question in alone if fuses(*question)), None)
+        of, into = taken or (b, a)
+        yield Step(slot[into], slot[of], fused=taken is not None)
+        slot[a] = slot[into]
+
+
+def _alone(tree: Tree) -> Iterable[tuple[tuple[int, int], list[tuple[int, int]]]]:
+    """Each addition, by the least terms of its sides, with the (term, other side) of it where a side is one term."""
+    lone = set(range(tree.size))
     for _, a, b in tree.merges:
-        step = Step(slot[a], slot[b])
-        for into, of in ((a, b), (b, a)):
-            if of in alone and fuses(of, slot[into]):
-                step = Step(slot[into], of, fused=True)
-                break
-        slot[a] = step.into
-        alone -= {a, b}
-        yield step
+        yield (a, b), [(of, into) for of, into in ((b, a), (a, b)) if of in lone]
+        lone -= {a, b}
 
 
 def total(box: Callable[[np.ndarray], float], size: int) -> Order:

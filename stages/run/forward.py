@@ -31,8 +31,8 @@ from stages.spec.values import StageResult
 
 POSITIONS = ("all", "last")
 # Rows of the LM head at a time: 8 chunks of Qwen's 151,936. Products narrower than MIN_CHUNK sum in another order
-# than the whole; wider ones have its bits in torch, and in JAX while the vocabulary is a multiple of 64, as Qwen's
-# are (docs/findings/forward.md).
+# than the whole; wider ones have its bits in torch on one thread, and in JAX while the vocabulary is a multiple of 64,
+# as Qwen's are. On several threads MKL may sum a wide product as no part of it: docs/findings/forward.md.
 LM_HEAD_CHUNK = 20_000
 MIN_CHUNK = 4096
 

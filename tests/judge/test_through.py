@@ -12,7 +12,7 @@ import pytest
 import torch
 from forward_models import Model, write_model
 from helpers import svf
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from stages.judge.arithmetic import Arithmetic
@@ -59,6 +59,11 @@ def run(
     save_file(found, out / "hidden.safetensors")
     save_file({"lm_head": logits}, out / "logits.safetensors")
     return {"hidden": out / "hidden.safetensors", "logits": out / "logits.safetensors"}
+
+
+def same(one: Path, other: Path) -> bool:
+    tensors = load_file(other)
+    return all(torch.equal(values, tensors[name]) for name, values in load_file(one).items())
 
 
 def audit(dump: Path, source: Path, *more: str) -> dict[str, Any]:
@@ -136,10 +141,13 @@ def test_a_backends_own_functions_give_every_byte_from_logits_alone(
 
 @pytest.mark.parametrize("at_once", [0, 5, 9])
 def test_a_decode_comes_out_to_the_last_byte(source: Path, tmp_path: Path, at_once: int) -> None:
-    for dump in run(source, tmp_path, "bfloat16", at_once=at_once).values():
+    decoded = run(source, tmp_path, "bfloat16", at_once=at_once)
+    (tmp_path / "whole").mkdir()
+    whole = run(source, tmp_path / "whole", "bfloat16")
+    for name, dump in decoded.items():
         rows = [row for row in audit(dump, source, "--natives")["rows"] if row["through"]]
         assert {row["verdict"] for row in rows} == {"exact"}
-        if not at_once:
+        if not at_once and not same(dump, whole[name]):  # a CPU may sum one row as it sums many
             assert all("one token after another" in row["recipe"] for row in rows)
 
 

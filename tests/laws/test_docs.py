@@ -111,8 +111,20 @@ def test_the_readme_is_a_page_and_leads_to_every_command() -> None:
     assert "(docs/cli.md)" in README
 
 
+def is_shown(cells: list[str], line: str) -> bool:
+    """Whether a printed line has these cells, the share of its bound that a rounding takes within a fifth."""
+    *names, last = cells
+    if names[1:] != ["rounding"]:
+        return all(cell in line for cell in cells)
+    shares = [cell.strip() for cell in line.split("│")]
+    return shares[:2] == names and float(shares[3]) == pytest.approx(float(last), rel=0.2)
+
+
 def test_the_session_of_the_readme_is_what_happens(set_up: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every line shown is printed, in this order; rows with the columns that a narrow terminal has."""
+    """Every line shown is printed, in this order; rows with the columns that a narrow terminal has.
+
+    How far a row that rounds is from its bound goes by the CPU: 0.436 of it on one, 0.425 on another.
+    """
     monkeypatch.chdir(set_up)
     shown = README.partition("## A session")[2].partition("\n## ")[0]
     (command,) = commands(shown)
@@ -120,7 +132,7 @@ def test_the_session_of_the_readme_is_what_happens(set_up: Path, monkeypatch: py
     printed = svf(*command.words).out.replace("svf --no-progress", "svf").splitlines()
     for line in lines:
         cells = [cell.strip() for cell in re.split("[│┃]", line.removesuffix("..."))]
-        while not all(cell in printed[0] for cell in cells):
+        while not is_shown(cells, printed[0]):
             printed.pop(0)  # IndexError: the line is nowhere after those before
     assert len(lines) > 8
 

@@ -16,7 +16,7 @@ from stages.order.reveal import NoTreeError, reveal
 from stages.sums.candidates import family, family_of_sums
 from stages.sums.evaluate import Products, Sum, evaluate, fma, product
 from stages.sums.infer import ProductEvidence, SumEvidence, infer
-from stages.sums.orders import Blocks, Chain, Halves, Lanes, Order, Pairs, fused, lower, words
+from stages.sums.orders import Blocks, Chain, Explicit, Halves, Lanes, Order, Pairs, fused, lower, words
 from stages.sums.text import format_order, parse_order
 
 # Every kind of order, as libraries have them; the one table that the tests go through.
@@ -158,6 +158,16 @@ def test_products_are_probed_with_their_fma(text: str) -> None:
     (region,) = black_box(parse_order(text), 50).regions()
     assert format_order(region.order) == text
     assert (region.rows, region.cols) == ("0:6", "0:4")
+
+
+def test_a_products_tree_without_a_name_is_probed_with_its_fma() -> None:
+    """So sums torch's product of one row on a Xeon with AVX-512: the first term before 16 lanes, the rest halved."""
+    text = "tree(8; 0*5, 1*7, 2+3, 0*6, 1+2, 0+1, 0*4)"
+    (region,) = ProductProbe(lambda a, b: product(parse_order(text), a, b), (6, 4, 8)).regions()
+    a, b = matrices(6, 8, 4)
+    assert isinstance(region.order, Explicit)
+    assert any(step.fused for step in region.order.program.steps)
+    assert np.array_equal(product(region.order, a, b), product(parse_order(text), a, b))
 
 
 def test_a_mixed_fma_is_told_step_by_step() -> None:
