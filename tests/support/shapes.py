@@ -1,4 +1,5 @@
-"""Shapes of stage functions: their annotations, checked at every call of a test, and read for the law.
+"""Shapes of stage functions: their annotations, checked at every call of a test that has new shapes, and read for the
+law.
 
 Imported before any stage function is defined (conftest.py): what registers one then wraps it. The annotations are
 strings, whose names are imported for the type checker alone, so that no command pays for `jaxtyping`.
@@ -6,6 +7,7 @@ strings, whose names are imported for the type checker alone, so that no command
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, get_args
 
@@ -38,7 +40,35 @@ def _checked(functions: Functions[Function], function: Function) -> Function:
     function.__annotations__ = annotations(function) | (
         {} if native is None else {name: of for name, of in annotations(native).items() if axes(of)}
     )
-    return _add(functions, jaxtyping.jaxtyped(function, typechecker=beartype))
+    return _add(functions, _once(function, jaxtyping.jaxtyped(function, typechecker=beartype)))
+
+
+def _once(function: Function, checked: Function) -> Function:
+    """`checked` where arguments or a result have other types and shapes than before, else `function`: a check is most of
+    the time of a small call, and sees nothing else of an array."""
+    results: dict[Any, Any] = {}
+
+    @functools.wraps(checked)
+    def call(*args: Any, **options: Any) -> Any:
+        given = (*map(_seen, args), *((name, _seen(value)) for name, value in options.items()))
+        if given in results:
+            out = function(*args, **options)
+            if _seen(out) == results[given]:
+                return out
+        out = checked(*args, **options)
+        results[given] = _seen(out)
+        return out
+
+    return call
+
+
+def _seen(value: Any) -> Any:
+    """What a check sees of a value: type, dtype and shape of an array, a number's type, an axis itself."""
+    if hasattr(value, "shape"):
+        return type(value), value.dtype, tuple(value.shape)
+    if isinstance(value, (tuple, list)):
+        return type(value), *map(_seen, value)
+    return (type(value), value) if isinstance(value, (int, str, type(None))) else type(value)
 
 
 Functions.__call__ = _checked  # type: ignore[method-assign]
