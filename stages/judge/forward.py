@@ -265,6 +265,7 @@ def reread(place: Place, run: ForwardRun, observed: np.ndarray) -> Reread | None
                 if turn is not None:
                     run.turned[place] = turn
                     run.values.clear()
+                    run.through.clear()
                 if not fault:
                     run.read_as[place] = said
                 return Reread(array, said, fault)
@@ -299,6 +300,11 @@ def _oracles_through(
     place: Place, run: ForwardRun, stage: Stage, observed: np.ndarray
 ) -> Iterator[tuple[slice, Oracle]]:
     """As `oracles_of`, where some inputs have to be computed."""
+    key = (place, stage.dtype)
+    if key in run.through:
+        yield slice(None), run.through[key]
+        return
+    run.through.clear()  # one oracle holds a stage's weights
     assert run.path is not None
     assert run.config is not None
     values, way = values_of(run, sources_of(place, run).values()), way_of(place, run)
@@ -319,7 +325,10 @@ def _oracles_through(
             doubts = tuple(read(doubt, np.dtype(np.float64)) for doubt in run.doubts) if run.doubts else None
             oracle = oracle_through(stage, values, read(weights, dtype), options, way, doubts)
             gone = tuple(name for name, at in sources_of(place, run).items() if find(run, at) is None)
-            yield columns, dataclasses.replace(oracle, made=_made(place, run), hidden=() if run.doubts else gone)
+            oracle = dataclasses.replace(oracle, made=_made(place, run), hidden=() if run.doubts else gone)
+            if not stage.by_vocab:
+                run.through[key] = oracle
+            yield columns, oracle
 
 
 def pieces_of(place: Place, run: ForwardRun, observed: np.ndarray) -> Iterator[Piece]:
@@ -329,8 +338,11 @@ def pieces_of(place: Place, run: ForwardRun, observed: np.ndarray) -> Iterator[P
         yield Piece(oracle.rounded, shown, columns.start or 0, observed.ndim - 1)
 
 
-def judge_place(place: Place, run: ForwardRun, observed: np.ndarray) -> SideVerdict | None:
-    """The verdict on one recorded stage from its own recorded inputs; None where these, or weights, are not there."""
+def judge_place(place: Place, run: ForwardRun, observed: np.ndarray, *, why: bool = True) -> SideVerdict | None:
+    """The verdict on one recorded stage from its own recorded inputs; None where these, or weights, are not there.
+
+    Without `why`, the cause of a failure in RoPE is not looked for.
+    """
     if why_unjudged(place, run) is not None:
         return None
     try:
@@ -341,7 +353,8 @@ def judge_place(place: Place, run: ForwardRun, observed: np.ndarray) -> SideVerd
     if verdict.verdict.passes:
         return slightly(place, run, observed, verdict)
     if other is None:
-        verdict.reason = rope_cause(place, run, observed, verdict) or verdict.reason
+        if why:
+            verdict.reason = rope_cause(place, run, observed, verdict) or verdict.reason
         return verdict
     if other.fault:
         return SideVerdict(Verdict.BUG, verdict.ratio, other.text)

@@ -68,7 +68,7 @@ class _Suspicion:
         key = (place, frozenset(hidden))
         if key not in self.judged:
             run = without(self.run, hidden)
-            verdict = judge_place(place, run, run.read(place))
+            verdict = judge_place(place, run, run.read(place), why=False)
             self.judged[key] = None if verdict is None else verdict.verdict.passes
         return self.judged[key]
 
@@ -195,7 +195,7 @@ def _error(other: Place, run: ForwardRun, array: np.ndarray) -> float | None:
     given = array.reshape(shape)
     side = _Supposed(run.side, {**run.side.places, other: forward_key(other)}, other, given)
     supposed = run.of(side)
-    verdict = judge_place(other, supposed, given)
+    verdict = judge_place(other, supposed, given, why=False)
     if verdict is None or not verdict.verdict.passes:
         return None
     error = size = 0.0

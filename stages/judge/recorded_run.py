@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,9 +103,12 @@ class ForwardRun:
     # What adapted weights may be off that another program adapted itself, by the calibrated and the rigorous bounds.
     doubts: tuple[Weights, ...] = ()
 
+    # Positions that RoPE's waves were found at; the same in every view of the recording.
+    waves: dict[Hashable, np.ndarray] = field(default_factory=dict)
+
     # What was judged of this recording: which of `_readings` a stage was computed by; the makers of inputs that recipes
     # compute again; of stages judged through others what they can see, and of failed ones why, and the `Named` that
-    # explains them; hidden stages, as far as they are needed again.
+    # explains them; hidden stages, as far as they are needed again; the last oracle of a stage judged through others.
     readings: dict[Place, int] = field(default_factory=dict, init=False)
     makers: dict[Place, Oracle | None] = field(default_factory=dict, init=False)
     floors: dict[Place, float] = field(default_factory=dict, init=False)
@@ -113,6 +116,7 @@ class ForwardRun:
     found: dict[Place, Any] = field(default_factory=dict, init=False)
     spans: dict[Place, Span] = field(default_factory=dict, init=False)
     values: dict[Place, Value] = field(default_factory=dict, init=False)
+    through: dict[tuple[Place, str], Oracle] = field(default_factory=dict, init=False)
 
     def read(self, place: Place) -> np.ndarray:
         """A recorded stage's values."""
@@ -140,6 +144,7 @@ class ForwardRun:
             lambda place: _recorded(self, place),
             lambda stage, observed: as_stored(self, stage, observed),
             of_one,
+            self.waves,
         )
 
     @property

@@ -7,13 +7,14 @@ tokens, are right at their own positions. These are found from what was recorded
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import ml_dtypes
 import numpy as np
 
+from stages.files.tensorfile import sha256
 from stages.oracle.bounds import Lambdas
 from stages.oracle.decoder import _keys, _queries
 from stages.oracle.rope import STAGES, TABLES, TURNED, Rounding, Table, Tables
@@ -49,6 +50,8 @@ class RopeRun:
     read: Callable[[Place], np.ndarray | None]
     as_stored: Callable[[Stage, np.ndarray], Stage]
     tables_of_one: bool
+    # Positions of waves that were looked for before, in this recording or in another view of it.
+    known: dict[Hashable, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._found: tuple[str, Tables] | None = None
@@ -222,6 +225,12 @@ class RopeRun:
         waves = [(function, wave) for function, wave in ((np.cos, cos), (np.sin, sin)) if wave is not None]
         rows = np.nan_to_num(np.concatenate([wave for _, wave in waves], axis=1))
         functions = [function for function, _ in waves]
+        key = (self.config, *functions, sha256(rows))
+        if key not in self.known:
+            self.known[key] = self._looked_for(rows, functions)
+        return self.known[key]
+
+    def _looked_for(self, rows: np.ndarray, functions: Sequence[np.ufunc]) -> np.ndarray:
         if self.config.rope_type != "dynamic":
             of = [self._frequencies(length) for length in self._lengths]
             return self._nearest(rows, functions, lambda positions: [positions[:, None] * f for f in of])

@@ -101,6 +101,13 @@ def oracle_through(
         return consult(stage, arguments, options, way.lambdas)
 
     def unsure(given: tuple[np.ndarray, ...]) -> tuple[np.ndarray, np.ndarray]:
+        return unsure_itself() if given is arguments else unsure_of(given)
+
+    @functools.cache
+    def unsure_itself() -> tuple[np.ndarray, np.ndarray]:
+        return unsure_of(arguments)
+
+    def unsure_of(given: tuple[np.ndarray, ...]) -> tuple[np.ndarray, np.ndarray]:
         same = given is arguments
         value = oracle.value if same else consult(stage, given, options, way.lambdas).value
         deviation = way.deviations * np.sqrt((of_inputs() if same else moved(given)).variance(value))
@@ -113,6 +120,7 @@ def oracle_through(
     of_inputs = functools.cache(lambda: moved(arguments))
     oracle = consult(stage, arguments, options, way.lambdas, unsure)
 
+    @functools.cache
     def typical() -> np.ndarray:
         own = _own(oracle, stored_dtype(stage.dtype))
         return np.sqrt(of_inputs().variance(oracle.value) + own.variance(oracle.value))

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from stages.recipes import attention, elementwise, norm, product, replay, rope
 from stages.recipes.at import At, Unknown
-from stages.recipes.fewer_bits import NARROW, ways
+from stages.recipes.fewer_bits import NARROW, Lost, ways
 from stages.recipes.recipe import EVERY, FIT, Class, Form, Kind, Mod
 from stages.recipes.value import Value
 from stages.spec.layouts import LAYOUTS
@@ -109,28 +109,52 @@ def ways_of(
     `numbers` are those that a row leaves open, by name; a row that leaves another one open is passed over. `only`
     the row of these words, if any.
     """
-    kind, dtype = kind_of(at.stage), at.stage.dtype
+    kind = kind_of(at.stage)
     if kind is None:
         return
-    rows: list[tuple[str, Class | None, Mapping[str, Any], At, bool]]
-    rows = [(told(form, at), form.of(dtype), form.args, at, True) for form in kind.forms if form.of(dtype)]
-    for narrow in NARROW if Class.NARROWER in classes else ():
-        if narrow.holds(at.stage, dtype):
-            wide = [a.astype(np.float64) if a.dtype.kind != "i" else None for a in at.oracle.arguments]
-            more = [x is not None and narrow.changes(x) for x in wide]
-            lost = ways(at.stage.inputs, more, narrow, at.biases)
-            rows += [(words, Class.NARROWER, {}, at.but(lost=what), False) for words, what in lost]
-    for mod in kind.mods:
+    for row in _rows(kind, at, classes, numbers, only):
+        if only in ("", row.words):
+            with suppress(Unknown), np.errstate(all="ignore"):
+                value = kind.emulator(row.at, **row.args)
+                if value is not None and value.mid.shape == at.oracle.value.shape:
+                    yield Way(row.words, row.kind, row.at.result(value).mid, row.own)
+
+
+class _Row(NamedTuple):
+    """What a kind's emulator is called with, and what a `Way` says of it."""
+
+    words: str
+    kind: Class
+    args: Mapping[str, Any]
+    at: At
+    own: bool
+
+
+def _rows(kind: Kind, at: At, classes: Sequence[Class], numbers: Mapping[str, float], only: str) -> Iterator[_Row]:
+    """The rows that `ways_of` asks, of fewer bits those alone whose words may be `only`."""
+    dtype = at.stage.dtype
+    for form in kind.forms:
+        of = form.of(dtype)
+        if of is not None and of in classes:
+            yield _Row(told(form, at), of, form.args, at, True)
+    if Class.NARROWER in classes:
+        for words, lost in _fewer_bits(at, only):
+            yield _Row(words, Class.NARROWER, {}, at.but(lost=lost), False)
+    for mod in kind.mods if Class.OTHER in classes else ():
         left_open = [name for name, value in mod.args.items() if value == FIT]
         if set(left_open) <= set(numbers):
             given = {name: numbers[name] for name in left_open}
-            rows.append((told(mod, at, *given.values()), Class.OTHER, {**mod.args, **given}, at, True))
-    for words, cls, args, of, own in rows:
-        if cls in classes and only in ("", words):
-            with suppress(Unknown), np.errstate(all="ignore"):
-                value = kind.emulator(of, **args)
-                if value is not None and value.mid.shape == at.oracle.value.shape:
-                    yield Way(words, cls, of.result(value).mid, own)
+            yield _Row(told(mod, at, *given.values()), Class.OTHER, {**mod.args, **given}, at, True)
+
+
+def _fewer_bits(at: At, only: str) -> Iterator[tuple[str, Lost]]:
+    wide: list[np.ndarray | None] | None = None
+    for narrow in NARROW:
+        if narrow.holds(at.stage, at.stage.dtype) and narrow.words in (only or narrow.words):
+            if wide is None:
+                wide = [a.astype(np.float64) if a.dtype.kind != "i" else None for a in at.oracle.arguments]
+            more = [x is not None and narrow.changes(x) for x in wide]
+            yield from ways(at.stage.inputs, more, narrow, at.biases)
 
 
 def right_value(at: At) -> Value:
