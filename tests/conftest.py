@@ -61,7 +61,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of a test marked `cover(n)`, what the cases of `make test` leave out is marked `thorough`."""
+    """Of a test marked `cover(n)`, what the cases of `make test` leave out is marked `thorough`.
+
+    Tests marked `long` come first, so that in the end no worker is alone with one.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
     marked: dict[str, list[Any]] = {}
     for item in items:
         if item.get_closest_marker("cover"):

@@ -173,6 +173,7 @@ def test_what_a_later_operation_overwrites_is_kept_as_it_was(checkpoints: dict[s
     assert right(recorded.audit())
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
 @pytest.mark.parametrize("family", ["qwen2", "qwen3-untied"])
 def test_our_nnx_model_is_sound(family: str, compiled: bool, checkpoints: dict[str, Path]) -> None:

@@ -98,6 +98,7 @@ def test_right_adapted_runs_agree_and_their_weights_are_judged(of: Path) -> None
     assert max(row["ratio_a"] for row in rows.values()) <= 1
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("layout", ["torch_v", "nx", "vh"])
 @pytest.mark.parametrize("of", ["float32", "bfloat16"], indirect=True)
 def test_every_declared_layout_agrees_with_the_others(
@@ -123,6 +124,7 @@ def test_both_backends_in_one_command(of: Path) -> None:
 # -- wrong ones -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("letter", ["a", "b"])
 @pytest.mark.parametrize("of", DTYPES, indirect=True)
 def test_a_wrong_layout_is_named_with_its_side(of: Path, letter: str, jax_backend: Backend, tmp_path: Path) -> None:
@@ -176,6 +178,7 @@ CAUSES = {
 }
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("name", CAUSES)
 @pytest.mark.parametrize("of", ["float32", "bfloat16"], indirect=True)
 def test_a_cause_is_named(of: Path, name: str, tmp_path: Path) -> None:

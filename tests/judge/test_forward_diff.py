@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from forward_models import MODELS, Model, change_dump, dumped, random_weights, trace, write_model
-from helpers import Result, one_line, svf, tensors_of, with_json
+from helpers import Result, one_line, some, svf, tensors_of, with_json
 from rich.console import Console
 
 from stages.errors import InputError
@@ -79,10 +79,11 @@ CLEAN = [
 # fmt: on
 
 
-@pytest.mark.parametrize(("name", "dtype", "seed", "tokens"), CLEAN)
+@pytest.mark.parametrize("of", some(CLEAN, CLEAN[1:4]), ids=str)
 def test_torch_and_jax_agree(
-    name: str, dtype: str, seed: int, tokens: str, torch_backend: Backend, jax_backend: Backend, tmp_path: Path
+    of: tuple[str, str, int, str], torch_backend: Backend, jax_backend: Backend, tmp_path: Path
 ) -> None:
+    name, dtype, seed, tokens = of
     model = write_model(tmp_path / "model", MODELS[name], dtype, seed)
     for backend in (torch_backend, jax_backend):
         trace(model, backend, tokens=tokens, out=tmp_path / backend.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -10,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import svf
+from helpers import some, svf
 from logprob_files import (
+    WAYS,
     Sampled,
     clean,
     engine,
@@ -46,22 +48,44 @@ RIGHT = [
     ("llama", "float16", 8.0),
 ]
 SEQUENCES = 3
+Right = tuple[str, str, float]
 
 
-@pytest.mark.parametrize(("family", "dtype", "sharp"), RIGHT)
-def test_right_systems_agree(family: str, dtype: str, sharp: float, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def right(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, ...]]:
+    """A model, and the file of each right system that is asked for."""
+
+    @functools.cache
+    def folder_of(of: Right) -> Path:
+        family, dtype, sharp = of
+        return write_sharp(tmp_path_factory.mktemp("right"), family, dtype, sharp=sharp)
+
+    def make(of: Right, *ways: str) -> tuple[Path, ...]:
+        folder = folder_of(of)
+        sequences = sampled(engine(folder, of[1]), SEQUENCES)
+        files = (write(folder / f"{way}.jsonl", clean(folder, of[1], sequences, way)) for way in ways)
+        return folder, *files
+
+    return make
+
+
+@pytest.mark.cover(1)
+@pytest.mark.parametrize("of", RIGHT, ids=str)
+@pytest.mark.parametrize("way", WAYS)
+def test_right_systems_agree_with_the_oracle(of: Right, way: str, right: Callable[..., tuple[Path, ...]]) -> None:
     """Whatever the attention, the order, the cache, the batch and the way to take a logprob."""
-    folder = write_sharp(tmp_path / "model", family, dtype, sharp=sharp)
-    sequences = sampled(engine(folder, dtype), SEQUENCES)
-    files = {name: write(tmp_path / f"{name}.jsonl", rows) for name, rows in clean(folder, dtype, sequences).items()}
-    assert len(files) == 8
-    for name, path in files.items():
-        alone = judged(path, None, folder)
-        assert alone["outcome"] == "sound", (name, alone["verdict"])
-        # Far from the limits of 1 and 2.5, as docs/guides/logprobs.md says.
-        assert alone["a"]["ratio"] < 0.25
-        assert alone["a"]["rms"] < 1.5
-    both = judged(files["eager"], files["batch"], folder)
+    folder, file = right(of, way)
+    alone = judged(file, None, folder)
+    assert alone["outcome"] == "sound", alone["verdict"]
+    # Far from the limits of 1 and 2.5, as docs/guides/logprobs.md says.
+    assert alone["a"]["ratio"] < 0.25
+    assert alone["a"]["rms"] < 1.5
+
+
+@pytest.mark.parametrize("of", some(RIGHT, RIGHT[2:6]), ids=str)
+def test_right_systems_agree_with_each_other(of: Right, right: Callable[..., tuple[Path, ...]]) -> None:
+    folder, eager, batch = right(of, "eager", "batch")
+    both = judged(eager, batch, folder)
     assert both["outcome"] == "agree"
     assert both["split"]["beyond"] == 0
     assert both["split"]["parts"]["rest"]["max_abs"] == 0
@@ -154,8 +178,10 @@ _CLEAR = [
 CASES = [("float32", name) for name in PLANTED] + [("bfloat16", name) for name in _CLEAR]
 
 
+@pytest.mark.cover(1)
+@pytest.mark.parametrize("letter", ["a", "b"])
 @pytest.mark.parametrize(("dtype", "name"), CASES)
-def test_a_planted_mistake_is_named(dtype: str, name: str, made: Path, tmp_path: Path) -> None:
+def test_a_planted_mistake_is_named(dtype: str, name: str, letter: str, made: Path, tmp_path: Path) -> None:
     wrong, how, words = PLANTED[name]
     model = engine(made / dtype, dtype)
     sequences = sampled(model, 4, **how)
@@ -165,17 +191,16 @@ def test_a_planted_mistake_is_named(dtype: str, name: str, made: Path, tmp_path:
         rows = [one.row(wrong(model, one)) for one in sequences]
     bad = write(tmp_path / "bad.jsonl", rows)
     good = write(tmp_path / "good.jsonl", [one.row(_right(model, one)) for one in sequences])
-    for a, b, letter in ((good, bad, "b"), (bad, good, "a")):
-        document = judged(a, b, made / dtype)
-        assert document["outcome"] == "diverged"
-        assert document["verdict"].startswith(f"{letter}: bug, "), document["verdict"]
-        assert words in document["verdict"]
-        if name.startswith("temperature 0"):
-            assert " or " not in document["verdict"]
-        assert document["b" if letter == "a" else "a"]["verdict"] == "rounding"
-        parts = document["split"]["parts"]
-        assert parts["rest"]["max_abs"] == 0
-        assert parts["cause"]["mean_abs"] > 5 * parts["rounding"]["mean_abs"]
+    document = judged(*((bad, good) if letter == "a" else (good, bad)), made / dtype)
+    assert document["outcome"] == "diverged"
+    assert document["verdict"].startswith(f"{letter}: bug, "), document["verdict"]
+    assert words in document["verdict"]
+    if name.startswith("temperature 0"):
+        assert " or " not in document["verdict"]
+    assert document["b" if letter == "a" else "a"]["verdict"] == "rounding"
+    parts = document["split"]["parts"]
+    assert parts["rest"]["max_abs"] == 0
+    assert parts["cause"]["mean_abs"] > 5 * parts["rounding"]["mean_abs"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

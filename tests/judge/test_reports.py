@@ -171,9 +171,19 @@ def test_a_failed_gate_says_the_next_step(
 # What svf says of two reports.
 
 
+@pytest.fixture(scope="session")
+def replayed_once(reference: Made, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("replayed")
+    replayed(reference, folder / "replay.json", "--stage-dir", folder / "stages")
+    return folder
+
+
 @pytest.fixture
-def pair(reference: Made, tmp_path: Path) -> tuple[Path, Path]:
-    replayed(reference, tmp_path / "replay.json", "--stage-dir", tmp_path / "stages")
+def pair(reference: Made, replayed_once: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """The reference's report, and a copy of a replay's that names copies of its stage files."""
+    shutil.copytree(replayed_once / "stages", tmp_path / "stages")
+    report = (replayed_once / "replay.json").read_text()
+    (tmp_path / "replay.json").write_text(report.replace(str(replayed_once), str(tmp_path)))
     return reference.report, tmp_path / "replay.json"
 
 

@@ -64,6 +64,10 @@ def at_rope(tensors: Mapping[str, np.ndarray]) -> Tensors:
     return {key: array for key, array in tensors.items() if key.rpartition(".")[2] in ends}
 
 
+def named(lacking: Iterable[str]) -> str:
+    return "no " + ", ".join(sorted(lacking)) if lacking else "all tables"
+
+
 def judged(model: Path, tensors: Mapping[str, np.ndarray], tokens: Iterable[int] = TOKENS) -> dict[str, Any]:
     """The audit of tensors that another program wrote."""
     file = model.parent / "judged.safetensors"
@@ -82,35 +86,38 @@ def run_of(made: Path, model: str, run: str) -> tuple[Path, Tensors]:
 # -- tables that were not recorded -----------------------------------------------------------------------------------
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_right_run_is_sound_whichever_tables_it_lacks(made: Path, dtype: str) -> None:
+@pytest.mark.parametrize("lacking", SUBSETS, ids=named)
+def test_a_right_run_is_sound_whichever_tables_it_lacks(made: Path, dtype: str, lacking: set[str]) -> None:
     model, tensors = run_of(made, f"qwen3-{dtype}", "")
-    for lacking in SUBSETS:
-        some = tensors if lacking in ({*()}, {*TABLES}) else at_rope(tensors)
-        document = judged(model, without(some, lacking))
-        assert document["outcome"] == "sound", (lacking, document["verdict"])
-        assert document["notes"] == (["RoPE tables computed from the config"] if lacking else [])
-        coverage = document["coverage"]
-        assert coverage["judged"] + coverage["given"] == len(some) - len(lacking)
-        assert coverage["judged"] == coverage["expected"]
-        assert coverage["given"] == 0 or some is not tensors
+    some = tensors if lacking in ({*()}, {*TABLES}) else at_rope(tensors)
+    document = judged(model, without(some, lacking))
+    assert document["outcome"] == "sound", document["verdict"]
+    assert document["notes"] == (["RoPE tables computed from the config"] if lacking else [])
+    coverage = document["coverage"]
+    assert coverage["judged"] + coverage["given"] == len(some) - len(lacking)
+    assert coverage["judged"] == coverage["expected"]
+    assert coverage["given"] == 0 or some is not tensors
 
 
 @pytest.mark.cover(1)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("run", ["bfloat16 frequencies", "frequencies made in bfloat16"])
-def test_frequencies_in_bfloat16_are_named_whichever_tables_are_lacking(made: Path, dtype: str, run: str) -> None:
+@pytest.mark.parametrize("lacking", SUBSETS, ids=named)
+def test_frequencies_in_bfloat16_are_named_whichever_tables_are_lacking(
+    made: Path, dtype: str, run: str, lacking: set[str]
+) -> None:
     model, tensors = run_of(made, f"qwen3-{dtype}", run)
-    for lacking in SUBSETS:
-        document = judged(model, without(at_rope(tensors), lacking))
-        assert document["outcome"] == "faulty", lacking
-        found = document["culprit"]
-        recorded = [name for name in (*TABLES, "q_post_rope") if name not in lacking]
-        assert found["stage"] == recorded[0]
-        # Of theta 1e6 and heads of 32, both ways give nearly the same; which of them is told where it can be.
-        assert found["hint"].startswith("as if the inverse frequencies were "), (lacking, found)
-        assert found["hint"].endswith("in bfloat16")
-        assert found["verdict"] in (("precision",) if found["stage"] == "inv_freq" else ("precision", "bug"))
+    document = judged(model, without(at_rope(tensors), lacking))
+    assert document["outcome"] == "faulty"
+    found = document["culprit"]
+    recorded = [name for name in (*TABLES, "q_post_rope") if name not in lacking]
+    assert found["stage"] == recorded[0]
+    # Of theta 1e6 and heads of 32, both ways give nearly the same; which of them is told where it can be.
+    assert found["hint"].startswith("as if the inverse frequencies were "), found
+    assert found["hint"].endswith("in bfloat16")
+    assert found["verdict"] in (("precision",) if found["stage"] == "inv_freq" else ("precision", "bug"))
 
 
 def test_it_is_said_on_the_command_line(made: Path) -> None:
@@ -167,17 +174,24 @@ def long_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int],
     return folder, tokens, at_rope(tensors)
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_tables_of_two_programs_raise_no_alarm(program: str, long_run: tuple[Path, list[int], Tensors]) -> None:
+@pytest.mark.parametrize(
+    "mixed",
+    [{"rope_angle"}, {"inv_freq"}, {"rope_cos"}, {"rope_cos", "rope_sin"}, {*TABLES[1:]}, {*TABLES}],
+    ids=" and ".join,
+)
+def test_tables_of_two_programs_raise_no_alarm(
+    program: str, mixed: set[str], long_run: tuple[Path, list[int], Tensors]
+) -> None:
+    """`mixed` by the other program, the rest by torch: one table, the waves, all but one, all."""
     model, tokens, tensors = long_run
     tables = PROGRAMS[program](80, 1e6, np.arange(120, dtype=np.int32))
-    # These by the other program, the rest by torch: one table, the waves, all but one, all.
-    for mixed in ({"rope_angle"}, {"inv_freq"}, {"rope_cos"}, {"rope_cos", "rope_sin"}, {*TABLES[1:]}, {*TABLES}):
-        document = judged(model, tensors | {name: tables[name] for name in mixed}, tokens)
-        assert document["outcome"] == "sound", (mixed, document["verdict"])
-        alone = without(tensors, {*TABLES} - mixed) | {name: tables[name] for name in mixed}
-        document = judged(model, alone, tokens)
-        assert document["outcome"] == "sound", (mixed, document["verdict"])
+    document = judged(model, tensors | {name: tables[name] for name in mixed}, tokens)
+    assert document["outcome"] == "sound", document["verdict"]
+    alone = without(tensors, {*TABLES} - mixed) | {name: tables[name] for name in mixed}
+    document = judged(model, alone, tokens)
+    assert document["outcome"] == "sound", document["verdict"]
 
 
 def test_tables_of_two_programs_are_not_all_believed(long_run: tuple[Path, list[int], Tensors]) -> None:
@@ -198,14 +212,15 @@ def test_tables_of_two_programs_are_not_all_believed(long_run: tuple[Path, list[
 # -- positions ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("model", [name for name, runs in RUNS.items() if "positions from 100" in runs])
-def test_a_decode_from_token_100_is_right_at_its_positions(made: Path, model: str) -> None:
+@pytest.mark.parametrize("lacking", SUBSETS, ids=named)
+def test_a_decode_from_token_100_is_right_at_its_positions(made: Path, model: str, lacking: set[str]) -> None:
     folder, tensors = run_of(made, model, "positions from 100")
-    for lacking in SUBSETS if model.startswith("qwen3-dynamic") else SUBSETS[::5]:
-        document = judged(folder, without(at_rope(tensors) if lacking else tensors, lacking))
-        assert document["outcome"] == "sound", (lacking, document["verdict"])
-        assert document["notes"][-1] == "positions start at 100"
-        assert "Positions start at 100." in document["verdict"]
+    document = judged(folder, without(at_rope(tensors) if lacking else tensors, lacking))
+    assert document["outcome"] == "sound", document["verdict"]
+    assert document["notes"][-1] == "positions start at 100"
+    assert "Positions start at 100." in document["verdict"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -220,7 +235,11 @@ def test_a_padded_row_is_right_and_wrong_if_padding_is_attended_to(made: Path, d
         assert (culprit["stage"], culprit["layer"], culprit["verdict"]) == ("attn_softmax", 0, "bug")
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "lacking", [set(), {"inv_freq"}, {"rope_angle"}, {"rope_angle", "rope_cos"}, {*TABLES}], ids=named
+)
 @pytest.mark.parametrize(
     ("run", "hint"),
     [
@@ -228,12 +247,13 @@ def test_a_padded_row_is_right_and_wrong_if_padding_is_attended_to(made: Path, d
         ("3 too many from token 6 on", "positions are 3 too many from token 6 on"),
     ],
 )
-def test_a_shift_from_some_token_on_is_a_bug_and_says_from_which(made: Path, dtype: str, run: str, hint: str) -> None:
+def test_a_shift_from_some_token_on_is_a_bug_and_says_from_which(
+    made: Path, dtype: str, lacking: set[str], run: str, hint: str
+) -> None:
     model, tensors = run_of(made, f"qwen3-{dtype}", run)
-    for lacking in (set(), {"inv_freq"}, {"rope_angle"}, {"rope_angle", "rope_cos"}, {*TABLES}):
-        culprit = judged(model, without(at_rope(tensors), lacking))["culprit"]
-        recorded = [name for name in (*TABLES[1:], "q_post_rope") if name not in lacking]
-        assert (culprit["stage"], culprit["hint"]) == (recorded[0], hint), lacking
+    culprit = judged(model, without(at_rope(tensors), lacking))["culprit"]
+    recorded = [name for name in (*TABLES[1:], "q_post_rope") if name not in lacking]
+    assert (culprit["stage"], culprit["hint"]) == (recorded[0], hint)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -293,14 +313,17 @@ ANGLES: dict[str, tuple[Callable[[np.ndarray, np.ndarray], np.ndarray], str]] = 
 }
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("case", ANGLES)
-def test_why_angles_are_wrong_is_said_from_any_stage_that_shows_it(made: Path, case: str) -> None:
+@pytest.mark.parametrize("lacking", [(), ("rope_angle",), TABLES], ids=named)
+def test_why_angles_are_wrong_is_said_from_any_stage_that_shows_it(
+    made: Path, case: str, lacking: tuple[str, ...]
+) -> None:
     model, tensors = run_of(made, "qwen3-float32", "")
     angles, hint = ANGLES[case]
     positions = np.arange(24, dtype=np.float32)[:, None]
     wrong = rotated(tensors, angles(positions, tensors["inv_freq"]).astype(np.float32))
-    for lacking in ((), ("rope_angle",), TABLES):
-        assert culprit_of(model, without(wrong, lacking))["hint"] == hint, lacking
+    assert culprit_of(model, without(wrong, lacking))["hint"] == hint
     assert judged(model, rotated(tensors, positions * tensors["inv_freq"]))["culprit"] is None  # the right twin
 
 
@@ -333,8 +356,10 @@ LOST: dict[str, tuple[Mapping[str, Any], Callable[[np.ndarray, float], tuple[np.
 }
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("case", LOST)
-def test_a_setting_of_the_config_that_was_lost_is_named(case: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("lacking", [(), ("inv_freq",), ("inv_freq", "rope_angle"), TABLES], ids=named)
+def test_a_setting_of_the_config_that_was_lost_is_named(case: str, lacking: tuple[str, ...], tmp_path: Path) -> None:
     rope, change, hint = LOST[case]
     shape = Model(rope=rope, layers=1)
     model, config = write_model(tmp_path / "model", shape, "float32"), shape.config("float32")
@@ -345,11 +370,10 @@ def test_a_setting_of_the_config_that_was_lost_is_named(case: str, tmp_path: Pat
     positions = np.arange(24, dtype=np.float32)[:, None]
     for f, scale, expected in ((right, config.attention_factor, None), (*change(right, config.attention_factor), hint)):
         made = rotated(tensors, positions * f, scale) | {"inv_freq": f}
-        for lacking in ((), ("inv_freq",), ("inv_freq", "rope_angle"), TABLES):
-            culprit = judged(model, without(made, lacking))["culprit"]
-            assert (culprit and culprit["hint"]) == expected, lacking
-            if culprit and not lacking:
-                assert culprit["stage"] == ("inv_freq" if f is not right else "rope_cos")
+        culprit = judged(model, without(made, lacking))["culprit"]
+        assert (culprit and culprit["hint"]) == expected
+        if culprit and not lacking:
+            assert culprit["stage"] == ("inv_freq" if f is not right else "rope_cos")
 
 
 def test_a_decode_that_multiplies_where_prefill_divides_says_from_which_token(tmp_path: Path) -> None:

@@ -299,45 +299,64 @@ def test_a_manifest_without_a_field_is_malformed(field: str, traces: Path, confi
 # What is no regular file.
 
 
-@pytest.mark.parametrize("kind", some(("fifo", "zero", "socket", "folder"), ("fifo", "zero")))
-def test_what_is_no_regular_file_is_neither_waited_for_nor_read(
-    kind: str, model: Path, made: Path, confined: Confined, tmp_path: Path
-) -> None:
-    def put(path: Path) -> Path:
-        path.unlink(missing_ok=True)
-        if kind == "fifo":
-            os.mkfifo(path)
-        elif kind == "zero":
-            path.symlink_to("/dev/zero")
-        elif kind == "socket":
-            path.symlink_to("/proc/self/fd/0")
-        else:
-            path.mkdir()
-        return path
+def put(kind: str, path: Path) -> Path:
+    path.unlink(missing_ok=True)
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "zero":
+        path.symlink_to("/dev/zero")
+    elif kind == "socket":
+        path.symlink_to("/proc/self/fd/0")
+    else:
+        path.mkdir()
+    return path
 
-    odd = [put(tmp_path / name) for name in ("x.safetensors", "x.json", "x.npy", "x.pt", "x.bin", "x.gguf")]
-    for path in odd:
-        for words in (("inspect", path), ("verify", path), ("audit", path), ("diff", path, path), ("stats", path)):
-            refused(confined.run(*words), codes=(2, 3, 4, 5))
-    weights, npy, ids = odd[0], odd[2], odd[1]
-    for words in (
-        ("convert", odd[3], tmp_path / "out"),
-        ("decompose", model, "--layers", "2", "--vector", npy, "--out", tmp_path / "out"),
-        ("decompose", model, "--layers", "2", "--vector", weights, "--out", tmp_path / "out"),
-        ("forward", model, "--tokens-file", ids, "--backend", "reference"),
-        ("route", model, "--head", weights, "--tokens", "1,2", "--backend", "reference"),
-        ("report", ids, "--html", tmp_path / "page.html"),
-        ("forward", odd[5], "--tokens", "1", "--backend", "reference"),
-    ):
-        refused(confined.run(*words), codes=(3, 4))
-    for source, name in (
-        (model, "config.json"),
-        (model, "model.safetensors"),
-        (made / "sample", "trinity_svf_components.safetensors"),
-    ):
-        folder = Path(shutil.copytree(source, tmp_path / name))
-        put(folder / name)
-        refused(confined.run("inspect", folder), codes=(3, 4))
+
+ODD = ("fifo", "zero", "socket", "folder")
+ODD_NAMES = ("x.safetensors", "x.json", "x.npy", "x.pt", "x.bin", "x.gguf")
+
+
+@pytest.mark.cover(1)
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize("name", ODD_NAMES)
+@pytest.mark.parametrize("command", ["inspect {0}", "verify {0}", "audit {0}", "diff {0} {0}", "stats {0}"])
+def test_what_is_no_regular_file_is_neither_waited_for_nor_read(
+    kind: str, name: str, command: str, confined: Confined, tmp_path: Path
+) -> None:
+    words = command.format(put(kind, tmp_path / name)).split()
+    refused(confined.run(*words), codes=(2, 3, 4, 5))
+
+
+@pytest.mark.cover(1)
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize(
+    "command",
+    [
+        "convert {at}/x.pt {at}/out",
+        "decompose {model} --layers 2 --vector {at}/x.npy --out {at}/out",
+        "decompose {model} --layers 2 --vector {at}/x.safetensors --out {at}/out",
+        "forward {model} --tokens-file {at}/x.json --backend reference",
+        "route {model} --head {at}/x.safetensors --tokens 1,2 --backend reference",
+        "report {at}/x.json --html {at}/page.html",
+        "forward {at}/x.gguf --tokens 1 --backend reference",
+    ],
+)
+def test_nor_where_it_is_one_file_of_several(
+    kind: str, command: str, model: Path, confined: Confined, tmp_path: Path
+) -> None:
+    for name in ODD_NAMES:
+        put(kind, tmp_path / name)
+    refused(confined.run(*command.format(at=tmp_path, model=model).split()), codes=(3, 4))
+
+
+@pytest.mark.cover(1)
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "trinity_svf_components.safetensors"])
+def test_nor_inside_a_folder(kind: str, name: str, model: Path, made: Path, confined: Confined, tmp_path: Path) -> None:
+    source = made / "sample" if name.startswith("trinity") else model
+    folder = Path(shutil.copytree(source, tmp_path / "folder"))
+    put(kind, folder / name)
+    refused(confined.run("inspect", folder), codes=(3, 4))
 
 
 def test_a_file_longer_than_it_says_is_read_to_its_limit(tmp_path: Path) -> None:

@@ -82,6 +82,7 @@ def set_up(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "page", some(PAGES, [page for page in PAGES if page.name != "bit-mismatch.md"]), ids=lambda page: page.name
 )

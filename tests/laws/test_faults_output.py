@@ -30,6 +30,7 @@ COMMANDS = {
 }
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("mode", ["kill", "full"])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_write_point(
@@ -137,6 +138,7 @@ def forward_both(model: Path, out: Path, *more: str) -> Result:
     return svf(*command, *more)
 
 
+@pytest.mark.long
 def test_a_side_that_dies_costs_itself_alone(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """JAX is killed in a stage: the report names the stage, torch's dump stays, --resume runs JAX alone."""
     broken = tmp_path / "broken"

@@ -13,6 +13,7 @@ from stages.run.children import run_child
 REAL = sys.executable
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("backend", ["torch", "jax"])
 @pytest.mark.parametrize("there", [True, False])
 def test_it_answers_as_a_process_of_its_own(

@@ -15,6 +15,7 @@ from helpers import ROOT
 STEPS = ("units", "synth", "torch-bfloat16")
 
 
+@pytest.mark.long
 @pytest.mark.processes
 def test_its_steps_run_and_are_packed(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHON": sys.executable}

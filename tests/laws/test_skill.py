@@ -16,7 +16,7 @@ import torch
 import transformers
 import typer.main
 from forward_models import MODELS, random_weights, tokens_of, trace, write_model
-from helpers import K_PROJ, ROOT, svf, with_json
+from helpers import K_PROJ, ROOT, some, svf, with_json
 from plain_forward import MISTAKES, NAMED, Mistake, Plain
 
 import cli
@@ -164,7 +164,8 @@ PLANTED: dict[str, Callable[[Path, dict[str, Backend]], Walk]] = {
 }
 
 
-@pytest.mark.parametrize("name", PLANTED)
+# Every other one, and the last.
+@pytest.mark.parametrize("name", some(PLANTED, [*[*PLANTED][::2], [*PLANTED][-1]]))
 def test_a_planted_bug_is_reached_in_three_commands(
     name: str,
     made: Path,

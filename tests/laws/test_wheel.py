@@ -9,9 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.long
 def test_a_wheel_works_outside_the_tree(tmp_path: Path) -> None:
     """Built from what git would ship, installed alone, run in an empty folder: both sides, in child processes."""
     tree, site, empty = tmp_path / "tree", tmp_path / "site", tmp_path / "empty"

@@ -63,6 +63,7 @@ def read_back(oracle: Oracle) -> Counter[tuple[str, str]]:
     return counts
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", some(EVERY, ("bfloat16",)))
 def test_each_row_is_read_back(dtype: str) -> None:
     source, counts = recorded(MODEL, dtype), Counter[tuple[str, str]]()

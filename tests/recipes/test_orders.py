@@ -8,6 +8,7 @@ from itertools import product as each
 
 import numpy as np
 import pytest
+from helpers import some
 
 from stages.oracle.verdict import Oracle, consult
 from stages.recipes.orders import Asked
@@ -34,7 +35,7 @@ def explained(of: Oracle, wrote: np.ndarray) -> str | None:
     return Asked().explain(of, wrote)
 
 
-@pytest.mark.parametrize("order", list(family(K))[::29], ids=lambda order: words(order))
+@pytest.mark.parametrize("order", some([*family(K)][::29], [*family(K)][::87]), ids=lambda order: words(order))
 def test_each_order_of_the_family_is_read_back_from_what_it_writes(order: Order) -> None:
     x, w = normal(16, K), normal(24, K)
     found = explained(oracle("ffn_gate", x, w), product(order, x, w.T))

@@ -91,12 +91,12 @@ def test_both_frameworks_production_models_agree(name: str) -> None:
         assert result["ratio"] < 0.5
 
 
-@pytest.mark.cover(2)
-@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.cover(1)
+@pytest.mark.parametrize("run", [(side, dtype) for side in SIDES for dtype in ("float32", "bfloat16")], ids=" ".join)
 @pytest.mark.parametrize("name", ["qwen3-yarn", "qwen2-gqa7"])
 @pytest.mark.parametrize("count", [1, 100])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_traced_path_is_production(side: str, name: str, count: int, dtype: str) -> None:
+def test_the_traced_path_is_production(run: tuple[str, str], name: str, count: int) -> None:
+    side, dtype = run
     config = MODELS[name].config(dtype)
     weights = MemoryWeights(random_weights(config, seed=count))
     result = compared(side, config, weights, tokens_of(count), loaded(side, config, weights))
@@ -286,24 +286,37 @@ def test_both_generate_the_same_tokens_and_each_is_the_forwards_greedy_one(name:
     assert ours.generate(tokens, 0) == []
 
 
-@pytest.mark.parametrize("name", some(("qwen3-dynamic", "qwen2-longrope"), ("qwen3-dynamic",)))
-def test_a_length_that_changes_the_frequencies_is_the_sequences_own(name: str) -> None:
-    """From 65 tokens on they are others: padding to a bucket is no token, and a longer run leaves no trace."""
+# Frequencies that go by the length: from 65 tokens on they are others.
+LENGTHENED = some(("qwen3-dynamic", "qwen2-longrope"), ("qwen3-dynamic",))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", LENGTHENED)
+@pytest.mark.parametrize("n", some((60, 64, 65, 70), (60, 65)))
+def test_a_length_that_changes_the_frequencies_is_the_sequences_own(name: str, n: int) -> None:
+    """Padding to a bucket is no token, and a longer run leaves no trace."""
     config = MODELS[name].config("float32")
     weights = MemoryWeights(random_weights(config, seed=5))
     ours, theirs = (SIDES[side][0].production(config, weights) for side in ("jax", "torch"))
-    tokens = tokens_of(70)
-    at_first = {n: theirs(tokens[:n], last_only=True) for n in (60, 64, 65, 70)}
-    generated = theirs.generate(tokens[:60], 8)
-    assert ours.generate(tokens[:60], 8) == generated
+    tokens = tokens_of(n)
+    logits = theirs(tokens, last_only=True)
     theirs(tokens_of(300))
-    for n, logits in at_first.items():
-        assert np.array_equal(theirs(tokens[:n], last_only=True), logits)
-        for side, found in (("torch", logits), ("jax", ours(tokens[:n], last_only=True))):
-            row = traced(side, config, weights, tokens[:n])[-1:]
-            assert compare_production(row, found, layers=2)["verdict"] in ("exact", "rounding"), (n, side)
+    assert np.array_equal(theirs(tokens, last_only=True), logits)
+    for side, found in (("torch", logits), ("jax", ours(tokens, last_only=True))):
+        row = traced(side, config, weights, tokens)[-1:]
+        assert compare_production(row, found, layers=2)["verdict"] in ("exact", "rounding"), side
+
+
+@pytest.mark.parametrize("name", LENGTHENED)
+def test_what_is_generated_over_such_a_length_is_the_forwards(name: str) -> None:
+    config = MODELS[name].config("float32")
+    weights = MemoryWeights(random_weights(config, seed=5))
+    ours, theirs = (SIDES[side][0].production(config, weights) for side in ("jax", "torch"))
+    tokens = tokens_of(60)
+    generated = theirs.generate(tokens, 8)
+    assert ours.generate(tokens, 8) == generated
     for n in range(8):
-        assert generated[n] == int(theirs([*tokens[:60], *generated[:n]])[-1].argmax())
+        assert generated[n] == int(theirs([*tokens, *generated[:n]])[-1].argmax())
 
 
 def test_buckets_are_powers_of_two_that_hold_the_tokens() -> None:

@@ -39,12 +39,6 @@ def few(names: tuple[str, ...] = FEW, **changed: Any) -> SelftestOptions:
     return SelftestOptions(tuple(FAULTS[name] for name in names), **{"quick": True, "clean": 2, **changed})
 
 
-@pytest.fixture(scope="module")
-def found() -> dict[str, Any]:
-    """A selftest of a few kinds, judged as `svf diff` does, and of one kind of rows, as `svf audit` does."""
-    return selftest(few(rows=(ROW,)), Progress(False))
-
-
 @pytest.mark.thorough
 def test_what_was_once_misnamed_is_named() -> None:
     found = selftest(few(ONCE_WRONG, clean=0), Progress(False))
@@ -52,7 +46,11 @@ def test_what_was_once_misnamed_is_named() -> None:
     assert found["passed"]
 
 
-def test_what_is_planted_is_named_and_clean_runs_raise_no_alarm(found: dict[str, Any]) -> None:
+@pytest.mark.long
+def test_what_is_planted_is_named_and_clean_runs_raise_no_alarm() -> None:
+    """Of a few kinds, judged as `svf diff` does, and of one kind of rows, as `svf audit` does."""
+    found = selftest(few(rows=(ROW,)), Progress(False))
+    rows_are_planted_on_every_dtype_and_right_ways_are_clean_runs(found)
     assert [row["fault"] for row in found["faults"] if not row["named"]] == []
     assert all(row["changed_elements"] > 0 for row in found["faults"])
     assert (found["planted"] - found["rows"], found["misnamed"], found["false_alarms"]) == (
@@ -64,7 +62,7 @@ def test_what_is_planted_is_named_and_clean_runs_raise_no_alarm(found: dict[str,
     assert exit_code(found) == 0
 
 
-def test_rows_are_planted_on_every_dtype_and_right_ways_are_clean_runs(found: dict[str, Any]) -> None:
+def rows_are_planted_on_every_dtype_and_right_ways_are_clean_runs(found: dict[str, Any]) -> None:
     rows = [row for row in found["faults"] if row["fault"] == ROW]
     assert len(rows) == found["rows"] >= 3
     assert {row["changed"] for row in rows} == {"ffn_swigl"}

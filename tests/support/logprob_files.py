@@ -140,9 +140,25 @@ def _jax() -> Any:
     return load_backend("jax", "cpu")
 
 
-def clean(folder: Path, dtype: str, sequences: Sequence[Sampled]) -> dict[str, list[dict[str, Any]]]:
-    """Rows that right systems give, by the way in which they computed them."""
+# In which ways right systems compute logprobs.
+WAYS = (
+    *("eager", "sdpa", "decode", "log_softmax in the run's dtype", "less logsumexp"),
+    *("jax", "batch", "declared"),
+)
+
+
+def clean(folder: Path, dtype: str, sequences: Sequence[Sampled], way: str) -> list[dict[str, Any]]:
+    """The rows of a right system, by the way in which it computed them."""
     eager, sdpa = engine(folder, dtype), engine(folder, dtype, "sdpa")
+    if way == "jax":  # one alone: each length is compiled anew
+        return [one.row(taken(by_jax(folder, dtype, one).float(), one)) for one in sequences[:1]]
+    if way == "batch":
+        logits = batch(sdpa, sequences)
+        return [one.row(taken(of.float(), one)) for one, of in zip(sequences, logits, strict=True)]
+    if way == "declared":
+        declared = {"temperature": 0.7, "top_k": 40, "top_p": 0.9}
+        drawn = sampled(eager, 2, **declared)
+        return [one.row(taken(prefill(eager, one).float(), one, **declared), **declared) for one in drawn]
     ways: dict[str, Callable[[Sampled], list[float]]] = {
         "eager": lambda one: taken(prefill(eager, one).float(), one),
         "sdpa": lambda one: taken(prefill(sdpa, one).float(), one),
@@ -150,17 +166,7 @@ def clean(folder: Path, dtype: str, sequences: Sequence[Sampled]) -> dict[str, l
         "log_softmax in the run's dtype": lambda one: taken(prefill(sdpa, one), one),
         "less logsumexp": lambda one: _less_logsumexp(prefill(eager, one).float(), one),
     }
-    found = {name: [one.row(way(one)) for one in sequences] for name, way in ways.items()}
-    # One alone: each length is compiled anew.
-    found["jax"] = [one.row(taken(by_jax(folder, dtype, one).float(), one)) for one in sequences[:1]]
-    logits = batch(sdpa, sequences)
-    found["batch"] = [one.row(taken(of.float(), one)) for one, of in zip(sequences, logits, strict=True)]
-    declared = {"temperature": 0.7, "top_k": 40, "top_p": 0.9}
-    found["declared"] = [
-        one.row(taken(prefill(eager, one).float(), one, **declared), **declared)
-        for one in sampled(eager, 2, **declared)
-    ]
-    return found
+    return [one.row(ways[way](one)) for one in sequences]
 
 
 def _less_logsumexp(logits: torch.Tensor, one: Sampled) -> list[float]:

@@ -44,8 +44,10 @@ def _checked(functions: Functions[Function], function: Function) -> Function:
 
 
 def _once(function: Function, checked: Function) -> Function:
-    """`checked` where arguments or a result have other types and shapes than before, else `function`: a check is most of
-    the time of a small call, and sees nothing else of an array."""
+    """`checked` where arguments or a result have other types and shapes than before, else `function`.
+
+    A check is most of the time of a small call, and sees nothing else of an array.
+    """
     results: dict[Any, Any] = {}
 
     @functools.wraps(checked)
