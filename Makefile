@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PIP = .venv/bin/pip --disable-pip-version-check
 
-.PHONY: demo quick test thorough faults check docs screenshot bench wheel clean
+.PHONY: demo quick test slow thorough faults check docs screenshot bench wheel clean
 
 demo: .venv/installed
 	.venv/bin/svf demo
@@ -17,6 +17,9 @@ quick: .venv/dev
 
 test: .venv/dev
 	.venv/bin/pytest -n 2 --dist worksteal
+
+slow: .venv/dev
+	.venv/bin/pytest -n 2 --dist worksteal -m 'slow and not thorough'
 
 thorough: .venv/dev
 	.venv/bin/pytest -n 2 --dist worksteal -m thorough

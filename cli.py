@@ -18,6 +18,9 @@ import typer
 from stages.commands import child, compare, engines, look, make, prove, route, skill
 from stages.commands.program import COMMANDS, STATE, emit, with_next
 
+# These show the commands' names and first lines: no options of theirs are read, nor settings.
+NAMES_ALONE = (["--help"], ["-h"])
+
 
 class App(typer.Typer):
     """Typer, with every expected error as one line and its documented exit code, and choices in any case."""
@@ -65,6 +68,8 @@ class App(typer.Typer):
 
 def _settings(program: typer.Typer) -> dict[str, Any]:
     """Defaults from files and the environment, as typer takes them; none while a shell asks for completions."""
+    if STATE.words in NAMES_ALONE:
+        return {}
     from stages.commands import settings
 
     if settings.ISOLATED in os.environ or "_SVF_COMPLETE" in os.environ:
@@ -151,8 +156,21 @@ app = App(
 )
 # Modules of commands, each panel of --help in its turn.
 PANELS = (compare, engines, make, look, skill, prove, route, child)
+
+
+def _named(function: Callable[..., Any]) -> Callable[[], None]:
+    """A command without its options."""
+
+    def command() -> None:
+        pass
+
+    command.__name__, command.__doc__ = function.__name__, function.__doc__
+    return command
+
+
 for declared in (one for panel in PANELS for one in COMMANDS if one.function.__module__ == panel.__name__):
-    app.command(declared.name, hidden=declared.panel is None, rich_help_panel=declared.panel)(declared.function)
+    shown = _named(declared.function) if sys.argv[1:] in NAMES_ALONE else declared.function
+    app.command(declared.name, hidden=declared.panel is None, rich_help_panel=declared.panel)(shown)
 
 
 def _version(asked: bool) -> None:

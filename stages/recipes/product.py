@@ -158,9 +158,10 @@ def _in_orders(x: np.ndarray, dtype: str) -> np.ndarray:
     for places in around.T[1:]:
         rings = nearest(rings + x[places], dtype)
     near = far = x
-    while len(near) > 1:
-        near, half = nearest(near[::2] + near[1::2], dtype), len(far) // 2
-        far = nearest(far[:half] + far[half:], dtype)
+    while len(near) > 1:  # of an odd number the last one waits
+        half = len(near) // 2
+        near = np.concatenate([nearest(near[: 2 * half : 2] + near[1 : 2 * half : 2], dtype), near[2 * half :]])
+        far = np.concatenate([nearest(far[:half] + far[half : 2 * half], dtype), far[2 * half :]])
     return np.concatenate([rings, near, far])
 
 

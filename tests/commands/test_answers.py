@@ -26,6 +26,8 @@ from stages.jobs.forward_one import ForwardCommand
 from stages.progress import Progress
 from stages.run.children import ChildResult, SideError, document_of, run_sides
 
+pytestmark = pytest.mark.slow
+
 GROUP: Any = typer.main.get_command(cli.app)
 FUNCTIONS = {command.name: command.function for command in COMMANDS}
 

@@ -21,6 +21,8 @@ import svf_jax.production
 from stages.errors import InputError, UsageError
 from stages.files.source import open_model
 
+pytestmark = pytest.mark.slow
+
 GUIDE = ROOT / "docs" / "guides" / "capture.md"
 FAMILIES = ("qwen3", "qwen2")
 TOKENS = tokens_of(9)

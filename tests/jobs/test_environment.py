@@ -18,6 +18,8 @@ from stages.spec.environment import VARIABLES, xla_flag, xla_flags
 from svf_torch.backend import TorchBackend
 from svf_torch.probe import flags, set_flag
 
+pytestmark = pytest.mark.slow
+
 # What stages compute on one backend, as digests, and what the run says of its environment.
 RUN = """
 import hashlib, json, sys

@@ -19,6 +19,8 @@ from stages.files.source import open_model
 from stages.judge.audit import audit
 from stages.spec.config import ModelConfig
 
+pytestmark = pytest.mark.slow
+
 library = pytest.importorskip("svf_llama.library", reason="llama.cpp's wheels are not installed")
 pytest.importorskip("xllamacpp", reason="its wheel is not installed")
 

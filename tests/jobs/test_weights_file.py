@@ -21,7 +21,7 @@ from stages.files.tensorfile import TensorFile, sha256
 from svf_torch import weights_file
 from svf_torch.weights_file import load_svd_weights
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.slow]
 
 NAME = "model.layers.0.self_attn.q_proj.weight"
 

@@ -27,6 +27,8 @@ from stages.run.adapted import ADAPTED_FILE
 from stages.spec.backend import Backend
 from stages.spec.layouts import LAYOUTS
 
+pytestmark = pytest.mark.slow
+
 DTYPES = ["float32", "bfloat16", "float16"]
 
 

@@ -27,6 +27,8 @@ from logprob_files import (
 
 from stages.judge.logprobs import LogprobsCommand, judge
 
+pytestmark = pytest.mark.slow
+
 Rows = list[dict[str, Any]]
 
 

@@ -15,6 +15,8 @@ from plain_forward import MISTAKES, Plain
 import svf
 from stages.files.tensorfile import write_tensors
 
+pytestmark = pytest.mark.slow
+
 MODEL = Model(layers=3, heads=4, kv_heads=2, head_dim=16, hidden=64)
 TOKENS = ",".join(map(str, tokens_of(14)))
 OTHERS = ",".join(map(str, tokens_of(15)[:14]))

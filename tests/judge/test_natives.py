@@ -26,6 +26,8 @@ from stages.sums.evaluate import product
 from stages.sums.orders import words
 from stages.sums.text import parse_order
 
+pytestmark = pytest.mark.slow
+
 TOKENS = "3,141,59,26,53,58,97,93"
 BOTH = ["torch", "jax"]
 

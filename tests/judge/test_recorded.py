@@ -20,6 +20,8 @@ from stages.judge.recorded_run import order_of
 from stages.run.forward import oracles
 from stages.spec.forward import forward_pipeline, producers
 
+pytestmark = pytest.mark.slow
+
 TOKENS = tokens_of(9)
 IDS = ",".join(map(str, TOKENS))
 DTYPES = ("float32", "bfloat16", "float16")

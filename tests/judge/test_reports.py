@@ -20,6 +20,8 @@ from stages.jobs.decompose_options import DecomposeOptions
 from stages.spec.backend import Backend
 from stages.spec.replay import REPLAY
 
+pytestmark = pytest.mark.slow
+
 GATED = ("--strict-current-python", "--strict-stage-tolerances")
 TARGETS = {GATE: [64, 192], K_PROJ: [64, 64]}  # a sample turned to its target, and a square one that is taken as it is
 

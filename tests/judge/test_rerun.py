@@ -21,6 +21,8 @@ from stages.oracle.verdict import Verdict
 from stages.progress import Progress
 from stages.spec.backend import Backend
 
+pytestmark = pytest.mark.slow
+
 KEY = "layers.1.ffn_out"
 FACTS = {"torch": "2.13.0", "threads": "2", "environment": ""}
 ON_GPU = {"device": "gpu:0: NVIDIA H200", "jax": "0.12", "xla_gpu_autotune_level": "default"}

@@ -22,6 +22,8 @@ from stages.run.forward import Forwarder
 from svf_jax.backend import JaxBackend
 from svf_torch.backend import TorchBackend
 
+pytestmark = pytest.mark.slow
+
 TABLES = ("inv_freq", "rope_angle", "rope_cos", "rope_sin")
 SUBSETS = [some for count in range(5) for some in itertools.combinations(TABLES, count)]
 DTYPES = ("float32", "bfloat16", "float16")

@@ -18,6 +18,8 @@ from stages.judge.wrong_weights import Share
 from stages.selftest.engines import ENGINES
 from stages.selftest.specimens import Specimen
 
+pytestmark = pytest.mark.slow
+
 Weights = dict[str, np.ndarray]
 Change = Callable[[Weights], object]
 

@@ -20,6 +20,8 @@ from stages.files.tool_dumps import read_lying, tables
 from stages.files.torch_child import locate
 from stages.spec.forward import ANY_MODEL
 
+pytestmark = pytest.mark.slow
+
 TOKENS = ",".join(map(str, tokens_of(9)))
 # Stages that a tool records of two layers, of Qwen3 and of Qwen2.
 STAGES = {

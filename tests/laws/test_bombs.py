@@ -18,7 +18,7 @@ from forward_models import MODELS
 from gguf_files import write_gguf
 from helpers import some, svf, with_json
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

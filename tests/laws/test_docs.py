@@ -21,6 +21,8 @@ from plain_forward import gelu_tanh
 
 import cli
 
+pytestmark = pytest.mark.slow
+
 # The two commands that make what the pages take for granted are shown in guides/README.md.
 SETUP = ROOT / "docs" / "guides" / "README.md"
 README = (ROOT / "README.md").read_text()

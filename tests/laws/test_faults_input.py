@@ -21,7 +21,7 @@ from gguf_files import write_gguf
 from helpers import some, svf
 from safetensors.torch import load_file, save_file
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.slow]
 
 # Seeds per kind of file: few in `make test`, some with `make thorough`, many under `make faults`; SVF_FUZZ sets another
 # number.

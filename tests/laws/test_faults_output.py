@@ -20,7 +20,7 @@ from stages.jobs.forward_one import ForwardCommand
 from stages.run.children import ChildResult, document_of, run_child
 from stages.run.watch import entering, last_place
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.slow]
 COMMANDS = {
     "replay": ("replay", "COMPONENTS", "--backend", "reference", "--select", "q_proj", "--out", "@"),
     "forward": (

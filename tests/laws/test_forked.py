@@ -10,6 +10,8 @@ from forward_models import forward_command
 
 from stages.run.children import run_child
 
+pytestmark = pytest.mark.slow
+
 REAL = sys.executable
 
 

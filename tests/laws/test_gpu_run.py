@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 
+pytestmark = pytest.mark.slow
+
 STEPS = ("units", "synth", "torch-bfloat16")
 
 

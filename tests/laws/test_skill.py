@@ -29,6 +29,8 @@ from stages.selftest.planted import CompiledStages, Plant, PlantedBackend
 from stages.spec.backend import Backend
 from svf import stages
 
+pytestmark = pytest.mark.slow
+
 TEXT = PAGE.read_text()
 # The commands of the page by their names, placeholders and all.
 COMMANDS = {

@@ -34,6 +34,8 @@ from stages.sums.evaluate import Sum, evaluate, product
 from stages.sums.orders import lower
 from stages.sums.text import parse_order
 
+pytestmark = pytest.mark.slow
+
 SHAPES = {
     "matmul_pre_norm (torch_v)": ((32, 48, 400), (20, 24, 40)),
     "matmul_pre_norm (vh, nx)": ((32, 48, 400),),

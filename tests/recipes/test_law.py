@@ -19,6 +19,8 @@ from stages.selftest.rows import written
 from stages.spec.replay import REPLAY
 from stages.spec.stage import Scope
 
+pytestmark = pytest.mark.slow
+
 MODEL = "qwen3-gqa4"
 # One stage of each kind that has rows of its own.
 STAGES = (

@@ -29,6 +29,8 @@ from stages.spec.families import parameter_shapes
 from svf_jax.backend import JaxBackend
 from svf_torch.backend import TorchBackend
 
+pytestmark = pytest.mark.slow
+
 SIDES: dict[str, tuple[ModuleType, Any]] = {
     "torch": (svf_torch.production, TorchBackend),
     "jax": (svf_jax.production, JaxBackend),

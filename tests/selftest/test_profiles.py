@@ -31,6 +31,8 @@ from stages.selftest.run import selftest
 from stages.selftest.specimens import SPECIMENS
 from stages.selftest.trials import path_of
 
+pytestmark = pytest.mark.slow
+
 BACKENDS = ("torch", "jax")
 TINY = {"hidden": 32, "intermediate": 40, "heads": 2, "kv_heads": 1, "head_dim": 16, "layers": 2, "tokens": 9}
 

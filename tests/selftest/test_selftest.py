@@ -26,6 +26,8 @@ from stages.selftest.tables import digest, page
 from stages.selftest.trials import Trial, path_of, plan
 from stages.spec.replay import REPLAY
 
+pytestmark = pytest.mark.slow
+
 PACKAGE = ROOT / "stages" / "selftest"
 # One stage fault of each path, one of a weight, one of a size.
 FEW = ("positions past a cache", "gate and up swapped", "S x offsets", "theta x (1 + size)", "products in TF32")
