@@ -11,6 +11,7 @@ from recorded_models import recorded
 from tensor_core import STORED, Array, stored
 
 from stages.oracle.verdict import Oracle, Verdict
+from stages.recipes.product import _in_orders
 from stages.recipes.side import SideVerdict
 
 MODEL = "qwen3-bias"  # its attn_out has a bias, its ffn_out has none
@@ -104,3 +105,12 @@ def test_a_wrong_sum_over_ranks_is_a_bug(fault: str, ranks: int) -> None:
         if bias.any() or "bias" not in fault:
             side = judged(oracle, stored(FAULTS[fault](x, w, bias, ranks), "bfloat16"))
             assert side.verdict is Verdict.BUG, (stage, side)
+
+
+@pytest.mark.parametrize("count", range(3, 9))
+def test_trees_of_any_number_of_partial_sums_have_them_all(count: int) -> None:
+    """Of an odd number the last one waits for the next round."""
+    x = np.random.default_rng(count).standard_normal((count, 3, 2, 5))
+    sums = _in_orders(x, "float32")
+    assert len(sums) == 2 * count + 2  # a ring from each rank, either way, and two trees
+    np.testing.assert_allclose(sums, np.broadcast_to(x.sum(axis=0), sums.shape), rtol=1e-5, atol=1e-5)
