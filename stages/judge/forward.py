@@ -421,25 +421,38 @@ def explain_place(place: Place, run: ForwardRun, observed: np.ndarray) -> str | 
     return run.hints[place]
 
 
+# A row that is beyond its bound by more is not asked whether fewer bits explain it.
+_FEWER_BITS = 10.0
+
+
 def explain_suspects(rows: Sequence[Row], run: ForwardRun, end: str = "") -> None:
-    """What was judged through hidden stages, of each stage the first that is suspect, in place: with a function that
-    explains it, it is a bug, or fewer bits. `end` is that of a side's fields."""
+    """What was judged through hidden stages, of each stage the first that is suspect or a little beyond its bound, in
+    place: fewer bits, where these explain it; or a bug, where another function does. `end` is that of a side's fields.
+    """
     seen: set[str] = set()
     for row in rows:
         place = (row["layer"], row["stage"])
-        suspect = row.get(f"verdict{end}") == Verdict.SUSPECT and row["tensor"] is None
-        if not suspect or row["stage"] in seen or place not in run.side.places or through_words(place, run) is None:
+        if row["tensor"] is not None or not _doubtful(row, end) or row["stage"] in seen:
+            continue
+        if place not in run.side.places or through_words(place, run) is None:
             continue
         seen.add(row["stage"])
         explain_place(place, run, run.read(place))
         if place in run.found:
-            narrower = run.found[place].kind is Class.NARROWER
+            found = run.found[place]
+            narrower = found.kind is Class.NARROWER
             verdict = Verdict.PRECISION if narrower else Verdict.BUG
             row[f"verdict{end}"] = verdict.value
             if end:
                 row["verdict"] = worst(verdict, Verdict(row["verdict"])).value
             if narrower:  # lost bits are told by the verdict itself
-                row[f"hint{end}"] = run.found[place].words
+                row[f"hint{end}"] = found.words
+                row[f"usual{end}"] = found.usual or None
+
+
+def _doubtful(row: Row, end: str) -> bool:
+    verdict, ratio = row.get(f"verdict{end}"), row.get(f"ratio{end}")
+    return verdict == Verdict.SUSPECT or (verdict == Verdict.BUG and ratio is not None and ratio < _FEWER_BITS)
 
 
 def _explained(place: Place, run: ForwardRun, observed: np.ndarray) -> str | None:

@@ -28,8 +28,11 @@ from stages.spec.dtypes import stored_dtype
 _SURE_AT_ONCE, _SURELY_NUMBER, _SURELY_WEIGHT, _LEAST_TOKENS = 10.0, 12.0, 30.0, 8
 # Weights are asked of a stage of whose columns one is off by so much in RMS; of right ones at most by 5.6.
 _OFF_COLUMN = 6.0
-# Between these multiples of itself a change is there, and not another one that has something in common with it.
-_AS_A_WHOLE = (0.5, 2.0)
+# Between these multiples of itself a change is there, and not another one that has something in common with it: one
+# whose size was estimated, and one that has no size.
+_AS_A_WHOLE, _EXACTLY = (0.5, 2.0), (0.8, 1.25)
+# Among so many tokens a change must be spread, as their squares have it: two that see the same keys agree on anything.
+_SPREAD = 4.0
 # So many changes are computed at most, of so many of the first tokens.
 _MOST, _MOST_TOKENS = 24, 24
 # Two changes are told apart by so many units of what they leave: three standard deviations.
@@ -118,7 +121,9 @@ def _computed(search: Search, tried: _Try) -> _Found | None:
     others = 1 - square / square.sum()  # a token's own residual is as small as its share in the multiple is large
     off = float(np.sqrt(np.sum(((own - square * multiple) / others) ** 2))) if others.all() else np.inf
     sure = float(own.sum()) / off if off else 0.0
-    if sure < tried.least or not _AS_A_WHOLE[0] < multiple < _AS_A_WHOLE[1]:
+    least, most = _AS_A_WHOLE if tried.change else _EXACTLY
+    spread = float(square.sum() ** 2 / np.sum(square * square)) if square.any() else 0.0
+    if sure < tried.least or spread < _SPREAD or not least < multiple < most:
         return None
     left = float(np.sum(error * error) - own.sum() ** 2 / square.sum()) / error.size
     alone = multiple * float(np.sqrt(square.sum() / left))  # how sure it were, did elements err each for itself

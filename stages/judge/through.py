@@ -60,11 +60,15 @@ class Fit:
 
 @dataclass(frozen=True)
 class Named:
-    """What explains a failing span, in words, of which class it is, and the stages that it blames, each as likely."""
+    """What explains a failing span, in words, of which class it is, and the stages that it blames, each as likely.
+
+    `usual`: who computes so by itself, of fewer bits.
+    """
 
     words: str
     kind: Class
     places: tuple[Place, ...]
+    usual: str = ""
 
 
 class Search(Tried):
@@ -305,4 +309,5 @@ def told(found: Sequence[Fit]) -> Named | None:
         return None
     narrower = all(fit.of.kind is Class.NARROWER for fit in found)
     places = tuple(dict.fromkeys(place for fit in found for place in fit.of.instead))
-    return Named(", or ".join(map(in_words, rows.values())), Class.NARROWER if narrower else Class.OTHER, places)
+    usual = found[0].of.usual if narrower else ""
+    return Named(", or ".join(map(in_words, rows.values())), Class.NARROWER if narrower else Class.OTHER, places, usual)

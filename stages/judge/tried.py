@@ -24,11 +24,13 @@ from stages.judge.wrong_weights import Element, Line, beside
 from stages.oracle.bounds import U32
 from stages.oracle.decoder import attn_softmax
 from stages.oracle.rope import TABLES
+from stages.oracle.rounding import round_once
 from stages.oracle.span import Value, Way
 from stages.oracle.verdict import STAGES, Oracle, consult, judged_part
 from stages.recipes.at import At
 from stages.recipes.attention import DEALT
 from stages.recipes.catalogue import LEFT_OUT, right_value, ways_of
+from stages.recipes.catalogue import Way as CatalogueWay
 from stages.recipes.elements import CLEAR, become, stored_as
 from stages.recipes.recipe import Class
 from stages.recipes.rope import THETAS
@@ -67,7 +69,8 @@ Edits = Mapping[Place, Edit]
 class Hypothesis:
     """Another function in the place of some stages: where, in words, and what it is; as edits, where it is one.
 
-    `about` is the element of which it says what it is instead, the likeliest first."""
+    `about` is the element of which it says what it is instead, the likeliest first; `usual` says who does so by itself.
+    """
 
     where: str
     said: str
@@ -75,6 +78,7 @@ class Hypothesis:
     instead: Mapping[Place, Function]
     edits: Edits | None = None
     about: str = ""
+    usual: str = ""
 
     @property
     def words(self) -> str:
@@ -342,14 +346,14 @@ class Tried:
             return
         if inputs[0].shape == right.shape and Class.OTHER in classes:
             yield self._left_out(places, where)
-        for way in ways_of(self._at(first, inputs), *classes):
+        for way in ways_of(self._at(first, inputs, *classes), *classes):
             said = _LEFT_OUT if way.words in LEFT_OUT else way.words
             functions: dict[Place, Function] = {
                 at: functools.partial(self._way, way.words, way.kind, at) for at in places
             }
             if len(places) == 1:
-                functions = {first: self._known(way.value, functions[first])}
-            yield Hypothesis(where, said, way.kind, functions)
+                functions = {first: self._known(self._as_stored(first, way), functions[first])}
+            yield Hypothesis(where, said, way.kind, functions, usual=way.usual)
 
     def _known(self, value: np.ndarray, function: Function) -> Function:
         """`function`, of which the value is known as long as as many tokens are asked."""
@@ -367,13 +371,22 @@ class Tried:
             if inputs and self.given(inputs[0], {}).shape == self.values(at).shape:
                 yield self._left_out([at], self._where(at))
 
-    def _at(self, at: Place, inputs: Arrays) -> At:
+    def _at(self, at: Place, inputs: Arrays, *classes: Class) -> At:
+        """A stage of these inputs: without roundings inside it, but for ways that are known by them."""
         arguments = (*self.taken(at, inputs), *self.params(at))
         oracle = consult(self.stage(at), arguments, self.options(at), self.oracle.lambdas)
-        return At(oracle, inside="float64", right=right_value)
+        inside = self.stage(at).dtype if Class.NARROWER in classes else "float64"
+        return At(oracle, inside=inside, right=right_value)
 
     def _way(self, words: str, kind: Class, at: Place, inputs: Arrays) -> np.ndarray | None:
-        return next((way.value for way in ways_of(self._at(at, inputs), kind, only=words)), None)
+        ways = ways_of(self._at(at, inputs, kind), kind, only=words)
+        return next((self._as_stored(at, way) for way in ways), None)
+
+    def _as_stored(self, at: Place, way: CatalogueWay) -> np.ndarray:
+        """Of a hidden stage whose way is known by its roundings, with the last one too."""
+        if way.kind is not Class.NARROWER or at == self.span.acting:
+            return way.value
+        return round_once(way.value, stored_dtype(self.stage(at).dtype)).astype(np.float64)
 
     def other_weights(self) -> Iterator[Hypothesis]:
         """Weights of the neighbouring layers, and those of one shape that a loader may mix up."""

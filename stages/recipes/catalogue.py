@@ -92,13 +92,14 @@ def told(row: Form | Mod, at: At, number: float = 0.0) -> str:
 class Way:
     """What one row gives in the place of a stage: in words, of its class, the value before its last rounding.
 
-    `own`: a form or a mod of the stage's kind, not a general one of fewer bits.
+    `own`: a form or a mod of the stage's kind, not a general one of fewer bits. `usual` says who does so by itself.
     """
 
     words: str
     kind: Class
     value: np.ndarray
     own: bool
+    usual: str = ""
 
 
 def ways_of(
@@ -117,7 +118,7 @@ def ways_of(
             with suppress(Unknown), np.errstate(all="ignore"):
                 value = kind.emulator(row.at, **row.args)
                 if value is not None and value.mid.shape == at.oracle.value.shape:
-                    yield Way(row.words, row.kind, row.at.result(value).mid, row.own)
+                    yield Way(row.words, row.kind, row.at.result(value).mid, row.own, row.usual)
 
 
 class _Row(NamedTuple):
@@ -128,6 +129,7 @@ class _Row(NamedTuple):
     args: Mapping[str, Any]
     at: At
     own: bool
+    usual: str = ""
 
 
 def _rows(kind: Kind, at: At, classes: Sequence[Class], numbers: Mapping[str, float], only: str) -> Iterator[_Row]:
@@ -136,7 +138,8 @@ def _rows(kind: Kind, at: At, classes: Sequence[Class], numbers: Mapping[str, fl
     for form in kind.forms:
         of = form.of(dtype)
         if of is not None and of in classes:
-            yield _Row(told(form, at), of, form.args, at, True)
+            usual = form.usual_of(held(dtype)).format(dtype=dtype)
+            yield _Row(told(form, at), of, form.args, at, True, usual)
     if Class.NARROWER in classes:
         for words, lost in _fewer_bits(at, only):
             yield _Row(words, Class.NARROWER, {}, at.but(lost=lost), False)
