@@ -17,7 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 # The handle by which a watched process says that it ended by itself.
 _ENDED = "SVF_ENDED"
-_MODULES = ("stages", "svf_jax", "svf_llama", "svf_torch", "cli")
+_MODULES = ("stages", "svf_jax", "svf_llama", "svf_onnx", "svf_torch", "cli")
 
 
 def app() -> Any:

@@ -14,7 +14,13 @@ BACKENDS = {
     "reference": "stages.oracle.components:ReferenceBackend",
 }
 # Engines whose own models can be captured: the module with its `capture` and `run`.
-ENGINES = {"transformers": "svf_torch.capture", "nnx": "svf_jax.capture", "llama.cpp": "svf_llama.capture"}
+ENGINES = {
+    "transformers": "svf_torch.capture",
+    "nnx": "svf_jax.capture",
+    "llama.cpp": "svf_llama.capture",
+    "onnxruntime": "svf_onnx.capture",
+}
+_OURS = ("stages", "svf_torch", "svf_jax", "svf_llama", "svf_onnx")
 PROBES = {"torch": "svf_torch.probe:probe", "jax": "svf_jax.probe:probe"}
 
 
@@ -34,6 +40,6 @@ def attribute(place: str) -> Any:
     try:
         return getattr(importlib.import_module(module), name)
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] in ("stages", "svf_torch", "svf_jax", "svf_llama"):
+        if error.name is None or error.name.partition(".")[0] in _OURS:
             raise
         raise NotFoundError(f"{error.name} is not installed, and this needs it: pip install {error.name}") from error

@@ -35,9 +35,10 @@ from stages.commands.program import STATE, answer, command
     "svf capture MODEL --tokens 1,2,3,4,5 --beside 6,7 --kv-cache static --generate 4 --deep --out captured",
     "svf capture MODEL --engine nnx --out captured",
     "svf capture model.gguf --engine llama.cpp --tokens 1,2,3 --generate 4 --out captured",
+    "svf capture model.onnx --engine onnxruntime --model CHECKPOINT --deep --out captured",
 )
 def capture(
-    model: Annotated[str, typer.Argument(help="Checkpoint folder, GGUF file or hub id.")],
+    model: Annotated[str, typer.Argument(help="Checkpoint folder, GGUF file, ONNX file or hub id.")],
     out: Annotated[
         Path, output(help="New folder for the dump; of several sequences, each in a folder in it: 0, 1, ...")
     ],
@@ -49,8 +50,12 @@ def capture(
         of_run(help="Token ids of one more sequence in the batch; shorter ones are padded on the left."),
     ] = None,
     engine: Annotated[
-        EngineName, compute(help="Whose model runs: transformers', ours in flax.nnx, or llama.cpp's.")
+        EngineName, compute(help="Whose model runs: transformers', ours in flax.nnx, llama.cpp's, or an ONNX file.")
     ] = (ON_TRANSFORMERS),
+    checkpoint: Annotated[
+        str | None,
+        of_run("--model", help="Checkpoint that an ONNX file was made of; the file's folder if not given."),
+    ] = None,
     attention: Annotated[
         Attention | None,
         compute(help="How transformers computes attention, sdpa if not given; llama.cpp: eager, flash."),
@@ -62,10 +67,15 @@ def capture(
             "llama.cpp: float16 if not given, float32."
         ),
     ] = None,
-    compile: Annotated[bool, compute("--compile", help="Compile the model: torch.compile, jax.jit.")] = False,
+    compile: Annotated[
+        bool, compute("--compile", help="Compile: torch.compile, jax.jit; ONNX Runtime: all optimisations.")
+    ] = False,
     generate: Annotated[int, compute(min=0, help="Greedy tokens to generate, and capture too.")] = 0,
     deep: Annotated[
-        bool, compute("--deep", help="Also queries and keys after RoPE, by wrapping transformers' attention.")
+        bool,
+        compute(
+            "--deep", help="Also what no module gives: of transformers queries and keys after RoPE, of ONNX all stages."
+        ),
     ] = False,
     dtype: ComputeDtype = RunDtype.model,
     device: Device = "cpu",
@@ -86,6 +96,7 @@ def capture(
         model=model,
         out=out,
         engine=engine.value,
+        checkpoint=checkpoint,
         tokens=tokens,
         tokens_file=tokens_file,
         prompt=prompt,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from stages.errors import NotFoundError, UsageError
 from stages.files.folders import check_folder
 from stages.files.source import ModelSource, open_model
 from stages.files.tokens import check_tokens, parse_tokens, token_ids
@@ -20,6 +21,7 @@ from stages.spec.backend import check_device
 
 # Config, its file, weights, their source, and the rows of token ids; then how to run -> the record, the tokens made.
 Engine = Callable[..., tuple[Record, list[list[int]]]]
+_ONNX = ".onnx"
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class CaptureCommand:
     model: str
     out: Path
     engine: str
+    checkpoint: str | None = None  # of what MODEL was made, where it is an ONNX file
     tokens: str | None = None
     tokens_file: Path | None = None
     prompt: str | None = None
@@ -50,7 +53,7 @@ def capture(command: CaptureCommand, progress: Progress) -> dict[str, Any]:
     """Capture as asked, in a process of its own; the `svf.capture/1` document."""
     check_device(command.device)
     check_folder(command.out)
-    with open_model(command.model) as checkpoint:
+    with open_model(_checkpoint(command)) as checkpoint:
         rows = rows_of(command, checkpoint)
         needed = production_bytes(checkpoint.config, command.dtype)
         check_memory(needed, command.max_memory, "try a smaller model, or --dtype bfloat16")
@@ -60,6 +63,19 @@ def capture(command: CaptureCommand, progress: Progress) -> dict[str, Any]:
     child = run_child(request, timeout=command.timeout, progress=progress)
     document: dict[str, Any] = document_of(command.engine, child)
     return document
+
+
+def _checkpoint(command: CaptureCommand) -> str:
+    """Where config and weights are: of an ONNX file in the folder that was named, or its own; else in MODEL itself."""
+    if command.model.endswith(_ONNX):
+        if command.engine != "onnxruntime":
+            raise UsageError(f"{command.model} is an ONNX file: try --engine onnxruntime")
+        if not Path(command.model).is_file():
+            raise NotFoundError(f"{command.model} is not there")
+        return command.checkpoint or str(Path(command.model).parent)
+    if command.checkpoint is not None:
+        raise UsageError(f"--model says what an ONNX file was made of, and {command.model} is none")
+    return command.model
 
 
 def rows_of(command: CaptureCommand, checkpoint: ModelSource) -> list[list[int]]:
@@ -75,14 +91,16 @@ def rows_of(command: CaptureCommand, checkpoint: ModelSource) -> list[list[int]]
 def captured(command: CaptureCommand, engine: Engine) -> dict[str, Any]:
     """Run an engine here and write what was captured; the `svf.capture/1` document."""
     with ExitStack() as stack:
-        checkpoint = stack.enter_context(open_model(command.model))
+        checkpoint = stack.enter_context(open_model(_checkpoint(command)))
         rows = rows_of(command, checkpoint)
-        chosen = {"attention": command.attention, "cache": command.kv_cache}
+        source = _checkpoint(command)
+        file = command.model if source != command.model else None
+        chosen = {"attention": command.attention, "cache": command.kv_cache, "file": file}
         record, generated = engine(
             checkpoint.config,
             checkpoint.raw_config,
             checkpoint,
-            command.model,
+            source,
             rows,
             **{name: value for name, value in chosen.items() if value is not None},
             compiled=command.compiled,

@@ -96,7 +96,7 @@ class Record:
             if call.before == 0:
                 runs.append([])
             runs[-1].append(call)
-        return [_sequence(run, row) for run in runs for row in range(len(run[0].tokens))]
+        return [_sequence(self.path, run, row) for run in runs for row in range(len(run[0].tokens))]
 
     def write(self, folder: Path) -> list[Path]:
         """Write a dump of the one sequence in the new `folder`, or of each in a folder of its own there, by number."""
@@ -177,7 +177,7 @@ def _dtype(arrays: Mapping[Place, np.ndarray]) -> str:
     return found
 
 
-def _sequence(calls: list[Call], row: int) -> Sequence:
+def _sequence(path: Pipeline, calls: list[Call], row: int) -> Sequence:
     tokens = np.concatenate([call.tokens[row][call.real[row]] for call in calls])
     parts: dict[Place, dict[int, np.ndarray]] = {}
     expected: dict[Place, int] = Counter()
@@ -194,7 +194,9 @@ def _sequence(calls: list[Call], row: int) -> Sequence:
         if len(joined) == expected[place] and (
             lengths == {len(tokens)} or (place[1] == "lm_head" and len(lengths) == 1)
         ):
-            arrays[place] = np.ascontiguousarray(np.concatenate(joined, axis=-1) if len(joined) > 1 else joined[0])
+            whole = np.concatenate(joined, axis=-1) if len(joined) > 1 else joined[0]
+            by_head = path[place[1]].shape.startswith("heads ")
+            arrays[place] = np.ascontiguousarray(whole.swapaxes(0, 1) if by_head else whole)
         else:
             dropped.append(forward_key(place))
     about = {"calls": _in_words(calls)}

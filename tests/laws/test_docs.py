@@ -17,6 +17,7 @@ import typer.main
 from gguf_files import gguf_of
 from helpers import ROOT, fresh, some, svf
 from logprob_files import write_examples
+from onnx_files import kept
 from plain_forward import gelu_tanh
 
 import cli
@@ -77,6 +78,7 @@ def set_up(tmp_path_factory: pytest.TempPathFactory) -> Path:
             assert svf(*shown.words).code == shown.code, shown.line
     program = [sys.executable, str(ROOT / "tests" / "support" / "foreign_program.py"), "1,2,3,4,5"]
     gguf_of(folder / "MODEL", folder / "model.gguf", "Q8_0")
+    kept(folder / "CHECKPOINT")[1].rename(folder / "model.onnx")
     ports = {"port.safetensors": "none", "my-port.safetensors": "gate and up swapped"}
     runs = [word for out, fault in ports.items() for word in ("MODEL", "float32", out, fault)]
     subprocess.run([*program, *runs], cwd=folder, check=True)

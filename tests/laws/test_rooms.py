@@ -35,7 +35,7 @@ def lint(folder: Path) -> tuple[int, str]:
     ],
 )
 def test_a_forbidden_import_is_refused(tmp_path: Path, room: str, line: str) -> None:
-    for name in ("stages", "svf_torch", "svf_jax", "svf_llama"):
+    for name in ("stages", "svf_torch", "svf_jax", "svf_llama", "svf_onnx"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     file = tmp_path / room
@@ -55,7 +55,7 @@ def test_every_module_lies_in_a_room() -> None:
 
 
 def test_no_package_imports_the_program_or_the_library() -> None:
-    for folder in ("stages", "svf_torch", "svf_jax", "svf_llama"):
+    for folder in ("stages", "svf_torch", "svf_jax", "svf_llama", "svf_onnx"):
         for file in (ROOT / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(file.read_text())):
                 names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

@@ -24,7 +24,7 @@ def test_a_wheel_works_outside_the_tree(tmp_path: Path) -> None:
     tree.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE", "cli.py"):
         shutil.copy(ROOT / name, tree)
-    for package in ("stages", "svf_torch", "svf_jax", "svf_llama"):
+    for package in ("stages", "svf_torch", "svf_jax", "svf_llama", "svf_onnx"):
         shutil.copytree(ROOT / package, tree / package, ignore=shutil.ignore_patterns("__pycache__"))
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(tree)]
     subprocess.run(build, check=True, capture_output=True)
