@@ -19,6 +19,7 @@ from helpers import ROOT, fresh, some, svf
 from logprob_files import write_examples
 from onnx_files import kept
 from plain_forward import gelu_tanh
+from tool_dumps import nx_safetensors
 
 import cli
 
@@ -79,6 +80,8 @@ def set_up(tmp_path_factory: pytest.TempPathFactory) -> Path:
     program = [sys.executable, str(ROOT / "tests" / "support" / "foreign_program.py"), "1,2,3,4,5"]
     gguf_of(folder / "MODEL", folder / "model.gguf", "Q8_0")
     kept(folder / "CHECKPOINT")[1].rename(folder / "model.onnx")
+    nx_safetensors(folder / "MODEL", [1, 2, 3, 4, 5], folder / "nx")
+    (folder / "nx" / "hooks.safetensors").rename(folder / "hooks.safetensors")
     ports = {"port.safetensors": "none", "my-port.safetensors": "gate and up swapped"}
     runs = [word for out, fault in ports.items() for word in ("MODEL", "float32", out, fault)]
     subprocess.run([*program, *runs], cwd=folder, check=True)
