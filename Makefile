@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PIP = .venv/bin/pip --disable-pip-version-check
 
-.PHONY: demo quick test slow thorough faults check docs screenshot bench wheel clean
+.PHONY: demo quick test slow thorough faults check engines docs screenshot bench wheel clean
 
 demo: .venv/installed
 	.venv/bin/svf demo
@@ -34,6 +34,10 @@ check: .venv/dev
 	.venv/bin/lint-imports --no-logo
 	.venv/bin/pytest tests/laws/test_shapes.py
 	.venv/bin/python docs/generate.py --check
+
+engines: .venv/dev
+	.venv/bin/python benchmarks/engines.py --record docs/engines.json; code=$$?; \
+	.venv/bin/python docs/generate.py && exit $$code
 
 docs: .venv/dev
 	.venv/bin/python docs/generate.py

@@ -43,6 +43,7 @@ STAGES = ROOT / "stages"
 README = ROOT / "README.md"
 RECORDED, FLOORS = HERE / "selftest.json", HERE / "floors.json"
 LITTLE = HERE / "little.json"
+ENGINES_RAN = HERE / "engines.json"
 
 
 def noise_of(stage: Stage) -> str:
@@ -350,6 +351,35 @@ def _little() -> Any:
     return json.loads(LITTLE.read_text())
 
 
+_ENGINES_HEAD = """# Engines
+
+Generated from `docs/engines.json`, which `make engines` (`benchmarks/engines.py`) writes; do not edit.
+
+Engines that others wrote, run as they are on a random Qwen3 and Qwen2 of 2 layers, hidden size 256, 12 tokens: once
+with the right model, and ten times with a fault in the weights or the config that the engine is handed, while the audit
+has the right ones. *judged right*: tensors of the right run; *error / bound*: its largest. *found*: called wrong, and
+the culprit is the stage that the fault is in, or the span that ends there.
+
+| engine | family | type | recorded | judged right | outcome | error / bound | faults found |
+|---|---|---|---|---|---|---|---|"""
+
+
+def engines_page() -> str:
+    """What `benchmarks/engines.py` recorded."""
+    known = json.loads(ENGINES_RAN.read_text())
+    lines, missed, exposed = _ENGINES_HEAD.split("\n"), [], {}
+    for one in known["rows"]:
+        counts = [str(one["recorded"]), str(one["judged"]), one["outcome"], f"{one['x']:.2f}"]
+        lines.append(row([one["engine"], one["family"], one["kind"], *counts, f"{one['found']} of {one['planted']}"]))
+        missed += [f"- {one['engine']}, {one['family']}, {one['kind']}: {what}" for what in one["missed"]]
+        exposed.setdefault(one["engine"], {}).update(dict.fromkeys(one["stages"]))
+    lines += ["", "## What is not right yet", "", *(missed or ["Nothing."]), "", "## What each exposes", ""]
+    lines += ["| engine | stages |", "|---|---|"]
+    lines += [row([name, ", ".join(f"`{stage}`" for stage in stages)]) for name, stages in exposed.items()]
+    versions = ", ".join(f"{name} {version}" for name, version in known["versions"].items())
+    return "\n".join([*lines, "", f"Versions: {versions}.", "", *known["notes"], ""])
+
+
 def _floors() -> Any:
     return json.loads(FLOORS.read_text())
 
@@ -474,6 +504,7 @@ PAGES = {
     HERE / "selftest.md": lambda: (
         tables.page(_recorded()) + "\n".join(["", *floors_table(_floors()), "", *little_table(_little()), ""])
     ),
+    HERE / "engines.md": engines_page,
     HERE / "recipes.md": lambda: recipes_page(_floors()),
     HERE / "architecture.md": architecture_page,
     README: readme_page,

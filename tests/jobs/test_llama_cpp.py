@@ -12,7 +12,7 @@ import pytest
 from forward_models import Model, dumped, random_weights, tokens_of
 from gguf_files import write_gguf
 from helpers import svf
-from quantisers import quantised
+from quantisers import quantised_file
 from safetensors.numpy import save_file
 
 from stages.files.source import open_model
@@ -31,15 +31,7 @@ EXACT = ("--attention", "eager", "--kv-cache", "float32")
 
 def gguf_file(path: Path, kind: str, model: Model = SMALL, weights: dict[str, np.ndarray] | None = None) -> Path:
     """A model whose matrices ggml's own quantiser has made."""
-
-    def edit(said: dict[str, Any]) -> None:
-        said |= {"tokenizer.ggml.model": "none", f"{model.family}.vocab_size": model.vocab}
-
-    given = random_weights(model.config()) if weights is None else weights
-    if kind in ("F32", "F16", "BF16"):
-        return write_gguf(path, model, kind=kind, weights=given, edit=edit)
-    raw = {name: quantised(kind, array) for name, array in given.items() if array.ndim > 1}
-    return write_gguf(path, model, kind=kind, weights=given, raw=raw, edit=edit)
+    return quantised_file(path, kind, model, random_weights(model.config()) if weights is None else weights)
 
 
 def captured(model: Path, out: Path, *options: str) -> Path:

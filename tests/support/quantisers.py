@@ -5,9 +5,14 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.metadata
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
+from forward_models import Model
+from gguf_files import write_gguf
 
 from stages.files.gguf_file import block_sizes
 
@@ -44,3 +49,15 @@ def quantised(kind: str, weights: np.ndarray, importance: np.ndarray | None = No
     )
     assert written == out.nbytes
     return out
+
+
+def quantised_file(path: Path, kind: str, model: Model, weights: Mapping[str, np.ndarray]) -> Path:
+    """A GGUF file that llama.cpp loads, its matrices as ggml's own quantiser makes them."""
+
+    def edit(said: dict[str, Any]) -> None:
+        said |= {"tokenizer.ggml.model": "none", f"{model.family}.vocab_size": model.vocab}
+
+    if kind in ("F32", "F16", "BF16"):
+        return write_gguf(path, model, kind=kind, weights=weights, edit=edit)
+    raw = {name: quantised(kind, array) for name, array in weights.items() if array.ndim > 1}
+    return write_gguf(path, model, kind=kind, weights=weights, raw=raw, edit=edit)
