@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from helpers import ROOT
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def engines() -> Any:

@@ -23,6 +23,8 @@ from stages.spec.forward import forward_pipeline
 from svf_onnx import capture
 from svf_onnx.graph import Graph
 
+pytestmark = pytest.mark.slow
+
 TOKENS = "3,1,4,1,5,9,2"
 PLAIN = {"inv_freq", "rope_angle", "q_post_rope", "k_post_rope", "attn_scores", "attn_softmax", "qkv_matmul"}
 
