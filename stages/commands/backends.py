@@ -20,7 +20,7 @@ ENGINES = {
     "llama.cpp": "svf_llama.capture",
     "onnxruntime": "svf_onnx.capture",
 }
-_OURS = ("stages", "svf_torch", "svf_jax", "svf_llama", "svf_onnx")
+_OURS = {"stages", *(module.partition(".")[0] for module in ENGINES.values())}
 PROBES = {"torch": "svf_torch.probe:probe", "jax": "svf_jax.probe:probe"}
 
 

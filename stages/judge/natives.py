@@ -87,7 +87,7 @@ def ask(rows: Sequence[Row], asked: NativesRequest, progress: Report) -> None:
         progress("asking them what would give every byte", 0.4)
         _ask(through, replace(asked, failing=(through[0]["key"],)), SIDES)
     progress(f"asking {ORDERS} for the last bits", 0.8)
-    _ask([row for row in rows if row not in through], asked, (ORDERS,))
+    _ask([row for row in rows if not row.get("through")], asked, (ORDERS,))
 
 
 def _ask(rows: Sequence[Row], asked: NativesRequest, names: Sequence[str]) -> None:
