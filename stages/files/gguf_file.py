@@ -193,6 +193,20 @@ def values(raw: np.ndarray, tensor_type: str) -> np.ndarray:
         ) from None
 
 
+# Of types whose values are counted from a least one that is not 0: the bytes before a block's codes.
+_BEFORE_CODES = {"Q4_0": 2, "Q4_1": 4, "Q5_0": 2, "Q5_1": 4, "Q4_K": 16, "Q5_K": 16}
+
+
+def least(raw: np.ndarray, tensor: GgufTensor, size: int) -> np.ndarray | None:
+    """What the codes of stored rows `[rows, bytes]` are counted from, by blocks of `size`: float32 `[rows, blocks]`, the
+    values of codes of 0. None of a type that counts from 0."""
+    if tensor.type not in _BEFORE_CODES:
+        return None
+    blocks = raw.reshape(len(raw), -1, tensor.block_bytes).copy()
+    blocks[..., _BEFORE_CODES[tensor.type] :] = 0
+    return values(blocks.reshape(raw.shape), tensor.type)[:, ::size]
+
+
 @functools.cache
 def block_sizes() -> Mapping[str, tuple[int, int]]:
     """Elements and bytes of a block, by type; of a plain type one element."""

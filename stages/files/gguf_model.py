@@ -21,7 +21,7 @@ import numpy as np
 from stages.errors import InputError
 from stages.files.checkpoint import check_parameters, held_by
 from stages.files.gguf_config import FREQUENCIES, raw_config
-from stages.files.gguf_file import PLAIN, GgufFile, GgufTensor, row_blocks, values
+from stages.files.gguf_file import PLAIN, GgufFile, GgufTensor, least, row_blocks, values
 from stages.files.tensorfile import TensorInfo, sha256_by_rows
 from stages.spec.config import ModelConfig
 from stages.spec.dtypes import dtype_name
@@ -99,6 +99,15 @@ class GgufModel:
         for first, last in row_blocks(info.stored, start * each, stop * each):
             out[first - start * each : last - start * each] = values(self.raw(info, first, last), info.stored.type)
         return out.reshape((stop - start, *info.shape[1:]))
+
+    def least(self, name: str, size: int, start: int = 0, stop: int | None = None) -> np.ndarray | None:
+        """What codes of a matrix's rows `[start:stop]` are counted from, by blocks of `size`: float32 `[rows, blocks]`.
+        None of a type that counts from 0."""
+        info = self.info(name)
+        stop = info.shape[0] if stop is None else stop
+        parts = [least(self.raw(info, *block), info.stored, size) for block in row_blocks(info.stored, start, stop)]
+        found = [part for part in parts if part is not None]
+        return np.concatenate(found) if found else None
 
     def columns(self, name: str, start: int, stop: int) -> np.ndarray:
         """Columns `[start:stop]` of the matrix that `name` resolves to; only the blocks that hold them are decoded."""

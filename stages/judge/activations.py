@@ -5,7 +5,8 @@ Undeclared, a run is judged as one that multiplies what it recorded, and a recip
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ import numpy as np
 from stages.errors import UsageError, shown
 from stages.files.forward_dump import Place
 from stages.files.gguf_model import GgufModel
-from stages.oracle.activations import TAKEN, Cell, Taken
+from stages.oracle.activations import Q8_1, TAKEN, Taken
 from stages.oracle.verdict import Oracle
 from stages.spec.forward import parameter_name
 from stages.spec.noise import Noise
@@ -32,6 +33,7 @@ _OF_WEIGHTS: Mapping[str, str] = MappingProxyType(
         "F16": "float16",
         "BF16": "bfloat16",
         **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0", "IQ4_NL", "MXFP4"), "q8_0"),
+        **dict.fromkeys(("Q4_1", "Q5_1"), "q8_1"),
         **dict.fromkeys(("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "TQ1_0", "TQ2_0"), "q8_k"),
         **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"), "q8_k"),
     }
@@ -76,19 +78,49 @@ def taken_at(run: ForwardRun, place: Place) -> Taken | None:
     return TAKEN.get(kind) if kind is not None else None
 
 
-def settled(oracle: Oracle, cell: Cell, observed: np.ndarray) -> Oracle:
-    """The oracle of a product whose input's doubtful numbers are those within their cells that are nearest to what was
-    recorded: each right kernel has one of them, and the record tells which."""
-    least, middle, most = cell
-    doubtful = np.argwhere(least != most)
+def least_of(run: ForwardRun, place: Place, rows: slice = slice(None)) -> Mapping[str, Callable[[], np.ndarray | None]]:
+    """What the codes of a product's weights are counted from, by parameter, of blocks as kernels have them: `rows` of
+    each, `[rows, blocks]`; None of types that count from 0, and of weights that no GGUF file holds."""
+    assert run.path is not None
+    stage, weights = run.path.at(place), _gguf(run)
+    if weights is None or stage.noise is not Noise.PRODUCT or not stage.inputs:
+        return {}
+    names = {name: parameter_name(stage, name, place[0]) for name in stage.params if not name.endswith(".bias")}
+    return {
+        name: functools.partial(weights.least, full, Q8_1.size, rows.start or 0, rows.stop)
+        for name, full in names.items()
+    }
+
+
+def joined(least: Mapping[str, Callable[[], np.ndarray | None]]) -> np.ndarray | None:
+    """Of a stage's weights what `least_of` says, joined as their products are; None where one has none."""
+    found = [of() for of in least.values()]
+    whole = [array for array in found if array is not None]
+    return np.concatenate(whole) if whole and len(whole) == len(found) else None
+
+
+def settled(oracle: Oracle, taken: Taken, given: np.ndarray, observed: np.ndarray) -> Oracle:
+    """The oracle of a product, which was made for its input as `taken`, from the input as it was `given`.
+
+    The input's doubtful numbers are those within their cells that are nearest to what was recorded: each right kernel
+    has one of them, and the record tells which.
+    """
+    least, middle, most = taken.cell(given)
+    doubtful, offsets = np.argwhere(least != most), joined(oracle.least)
+    sums = taken.sums(given, middle, offsets)
+    found = oracle if sums is None else oracle.summing(sums)
     if not len(doubtful) or observed.shape != oracle.value.shape:
-        return oracle
+        return found
     weights = [a for a in oracle.arguments[1:] if a.ndim == 2]
-    x, left = middle.copy(), observed.astype(np.float64) - oracle.value
+    x, left = middle.copy(), observed.astype(np.float64) - found.value
     for row, k in doubtful:
         column = np.concatenate([w[:, k] for w in weights]).astype(np.float64)
+        if sums is not None and not sums.follows:
+            column -= sums.least[:, k * sums.least.shape[1] // x.shape[1]]
         share = float(left[row] @ column) / max(float(column @ column), np.finfo(np.float64).tiny)
         other = min((least[row, k], middle[row, k], most[row, k]), key=lambda end: abs(end - middle[row, k] - share))
         left[row] -= (other - x[row, k]) * column
         x[row, k] = other
-    return oracle.of((x.astype(np.float32), *oracle.arguments[1:]))
+    found = oracle.of((x.astype(np.float32), *oracle.arguments[1:]))
+    sums = taken.sums(given, x, offsets)
+    return found if sums is None else found.summing(sums)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from stages.files.forward_dump import Place, forward_key
-from stages.judge.activations import FLOAT32, settled, taken_at
+from stages.judge.activations import FLOAT32, joined, least_of, settled, taken_at
 from stages.judge.culprit import Piece
 from stages.judge.guarantees import enforce_precision
 from stages.judge.hints import Case, explain
@@ -149,14 +149,15 @@ def _oracles_of_recorded(
         return
     if stage.by_vocab and observed.ndim == 2:  # logits may be recorded of the last tokens alone
         inputs = {name: array[-len(observed) :] if name in stage.inputs else array for name, array in inputs.items()}
-    made, taken, cell = _made(acting, run), taken_at(run, acting), None
-    if taken is not None:
-        cell = taken.cell(inputs[stage.inputs[0]])
-        inputs = {**inputs, stage.inputs[0]: cell[1].astype(np.float32)}
+    made, taken = _made(acting, run), taken_at(run, acting)
+    before = inputs[stage.inputs[0]] if taken is not None else None
+    if taken is not None and before is not None:
+        inputs = {**inputs, stage.inputs[0]: taken.cell(before)[1].astype(np.float32)}
     for columns, oracle in oracles(run.path, run.config, stage, inputs, weights_of(run), place[0], run.lambdas):
-        if cell is not None:
-            oracle = settled(oracle, cell, part(observed, columns))
-        yield columns, dataclasses.replace(oracle, made=made, sizes=_sizes(run.config))
+        oracle = dataclasses.replace(oracle, made=made, sizes=_sizes(run.config), least=least_of(run, acting, columns))
+        if taken is not None and before is not None:
+            oracle = settled(oracle, taken, before, part(observed, columns))
+        yield columns, oracle
 
 
 def _made(place: Place, run: ForwardRun) -> dict[str, Callable[[], Oracle | None]]:
@@ -321,6 +322,9 @@ def _oracles_through(
                 if stop is not None:
                     return [source.read(LM_HEAD, start, stop).astype(dtype)]
                 return parameters(stage, own, source, place[0], dtype)
+
+            if way.taken is not None:
+                way = dataclasses.replace(way, least=functools.partial(joined, least_of(run, place, columns)))
 
             doubts = tuple(read(doubt, np.dtype(np.float64)) for doubt in run.doubts) if run.doubts else None
             oracle = oracle_through(stage, values, read(weights, dtype), options, way, doubts)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
 from stages.files.forward_dump import Place
-from stages.judge.activations import taken_at
+from stages.judge.activations import joined, least_of, taken_at
 from stages.judge.recorded_run import (
     ForwardRun,
     Span,
@@ -172,6 +174,8 @@ def computed(run: ForwardRun, place: Place, inputs: Sequence[Value]) -> Value:
     params = parameters(stage, given(run), weights_of(run), place[0], dtype)
     wide = np.dtype(np.float64)
     doubts = tuple(parameters(stage, given(run), doubt, place[0], wide) for doubt in run.doubts) or None
+    if way.taken is not None:
+        way = replace(way, least=partial(joined, least_of(run, place)))
     oracle = oracle_through(stage, inputs, params, stage_options(run.config, stage), way, doubts)
     return value_through(oracle, inputs, way)
 

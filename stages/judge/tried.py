@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from stages.files.forward_dump import Place, forward_key
-from stages.judge.activations import taken_at
+from stages.judge.activations import joined, least_of, taken_at
 from stages.judge.hints import Case
 from stages.judge.mix_ups import ALIKE
 from stages.judge.recorded_run import ForwardRun, Span, given, sources_of, weights_of
@@ -155,7 +155,7 @@ class Tried:
         return way_of(self.span.acting, self.run)
 
     def taken(self, at: Place, inputs: Arrays) -> Arrays:
-        """What a stage's kernel takes its inputs to before it computes anything."""
+        """What a stage's kernel takes its inputs to before it computes."""
         taken = taken_at(self.run, at)
         return inputs if taken is None else [taken.cell(inputs[0])[1], *inputs[1:]]
 
@@ -225,8 +225,16 @@ class Tried:
         stage = self.stage_of(at)
         if stage.identity:
             return inputs[0]
-        taken = self.taken(at, inputs)
-        return np.asarray(STAGES[stage.function](*taken, *self.params(at), **self.options_of(at)), np.float64)
+        return self.of_taken(at, inputs, self.params(at), self.options_of(at))
+
+    def of_taken(self, at: Place, inputs: Arrays, params: Arrays, options: Mapping[str, Any]) -> np.ndarray:
+        """What a stage gives of inputs, once its kernel has taken them to what it computes with."""
+        stage, taken = self.stage_of(at), self.taken(at, inputs)
+        value = np.asarray(STAGES[stage.function](*taken, *params, **options), np.float64)
+        kernel = taken_at(self.run, at)
+        rows = slice(self.start, self.start + value.shape[-1]) if stage.by_vocab else slice(None)
+        sums = kernel and kernel.sums(inputs[0], taken[0], joined(least_of(self.run, at, rows)))
+        return value if sums is None else value + sums.extra
 
     def stage(self, at: Place) -> Stage:
         return self.oracle.stage if at == self.span.acting else self.path.at(at)
@@ -419,8 +427,8 @@ class Tried:
             yield self._with_params(at, self._where(at), f"layer {layer}'s {name} in the place of its own", params)
 
     def _with_params(self, at: Place, where: str, said: str, params: Arrays) -> Hypothesis:
-        function, options = STAGES[self.stage(at).function], self.options(at)
-        instead = {at: lambda x: np.asarray(function(*self.taken(at, x), *params, **options), np.float64)}
+        options = self.options(at)
+        instead = {at: lambda x: self.of_taken(at, x, params, options)}
         return Hypothesis(where, said, Class.OTHER, instead, {at: Edit(params=params)})
 
     def numbers(self) -> Iterator[Number]:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from stages.oracle import spread
-from stages.oracle.activations import Taken
+from stages.oracle.activations import Cell, Sums, Taken
 from stages.oracle.bounds import RMS_THROUGH, U32, Lambdas, rounding_unit
 from stages.oracle.components import _v_transposed
 from stages.oracle.decoder import _repeated, attn_softmax
@@ -67,7 +67,7 @@ class Way:
     """How a span is judged: the run's dtype, its tokens, and how many standard deviations right programs stay within.
 
     Absolute bounds are carried where `absolute` says so: they say nothing of many stages. `taken`: what the stage takes
-    its first input to before it computes anything.
+    its first input to before it computes anything; `least`: what its weights' codes are counted from (`Sums`).
     """
 
     lambdas: Lambdas
@@ -76,6 +76,7 @@ class Way:
     deviations: float = WITHIN_LAYER
     absolute: bool = True
     taken: Taken | None = None
+    least: Callable[[], np.ndarray | None] = lambda: None
 
 
 Doubts = Sequence[Sequence[np.ndarray]]
@@ -94,8 +95,12 @@ def oracle_through(
     Computed without the roundings that the model prescribes inside the stage; whether they were done is in the bounds.
     `doubts` are what the params may be off, by the calibrated and by the rigorous bounds.
     """
+    sums = None
     if way.taken is not None:
-        inputs = [_as_taken(inputs[0], way.taken), *inputs[1:]]
+        cell = way.taken.cell(before := inputs[0].array.astype(np.float64))
+        inputs = [_as_taken(inputs[0], way.taken, cell), *inputs[1:]]
+        ends = cell[::2] if inputs[0].spread.none else ()
+        sums = way.taken.sums(before, inputs[0].array, way.least(), *ends)
     arguments = (*(value.array.astype(np.float64) for value in inputs), *params)
     if not inputs and doubts is None:
         return consult(stage, arguments, options, way.lambdas)
@@ -109,16 +114,19 @@ def oracle_through(
 
     def unsure_of(given: tuple[np.ndarray, ...]) -> tuple[np.ndarray, np.ndarray]:
         same = given is arguments
-        value = oracle.value if same else consult(stage, given, options, way.lambdas).value
+        value = oracle.value if same else consult(stage, given, options, way.lambdas, sums=sums).value
         deviation = way.deviations * np.sqrt((of_inputs() if same else moved(given)).variance(value))
         far = _far(stage, given, inputs, options, way, None if doubts is None else doubts[1])
         return np.fmin(deviation, far), np.fmin(SURELY * deviation, far)
 
     def moved(given: tuple[np.ndarray, ...]) -> Spread:
-        return _moved(stage, given, inputs, options, way, None if doubts is None else doubts[0])
+        found = _moved(stage, given, inputs, options, way, None if doubts is None else doubts[0])
+        if sums is None or inputs[0].sure:
+            return found
+        return replace(found, own=found.own + sums.variance(_of_blocks(inputs[0], sums)))
 
     of_inputs = functools.cache(lambda: moved(arguments))
-    oracle = consult(stage, arguments, options, way.lambdas, unsure)
+    oracle = consult(stage, arguments, options, way.lambdas, unsure, sums)
 
     @functools.cache
     def typical() -> np.ndarray:
@@ -128,15 +136,19 @@ def oracle_through(
     return replace(oracle, typical=typical, carried=of_inputs)
 
 
-def _as_taken(value: Value, taken: Taken) -> Value:
+def _as_taken(value: Value, taken: Taken, cell: Cell) -> Value:
     """What a value is taken to; of one that is not sure, right programs may take numbers to others near by."""
-    array = value.array.astype(np.float64)
-    least, middle, most = taken.cell(array)
+    array, (least, middle, most) = value.array.astype(np.float64), cell
     if value.sure and np.array_equal(least, most):
         return Value(middle)
     of = taken.variance(array, np.asarray(value.spread.variance(array)))
     far = np.maximum(most - middle, middle - least) if value.sure else np.inf
     return Value(middle, Spread(of), far)
+
+
+def _of_blocks(value: Value, sums: Sums) -> np.ndarray:
+    """The variances of sums of blocks of a value."""
+    return np.asarray(value.spread.variance(value.array)).reshape(*sums.own.shape, -1).sum(axis=-1)
 
 
 def value_through(oracle: Oracle, inputs: Sequence[Value], way: Way) -> Value:
@@ -178,6 +190,8 @@ def _own(oracle: Oracle, dtype: np.dtype) -> Spread:
     operands: tuple[Any, ...] = oracle.arguments
     if stage.noise is not Noise.EXACT and stage.function in OPERANDS:
         operands = OPERANDS[stage.function](*oracle.arguments, **oracle.options)
+    if oracle.sums is not None:
+        operands = oracle.sums.operands(*operands)
     return spread.own(stage.noise, operands, oracle.value, dtype, oracle.lambdas)
 
 

@@ -6,7 +6,7 @@ Inherited error is never blamed: the oracle starts from what the stage was given
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
 from typing import Any
@@ -17,6 +17,7 @@ from stages.oracle import bounds as noise
 from stages.oracle import components as reference
 from stages.oracle import decoder
 from stages.oracle import router as reference_router
+from stages.oracle.activations import Sums
 from stages.oracle.cores import Core
 from stages.oracle.rounding import round_once
 from stages.spec.causal import up_to_query
@@ -101,13 +102,21 @@ class Oracle:
     carried: Callable[[], Any] | None = None
     hidden: tuple[str, ...] = ()  # inputs that were not recorded, and can be computed again by their makers
     sizes: Mapping[str, int] = field(default_factory=dict)  # the model's, by name: one may stand for another
+    sums: Sums | None = None  # of a product: what its kernel adds to it
+    # What codes of quantised weights are counted from, by the weight; None of types that count from 0.
+    least: Mapping[str, Callable[[], np.ndarray | None]] = field(default_factory=dict)
 
     def of(self, arguments: tuple[np.ndarray, ...], options: Mapping[str, Any] | None = None) -> Oracle:
         """The oracle of the same stage for other arguments or options."""
         if self.again is not None:
             return self.again(arguments)
         options = self.options if options is None else options
-        return consult(self.stage, arguments, options, self.lambdas, self.unsure)
+        return consult(self.stage, arguments, options, self.lambdas, self.unsure, self.sums)
+
+    def summing(self, sums: Sums) -> Oracle:
+        """The oracle of a product whose kernel adds `sums` to it."""
+        found = consult(self.stage, self.arguments, self.options, self.lambdas, self.unsure, sums)
+        return replace(found, made=self.made, sizes=self.sizes, least=self.least)
 
     @cached_property
     def bound(self) -> np.ndarray:
@@ -132,8 +141,9 @@ def consult(
     options: Mapping[str, Any],
     lambdas: noise.Lambdas = noise.LAMBDA,
     unsure: Unsure | None = None,
+    sums: Sums | None = None,
 ) -> Oracle:
-    """The oracle of `stage` for its `arguments` (inputs, then params, in declared order)."""
+    """The oracle of `stage` for its `arguments` (inputs, then params, in declared order), and `sums` of a product."""
     dtype = stored_dtype(stage.dtype)
 
     def more(which: int) -> np.ndarray | float:
@@ -146,15 +156,19 @@ def consult(
     operands: tuple[Any, ...] = arguments
     if stage.noise is not Noise.EXACT and stage.function in OPERANDS:
         operands = OPERANDS[stage.function](*arguments, **options)
+    room = np.zeros(())
+    if sums is not None:
+        value, operands, room = value + sums.extra, sums.operands(*operands), sums.room
     return Oracle(
         stage,
         value,
-        lambda: noise.calibrated(stage.noise, operands, value, dtype, lambdas, more(0)),
-        lambda: noise.rigorous(stage.noise, operands, value, dtype, more(1), core_of(stage, arguments, lambdas)),
+        lambda: noise.calibrated(stage.noise, operands, value, dtype, lambdas, more(0) + room),
+        lambda: noise.rigorous(stage.noise, operands, value, dtype, more(1) + room, core_of(stage, arguments, lambdas)),
         arguments,
         options,
         lambdas,
         unsure,
+        sums=sums,
     )
 
 

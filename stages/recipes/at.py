@@ -122,6 +122,12 @@ class At:
         """A weight `[columns of the result, K]`, or the bias of these; of `columns` alone where few are asked for."""
         return self._some(len(self.stage.inputs) + self.stage.params.index(name), self.columns).mid
 
+    def least(self, name: str) -> np.ndarray | None:
+        """What the codes of a weight are counted from, `[columns of the result, blocks]`; None of types from 0."""
+        of = self.oracle.least.get(name)
+        found = None if of is None else of()
+        return found if found is None or self.columns is None else found[self.columns]
+
     def _peak(self, taken: Narrow, number: int) -> float | None:
         """The largest magnitude of an argument, where its scale goes by that."""
         if not taken.whole:

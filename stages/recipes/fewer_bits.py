@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from stages.oracle.activations import Q8_0, Q8_K, Blocks
+from stages.oracle.activations import D4, DS4, Q8_0, Q8_1, Q8_K, Blocks
 from stages.recipes.value import Value, keep, nearest, point
 from stages.spec.noise import Noise
 from stages.spec.stage import Stage
@@ -127,15 +127,21 @@ NARROW: tuple[Narrow, ...] = (
     ),
     *(
         Narrow(
-            f"8-bit whole numbers with a scale for {blocks.size} of them, ggml's {blocks.name.upper()}",
+            f"8-bit whole numbers with a scale for {blocks.size} of them, ggml's {name}",
             0,
             lambda x, blocks=blocks: blocks.cell(x)[1],
             _WIDE,
             result=False,
             blocks=blocks,
-            usual=f"as ggml does on a CPU before it multiplies with {weights}",
+            usual=f"as ggml does on {device} before it multiplies with {weights}",
         )
-        for blocks, weights in ((Q8_0, "Q4_0, Q5_0 and Q8_0"), (Q8_K, "K-quants"))
+        for blocks, name, device, weights in (
+            (Q8_0, "Q8_0", "a CPU", "Q4_0, Q5_0 and Q8_0"),
+            (Q8_1, "Q8_1", "a CPU", "Q4_1 and Q5_1"),
+            (Q8_K, "Q8_K", "a CPU", "K-quants"),
+            (DS4, "Q8_1 with sums of the inputs (CUDA's layout DS4)", "CUDA", "Q4_0, Q4_1, Q5_0, Q5_1, Q4_K and Q5_K"),
+            (D4, "Q8_1 with float32 scales (CUDA's layout D4)", "CUDA", "Q8_0, Q5_0, Q3_K, Q6_K and IQ types"),
+        )
     ),
     Narrow(
         "8-bit whole numbers with a scale per row",

@@ -97,6 +97,7 @@ def linear(
             y = _of_slices(at, changed, _slices(len(changed.w), blocks, step), partial, added)
         else:
             y = summed(at, changed.x, point(changed.w), at.lam(Noise.PRODUCT), core=core, pieces=pieces)
+            y = _with_sums(at, changed, y)
         if changed.bias is not None and bias != "missing":
             # Ranks add it to what they have stored, a split K to the sum.
             y = any_of([y, at.stored(y)]) if blocks else at.stored(y) if bias == "after" else y
@@ -176,6 +177,19 @@ def summed(at: At, a: Value, b: Value, lam: float, *, core: bool = False, pieces
     root = np.sqrt((x @ w).astype(np.float64) + y.mid * y.mid)
     of_root, of_result = found.lost
     return y.off(U32 * x.shape[-1] * (of_root * root + of_result * np.abs(y.mid)))
+
+
+def _with_sums(at: At, factor: Factor, y: Value) -> Value:
+    """With what a kernel adds that keeps the sums of its input's blocks; `Unknown` where its weights have no use of
+    them: then it computes what one without them does."""
+    blocks = None if at.lost is None else at.lost.narrow.blocks
+    if blocks is None or not blocks.summed:
+        return y
+    x, least = at.but(lost=None).input(0).mid, at.least(factor.name)
+    sums = blocks.sums(x, factor.x.mid, least, factor.x.lo, factor.x.hi)
+    if sums is None:
+        raise Unknown("sums of blocks")
+    return (y + sums.extra).off(sums.room)
 
 
 def _changed(at: At, factor: Factor, other: str) -> Factor | None:
