@@ -37,6 +37,9 @@ _CLEAR = 6.0
 # deviation, so that a single step is well within the ten that right programs stay within (span.WITHIN_LAYER).
 _LEAST = 4e-2
 
+# The variance of the difference of two roundings that know nothing of each other, in squares of their step.
+_OF_TWO_ROUNDINGS = 1 / 6
+
 Cell = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
@@ -66,9 +69,10 @@ class Sums:
         return self.doubt @ np.abs(self.least).T
 
     def variance(self, of_own: np.ndarray) -> np.ndarray:
-        """The variance of `extra` where `own` has one."""
+        """The variance of `extra` where `own` has one: what is kept is rounded otherwise, and does not follow."""
         ulp = 2 * half_unit(self.kept, np.dtype(np.float16))
-        return ulp**2 * _taken_to_another(self.own / ulp, of_own / ulp**2) @ (self.least**2).T
+        rounded = ulp**2 * np.minimum(_taken_to_another(self.own / ulp, of_own / ulp**2), _OF_TWO_ROUNDINGS)
+        return (rounded if self.follows else rounded + of_own) @ (self.least**2).T
 
     def operands(self, x: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The factors of all that is summed, of those of the product, `[rows, K]` and `[K, columns]`: what `least` is
