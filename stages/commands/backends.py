@@ -19,6 +19,7 @@ ENGINES = {
     "nnx": "svf_jax.capture",
     "llama.cpp": "svf_llama.capture",
     "onnxruntime": "svf_onnx.capture",
+    "openvino": "svf_onnx.openvino",
 }
 _OURS = {"stages", *(module.partition(".")[0] for module in ENGINES.values())}
 PROBES = {"torch": "svf_torch.probe:probe", "jax": "svf_jax.probe:probe"}

@@ -38,7 +38,7 @@ ON_TRANSFORMERS = EngineName("transformers")
 Attention = StrEnum("Attention", ["eager", "sdpa", "flex_attention", "flash_attention_2", "flash"])
 CacheKind = StrEnum("CacheKind", ["dynamic", "static", "none", "float16", "float32"])
 # As CHOICES of stages/judge/activations.py, which loads numpy.
-TakenTo = StrEnum("TakenTo", ["float32", "float16", "bfloat16", "q8_0", "q8_1", "q8_k", "q8_1_ds4", "q8_1_d4", "ggml"])
+TakenTo = StrEnum("TakenTo", "float32 float16 bfloat16 q8_0 q8_1 q8_k q8_1_ds4 q8_1_d4 ggml ggml_mmq ggml_mmvq")
 OneLayout = StrEnum("OneLayout", ["declared", "torch_v", "nx", "vh"])
 LayoutName = StrEnum("LayoutName", ["declared", "torch_v", "nx", "vh", "all"])
 DumpMode = StrEnum("DumpMode", ["full", "hash", "none"])
@@ -111,7 +111,8 @@ Activations = Annotated[
     TakenTo | None,
     of_run(
         help="What kernels take the inputs of products to; ggml: as it does on a CPU, by the types of a GGUF file's "
-        "weights. Where it is not given, the verdict says what they did."
+        "weights, ggml_mmq and ggml_mmvq: on CUDA, of many tokens and of up to eight. Where it is not given, the "
+        "verdict says what they did."
     ),
 ]
 StrictStages = Annotated[

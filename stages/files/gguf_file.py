@@ -198,8 +198,8 @@ _BEFORE_CODES = {"Q4_0": 2, "Q4_1": 4, "Q5_0": 2, "Q5_1": 4, "Q4_K": 16, "Q5_K":
 
 
 def least(raw: np.ndarray, tensor: GgufTensor, size: int) -> np.ndarray | None:
-    """What the codes of stored rows `[rows, bytes]` are counted from, by blocks of `size`: float32 `[rows, blocks]`, the
-    values of codes of 0. None of a type that counts from 0."""
+    """What the codes of stored rows `[rows, bytes]` are counted from, by blocks of `size`: the values of codes of 0,
+    float32 `[rows, blocks]`. None of a type that counts from 0."""
     if tensor.type not in _BEFORE_CODES:
         return None
     blocks = raw.reshape(len(raw), -1, tensor.block_bytes).copy()

@@ -21,7 +21,7 @@ from stages.spec.backend import check_device
 
 # Config, its file, weights, their source, and the rows of token ids; then how to run -> the record, the tokens made.
 Engine = Callable[..., tuple[Record, list[list[int]]]]
-_ONNX = ".onnx"
+_ONNX, _RUN_ONNX = ".onnx", ("onnxruntime", "openvino")
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ def capture(command: CaptureCommand, progress: Progress) -> dict[str, Any]:
 def _checkpoint(command: CaptureCommand) -> str:
     """Where config and weights are: of an ONNX file in the folder that was named, or its own; else in MODEL itself."""
     if command.model.endswith(_ONNX):
-        if command.engine != "onnxruntime":
-            raise UsageError(f"{command.model} is an ONNX file: try --engine onnxruntime")
+        if command.engine not in _RUN_ONNX:
+            raise UsageError(f"{command.model} is an ONNX file: try --engine {' or '.join(_RUN_ONNX)}")
         if not Path(command.model).is_file():
             raise NotFoundError(f"{command.model} is not there")
         return command.checkpoint or str(Path(command.model).parent)

@@ -6,7 +6,7 @@ Undeclared, a run is judged as one that multiplies what it recorded, and a recip
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -23,19 +23,43 @@ from stages.spec.noise import Noise
 if TYPE_CHECKING:
     from stages.judge.recorded_run import ForwardRun
 
-# By the type of the weights, as ggml's CPU kernels do.
-GGML, FLOAT32 = "ggml", "float32"
-CHOICES = (FLOAT32, *TAKEN, GGML)
-# `vec_dot_type` of `type_traits_cpu` in ggml/src/ggml-cpu/ggml-cpu.c.
-_OF_WEIGHTS: Mapping[str, str] = MappingProxyType(
+# By the type of the weights: as ggml does on a CPU; in CUDA's products of many tokens, and of up to eight.
+GGML, MMQ, MMVQ, FLOAT32 = "ggml", "ggml_mmq", "ggml_mmvq", "float32"
+CHOICES = (FLOAT32, *TAKEN, GGML, MMQ, MMVQ)
+_PLAIN = {"F32": FLOAT32, "F16": "float16", "BF16": "bfloat16"}
+_OTHERS = (
+    *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "TQ1_0", "TQ2_0"),
+    *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"),
+)
+# `vec_dot_type` of `type_traits_cpu` in ggml/src/ggml-cpu/ggml-cpu.c; `mmq_get_q8_1_ds_layout` in
+# ggml/src/ggml-cuda/mmq.cuh, whose layout of Q2_K and IQ1 is not known here; what ggml/src/ggml-cuda/vecdotq.cuh reads.
+_OF_WEIGHTS: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
-        "F32": FLOAT32,
-        "F16": "float16",
-        "BF16": "bfloat16",
-        **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0", "IQ4_NL", "MXFP4"), "q8_0"),
-        **dict.fromkeys(("Q4_1", "Q5_1"), "q8_1"),
-        **dict.fromkeys(("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "TQ1_0", "TQ2_0"), "q8_k"),
-        **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"), "q8_k"),
+        GGML: {
+            **_PLAIN,
+            **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0", "IQ4_NL", "MXFP4"), "q8_0"),
+            **dict.fromkeys(("Q4_1", "Q5_1"), "q8_1"),
+            **dict.fromkeys(_OTHERS, "q8_k"),
+        },
+        MMQ: {
+            **_PLAIN,
+            **dict.fromkeys(("Q4_0", "Q4_1", "Q5_1", "Q4_K", "Q5_K"), "q8_1_ds4"),
+            **dict.fromkeys(("Q5_0", "Q8_0", "IQ4_NL", "MXFP4", "Q3_K", "Q6_K", "IQ4_XS"), "q8_1_d4"),
+            **dict.fromkeys(("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"), "q8_1_d4"),
+        },
+        MMVQ: {
+            **_PLAIN,
+            **dict.fromkeys(("Q8_0", "IQ4_NL", "MXFP4", *_OTHERS), "q8_0"),
+            **dict.fromkeys(("Q4_0", "Q4_1", "Q5_0", "Q5_1"), "q8_1_ds4"),
+        },
+    }
+)
+# What kernels do that go by the type of the weights, in words, and which these are.
+KERNELS: Mapping[str, tuple[str, str]] = MappingProxyType(
+    {
+        GGML: ("take their inputs to what goes with their weights", "as ggml does on a CPU"),
+        MMQ: ("take their inputs to CUDA's Q8_1 (mmq)", "as ggml does on CUDA with more than eight tokens"),
+        MMVQ: ("take their inputs to CUDA's Q8_1 (mmvq)", "as ggml does on CUDA with up to eight tokens"),
     }
 )
 
@@ -50,13 +74,21 @@ def declare(run: ForwardRun, activations: str | None) -> None:
         raise UsageError(
             f"activations are taken to {activations} by kernels of float32 runs; this one is {run.path.activations}"
         )
-    if activations == GGML and _gguf(run) is None:
-        raise UsageError("activations ggml follow from the types of a GGUF file's weights; give it as --model")
+    if activations in KERNELS and _gguf(run) is None:
+        raise UsageError(
+            f"activations {activations} follow from the types of a GGUF file's weights; give it as --model"
+        )
     run.activations = activations
 
 
 def _gguf(run: ForwardRun) -> GgufModel | None:
     return next((one for one in (run.weights, run.checkpoint) if isinstance(one, GgufModel)), None)
+
+
+def inferable(run: ForwardRun) -> Sequence[str]:
+    """Kinds of kernels that a run may have had which says nothing of them: those for the weights of a GGUF file."""
+    asked = run.activations is None and run.path is not None and run.path.activations == FLOAT32
+    return tuple(KERNELS) if asked and _gguf(run) is not None else ()
 
 
 def taken_at(run: ForwardRun, place: Place) -> Taken | None:
@@ -68,12 +100,13 @@ def taken_at(run: ForwardRun, place: Place) -> Taken | None:
     stage = run.path.at(place)
     if run.activations in (None, FLOAT32) or stage.noise is not Noise.PRODUCT or not stage.inputs:
         return None
-    if run.activations != GGML:
+    if run.activations not in KERNELS:
         return TAKEN[str(run.activations)]
     weights = _gguf(run)
     assert weights is not None
     infos = [weights.info(parameter_name(stage, name, place[0])) for name in stage.params]
-    kinds = {_OF_WEIGHTS.get(info.stored.type) for info in infos if len(info.shape) > 1}
+    of = _OF_WEIGHTS[run.activations]
+    kinds = {of.get(info.stored.type) for info in infos if len(info.shape) > 1}
     kind = kinds.pop() if len(kinds) == 1 else None
     return TAKEN.get(kind) if kind is not None else None
 

@@ -38,6 +38,7 @@ from stages.judge.forward import (
     why_unjudged,
 )
 from stages.judge.forward_pair import Named
+from stages.judge.inferred import infer_activations
 from stages.judge.metrics import Difference
 from stages.judge.misrecorded import in_words as as_misrecorded
 from stages.judge.misrecorded import misrecorded, without
@@ -153,6 +154,7 @@ def _audit_forward(run: ForwardRun, model: str | None, how: _How, progress: Repo
     for row in rows:
         if (row["layer"], row["stage"]) in given:
             row |= {"verdict": Verdict.GIVEN.value, "note": f"taken as given, {row['note']}"}
+    infer_activations(rows, run)
     explain_suspects(rows, run)
     if how.rerun:
         resolve_suspects(rows, recorded_of(run, model))

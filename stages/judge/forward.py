@@ -420,6 +420,10 @@ def part(observed: np.ndarray, columns: slice) -> np.ndarray:
 
 def explain_place(place: Place, run: ForwardRun, observed: np.ndarray) -> str | None:
     """A hint at why a recorded stage failed; None when its error has no shape that is known."""
+    if place in run.instead:
+        found = explain_place(place, other := run.instead[place], observed)
+        run.found |= other.found
+        return found
     if place not in run.hints:
         run.hints[place] = _explained(place, run, observed)
     return run.hints[place]

@@ -27,6 +27,7 @@ from stages.judge.forward import (
     why_unjudged,
 )
 from stages.judge.forward_pair import Named, check_comparable, open_pair
+from stages.judge.inferred import infer_activations
 from stages.judge.metrics import Difference, same_bits
 from stages.judge.misrecorded import in_words, misrecorded, without
 from stages.judge.recorded_run import ForwardRun, about, order_of, promised
@@ -92,6 +93,7 @@ def diff_forward(
             rows.sort(key=lambda row: places.index((row["layer"], row["stage"])))
         _blame_recordings(rows, a, b, top)
         for letter, run in (("a", a), ("b", b)):
+            infer_activations(rows, run, f"_{letter}")
             explain_suspects(rows, run, f"_{letter}")
         for letter, run in (("a", a), ("b", b)) if rerun else ():
             resolve_suspects(rows, recorded_of(run, named.model), letter)

@@ -115,6 +115,7 @@ class ForwardRun:
     hints: dict[Place, str | None] = field(default_factory=dict, init=False)
     found: dict[Place, Any] = field(default_factory=dict, init=False)
     spans: dict[Place, Span] = field(default_factory=dict, init=False)
+    instead: dict[Place, ForwardRun] = field(default_factory=dict, init=False)  # judged as of this run (inferred.py)
     values: dict[Place, Value] = field(default_factory=dict, init=False)
     through: dict[tuple[Place, str], Oracle] = field(default_factory=dict, init=False)
 

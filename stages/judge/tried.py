@@ -233,7 +233,9 @@ class Tried:
         value = np.asarray(STAGES[stage.function](*taken, *params, **options), np.float64)
         kernel = taken_at(self.run, at)
         rows = slice(self.start, self.start + value.shape[-1]) if stage.by_vocab else slice(None)
-        sums = kernel and kernel.sums(inputs[0], taken[0], joined(least_of(self.run, at, rows)))
+        if kernel is None:
+            return value
+        sums = kernel.sums(inputs[0], taken[0], joined(least_of(self.run, at, rows)))
         return value if sums is None else value + sums.extra
 
     def stage(self, at: Place) -> Stage:

@@ -36,6 +36,7 @@ def scores(
     at: At,
     *,
     form: str = "each",
+    held: str = "",
     factor: str | float = 1.0,
     tiled: bool = False,
     swapped: bool = False,
@@ -47,6 +48,7 @@ def scores(
 ) -> Value | None:
     """q k^T scaled, `[heads, queries, keys]`; `form` says where the scale goes and what is rounded before it.
 
+    `held`: the dtype that q and k are rounded to once they are scaled by its root, where it is not the activations'.
     `cap`: c tanh(s / c), in `steps` that are each rounded. `rotated`: each head has those of the one before it.
     """
     scale = float(nearest(np.float64(at.options["scaling"]), "float32"))
@@ -64,7 +66,9 @@ def scores(
     if form == "in q, float32":
         q, scale = (q * scale).soft(1), 1.0
     if form == "root":
-        q, k, scale = at.stored(q * np.sqrt(scale)), at.stored(k * np.sqrt(scale)), 1.0
+        q, k = (x * np.sqrt(scale) for x in (q, k))
+        q, k = (x.soft(1).once(held) if held else at.stored(x) for x in (q, k))
+        scale = 1.0
     k = k.map(lambda x: x.swapaxes(1, 2))
     y = summed(at, q, k, at.lam(Noise.SCORES), core=core, pieces=pieces)
     if form in ("each", "scale narrow"):
@@ -129,6 +133,14 @@ _SCORE_FORMS = (
         form="narrow in q",
     ),
     *(narrower(words, dtypes=("float32",), pieces=pieces) for words, pieces in IN_PIECES.items()),
+    narrower(
+        "its root folded into q and into k, which are rounded to bfloat16",
+        dtypes=("float32",),
+        who="OpenVINO with the precision hint bf16 (ran)",
+        usual="as OpenVINO does by itself on a CPU with units for bfloat16",
+        form="root",
+        held="bfloat16",
+    ),
 )
 _SCORE_MODS = (
     Mod("the scale 1/sqrt(head_dim) is missing", {"factor": "missing"}),

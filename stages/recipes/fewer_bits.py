@@ -190,5 +190,8 @@ def ways(
     if len(own) > 1:
         for i in own:
             yield f"its values of {inputs[i]} have {narrow.words}", Lost(narrow, (i,))
+        if narrow.cast:  # a fused kernel reads and writes it so, and computes between in float32
+            first = own[0]
+            yield f"its values of {inputs[first]} and its result have {narrow.words}", Lost(narrow, (first,), True)
     if narrow.result:
         yield f"its operands and its result have {narrow.words}", Lost(narrow, numbers, result=True)

@@ -54,6 +54,7 @@ def failing(document: dict[str, Any]) -> dict[str, str]:
         ("BF16", "qwen2", "bfloat16-like"),
         ("Q8_0", "qwen3", "ggml's Q8_0"),
         ("Q4_K", "qwen3", "ggml's Q8_K"),
+        ("Q5_1", "qwen2", "ggml's Q8_1"),
     ],
 )
 def test_inputs_of_products_are_named_or_declared(kind: str, family: str, said: str, tmp_path: Path) -> None:
@@ -92,13 +93,19 @@ def test_a_wrong_weight_is_found_and_named(tmp_path: Path) -> None:
 
 
 def test_through_products_that_nobody_recorded(tmp_path: Path) -> None:
-    """From the logits alone: undeclared a run is not right, declared it is."""
+    """From the logits alone: declared a run is right, undeclared it is named what its kernels do."""
     file = gguf_file(tmp_path / "m.gguf", "Q8_0")
     logits = dumped(captured(file, tmp_path / "dump", *EXACT))["lm_head"]
     save_file({"lm_head": logits}, tmp_path / "logits.safetensors")
     how: dict[str, Any] = {"model": str(file), "tokens": ",".join(map(str, TOKENS))}
     assert audit(tmp_path / "logits.safetensors", **how, activations="ggml")["outcome"] == "sound"
-    assert audit(tmp_path / "logits.safetensors", **how)["outcome"] == "faulty"
+    found = audit(tmp_path / "logits.safetensors", **how)
+    assert list(failing(found)) == ["lm_head"]
+    assert (found["culprit"]["verdict"], found["outcome"]) == ("precision", "faulty")
+    assert found["culprit"]["hint"].endswith("take their inputs to what goes with their weights")
+    assert audit(tmp_path / "logits.safetensors", **how, accepted="usual")["outcome"] == "sound"
+    save_file({"lm_head": np.roll(logits, 1, axis=1)}, tmp_path / "logits.safetensors")
+    assert audit(tmp_path / "logits.safetensors", **how)["culprit"]["verdict"] == "bug"
 
 
 def test_the_dump_says_how_it_was_run(tmp_path: Path) -> None:
