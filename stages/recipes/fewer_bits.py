@@ -186,6 +186,8 @@ def ways(
         yield f"its weights have {narrow.words}", Lost(narrow, weights)
     matrices = tuple(i for i in weights if i not in biases)
     if narrow.cast and matrices and matrices != weights:
+        if own:
+            yield f"its operands have {narrow.words}; its biases do not", Lost(narrow, (*own, *matrices))
         yield f"its weights have {narrow.words}; its biases do not", Lost(narrow, matrices)
     if len(own) > 1:
         for i in own:

@@ -88,16 +88,16 @@ def test_names_of_a_torchscript_export_are_modules(tmp_path: Path) -> None:
 
 
 def test_what_it_is_given() -> None:
-    def argument(name: str, shape: list[object], kind: str = "tensor(int64)") -> SimpleNamespace:
-        return SimpleNamespace(name=name, shape=shape, type=kind)
+    def given(name: str, shape: list[object], kind: str = "tensor(int64)") -> np.ndarray:
+        return capture._argument(SimpleNamespace(name=name, shape=shape, type=kind)).given([5, 6])
 
-    assert capture._input(argument("input_ids", ["b", "n"], "tensor(int32)"), [5, 6]).tolist() == [[5, 6]]
-    assert capture._input(argument("attention_mask", ["b", "n"]), [5, 6]).tolist() == [[1, 1]]
-    assert capture._input(argument("position_ids", ["b", "n"]), [5, 6]).tolist() == [[0, 1]]
-    past = capture._input(argument("past_key_values.0.key", ["b", 2, "past", 8], "tensor(float)"), [5, 6])
+    assert given("input_ids", ["b", "n"], "tensor(int32)").tolist() == [[5, 6]]
+    assert given("attention_mask", ["b", "n"]).tolist() == [[1, 1]]
+    assert given("position_ids", ["b", "n"]).tolist() == [[0, 1]]
+    past = given("past_key_values.0.key", ["b", 2, "past", 8], "tensor(float)")
     assert (past.shape, past.dtype) == ((1, 2, 0, 8), np.float32)
     with pytest.raises(capture.InputError, match=r"an input use_cache_branch of tensor\(bool\)"):
-        capture._input(argument("use_cache_branch", [1], "tensor(bool)"), [5, 6])
+        given("use_cache_branch", [1], "tensor(bool)")
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
