@@ -27,6 +27,7 @@ class Kind(StrEnum):
     DUMP = "dump"
     APRT_TREE = "APRT tree"
     APRT = "APRT file"
+    TOOL = "another tool's dump"
     SAFETENSORS = "safetensors file"
     NPY = "npy file"
     PICKLE = "pickled torch file"
@@ -81,10 +82,12 @@ def _folder(path: Path) -> Kind:
             return kind
     if is_aprt_tree(path):
         return Kind.APRT_TREE
+    if table_of(path) is not None:
+        return Kind.TOOL
     there = ", ".join(shown(name, 40) for name in sorted(os.listdir(path))[:4]) or "nothing"
     raise InputError(
-        f"{path}: no {', '.join(_FOLDERS)} nor APRT stage files, so it is no bundle, checkpoint or finished dump; "
-        f"it has {there}"
+        f"{path}: no {', '.join(_FOLDERS)} nor APRT stage files, so it is no bundle, checkpoint or finished dump, "
+        f"nor does a tool that is known write so; it has {there}"
     )
 
 

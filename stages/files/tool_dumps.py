@@ -259,7 +259,7 @@ def open_recorded(table: Table, path: Path, layers: int | None, stack: ExitStack
 
     `InputError` where nothing is a stage, where several processes wrote parts, or where two tensors are one stage.
     """
-    matches = [match for name in _listing(path) if (match := table.files.fullmatch(name))]
+    matches = _files(table, path)
     passed = {given for match in matches if (given := _named(match)) is not None and table.row(given) is None}
     raws = _tensors(path, table.tensor, [match for match in matches if _named(match) not in passed], stack)
     found = {name: row for name in raws if (row := table.row(name)) is not None}
@@ -281,6 +281,15 @@ def open_recorded(table: Table, path: Path, layers: int | None, stack: ExitStack
     for place, parts in whole.items():
         _check_joined(path, place, parts)
     return Recorded(table.title, whole, tokens, facts)
+
+
+def raw_tensors(table: Table, path: Path, stack: ExitStack) -> dict[str, Raw]:
+    """Every tensor of a tool's dump by the name that the tool gave it, whether it is a stage or not."""
+    return _tensors(path, table.tensor, _files(table, path), stack)
+
+
+def _files(table: Table, path: Path) -> list[re.Match[str]]:
+    return [match for name in _listing(path) if (match := table.files.fullmatch(name))]
 
 
 def _call(match: re.Match[str]) -> int | None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from stages.files.npy import read_npy_header
 from stages.files.pickle_listing import list_pickle, record_faults
 from stages.files.source import ModelSource
 from stages.files.tensorfile import TensorFile, TensorInfo
+from stages.files.tool_dumps import open_recorded, raw_tensors, table_of
 from stages.spec.config import EMBEDDING, LM_HEAD
 from stages.spec.dtypes import DTYPES, dtype_name
 
@@ -228,6 +231,31 @@ def _json(source: str) -> Found:
     return [], plain, [] if isinstance(value.get("schema"), str) else ["it names no schema"]
 
 
+def _tool(source: str) -> Found:
+    path = Path(source)
+    table = table_of(path)
+    assert table is not None
+    with ExitStack() as stack:
+        raws = raw_tensors(table, path, stack)
+        rows = [
+            {
+                "name": name,
+                "dtype": dtype_name(raw.dtype),
+                "shape": list(raw.shape),
+                "bytes": math.prod(raw.shape) * raw.dtype.itemsize,
+                "file": raw.file.name,
+            }
+            for name, raw in raws.items()
+        ]
+        try:
+            recorded = open_recorded(table, path, None, stack)
+        except InputError as error:
+            return rows, {"tool": table.title, "stages": []}, [str(error)]
+    notes = [f"{name}: {said}" for name, said in recorded.facts.items() if name != "recorded by"]
+    judged = f"svf audit {shlex.quote(source)} --model MODEL --tokens TOKENS judges it"
+    return rows, {"tool": table.title, "stages": [forward_key(place) for place in recorded.pieces]}, [*notes, judged]
+
+
 _READERS: dict[Kind, Callable[[str], Found]] = {
     Kind.BUNDLE: _bundle,
     Kind.CHECKPOINT: _checkpoint,
@@ -235,6 +263,7 @@ _READERS: dict[Kind, Callable[[str], Found]] = {
     Kind.DUMP: _dump,
     Kind.APRT_TREE: _aprt_tree,
     Kind.APRT: _aprt,
+    Kind.TOOL: _tool,
     Kind.SAFETENSORS: _safetensors,
     Kind.NPY: _npy,
     Kind.PICKLE: _pickle,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from stages.errors import InputError, UsageError, shown
 from stages.files.aprt import AprtFile, AprtTree
@@ -17,10 +20,12 @@ from stages.files.npy import read_npy_header
 from stages.files.pickle_listing import Listing, check_pickle, list_pickle, record_faults
 from stages.files.source import ModelSource
 from stages.files.tensorfile import TensorFile
+from stages.files.tool_dumps import Raw, open_recorded, raw_tensors, table_of
 from stages.jobs.verify_bundle import bundle_checks
 from stages.jobs.verify_dump import dump_checks
 from stages.jobs.verify_values import Check, nonfinite
 from stages.progress import Progress
+from stages.spec.dtypes import dtype_name
 
 SCHEMA = "svf.verify/1"
 EXIT_CODES = {"sound": 0, "malformed": InputError.exit_code}
@@ -143,12 +148,31 @@ def _schema(source: str) -> Iterator[str]:
         yield f"{source}: names no schema, so nothing can be said of its fields"
 
 
+def _tool(source: str, progress: Progress) -> Iterator[Check]:
+    path = Path(source)
+    table = table_of(path)
+    assert table is not None
+    with ExitStack() as stack:
+        raws = raw_tensors(table, path, stack)
+        yield "files and headers", iter(())
+        yield f"stages by the names of {table.title}", _opened(lambda: open_recorded(table, path, None, stack))
+        yield "finite values", _finite_raws(raws, progress)
+
+
+def _finite_raws(raws: Mapping[str, Raw], progress: Progress) -> Iterator[str]:
+    for number, (name, raw) in enumerate(raws.items()):
+        progress(f"reading {shown(name)}", number / len(raws))
+        if "float" in dtype_name(raw.dtype) and not np.isfinite(raw.read().astype(np.float64)).all():
+            yield f"{raw.file}: '{shown(name)}' has NaN or infinity"
+
+
 _CHECKS: dict[Kind, Callable[[str, Progress], Iterator[Check]]] = {
     Kind.CHECKPOINT: _checkpoint,
     Kind.GGUF: _gguf,
     Kind.DUMP: lambda source, progress: dump_checks(Path(source), progress),
     Kind.APRT_TREE: _aprt_tree,
     Kind.APRT: _aprt,
+    Kind.TOOL: _tool,
     Kind.SAFETENSORS: _safetensors,
     Kind.NPY: _npy,
     Kind.PICKLE: _pickle,

@@ -88,6 +88,21 @@ def test_what_is_imported_is_judged_alike(tool: str, models: Path, tmp_path: Pat
     assert verdicts[2] in (verdicts[0], {key: verdict for key, verdict in verdicts[0].items() if key != last})
 
 
+@pytest.mark.parametrize("tool", WRITERS)
+def test_inspect_and_verify_know_it(tool: str, models: Path, tmp_path: Path) -> None:
+    WRITERS[tool](models / "qwen3-float32", tokens_of(9), dump := tmp_path / "dump")
+    found = svf("inspect", dump, "--json")
+    assert (found.code, found.json["kind"]) == (0, "another tool's dump"), found.err
+    assert found.json["count"] >= len(found.json["about"]["stages"]) > 20
+    assert "svf audit " in found.json["notes"][-1]
+    sound = svf("verify", dump, "--json")
+    assert (sound.code, sound.json["outcome"]) == (0, "sound"), sound.err
+    for file in (file for file in sorted(dump.rglob("*")) if file.suffix in (".npy", ".pt", ".safetensors")):
+        file.write_bytes(file.read_bytes()[:70])
+        break
+    assert svf("verify", dump, "--json").code == 3
+
+
 def test_a_debugger_that_kept_only_text_says_how_to_keep_tensors(models: Path, tmp_path: Path) -> None:
     tool_dumps.transformers_debugger(models / "qwen3-float32", tokens_of(9), tmp_path / "dump", use_repr=True)
     done = svf("audit", tmp_path / "dump", "--model", models / "qwen3-float32", "--tokens", TOKENS)
