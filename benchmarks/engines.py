@@ -4,17 +4,19 @@
 
 A fault is in the weights or the config that the engine is handed; the audit has the right ones. Found means that the
 culprit that `svf audit` names is the stage that the fault is in, or the span that ends there. `--record` writes what
-docs/engines.md shows (`make engines`).
+docs/engines.md shows (`make engines`), after each row; engines that share nothing run in processes of their own.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import importlib.metadata
 import importlib.util
 import json
 import logging
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -126,8 +128,6 @@ NOTES = (
     "",
     "MLX in bfloat16 is judged with `--accept usual`: it rounds each step of silu to bfloat16, as MLX does by itself.",
     "",
-    "Recorded engine by engine on 2026-12-01, not in one run; MLX's rows last.",
-    "",
     "keras-hub and mlx-lm are in no extra of `svf`, for they ask for much that is not needed here: "
     "`pip install --no-deps keras keras-hub optree namex h5py mlx-lm` takes seconds. What is not installed is left "
     "out, and keeps the rows that it had.",
@@ -163,6 +163,7 @@ class Engine:
     """How an engine is run. `needs` are packages; `kinds` the dtypes it has, or the types of its files."""
 
     name: str
+    group: str  # of engines that run in one process, after each other
     needs: tuple[str, ...]
     kinds: tuple[str, ...]
     run: Callable[[Handed], Ran]
@@ -186,14 +187,14 @@ def _transformers(**options: Any) -> Callable[[Handed], Ran]:
     return lambda handed: _captured("transformers", handed.checkpoint(), **options)
 
 
-def _onnx(**options: Any) -> Callable[[Handed], Ran]:
+def _onnx(engine: str, **options: Any) -> Callable[[Handed], Ran]:
     def run(handed: Handed) -> Ran:
         from onnx_files import export
 
         file = handed.folder / "model.onnx"
         if not file.exists():
             export(handed.checkpoint(), file)
-        return _captured("onnxruntime", handed.checkpoint(), file=str(file), deep=True, **options)
+        return _captured(engine, handed.checkpoint(), file=str(file), deep=True, **options)
 
     return run
 
@@ -339,19 +340,32 @@ def _keras(handed: Handed) -> Ran:
 
 
 _BOTH = ("float32", "bfloat16")
+_HF: dict[str, Any] = {"group": "transformers", "needs": ("transformers",)}
+_ONNX: dict[str, Any] = {"group": "onnx", "kinds": ("float32",)}
+_ORT: dict[str, Any] = {**_ONNX, "needs": ("onnxruntime", "onnx", "onnxscript")}
 _GGUF: dict[str, Any] = {"needs": ("xllamacpp", "llama_cpp_py_sync"), "file": _gguf, "audit": {"activations": "ggml"}}
-_ONNX: dict[str, Any] = {"needs": ("onnxruntime", "onnx", "onnxscript"), "kinds": ("float32",)}
 RUN = (
-    Engine("transformers, eager", ("transformers",), _BOTH, _transformers(attention="eager")),
-    Engine("transformers, sdpa", ("transformers",), _BOTH, _transformers(attention="sdpa", deep=True)),
+    Engine("transformers, eager", kinds=_BOTH, run=_transformers(attention="eager"), **_HF),
+    Engine("transformers, sdpa", kinds=_BOTH, run=_transformers(attention="sdpa", deep=True), **_HF),
+    Engine("transformers, sdpa, 4 tokens decoded", kinds=_BOTH, run=_transformers(cache="dynamic", generate=4), **_HF),
+    Engine("ONNX Runtime, no optimisation", run=_onnx("onnxruntime"), **_ORT),
+    Engine("ONNX Runtime, all optimisations", run=_onnx("onnxruntime", compiled=True), **_ORT),
     Engine(
-        "transformers, sdpa, 4 tokens decoded", ("transformers",), _BOTH, _transformers(cache="dynamic", generate=4)
+        "OpenVINO, hint f32",
+        needs=("openvino", "onnx", "onnxscript"),
+        run=_onnx("openvino", dtype="float32"),
+        **_ONNX,
     ),
-    Engine("ONNX Runtime, no optimisation", run=_onnx(), **_ONNX),
-    Engine("ONNX Runtime, all optimisations", run=_onnx(compiled=True), **_ONNX),
-    Engine("mlx-lm on MLX's CPU device", ("mlx", "mlx_lm"), _BOTH, _mlx, audit={"accepted": "usual"}),
-    Engine("keras-hub on JAX", ("keras_hub", "keras", "optree"), _BOTH, _keras),
-    Engine("llama.cpp", kinds=("F32", "F16", "Q8_0"), run=_llama, **_GGUF),
+    Engine("keras-hub on JAX", "keras", ("keras_hub", "keras", "optree"), _BOTH, _keras),
+    Engine("llama.cpp", "llama.cpp", kinds=("F32", "F16", "Q8_0", "Q4_1", "Q4_K"), run=_llama, **_GGUF),
+    Engine("mlx-lm on MLX's CPU device", "mlx", ("mlx", "mlx_lm"), _BOTH, _mlx, audit={"accepted": "usual"}),
+    Engine(
+        "transformers, sdpa, torch.compile",
+        "torch.compile",
+        ("transformers",),
+        ("float32",),
+        _transformers(attention="sdpa", compiled=True),
+    ),
 )
 
 
@@ -420,35 +434,88 @@ def _row(engine: Engine, row: Row, right: Handed, wrong: Sequence[tuple[Fault, H
     return row
 
 
+def _rows_of(group: str, wanted: Sequence[Engine]) -> Iterator[Row]:
+    """The rows of the engines of a group, as each is done."""
+    engines = [engine for engine in wanted if engine.group == group]
+    for kind in dict.fromkeys(kind for engine in engines for kind in engine.kinds):
+        for family in MODELS:
+            with tempfile.TemporaryDirectory(prefix="svf-engines-") as scratch:
+                yield from rows([engine for engine in engines if kind in engine.kinds], family, kind, Path(scratch))
+
+
+def _in_a_process(group: str, only: str) -> Iterator[Row]:
+    """The rows of a group, whose engines run in a process of their own: one that ends ends no other group."""
+    words = [sys.executable, __file__, "--group", group, "--only", only]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        for line in child.stdout:
+            if line.startswith(_MARK):
+                yield Row(**json.loads(line.removeprefix(_MARK)))
+    if child.returncode:
+        raise ChildProcessError(f"ended with code {child.returncode}")
+
+
+# What a line with a row begins with: engines print too.
+_MARK = "row: "
+
+
+def _record(file: Path, done: Sequence[Row], wanted: Sequence[Engine], started: float) -> None:
+    """Write what is done so far into `file`, which keeps the rows of what has not run."""
+    before = json.loads(file.read_text()) if file.exists() else {"versions": {}, "rows": []}
+    new = {(row.engine, row.family, row.kind): asdict(row) for row in done}
+    ran = {engine for engine, _, _ in new}
+    packages = {name for engine in wanted if engine.name in ran for name in engine.needs}
+    versions = {name: importlib.metadata.version(name.replace("_", "-")) for name in sorted(packages)}
+    known = {(row["engine"], row["family"], row["kind"]): row for row in before["rows"]} | new
+    order = {engine.name: number for number, engine in enumerate(RUN)}
+    placed = sorted(known.values(), key=lambda row: order.get(row["engine"], len(order)))
+    all_of = {(row["engine"], row["family"], row["kind"]) for row in placed} == {*new}
+    minutes = (time.monotonic() - started) / 60
+    how = f"in one run of {minutes:.0f} minutes" if all_of else "not in one run"
+    found = {
+        "versions": dict(sorted((before["versions"] | versions).items())),
+        "notes": NOTES,
+        "recorded": f"Recorded on {datetime.date.today()}, {how}.",
+        "rows": placed,
+    }
+    scratch = file.with_suffix(".part")
+    scratch.write_text(json.dumps(found, indent=1) + "\n")
+    scratch.replace(file)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", default="", help="Engines whose name has this.")
-    parser.add_argument("--record", type=Path, help="JSON file to write.")
+    parser.add_argument("--group", default="", help="Run this group of engines in this process; print its rows.")
+    parser.add_argument("--record", type=Path, help="JSON file to write, row by row.")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    wanted = [engine for engine in RUN if args.only in engine.name]
-    for engine in wanted:
-        if not engine.installed():
+    asked = [engine for engine in RUN if args.only in engine.name]
+    wanted = [engine for engine in asked if engine.installed()]
+    if args.group:
+        for row in _rows_of(args.group, wanted):
+            print(_MARK + json.dumps(asdict(row)), flush=True)
+        return 0
+    for engine in asked:
+        if engine not in wanted:
             print(f"left out: {engine.name} needs {', '.join(engine.needs)}", flush=True)
+    total, started = sum(len(engine.kinds) * len(MODELS) for engine in wanted), time.monotonic()
     done: list[Row] = []
-    for kind in dict.fromkeys(kind for engine in wanted for kind in engine.kinds):
-        engines = [engine for engine in wanted if kind in engine.kinds and engine.installed()]
-        for family in MODELS:
-            with tempfile.TemporaryDirectory(prefix="svf-engines-") as scratch:
-                for row in rows(engines, family, kind, Path(scratch)):  # as each is done
-                    print(json.dumps({k: v for k, v in asdict(row).items() if k != "stages"}), flush=True)
-                    done.append(row)
-    if args.record:
-        packages = {name for engine in wanted for name in engine.needs if engine.installed()}
-        versions = {name: importlib.metadata.version(name.replace("_", "-")) for name in sorted(packages)}
-        before = json.loads(args.record.read_text()) if args.record.exists() else {"versions": {}, "rows": []}
-        ran = {row.engine for row in done}
-        kept = [row for row in before["rows"] if row["engine"] not in ran]
-        found = {"versions": before["versions"] | versions, "notes": NOTES, "rows": [*kept, *map(asdict, done)]}
-        args.record.write_text(json.dumps(found, indent=1) + "\n")
+    failed = 0
+    for group in dict.fromkeys(engine.group for engine in wanted):
+        try:
+            for row in _in_a_process(group, args.only):
+                done.append(row)
+                said = f"{row.outcome}, {row.found} of {row.planted}, x {row.x:.2f}, {row.seconds:.0f} s"
+                print(f"[{len(done)}/{total}] {row.engine}, {row.family}, {row.kind}: {said}", *row.missed, flush=True)
+                if args.record:
+                    _record(args.record, done, wanted, started)
+        except ChildProcessError as error:
+            failed += 1
+            print(f"{group}: {error}; its rows so far are kept", flush=True)
     right = all(row.outcome == "sound" and row.found == row.planted for row in done)
-    return 0 if done and right else 1
+    return 0 if done and right and not failed else 1
 
 
 if __name__ == "__main__":

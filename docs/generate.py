@@ -377,7 +377,7 @@ def engines_page() -> str:
     lines += ["| engine | stages |", "|---|---|"]
     lines += [row([name, ", ".join(f"`{stage}`" for stage in stages)]) for name, stages in exposed.items()]
     versions = ", ".join(f"{name} {version}" for name, version in known["versions"].items())
-    return "\n".join([*lines, "", f"Versions: {versions}.", "", *known["notes"], ""])
+    return "\n".join([*lines, "", f"Versions: {versions}.", "", *known["notes"], "", known["recorded"], ""])
 
 
 def _floors() -> Any:

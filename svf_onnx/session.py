@@ -23,6 +23,7 @@ from stages.spec.sites import ROTATED, Reached
 from svf_onnx.graph import Graph
 
 _HEADS_FIRST = {"attn_scores", "attn_softmax", *(site.stage for site in ROTATED)}
+_NARROW = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 _KINDS = (np.dtype(np.int64), np.dtype(np.int32), np.dtype(np.float32))
 
 
@@ -129,6 +130,10 @@ def exported(engine: str, file: str | None, record: Record, deep: bool) -> Expor
         model = onnx.load(file, load_external_data=False)
     except (OSError, DecodeError, ValueError) as error:
         raise InputError(f"{file} is no ONNX file: {words(error)}") from error
+    if any(tensor.data_type in _NARROW for tensor in model.graph.initializer):
+        raise InputError(
+            f"{file} has weights in 16 bits; what {engine} does of these is not known here: export float32"
+        )
     values = Graph(model.graph).values(record.path, deep)
     _check_layers(values, record, Path(file))
     record.facts |= {
