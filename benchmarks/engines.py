@@ -446,13 +446,16 @@ def _rows_of(group: str, wanted: Sequence[Engine]) -> Iterator[Row]:
 def _in_a_process(group: str, only: str) -> Iterator[Row]:
     """The rows of a group, whose engines run in a process of their own: one that ends ends no other group."""
     words = [sys.executable, __file__, "--group", group, "--only", only]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as child:
-        assert child.stdout is not None
-        for line in child.stdout:
-            if line.startswith(_MARK):
-                yield Row(**json.loads(line.removeprefix(_MARK)))
-    if child.returncode:
-        raise ChildProcessError(f"ended with code {child.returncode}")
+    with tempfile.TemporaryFile("w+") as said:  # much that is of no matter
+        with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=said, text=True) as child:
+            assert child.stdout is not None
+            for line in child.stdout:
+                if line.startswith(_MARK):
+                    yield Row(**json.loads(line.removeprefix(_MARK)))
+        if child.returncode:
+            said.seek(0)
+            last = (said.read().strip().splitlines() or ["it says nothing"])[-1]
+            raise ChildProcessError(f"ended with code {child.returncode}: {last}")
 
 
 # What a line with a row begins with: engines print too.

@@ -471,7 +471,7 @@ Outside the rooms, `cli.py` is the program and `svf.py` the library; `svf_torch/
 frameworks. These two are twins: they hold the same functions in the same order, and each knows the stages only from
 their declarations. Neither imports the framework of the other. Nothing in `stages/` imports either of them; only
 `stages/commands/backends.py` names them, as text; so it is with `svf_llama/` and `svf_onnx/`,
-which run llama.cpp and ONNX Runtime for `svf capture`.
+which run llama.cpp, and ONNX Runtime and OpenVINO, for `svf capture`.
 So `svf diff` and `svf audit` need no framework.
 
 ## One word per idea

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from stages.files.forward_dump import Place, forward_key
-from stages.judge.activations import FLOAT32, joined, least_of, settled, taken_at
+from stages.judge.activations import joined, least_of, settled, taken_at
 from stages.judge.culprit import Piece
 from stages.judge.guarantees import enforce_precision
 from stages.judge.hints import Case, explain
@@ -368,8 +368,7 @@ def judge_place(place: Place, run: ForwardRun, observed: np.ndarray, *, why: boo
 def slightly(place: Place, run: ForwardRun, observed: np.ndarray, verdict: SideVerdict) -> SideVerdict:
     """The verdict on a stage that passes: `suspect` with the reason where something moves it surely, by less than the
     bound of long spans sees. `run` keeps what was found."""
-    # Of inputs taken to fewer bits, a number on the edge moves a tensor as far as what is sought here.
-    if way_of(span_of(place, run).acting, run).absolute or run.activations not in (None, FLOAT32):
+    if way_of(span_of(place, run).acting, run).absolute:
         return verdict
     columns, oracle = next(oracles_of(place, run, observed))
     if oracle.typical is None or part(observed, columns).shape != oracle.value.shape:
