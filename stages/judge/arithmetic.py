@@ -129,18 +129,24 @@ class Arithmetic:
         self._known.clear()
         self._decoded.clear()
 
-    def value(self, steps: Sequence[Step], run: ForwardRun) -> np.ndarray | None:
-        """The last step's value from what was recorded; None where this way is no way of its own."""
+    def calls(self, steps: Sequence[Step], run: ForwardRun, rows: int) -> Iterator[np.ndarray]:
+        """The last step's value of the last `rows` tokens from what was recorded, a call's tokens at a time; nothing
+        where this way is no way of its own."""
         chosen = _fused(steps, self.backend) if self.fused else list(steps)
         if chosen is None or (self.whole and len(chosen) < 2):
-            return None
+            return
         if self.by_token:
-            return self._as_decoded(chosen, run)
+            before = len(run.tokens) - rows
+            for value in self._decoded_calls(chosen, run):
+                if len(value) > before:
+                    yield value[max(before, 0) :]
+                before -= len(value)
+            return
         inside = {step.at for step in chosen}
         leaves = list(dict.fromkeys(at for step in chosen for at in step.inputs if at not in inside))
         recorded = [self.backend.put(_read(run, at)) for at in leaves]
         value = self._as_one(chosen, leaves, recorded) if self.whole else self._one_by_one(chosen, leaves, recorded)
-        return self.backend.get(value)
+        yield self.backend.get(value)[-rows:]
 
     def _one_by_one(self, steps: Sequence[Step], leaves: Sequence[Place], recorded: Sequence[Any]) -> Any:
         """What is as it was before, of inputs that are, is not computed again."""
@@ -171,8 +177,8 @@ class Arithmetic:
                     least = max(least, int(wrong[-1]) + 1)
         return least
 
-    def _as_decoded(self, steps: Sequence[Step], run: ForwardRun) -> np.ndarray | None:
-        """Each step for the tokens of one call after another; a cache has the keys and values of those before."""
+    def _decoded_calls(self, steps: Sequence[Step], run: ForwardRun) -> Iterator[np.ndarray]:
+        """The last step for the tokens of one call after another; a cache has the keys and values of those before."""
         assert run.path is not None
         count, known = len(run.tokens), dict[Place, np.ndarray]()
         inside = {step.at for step in steps}
@@ -180,7 +186,7 @@ class Arithmetic:
             known[at] = _read(run, at)
             axis = run.path.at(at).shape.split()[0]
             if at[1] not in TABLES and (axis not in ("tokens", "queries") or len(known[at]) != count):
-                return None
+                return
         for step in (step for step in steps if step.at[1] in TABLES):
             known[step.at] = self._call(step, [known[at] for at in step.inputs], step.params)
         by_call = [step for step in steps if step.at[1] not in TABLES]
@@ -195,9 +201,9 @@ class Arithmetic:
             for step in by_call:
                 if step.at not in same:
                     made.setdefault(step.at, []).append(self._of_call(step, run, known, made, number, start, stop))
+            yield made[steps[-1].at][number]
         for step in by_call:
             self._decoded.setdefault(step.at, (step, made[step.at]))
-        return np.concatenate(made[steps[-1].at])
 
     def _of_call(
         self,

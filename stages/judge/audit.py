@@ -130,10 +130,12 @@ class _How:
     accepted: str | None
     natives: NativesRequest | None
 
-    def settled(self, rows: list[Row], progress: Report) -> list[Row]:
-        """Judged rows, with what was asked of the backends and what the user accepts."""
+    def settled(
+        self, rows: list[Row], progress: Report, named: Callable[[Row], bool] = lambda _row: False
+    ) -> list[Row]:
+        """Judged rows, with what was asked of the backends and what the user accepts; `named`: see `natives.ask`."""
         if self.natives is not None:
-            ask(rows, self.natives, progress)
+            ask(rows, self.natives, progress, named)
         return accept(rows, self.accepted)
 
 
@@ -167,8 +169,13 @@ def _audit_forward(run: ForwardRun, model: str | None, how: _How, progress: Repo
         known = row["ratio"] is not None and row["tensor"] is None and not row.get("proved")
         return explain_place(place, run, run.read(place)) if known else None
 
+    def named(row: Row) -> bool:
+        explain(row)
+        found = run.found.get((row["layer"], row["stage"]))
+        return found is not None and len(found.places) == 1
+
     facts = {**run.side.facts, **({"model": model} if model else {})}
-    rows = how.settled(rows, progress)
+    rows = how.settled(rows, progress, named)
     result = document(rows, run.side.label, facts, kind="forward", explain=explain, notes=run.notes)
     for culprit in result["culprits"]:
         found = run.found.get((culprit["layer"], culprit["stage"]))

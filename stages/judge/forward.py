@@ -35,9 +35,10 @@ from stages.judge.slight import slight
 from stages.judge.spans import computed_between, mixes_positions, span_of, value_of, values_of, way_of
 from stages.judge.through import Search
 from stages.oracle import rope
+from stages.oracle.bounds import RMS_THROUGH
 from stages.oracle.span import LEAST_SEEN, floor, oracle_through
 from stages.oracle.svd import single_threaded_blas
-from stages.oracle.verdict import Oracle, Verdict, consult, judge, judged_part, worst
+from stages.oracle.verdict import Oracle, Verdict, consult, judge, judged_part, measure, worst
 from stages.recipes.elements import explain_rows
 from stages.recipes.recipe import Class
 from stages.recipes.side import SideVerdict
@@ -388,8 +389,12 @@ _THREADED = 1024
 
 def threads(run: ForwardRun) -> AbstractContextManager[None]:
     """As many threads as products of this model gain by."""
-    small = run.config is not None and run.config.hidden_size < _THREADED
-    return single_threaded_blas() if small else nullcontext()
+    return single_threaded_blas() if is_small(run) else nullcontext()
+
+
+def is_small(run: ForwardRun) -> bool:
+    """Whether the products of this model gain nothing by a second thread."""
+    return run.config is not None and run.config.hidden_size < _THREADED
 
 
 def rope_cause(place: Place, run: ForwardRun, observed: np.ndarray, verdict: SideVerdict) -> str | None:
@@ -467,7 +472,7 @@ def _explained(place: Place, run: ForwardRun, observed: np.ndarray) -> str | Non
         return None
     for columns, oracle in oracles_of(place, run, observed):
         shown = part(observed, columns)
-        if not judge(oracle, shown)[0].passes:
+        if _errs(oracle, shown):
             cause = _rope_cause(place, run, observed)
             if cause is not None:
                 return cause
@@ -476,6 +481,13 @@ def _explained(place: Place, run: ForwardRun, observed: np.ndarray) -> str | Non
             named = _wrong_rows(run, oracle, shown) or _in_hidden(place, run, oracle, shown, columns.start or 0)
             return named or explain(case)
     return None
+
+
+def _errs(oracle: Oracle, observed: np.ndarray) -> bool:
+    """Whether an element is beyond its bound; or all together err too much, through stages that were not recorded."""
+    judged = measure(oracle, observed)
+    together = oracle.typical is not None and judged.squares > RMS_THROUGH**2 * judged.count
+    return not judged.verdict.passes or together
 
 
 def _in_hidden(place: Place, run: ForwardRun, oracle: Oracle, observed: np.ndarray, start: int) -> str | None:

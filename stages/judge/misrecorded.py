@@ -18,7 +18,7 @@ from stages.files.forward_dump import ForwardSide, Place, forward_key
 from stages.files.tensorfile import sha256
 from stages.judge.forward import judge_place, oracles_of, part
 from stages.judge.recorded_run import ForwardRun, Recorded, sources_of
-from stages.judge.spans import span_of
+from stages.judge.spans import span_of, value_of
 from stages.oracle.verdict import Oracle, Verdict
 from stages.spec.forward import recorded_shape
 
@@ -155,11 +155,19 @@ def _held(place: Place, asked: _Suspicion) -> Place | None:
     run = without(asked.run, {place, *asked.found})
     array, found = asked.run.read(place), {}
     for other in _alike(place, run, array.size):
-        right = other in run.side.places and other not in asked.failed
-        left = None if right and not _near(array, run.read(other)) else _error(other, run, array)
+        left = _error(other, run, array) if _may_hold(array, other, run, asked) else None
         if left is not None:
             found[other] = left
     return min(found, key=lambda at: found[at], default=None)
+
+
+def _may_hold(array: np.ndarray, other: Place, run: ForwardRun, asked: _Suspicion) -> bool:
+    """Whether a recorded array is anywhere near another stage's value, as far as that is known without judging it."""
+    if other in run.side.places:
+        return other in asked.failed or _near(array, run.read(other))
+    if run.weights is None or run.positions == "last" or run.misshapen:
+        return True
+    return _near(array, value_of(run, other).array)
 
 
 def _near(array: np.ndarray, other: np.ndarray) -> bool:

@@ -8,6 +8,7 @@ else changes: other bits prove nothing.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,13 +18,15 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from stages.errors import SvfError
 from stages.files.forward_dump import Place, parse_key
 from stages.files.kinds import Recording, one_recording
 from stages.files.replay_recorded import open_side
+from stages.files.scratch import scratch_folder
 from stages.judge.arithmetic import Arithmetic, Step, arithmetics, edited, program
-from stages.judge.forward import oracles_of, part, threads
+from stages.judge.forward import is_small, oracles_of, part, threads
 from stages.judge.forward_pair import Named
 from stages.judge.opened import open_forward
 from stages.judge.recorded_run import ForwardRun, inputs_of
@@ -56,7 +59,7 @@ class NativesRequest:
     """The rows of a recorded run that a backend's own functions are asked for, and the run as `svf audit` names it.
 
     `backend` may be `ORDERS`, which asks the orders of summation. `failing` are those of `keys` of which it is asked
-    what would give every byte.
+    what would give every byte. `settled` is a file that is there once another backend gave every bit.
     """
 
     job: ClassVar[str] = "natives"
@@ -65,6 +68,7 @@ class NativesRequest:
     backend: str
     keys: tuple[str, ...]
     failing: tuple[str, ...] = ()
+    settled: Path | None = None
     model: str | None = None
     tokens: str | None = None
     tokens_file: Path | None = None
@@ -73,19 +77,29 @@ class NativesRequest:
     layout: str = "declared"
     components: Path | None = None
 
+    @property
+    def over(self) -> bool:
+        """Whether nothing is left to be asked."""
+        return self.settled is not None and self.settled.exists()
 
-def ask(rows: Sequence[Row], asked: NativesRequest, progress: Report) -> None:
+
+def ask(rows: Sequence[Row], asked: NativesRequest, progress: Report, named: Callable[[Row], bool]) -> None:
     """Rows that are within rounding, in place: `exact` where a backend gives every bit; `backend` of `asked` is open.
 
-    A backend that is not installed, or cannot run them, is told in the rows' notes.
+    A backend that is not installed, or cannot run them, is told in the rows' notes. `named`: whether one thing is known
+    to be wrong with a row that fails.
     """
     progress(f"asking {' and '.join(SIDES)} for the last bits", 0.0)
-    _ask(rows, asked, SIDES)
+    failing = [row["key"] for row in rows if _open(row) and not _passes(row)]
     through = [row for row in rows if row.get("through")]
-    # Of one tensor alone 16 bits tell little: what would give every byte is asked where it passes, too.
-    if len(through) == 1 and _passes(through[0]) and stored_dtype(through[0]["dtype"]).itemsize < 4:
-        progress("asking them what would give every byte", 0.4)
-        _ask(through, replace(asked, failing=(through[0]["key"],)), SIDES)
+    if len(through) == 1:  # no other tells which way is the engine's
+        (row,) = through
+        if row["key"] in failing and named(row):
+            rows = [other for other in rows if other is not row]
+        # Of one tensor alone 16 bits tell little: what would give every byte is asked where it passes, too.
+        elif _open(row) and stored_dtype(row["dtype"]).itemsize < 4:
+            failing.append(row["key"])
+    _ask(rows, replace(asked, failing=tuple(failing)), SIDES)
     progress(f"asking {ORDERS} for the last bits", 0.8)
     _ask([row for row in rows if not row.get("through")], asked, (ORDERS,))
 
@@ -95,18 +109,23 @@ def _ask(rows: Sequence[Row], asked: NativesRequest, names: Sequence[str]) -> No
     rows = [row for row in rows if _open(row)]
     if not rows:
         return
-    failing = asked.failing or tuple(row["key"] for row in rows if not _passes(row))
-    request = replace(asked, keys=tuple(row["key"] for row in rows), failing=failing)
+    request = replace(asked, keys=tuple(row["key"] for row in rows))
 
-    def document(name: str) -> dict[str, Any]:
+    through = [row for row in rows if row.get("through")]
+
+    def document(name: str, settled: Path) -> dict[str, Any]:
         try:
-            found: dict[str, Any] = document_of(name, run_child(replace(request, backend=name)))
+            child = run_child(replace(request, backend=name, settled=settled))
+            found: dict[str, Any] = document_of(name, child)
         except SvfError as error:
             return {"stages": {}, "why": str(error)}
+        if through and _whole(through, found) == len(through):
+            settled.touch()
         return found
 
-    with ThreadPoolExecutor(len(names)) as pool:
-        documents = dict(zip(names, pool.map(document, names), strict=True))
+    with scratch_folder("natives") as folder, ThreadPoolExecutor(len(names)) as pool:
+        asked_each = functools.partial(document, settled=folder / "settled")
+        documents = dict(zip(names, pool.map(asked_each, names), strict=True))
     # Once a backend gives some of the tensors to the last byte, what it does not give is not another's.
     known = False
     for name in sorted(names, key=lambda name: -_whole(rows, documents[name])):
@@ -216,14 +235,22 @@ def _through(
     """Of what was judged through hidden stages: the bits that the best of the backend's ways gives, which is learned
     where it is right; and a hypothesis with which it gives all of them."""
     places = [one for one in _places(request, stack, progress) if span_of(one[1], one[2]).hidden]
-    ways = list(arithmetics(backend))
-    bits = [_given(way, places) for way in ways]
+    if places and is_small(places[0][2]):
+        stack.enter_context(threadpool_limits(1))  # a framework's threads, too, take longer to meet than to compute
     sizes = {key: run.read(at).size for key, at, run in places}
+    ways, bits = list[Arithmetic](), list[dict[str, int | None]]()
+    for way in arithmetics(backend):
+        if request.over or (way.by_token and any(found[key] == sizes[key] for found in bits for key in sizes)):
+            break  # what one call gives needs no call of each token
+        ways.append(way)
+        bits.append(_given(way, places))
     # The way of most tensors that are right to the last byte is the engine's, and is asked first where one is not.
     order = sorted(range(len(ways)), key=lambda i: -sum(bits[i][key] == sizes[key] for key in sizes))
     known = [i for i in order if any(bits[i][key] == sizes[key] for key in sizes)]
+    if not ways:
+        return {}
     found: dict[str, dict[str, Any]] = {}
-    until = time.process_time() + _SECONDS
+    until = time.process_time() + _SECONDS if known else _MOST_SECONDS
     for key, at, run in places:
         best = max(order, key=lambda i: bits[i][key] or 0)
         most = bits[best][key] or 0
@@ -231,7 +258,7 @@ def _through(
             found[key] = {"bits": most, "recipe": ways[best].words}
         # An engine whose way is not here gives other bytes where it is right: then what fails alone is worth asking.
         worth = bool(known) or key in request.failing
-        if most < sizes[key] and worth and time.process_time() < until:
+        if most < sizes[key] and worth and time.process_time() + _LEAST_SECONDS < until and not request.over:
             progress(f"{request.backend}: what is wrong in {key}", 0.5)
             proved = _proved([ways[i] for i in known or order if not ways[i].whole], at, run, until)
             if proved is not None:
@@ -239,9 +266,12 @@ def _through(
     return found
 
 
-# Seconds of processor that are spent on hypotheses, with compiling them, and how many are tried after one that gives
-# every byte, which others may give too.
-_SECONDS, _AFTER = 8.0, 40
+# Seconds of processor that are spent on hypotheses, with compiling them; where no way is known to be the engine's, all
+# that is done takes so many at most; with less than so many left none is tried.
+_SECONDS, _MOST_SECONDS, _LEAST_SECONDS = 4.0, 7.0, 2.5
+# After one that gives every byte, those are tried that explain at least so much of what it does, and so many at most:
+# others may give every byte, too.
+_AS_MUCH, _AFTER = 0.7, 12
 
 
 def _proved(ways: Sequence[Arithmetic], at: Place, run: ForwardRun, until: float) -> str | None:
@@ -249,32 +279,33 @@ def _proved(ways: Sequence[Arithmetic], at: Place, run: ForwardRun, until: float
     observed = run.read(at)
     columns, oracle = next(oracles_of(at, run, observed))
     steps = program(at, run)
-    native = None
-    for way in reversed(ways):
+    for way in ways:
         way.start()
-        native = _native(way, steps, run, observed)
+    # What each gives of the right program is kept, and not computed again; a decode stops where it gives other bytes.
+    given = [None if way.by_token and number else _native(way, steps, run, observed) for number, way in enumerate(ways)]
+    native = next((value for value in given if value is not None), None)
     if native is None:
         return None
-    said: dict[str, list[str]] = {}
-    after, last = 0, ""
+    said: list[str] = []
+    least, after, last = 0.0, 0, ""
     with np.errstate(all="ignore"), threads(run):
         right = part(native, columns).astype(np.float64)
-        for hypothesis in Search(at, run, oracle, part(observed, columns)).edited(right):
+        for gain, hypothesis in Search(at, run, oracle, part(observed, columns)).edited(right):
             assert hypothesis.edits is not None
+            if time.process_time() > until or gain < least or after > _AFTER:
+                break
             if hypothesis.about and hypothesis.about == last:
                 continue  # a likelier number of that element gave all bytes
             changed = edited(steps, hypothesis.edits)
             for way in ways:
-                if _bits(way, changed, at, run) == observed.size:
-                    said.setdefault(way.words, []).append(hypothesis.words)
-                    last = hypothesis.about
+                if _gives(way, changed, at, run, observed):
+                    said.append(hypothesis.words)
+                    last, least, ways = hypothesis.about, max(least, _AS_MUCH * gain), [way]
+                    break
             after += bool(said)
-            if time.process_time() > until or after > _AFTER:
-                break
     if not said:
         return None
-    by, words = max(said.items(), key=lambda one: len(one[1]))
-    return f"{', or '.join(dict.fromkeys(words))}: then every byte is there, {by}"
+    return f"{', or '.join(dict.fromkeys(said))}: then every byte is there, {ways[0].words}"
 
 
 def _given(way: Arithmetic, places: Sequence[tuple[str, Place, ForwardRun]]) -> dict[str, int | None]:
@@ -307,23 +338,32 @@ def _given(way: Arithmetic, places: Sequence[tuple[str, Place, ForwardRun]]) -> 
 _CHANCE = 6
 
 
-def _bits(way: Arithmetic, steps: Sequence[Step], at: Place, run: ForwardRun) -> int | None:
+def _gives(way: Arithmetic, steps: Sequence[Step], at: Place, run: ForwardRun, observed: np.ndarray) -> bool:
+    """Whether a way gives every byte of what was recorded; what comes after its first other byte is not computed."""
     assert run.path is not None
-    observed = run.read(at)
-    value = _native(way, steps, run, observed)
-    return None if value is None else _alike(run.path.at(at), value, observed)
+    start = 0
+    try:
+        for value in way.calls(steps, run, len(observed)):
+            own = observed[start : start + len(value)]
+            if value.dtype.itemsize > own.dtype.itemsize:
+                return False
+            if _alike(run.path.at(at), value.astype(own.dtype), own) != own.size:
+                return False
+            start += len(value)
+    except (ValueError, TypeError, RuntimeError):  # a framework's, of operands whose shapes do not go together
+        return False
+    return start == len(observed)
 
 
 def _native(way: Arithmetic, steps: Sequence[Step], run: ForwardRun, observed: np.ndarray) -> np.ndarray | None:
     """What a way gives of what was recorded, as it is stored there."""
     try:
-        value = way.value(steps, run)
-    except (ValueError, TypeError, RuntimeError):  # a framework's, of operands whose shapes do not go together
+        calls = list(way.calls(steps, run, len(observed)))
+    except (ValueError, TypeError, RuntimeError):  # as above
         return None
-    if value is None or value.dtype.itemsize > observed.dtype.itemsize:
+    if not calls or calls[0].dtype.itemsize > observed.dtype.itemsize:
         return None
-    value = value[-len(observed) :] if value.ndim == observed.ndim else value
-    return value.astype(observed.dtype)
+    return np.concatenate(calls).astype(observed.dtype)
 
 
 def _chunks(

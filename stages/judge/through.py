@@ -45,8 +45,16 @@ _STEPS = 4
 _SHOWN = 16 * U32
 # Factors that are tried with a framework's own functions: those of three digits after the point, so many at most.
 _STEP, _MOST_STEPS = 1e-3, 40
-# Changes that are likely to explain so much of the error's square are computed, at most so many.
-_LIKELY, _MOST_LIKELY = 0.3, 24
+# What gives every byte leaves no more error than the right function, but for chance; and by its derivative a constant
+# moves the tensor by what it is off by, within such a factor, where that is more than its deviation.
+_NO_FURTHER, _ROUGHLY = 1.05, 4.0
+# Changes that are likely to explain so much of the error's square are computed, at most so many; after one that leaves
+# as little error as right programs do, those that are likely to explain so much of what it does.
+_LIKELY, _MOST_LIKELY, _AS_RIGHT, _AS_MUCH = 0.1, 32, 1.25, 0.5
+
+
+# How much of a difference some hypotheses explain, and what gives them.
+_Edits = tuple[float, Callable[[], Iterable[Hypothesis]]]
 
 
 @dataclass(frozen=True)
@@ -122,9 +130,14 @@ class Search(Tried):
                 found.append((share, functools.partial(self._fitted, [number])))
         for one in carried.weights():
             found.append((one.share, functools.partial(self._of_weight, one)))
-        likely = sorted((one for one in found if one[0].gain > _LIKELY), key=lambda one: -one[0].gain)
-        for _, fits in likely[:_MOST_LIKELY]:
-            yield from fits()
+        likely, least = sorted(found, key=lambda one: -one[0].gain), _LIKELY
+        for share, fits in likely[:_MOST_LIKELY]:
+            if share.gain < least:
+                return
+            for fit in fits():
+                yield fit
+                if fit.error < _AS_RIGHT:  # what explains all, too, explains about as much to first order
+                    least = max(least, share.gain * _AS_MUCH)
 
     def shares(self, carried: Sensitivity, fixed: Iterable[Hypothesis]) -> Iterator[tuple[Hypothesis, Share]]:
         """Of functions and weights, what they explain, if they move the tensor to the side on which it is."""
@@ -175,28 +188,42 @@ class Search(Tried):
                 shown = shortest(x - room, x + room)
                 yield Fit(error, number.said, number.hypothesis(x, shown))
 
-    def edited(self, native: np.ndarray) -> Iterator[Hypothesis]:
-        """What can be tried with a framework's own functions, where the tensor is `native` of the right ones: constants
-        of the config, then the constants, weights and stages left out that explain most of the difference."""
-        within = self.layers == 1
-        for number in self.numbers():
-            # Constants move a tensor the least, and are few: of one layer, all are asked.
-            if number.edits is not None and (number.of_config or (within and _is_constant(number))):
-                yield from map(number.hypothesis, _constants(number))
+    def edited(self, native: np.ndarray) -> Iterator[tuple[float, Hypothesis]]:
+        """What can be tried with a framework's own functions, where the tensor is `native` of the right ones, and how
+        much of the difference it explains, that which explains most first: constants, weights, stages left out."""
         carried = sensitivity_of(self, MANY, judged_part(self.oracle.stage, native))
-        if carried is None:
-            return
-        found: list[tuple[Share, Callable[[], Iterable[Hypothesis]]]] = []
-        for number, share in self.shares_of_numbers(carried):
-            asked = number.of_config or (within and _is_constant(number))
-            if not asked and number.edits is not None:
-                found.append((share, functools.partial(self._edited_numbers, number, share)))
-        for tried, share in self.shares(carried, itertools.chain(self.other_weights(), self.each_left_out())):
-            found.append((share, functools.partial(iter, [tried])))
-        for one in carried.weights():
-            found.append((one.share, functools.partial(self._edited_weight, one)))
-        for _, tries in sorted(found, key=lambda one: -one[0].gain)[:_MOST_LIKELY]:
-            yield from tries()
+        found = list(self._edited_constants(carried))
+        if carried is not None:
+            for number, share in self.shares_of_numbers(carried):
+                if not self._always_asked(number) and number.edits is not None:
+                    found.append((share.gain, functools.partial(self._edited_numbers, number, share)))
+            for tried, share in self.shares(carried, itertools.chain(self.other_weights(), self.each_left_out())):
+                found.append((share.gain, functools.partial(iter, [tried])))
+            for one in carried.weights():
+                found.append((one.share.gain, functools.partial(self._edited_weight, one)))
+        for gain, tries in sorted(found, key=lambda one: -one[0]):
+            for hypothesis in tries():
+                yield gain, hypothesis
+
+    def _always_asked(self, number: Number) -> bool:
+        """Constants move a tensor the least, and are few: those of the config, and of one layer all, are asked."""
+        return number.of_config or (self.layers == 1 and _is_constant(number))
+
+    def _edited_constants(self, carried: Sensitivity | None) -> Iterator[_Edits]:
+        """Those that bring the tensor no further from what was recorded, as a right one would not."""
+        before = self.error(self.expected)
+        for number in self.numbers():
+            if number.edits is None or not self._always_asked(number):
+                continue
+            share = None if carried is None else carried.explained(self.slopes(number))
+            for x in _constants(number):
+                if share is not None and not _may_be(share, x - number.right):
+                    continue
+                hypothesis = number.hypothesis(x)
+                left = self.error(self.value(hypothesis.instead)) / before
+                if left <= _NO_FURTHER:
+                    gain = max(1 - left * left, share.gain if share is not None else 0.0)
+                    yield gain, functools.partial(iter, [hypothesis])
 
     def _edited_numbers(self, number: Number, share: Share) -> Iterator[Hypothesis]:
         """Values of a number that programs have; of a factor, all of few digits about the likeliest."""
@@ -288,6 +315,15 @@ def _is_constant(number: Number) -> bool:
 
 def _constants(number: Number) -> Iterable[float]:
     return dict.fromkeys((number.right * 10, number.right / 10, *number.starts))
+
+
+def _may_be(share: Share, change: float) -> bool:
+    """Whether a constant may be off by `change`, as roughly as its derivative tells it."""
+    room = 5 * share.deviation
+    if abs(share.change) <= room:
+        return abs(change) <= _ROUGHLY * (abs(share.change) + room)
+    near = (abs(share.change) - room) / _ROUGHLY <= abs(change) <= _ROUGHLY * (abs(share.change) + room)
+    return near and (change > 0) == (share.change > 0)
 
 
 def _with_array(right: Value, array: np.ndarray) -> Value:
