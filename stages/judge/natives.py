@@ -251,14 +251,15 @@ def _through(
         return {}
     found: dict[str, dict[str, Any]] = {}
     until = time.process_time() + _SECONDS if known else _MOST_SECONDS
+    least = 0.0 if known else _LEAST_SECONDS
     for key, at, run in places:
         best = max(order, key=lambda i: bits[i][key] or 0)
         most = bits[best][key] or 0
         if most:
             found[key] = {"bits": most, "recipe": ways[best].words}
-        # An engine whose way is not here gives other bytes where it is right: then what fails alone is worth asking.
-        worth = bool(known) or key in request.failing
-        if most < sizes[key] and worth and time.process_time() + _LEAST_SECONDS < until and not request.over:
+        # Where an engine is right and no way gives its bytes, none gives those of a mistake.
+        worth = bool(known) or (key in request.failing and len(request.failing) >= len(places))
+        if most < sizes[key] and worth and time.process_time() + least < until and not request.over:
             progress(f"{request.backend}: what is wrong in {key}", 0.5)
             proved = _proved([ways[i] for i in known or order if not ways[i].whole], at, run, until)
             if proved is not None:
@@ -267,8 +268,8 @@ def _through(
 
 
 # Seconds of processor that are spent on hypotheses, with compiling them; where no way is known to be the engine's, all
-# that is done takes so many at most; with less than so many left none is tried.
-_SECONDS, _MOST_SECONDS, _LEAST_SECONDS = 4.0, 7.0, 2.5
+# that is done takes so many at most, and with less than so many left none is tried.
+_SECONDS, _MOST_SECONDS, _LEAST_SECONDS = 3.0, 7.8, 3.3
 # After one that gives every byte, those are tried that explain at least so much of what it does, and so many at most:
 # others may give every byte, too.
 _AS_MUCH, _AFTER = 0.7, 12

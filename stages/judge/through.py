@@ -210,16 +210,20 @@ class Search(Tried):
         return number.of_config or (self.layers == 1 and _is_constant(number))
 
     def _edited_constants(self, carried: Sensitivity | None) -> Iterator[_Edits]:
-        """Those that bring the tensor no further from what was recorded, as a right one would not."""
+        """Of one layer all, before anything else: its roundings are more than what a constant does. Of more those that
+        bring the tensor no further from what was recorded, as a right one would not."""
         before = self.error(self.expected)
         for number in self.numbers():
             if number.edits is None or not self._always_asked(number):
                 continue
+            tries = {x: number.hypothesis(x) for x in _constants(number)}
+            if self.layers == 1:
+                yield 1.0, functools.partial(iter, tries.values())
+                continue
             share = None if carried is None else carried.explained(self.slopes(number))
-            for x in _constants(number):
+            for x, hypothesis in tries.items():
                 if share is not None and not _may_be(share, x - number.right):
                     continue
-                hypothesis = number.hypothesis(x)
                 left = self.error(self.value(hypothesis.instead)) / before
                 if left <= _NO_FURTHER:
                     gain = max(1 - left * left, share.gain if share is not None else 0.0)
