@@ -18,8 +18,8 @@ from stages.judge.wrong_weights import Element, Line, Share
 from stages.oracle.adjoint import carried_back
 from stages.spec.noise import Noise
 
-# Random vectors: of 8, what a change explains is known to 50%, enough to choose whom to ask; of 64, to 18%.
-FEW, MANY = 8, 64
+# Random vectors: of 8, what a change explains is known to 50%, enough to choose whom to ask; of 32, to 25%; of 64, to 18%.
+FEW, SOME, MANY = 8, 32, 64
 # They are carried back of so many of the first tokens, and in so many bytes, at most.
 _MOST_TOKENS, _MOST_BYTES = 256, 1 << 30
 # Of each weight, so many rows and columns are worth asking, and so many elements of a row.
@@ -113,8 +113,9 @@ class Sensitivity:
         for number, weight, part in self._joined(at, 2):
             wide, noise = weight.astype(np.float32), np.mean(part[1:] ** 2, axis=0)
             yield from self._elements_of_rows(at, number, part, x, part[0].T @ x, noise.T @ (x * x))
-            yield from self._lines(at, number, 0, part, x @ wide.T)
-            yield from self._lines(at, number, 1, part @ wide, x)
+            few = part[: FEW + 1]
+            yield from self._lines(at, number, 0, few, x @ wide.T)
+            yield from self._lines(at, number, 1, few @ wide, x)
         for number, _, part in self._joined(at, 1):
             each = part.sum(axis=1)
             yield from self._elements(at, number, each[0], np.mean(each[1:] ** 2, axis=0))

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from stages.files.forward_dump import Place
-from stages.judge.sensitivity import MANY, Sensitivity, sensitivity_of
+from stages.judge.sensitivity import MANY, SOME, Sensitivity, sensitivity_of
 from stages.judge.tried import Function, Hypothesis, Number, Tried, in_words
 from stages.judge.wrong_weights import Element, Line, Share, beside
 from stages.oracle.bounds import RMS_THROUGH, U32
@@ -191,7 +191,7 @@ class Search(Tried):
     def edited(self, native: np.ndarray) -> Iterator[tuple[float, Hypothesis]]:
         """What can be tried with a framework's own functions, where the tensor is `native` of the right ones, and how
         much of the difference it explains, that which explains most first: constants, weights, stages left out."""
-        carried = sensitivity_of(self, MANY, judged_part(self.oracle.stage, native))
+        carried = sensitivity_of(self, SOME, judged_part(self.oracle.stage, native))
         found = list(self._edited_constants(carried))
         if carried is not None:
             for number, share in self.shares_of_numbers(carried):
