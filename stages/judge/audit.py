@@ -27,6 +27,7 @@ from stages.judge.explained import Explained, accept, accepted_words
 from stages.judge.forward import (
     explain_place,
     explain_suspects,
+    floor_of,
     given_places,
     oracles_of,
     part,
@@ -45,6 +46,7 @@ from stages.judge.misrecorded import misrecorded, without
 from stages.judge.natives import NativesRequest, ask
 from stages.judge.opened import open_forward
 from stages.judge.recorded_run import ForwardRun, about, order_of, promised
+from stages.judge.recovered import FINAL_NORM, LOGITS, not_of_the_head, with_final_norm
 from stages.judge.replay import judge_chunk
 from stages.judge.replay_spans import Replayed, span_in
 from stages.judge.rerun import Recorded, recorded_of, resolve_suspects
@@ -152,6 +154,7 @@ def _audit_forward(run: ForwardRun, model: str | None, how: _How, progress: Repo
         progress(f"auditing {forward_key(place)}", number / len(places))
         rows.append(_forward_row(place, run, how.top))
     run = _without_mistakes(rows, run, how.top)
+    run = _with_recovered(rows, run, how)
     given = given_places(run)
     for row in rows:
         if (row["layer"], row["stage"]) in given:
@@ -196,6 +199,39 @@ def _without_mistakes(rows: list[Row], run: ForwardRun, top: int) -> ForwardRun:
         elif place in right.side.places:
             rows[number] = _forward_row(place, right, top)
     return right
+
+
+def _with_recovered(rows: list[Row], run: ForwardRun, how: _How) -> ForwardRun:
+    """The run with the final norm that its logits hold, the rows of both in place; as it is where there is none."""
+    found = with_final_norm(run)
+    if found is None:
+        return run
+    right, condition = found
+    head, norm = (_forward_row(place, right, how.top) for place in (LOGITS, FINAL_NORM))
+    old = next((row for row in rows if _is(row, LOGITS)), None) or _forward_row(LOGITS, run, how.top)
+    passes, passed = (Verdict(row["verdict"]).passes for row in (head, old))
+    # Of a head that is wrong least squares gives nothing that the layers could be judged by, nor a name.
+    if not passes and not passed:
+        return run
+    # What passes through all stages is not to be doubted by what follows from it.
+    if passes and (old["verdict"] == Verdict.PRECISION or (passed and not Verdict(norm["verdict"]).passes)):
+        return run
+    through, floor = [forward_key(at) for at in span_of(LOGITS, run).hidden], floor_of(LOGITS, right)
+    seen = f"errors below {floor:.2g} of it are not seen"
+    head |= {"through": through, "floor": floor}
+    head |= {"note": f"judged as the head's of one vector, the final norm that it holds; {seen}"}
+    note = f"recovered from lm_head by least squares on the head, whose condition is {condition:.2g}"
+    norm |= {"recovered": True, "note": f"{note}; {norm['note']}"}
+    if not passes:
+        head["hint"] = not_of_the_head(right)
+    judged = [norm, head] if passes else [head]
+    rows[:] = [row for row in rows if not _is(row, LOGITS)]
+    rows += [row for row in judged if how.wanted.has(None, row["stage"], {})]
+    return right if passes else run
+
+
+def _is(row: Row, place: Place) -> bool:
+    return (row["layer"], row["stage"]) == place
 
 
 def _forward_data(result: Mapping[str, Any], run: ForwardRun) -> dict[str, Any] | None:

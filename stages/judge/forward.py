@@ -71,15 +71,16 @@ def why_unjudged(place: Place, run: ForwardRun) -> str | None:
     missing = f"not recorded: {', '.join(map(forward_key, span.missing))}"
     if span.from_start and not run.tokens:
         return missing
-    if span.hidden and _floor(place, run) > LEAST_SEEN:
+    if span.hidden and floor_of(place, run) > LEAST_SEEN:
         return (
             f"{missing}; too long to tell: through {len(span.hidden)} hidden stages right programs may differ by "
-            + (f"{_floor(place, run):.2g} of it")
+            + (f"{floor_of(place, run):.2g} of it")
         )
     return None
 
 
-def _floor(place: Place, run: ForwardRun) -> float:
+def floor_of(place: Place, run: ForwardRun) -> float:
+    """The least error of a recorded stage, relative to it in RMS, that its statistic shows."""
     if place not in run.floors:
         run.floors[place] = floor(oracle for _, oracle in oracles_of(place, run, run.read(place)))
     return run.floors[place]
@@ -119,7 +120,7 @@ def oracles_of(place: Place, run: ForwardRun, observed: np.ndarray) -> Iterator[
     with np.errstate(all="ignore"):  # a NaN among the inputs is their own row's verdict
         if of_rope:
             yield slice(None), _oracle_of_rope(place, run, stage, observed, span)
-        elif span.hidden:
+        elif span.hidden or not run.recovered.keys().isdisjoint(span.recorded):
             yield from _oracles_through(span.acting, run, stage, observed)
         else:
             yield from _oracles_of_recorded(place, run, stage, observed, run.readings.get(place, 0))
@@ -247,7 +248,7 @@ class Reread:
 
 def reread(place: Place, run: ForwardRun, observed: np.ndarray) -> Reread | None:
     """How else a stage that failed may be read so that it is right; `run` remembers, for stages judged from it."""
-    if why_unjudged(place, run) is not None:
+    if why_unjudged(place, run) is not None or run.recovered:
         return None
     assert run.path is not None
     span = span_of(place, run)
@@ -370,6 +371,8 @@ def slightly(place: Place, run: ForwardRun, observed: np.ndarray, verdict: SideV
     """The verdict on a stage that passes: `suspect` with the reason where something moves it surely, by less than the
     bound of long spans sees. `run` keeps what was found."""
     if way_of(span_of(place, run).acting, run).absolute:
+        return verdict
+    if place in run.recovered:
         return verdict
     columns, oracle = next(oracles_of(place, run, observed))
     if oracle.typical is None or part(observed, columns).shape != oracle.value.shape:

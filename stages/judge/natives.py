@@ -92,9 +92,10 @@ def ask(rows: Sequence[Row], asked: NativesRequest, progress: Report, named: Cal
     progress(f"asking {' and '.join(SIDES)} for the last bits", 0.0)
     failing = [row["key"] for row in rows if _open(row) and not _passes(row)]
     through = [row for row in rows if row.get("through")]
-    if len(through) == 1:  # no other tells which way is the engine's
-        (row,) = through
-        if row["key"] in failing and named(row):
+    recorded = [row for row in through if not row.get("recovered")]
+    if len(recorded) == 1:  # no other tells which way is the engine's
+        (row,) = recorded
+        if any(not _passes(one) and named(one) for one in through):
             rows = [other for other in rows if other is not row]
         # Of one tensor alone 16 bits tell little: what would give every byte is asked where it passes, too.
         elif _open(row) and stored_dtype(row["dtype"]).itemsize < 4:
@@ -146,7 +147,7 @@ def _passes(row: Row) -> bool:
 
 
 def _open(row: Row) -> bool:
-    if row.get("proved"):
+    if row.get("proved") or row.get("recovered"):
         return False
     if row.get("through"):  # what fails there is asked too: with one thing changed, all bytes may be there
         return row["verdict"] not in (Verdict.EXACT, Verdict.SHAPE, Verdict.NONFINITE)

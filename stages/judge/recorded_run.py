@@ -106,6 +106,9 @@ class ForwardRun:
     # Positions that RoPE's waves were found at; the same in every view of the recording.
     waves: dict[Hashable, np.ndarray] = field(default_factory=dict)
 
+    # Stages that are no recording, but follow from one, with what they may be off (recovered.py).
+    recovered: dict[Place, Value] = field(default_factory=dict, init=False)
+
     # What was judged of this recording: which of `_readings` a stage was computed by; the makers of inputs that recipes
     # compute again; of stages judged through others what they can see, and of failed ones why, and the `Named` that
     # explains them; hidden stages, as far as they are needed again; the last oracle of a stage judged through others.

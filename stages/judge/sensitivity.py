@@ -18,7 +18,7 @@ from stages.judge.wrong_weights import Element, Line, Share
 from stages.oracle.adjoint import carried_back
 from stages.spec.noise import Noise
 
-# Random vectors: of 8, what a change explains is known to 50%, enough to choose whom to ask; of 32, to 25%; of 64, to 18%.
+# Random vectors: of 8, what a change explains is known to 50%, enough to choose whom to ask; of 32 to 25%, of 64: 18%.
 FEW, SOME, MANY = 8, 32, 64
 # They are carried back of so many of the first tokens, and in so many bytes, at most.
 _MOST_TOKENS, _MOST_BYTES = 256, 1 << 30

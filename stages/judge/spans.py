@@ -102,6 +102,7 @@ def way_of(place: Place, run: ForwardRun) -> Way:
         WITHIN_LAYER if within else BEYOND_LAYER,
         inside <= _MOST_ABSOLUTE,
         taken_at(run, place),
+        run.recovered.get(place),
     )
 
 
@@ -151,6 +152,8 @@ def _recorded_value(run: ForwardRun, source: Place) -> Value | None:
     found = find(run, source)
     if found is None:
         return None
+    if found in run.recovered:
+        return run.recovered[found]
     array, dtype = run.read(found), stored_dtype(run.path.activations)
     # A compiler may keep what it goes on with in more bits than what it stores.
     if not flows(run, source) or (array.dtype.itemsize >= dtype.itemsize and dtype.itemsize == 4):

@@ -453,7 +453,8 @@ class Tried:
             if at in norms:
                 yield self._option([at], "eps", self._where(at), _EPS)
             of_layer = stage.inputs and not stage.by_vocab and stage.scope is not Scope.MODEL
-            if of_layer or stage.name == "embedding":
+            recovered = at == self.span.acting and self.way().cell is not None  # its factor may be of logits
+            if of_layer or stage.name == "embedding" or recovered:
                 of = functools.partial(self._times, at)
                 edits = functools.partial(self._rescaled, at) if stage.noise is Noise.SCORES else None
                 starts = (1.0, 0.5, 2.0) if stage.name == "embedding" else (1.0,)  # a norm after it hides small ones

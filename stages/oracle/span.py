@@ -18,7 +18,7 @@ import numpy as np
 
 from stages.oracle import spread
 from stages.oracle.activations import Cell, Sums, Taken
-from stages.oracle.bounds import RMS_THROUGH, U32, Lambdas, rounding_unit
+from stages.oracle.bounds import RMS_THROUGH, U32, Lambdas, exact_bound, half_unit, rounding_unit
 from stages.oracle.components import _v_transposed
 from stages.oracle.decoder import _repeated, attn_softmax
 from stages.oracle.spread import RECORDED, STEPS, Setting, Spread, by_heads
@@ -67,7 +67,8 @@ class Way:
     """How a span is judged: the run's dtype, its tokens, and how many standard deviations right programs stay within.
 
     Absolute bounds are carried where `absolute` says so: they say nothing of many stages. `taken`: what the stage takes
-    its first input to before it computes anything; `least`: what its weights' codes are counted from (`Sums`).
+    its first input to before it computes anything; `least`: what its weights' codes are counted from (`Sums`). `cell`:
+    what the stage's own recorded value may be off, of one that follows from others.
     """
 
     lambdas: Lambdas
@@ -77,6 +78,7 @@ class Way:
     absolute: bool = True
     taken: Taken | None = None
     least: Callable[[], np.ndarray | None] = lambda: None
+    cell: Value | None = None
 
 
 Doubts = Sequence[Sequence[np.ndarray]]
@@ -115,8 +117,10 @@ def oracle_through(
     def unsure_of(given: tuple[np.ndarray, ...]) -> tuple[np.ndarray, np.ndarray]:
         same = given is arguments
         value = oracle.value if same else consult(stage, given, options, way.lambdas, sums=sums).value
-        deviation = way.deviations * np.sqrt((of_inputs() if same else moved(given)).variance(value))
+        variance = (of_inputs() if same else moved(given)).variance(value)
+        deviation = way.deviations * np.sqrt(variance + _of_cell(way, value))
         far = _far(stage, given, inputs, options, way, None if doubts is None else doubts[1])
+        far = far if way.cell is None else far + way.cell.far + exact_bound(value, way.dtype)
         return np.fmin(deviation, far), np.fmin(SURELY * deviation, far)
 
     def moved(given: tuple[np.ndarray, ...]) -> Spread:
@@ -131,9 +135,18 @@ def oracle_through(
     @functools.cache
     def typical() -> np.ndarray:
         own = _own(oracle, stored_dtype(stage.dtype))
-        return np.sqrt(of_inputs().variance(oracle.value) + own.variance(oracle.value))
+        variance = of_inputs().variance(oracle.value) + own.variance(oracle.value)
+        return np.sqrt(variance + _of_cell(way, oracle.value))
 
     return replace(oracle, typical=typical, carried=of_inputs)
+
+
+def _of_cell(way: Way, value: np.ndarray) -> np.ndarray | float:
+    """The variance of what a tensor's recorded value may be off, which in 16 bits may have been rounded before."""
+    if way.cell is None:
+        return 0.0
+    rounded = half_unit(value, way.dtype) ** 2 / 3 if way.dtype.itemsize < 4 else 0.0
+    return way.cell.spread.variance(value) + rounded
 
 
 def _as_taken(value: Value, taken: Taken, cell: Cell) -> Value:

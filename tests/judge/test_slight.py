@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from helpers import svf
+from planted import Change, Changed, Weights
 
 from stages.files.tensorfile import write_tensors
 from stages.judge.through import Search
@@ -20,9 +20,6 @@ from stages.selftest.engines import ENGINES
 from stages.selftest.specimens import Specimen
 
 pytestmark = pytest.mark.slow
-
-Weights = dict[str, np.ndarray]
-Change = Callable[[Weights], object]
 
 
 def specimen(dtype: str, family: str = "qwen3") -> Specimen:
@@ -34,7 +31,7 @@ def specimen(dtype: str, family: str = "qwen3") -> Specimen:
 def audited(made: Specimen, folder: Path, engine: str, recorded: str, change: Change | None = None) -> dict[str, Any]:
     """What an audit says of what `recorded` of a run whose weights were changed, of the model as it is."""
     made.write(folder / "model")
-    wrong = made if change is None else _Changed(made, change)
+    wrong = made if change is None else Changed(made, change)
     run = ENGINES[engine].run(wrong)
     kept = {key: array for key, array in run.items() if key.rpartition(".")[2] in recorded.split()}
     write_tensors(folder / "run.safetensors", kept)
@@ -42,21 +39,6 @@ def audited(made: Specimen, folder: Path, engine: str, recorded: str, change: Ch
     done = svf("audit", folder / "run.safetensors", "--model", folder / "model", "--tokens", tokens, "--json")
     assert done.code in (0, 1), done.error
     return done.json
-
-
-class _Changed:
-    """A specimen with other weights."""
-
-    def __init__(self, made: Specimen, change: Change):
-        self.made, self.change = made, change
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.made, name)
-
-    def weights(self) -> Weights:
-        weights = {name: array.copy() for name, array in self.made.weights().items()}
-        self.change(weights)
-        return weights
 
 
 HIDDEN, LOGITS = "embedding post_ffn_residual final_norm", "lm_head"
@@ -204,7 +186,7 @@ def test_a_model_whose_blocks_add_nothing_is_audited(tmp_path: Path) -> None:
             if "o_proj" in name or "down_proj" in name:
                 array[:] = 0
 
-    idle = _Changed(specimen("bfloat16"), nothing)
+    idle = Changed(specimen("bfloat16"), nothing)
     specimen("bfloat16").write(tmp_path / "model")
     write_tensors(tmp_path / "model" / "model.safetensors", idle.weights(), metadata={"format": "pt"})
     run = ENGINES["blocked"].run(idle)
