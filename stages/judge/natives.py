@@ -270,7 +270,7 @@ def _through(
 
 # Seconds of processor that are spent on hypotheses, with compiling them; where no way is known to be the engine's, all
 # that is done takes so many at most, and with less than so many left none is tried.
-_SECONDS, _MOST_SECONDS, _LEAST_SECONDS = 3.0, 7.0, 2.5
+_SECONDS, _MOST_SECONDS, _LEAST_SECONDS = 2.0, 6.5, 2.5
 # After one that gives every byte, those are tried that explain at least so much of what it does, and so many at most:
 # others may give every byte, too.
 _AS_MUCH, _AFTER = 0.7, 12

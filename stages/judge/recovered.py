@@ -82,6 +82,7 @@ def with_final_norm(run: ForwardRun) -> tuple[ForwardRun, float] | None:
     inverse = np.linalg.solve(squares, head.T).T
     array = (logits.astype(np.float64) @ inverse).astype(np.float32)
     found = run.of(_WithRecovered(run.side, FINAL_NORM, array))
+    found.values.update(run.values)  # of stages before it, which do not change
     found.recovered[FINAL_NORM] = _cell(run, array, head, inverse, logits)
     return found, condition
 
