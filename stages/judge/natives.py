@@ -102,7 +102,8 @@ def ask(rows: Sequence[Row], asked: NativesRequest, progress: Report, named: Cal
             failing.append(row["key"])
     _ask(rows, replace(asked, failing=tuple(failing)), SIDES)
     progress(f"asking {ORDERS} for the last bits", 0.8)
-    _ask([row for row in rows if not row.get("through")], asked, (ORDERS,))
+    wide = [row for row in rows if stored_dtype(row.get("dtype") or "float32").itemsize == 4]  # orders tell no others
+    _ask([row for row in wide if not row.get("through")], asked, (ORDERS,))
 
 
 def _ask(rows: Sequence[Row], asked: NativesRequest, names: Sequence[str]) -> None:
@@ -243,8 +244,9 @@ def _through(
     for way in arithmetics(backend):
         if request.over or (way.by_token and any(found[key] == sizes[key] for found in bits for key in sizes)):
             break  # what one call gives needs no call of each token
+        decodes = not way.by_token or _begins(way, places) or any(_gives_rows(other, places) for other in ways)
         ways.append(way)
-        bits.append(_given(way, places))
+        bits.append(_given(way, places) if decodes else dict.fromkeys(sizes))
     # The way of most tensors that are right to the last byte is the engine's, and is asked first where one is not.
     order = sorted(range(len(ways)), key=lambda i: -sum(bits[i][key] == sizes[key] for key in sizes))
     known = [i for i in order if any(bits[i][key] == sizes[key] for key in sizes)]
@@ -270,7 +272,7 @@ def _through(
 
 # Seconds of processor that are spent on hypotheses, with compiling them; where no way is known to be the engine's, all
 # that is done takes so many at most, and with less than so many left none is tried.
-_SECONDS, _MOST_SECONDS, _LEAST_SECONDS = 2.0, 6.5, 2.5
+_SECONDS, _MOST_SECONDS, _LEAST_SECONDS = 2.0, 6.0, 2.0
 # After one that gives every byte, those are tried that explain at least so much of what it does, and so many at most:
 # others may give every byte, too.
 _AS_MUCH, _AFTER = 0.7, 12
@@ -308,6 +310,30 @@ def _proved(ways: Sequence[Arithmetic], at: Place, run: ForwardRun, until: float
     if not said:
         return None
     return f"{', or '.join(dict.fromkeys(said))}: then every byte is there, {ways[0].words}"
+
+
+def _begins(way: Arithmetic, places: Sequence[tuple[str, Place, ForwardRun]]) -> bool:
+    """Whether a decode gives the first token of some tensor to the last bit."""
+    for _, at, run in places:
+        way.start()
+        observed = run.read(at)
+        first = next(way.calls(program(at, run), run, len(observed)), None)
+        if first is not None and np.array_equal(first, observed[: len(first)]):
+            return True
+    return False
+
+
+def _gives_rows(way: Arithmetic, places: Sequence[tuple[str, Place, ForwardRun]]) -> bool:
+    """Whether a way of one call gives some token of some tensor to the last bit, as those of a prompt would be."""
+    for _, at, run in places:
+        way.start()
+        observed = run.read(at)
+        value = None if way.by_token else _native(way, program(at, run), run, observed)
+        if value is not None and value.shape == observed.shape:
+            alike = (value == observed).reshape(len(value), -1).all(axis=1)
+            if alike.any():
+                return True
+    return False
 
 
 def _given(way: Arithmetic, places: Sequence[tuple[str, Place, ForwardRun]]) -> dict[str, int | None]:
