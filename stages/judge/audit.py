@@ -138,6 +138,9 @@ class _How:
         """Judged rows, with what was asked of the backends and what the user accepts; `named`: see `natives.ask`."""
         if self.natives is not None:
             ask(rows, self.natives, progress, named)
+            # Logits that are explained to the last byte tell more than what they hold.
+            whole = any(row["verdict"] == Verdict.EXACT or row.get("proved") for row in rows if _is(row, LOGITS))
+            rows = [row for row in rows if not (whole and row.get("recovered"))]
         return accept(rows, self.accepted)
 
 
@@ -231,7 +234,7 @@ def _with_recovered(rows: list[Row], run: ForwardRun, how: _How) -> ForwardRun:
 
 
 def _is(row: Row, place: Place) -> bool:
-    return (row["layer"], row["stage"]) == place
+    return (row["layer"], row["stage"]) == place and row["tensor"] is None
 
 
 def _forward_data(result: Mapping[str, Any], run: ForwardRun) -> dict[str, Any] | None:

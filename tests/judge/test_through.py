@@ -188,5 +188,6 @@ def test_numbers_of_right_runs_are_within_what_they_are_judged_by(source: Path, 
     for dtype in DTYPES:
         for dump in run(source, tmp_path, dtype).values():
             rows = [row for row in audit(dump, source)["rows"] if row.get("floor")]
-            assert all(row["ratio"] <= 0.75 for row in rows)
+            # Of 16-bit logits of one vector half a step is nearly all of the bound.
+            assert all(row["ratio"] <= (0.75 if row["stage"] != "lm_head" else 1) for row in rows)
             assert all(np.isfinite(row["rms_ratio"]) and row["rms_ratio"] <= 1.6 for row in rows)
