@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from stages.files.forward_dump import Place, forward_key
+from stages.judge.recovered import LOGITS
 from stages.selftest.engines import ENGINES
 from stages.selftest.fault import FORWARD, Fault
 from stages.selftest.recorded import arrays_of, audit_arrays
@@ -166,11 +167,16 @@ def judged(
     """Whether a fault in one of the places `changed` is claimed, and what an audit says; it must show in `shows`."""
     keys, right = {forward_key(at) for at in shows}, {forward_key(place) for place in changed}
     of_fault = [row for row in said.get("rows", ()) if row["key"] in keys]
+    held = next((row for row in said.get("rows", ()) if row.get("recovered")), None)
+    spans = shows
+    if held is not None and LOGITS in shows.difference(changed):  # what comes before the head shows in what logits hold
+        spans = {*shows, (None, held["stage"])}
+        of_fault = [{**row, "floor": held["floor"]} if row["stage"] == LOGITS[1] else row for row in of_fault]
     sizes = [(_moved(was[row["key"]], is_now[row["key"]]), _floor(row, is_now)) for row in of_fault]
     moved, floor = max(sizes, key=lambda size: size[0] / max(size[1], 1e-30), default=(0.0, np.inf))
     culprit = said["culprit"] or dict.fromkeys(("layer", "stage", "verdict", "ratio", "hint"))
     found, at = said["outcome"] == "faulty", (culprit["layer"], culprit["stage"])
-    at_span, blamed = found and at in shows, culprit.get("blamed") or []
+    at_span, blamed = found and at in spans, culprit.get("blamed") or []
     return {
         "claimed": moved > floor,
         "hidden": shows.isdisjoint(changed),
