@@ -157,12 +157,12 @@ def _audit_forward(run: ForwardRun, model: str | None, how: _How, progress: Repo
         progress(f"auditing {forward_key(place)}", number / len(places))
         rows.append(_forward_row(place, run, how.top))
     run = _without_mistakes(rows, run, how.top)
-    run = _with_recovered(rows, run, how)
     given = given_places(run)
     for row in rows:
         if (row["layer"], row["stage"]) in given:
             row |= {"verdict": Verdict.GIVEN.value, "note": f"taken as given, {row['note']}"}
     infer_activations(rows, run)
+    run = _with_recovered(rows, run, how)
     explain_suspects(rows, run)
     if how.rerun:
         resolve_suspects(rows, recorded_of(run, model))
@@ -214,10 +214,10 @@ def _with_recovered(rows: list[Row], run: ForwardRun, how: _How) -> ForwardRun:
     old = next((row for row in rows if _is(row, LOGITS)), None) or _forward_row(LOGITS, run, how.top)
     passes, passed = (Verdict(row["verdict"]).passes for row in (head, old))
     # Of a head that is wrong least squares gives nothing that the layers could be judged by, nor a name.
-    if not passes and not passed:
+    if old["verdict"] not in _DOUBTED or (not passes and not passed):
         return run
     # What passes through all stages is not to be doubted by what follows from it.
-    if passes and (old["verdict"] == Verdict.PRECISION or (passed and not Verdict(norm["verdict"]).passes)):
+    if passes and passed and not Verdict(norm["verdict"]).passes:
         return run
     through, floor = [forward_key(at) for at in span_of(LOGITS, run).hidden], floor_of(LOGITS, right)
     seen = f"errors below {floor:.2g} of it are not seen"
@@ -231,6 +231,10 @@ def _with_recovered(rows: list[Row], run: ForwardRun, how: _How) -> ForwardRun:
     rows[:] = [row for row in rows if not _is(row, LOGITS)]
     rows += [row for row in judged if how.wanted.has(None, row["stage"], {})]
     return right if passes else run
+
+
+# Verdicts of logits beside which those of what they hold say more.
+_DOUBTED = (Verdict.EXACT, Verdict.ROUNDING, Verdict.SUSPECT, Verdict.BUG)
 
 
 def _is(row: Row, place: Place) -> bool:

@@ -102,7 +102,7 @@ def way_of(place: Place, run: ForwardRun) -> Way:
         WITHIN_LAYER if within else BEYOND_LAYER,
         inside <= _MOST_ABSOLUTE,
         taken_at(run, place),
-        run.recovered.get(place),
+        cell=run.recovered.get(place),
     )
 
 
