@@ -155,9 +155,12 @@ class Decoder(nnx.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.rotary_emb = RotaryEmbedding(config, dtype)
 
+    def before(self, tokens: Array, inv_freq: Array | None) -> tuple[Array, Array, Array]:
+        """What the first layer takes: embedding, cos and sin."""
+        return self.embed_tokens(tokens), *self.rotary_emb(tokens.shape[0], inv_freq)
+
     def __call__(self, tokens: Array, inv_freq: Array | None = None) -> Array:
-        x = self.embed_tokens(tokens)
-        cos, sin = self.rotary_emb(tokens.shape[0], inv_freq)
+        x, cos, sin = self.before(tokens, inv_freq)
         for layer in self.layers:
             x = layer(x, cos, sin)
         return self.norm(x)
@@ -181,7 +184,10 @@ class CausalLM(nnx.Module):
 
         `inv_freq`: RoPE's frequencies, where the sequence has other ones than its tokens' number says: a padded one.
         """
-        hidden = self.model(tokens, inv_freq)
+        return self.logits(self.model(tokens, inv_freq), rows)
+
+    def logits(self, hidden: Array, rows: Array | None) -> Array:
+        """Logits of the final norm's output, of all positions or of `rows`."""
         if rows is not None:
             hidden = hidden[rows]
         return _linear(hidden, self.model.embed_tokens.weight[...]) if self.lm_head is None else self.lm_head(hidden)
@@ -209,7 +215,10 @@ def load_model(config: ModelConfig, weights: Weights, dtype: str = "model", devi
 
 
 class JaxProduction:
-    """A `CausalLM` compiled whole, in numpy terms; see `stages.run.production.Production`.
+    """A compiled `CausalLM` in numpy terms; see `stages.run.production.Production`.
+
+    A layer is compiled once for all that are built alike: whole, 28 layers took nine times as long to compile and gave
+    the same bits (docs/findings/speed.md).
 
     `precision` is that of products. XLA may not keep bfloat16 values in float32 between operations
     (`xla_allow_excess_precision`): the model prescribes those roundings, and without them a bfloat16 model cannot
@@ -219,23 +228,20 @@ class JaxProduction:
     def __init__(self, model: CausalLM, config: ModelConfig, device: str, precision: str):
         self.model, self.config = model, config
         self._place, self._precision = _device(device), precision
-        graph, self._state = nnx.split(model)
-
-        def forward(state: nnx.State, tokens: Array, rows: Array | None, inv_freq: Array) -> Array:
-            return nnx.merge(graph, state)(tokens, rows, inv_freq)
-
-        self._forward = forward
-        self._jitted = jax.jit(forward, compiler_options={"xla_allow_excess_precision": False})
+        compiled = functools.partial(jax.jit, static_argnums=0, compiler_options={"xla_allow_excess_precision": False})
+        self._layers = [nnx.split(layer) for layer in model.model.layers]
+        self._before, self._layer, self._after = map(compiled, (_before, _layer, _after))
+        self._graph, self._state = nnx.split(model)
 
     def __call__(self, tokens: Sequence[int] | np.ndarray, *, last_only: bool = False) -> np.ndarray:
-        """Logits `[tokens, vocab]`, or the last token's, `[1, vocab]`, from one compiled call."""
+        """Logits `[tokens, vocab]`, or the last token's, `[1, vocab]`, from layers compiled once."""
         ids = checked_tokens(self.config, tokens)
-        return self._run(self._jitted, ids, [len(ids) - 1] if last_only else None)
+        return self._run(self._by_layers, ids, [len(ids) - 1] if last_only else None)
 
     def reordered(self, tokens: Sequence[int] | np.ndarray, *, last_only: bool = False) -> np.ndarray:
         """The same model operation by operation, each compiled alone: nothing fused, other orders of rounding."""
         ids = checked_tokens(self.config, tokens)
-        return self._run(self._forward, ids, [len(ids) - 1] if last_only else None)
+        return self._run(self._by_operations, ids, [len(ids) - 1] if last_only else None)
 
     def generate(self, tokens: Sequence[int] | np.ndarray, n: int) -> list[int]:
         """The `n` greedy tokens that follow, each from a forward of all before it: there is no cache.
@@ -248,7 +254,7 @@ class JaxProduction:
             self.config.check_length(len(ids))
             padded = np.zeros(bucket(len(ids)), np.int32)
             padded[: len(ids)] = ids
-            logits = self._run(self._jitted, padded, [len(ids) - 1], len(ids))
+            logits = self._run(self._by_layers, padded, [len(ids) - 1], len(ids))
             ids = np.append(ids, np.int32(greedy(logits)))
         return [int(token) for token in ids[len(tokens) :]]
 
@@ -259,7 +265,17 @@ class JaxProduction:
         put = [None if x is None else jax.device_put(x, self._place) for x in (ids, rows and np.array(rows, np.int32))]
         with jax.default_matmul_precision(self._precision), jax.default_device(self._place):
             inv_freq = frequencies(self.config, length or len(ids))
-            return np.ascontiguousarray(np.asarray(forward(self._state, *put, inv_freq)))
+            return np.ascontiguousarray(np.asarray(forward(*put, inv_freq)))
+
+    def _by_layers(self, tokens: Array, rows: Array | None, inv_freq: Array) -> Array:
+        x, cos, sin = self._before(self._graph, self._state, tokens, inv_freq)
+        for graph, state in self._layers:
+            x = self._layer(graph, state, x, cos, sin)
+        return self._after(self._graph, self._state, x, rows)
+
+    def _by_operations(self, tokens: Array, rows: Array | None, inv_freq: Array) -> Array:
+        logits: Array = self.model(tokens, rows, inv_freq)
+        return logits
 
 
 def production(
@@ -267,6 +283,21 @@ def production(
 ) -> JaxProduction:
     """The production model of `config`, with all `weights` loaded."""
     return JaxProduction(load_model(config, weights, dtype, device), config, device, precision)
+
+
+def _before(
+    graph: nnx.GraphDef[CausalLM], state: nnx.State, tokens: Array, inv_freq: Array
+) -> tuple[Array, Array, Array]:
+    return nnx.merge(graph, state).model.before(tokens, inv_freq)
+
+
+def _layer(graph: nnx.GraphDef[DecoderLayer], state: nnx.State, x: Array, cos: Array, sin: Array) -> Array:
+    return nnx.merge(graph, state)(x, cos, sin)
+
+
+def _after(graph: nnx.GraphDef[CausalLM], state: nnx.State, x: Array, rows: Array | None) -> Array:
+    model = nnx.merge(graph, state)
+    return model.logits(model.model.norm(x), rows)
 
 
 def _device(device: str) -> jax.Device:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from stages.errors import UsageError
-from stages.run.memory import aligned_copy, is_aligned
+from stages.files.memory import aligned_copy, is_aligned
 from stages.spec import environment
 from stages.spec.backend import Production, Weights
 from stages.spec.config import ModelConfig, RawConfig

@@ -24,7 +24,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from stages.run.memory import ALIGNMENT, aligned_copy
+from stages.files.memory import ALIGNMENT, aligned_copy
 from stages.run.production import check_names, checked_tokens, greedy, parameters_of, with_stored_head
 from stages.spec.backend import Weights
 from stages.spec.config import ModelConfig
@@ -155,7 +155,7 @@ def production(
 
 def _put(array: np.ndarray) -> Tensor:
     array = np.require(array, requirements=("C", "W"))
-    if array.ctypes.data % ALIGNMENT:  # MKL's products depend on it, see stages/run/memory.py
+    if array.ctypes.data % ALIGNMENT:  # MKL's products depend on it, see stages/files/memory.py
         array = aligned_copy(array)
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)

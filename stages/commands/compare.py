@@ -52,7 +52,18 @@ from stages.commands.options import (
     original,
     output,
 )
-from stages.commands.program import STATE, after, answer, before, command, finish_diff, refuse_idle, say, typed
+from stages.commands.program import (
+    STATE,
+    after,
+    answer,
+    before,
+    command,
+    finish_diff,
+    judging,
+    refuse_idle,
+    say,
+    typed,
+)
 
 
 @command(
@@ -234,6 +245,8 @@ def replay(
     if order != "native" and precision is not Precision.native:
         raise UsageError(f"--order {order} applies only to native products; leave out --precision {precision.value}")
     flags = ReplayFlags(components_dir, semantic_only, device_semantic_only, preferred_layout_only)
+    if backend is ON_BOTH:  # the sides compute in processes of their own
+        judging()
     with Progress(STATE.progress) as progress:
         document = job.replay(as_original(command, flags, say), load_backend, progress)
     finish_diff(document, json, html)
@@ -353,6 +366,8 @@ def forward(
         max_memory=None if max_memory is None else parse_size(max_memory),
         close_up=html is not None,
     )
+    if backend is ON_BOTH:  # the sides compute in processes of their own
+        judging()
     with Progress(STATE.progress) as progress:
         document = job.forward(command, load_backend, progress)
     if command.backend == "both":
@@ -451,6 +466,7 @@ def diff(
         )
     )
     check_options(command)
+    judging()
     with Progress(STATE.progress) as progress:
         document = diff_any(command, progress)
         if explain_order:
@@ -522,6 +538,7 @@ def audit(
     if dtype is not None:
         raise UsageError("--dtype applies to --plan; a recording says itself what it was computed in")
     before(force, html)
+    judging()
     with Progress(STATE.progress) as progress:
         document = job.audit(
             dump,

@@ -113,6 +113,13 @@ def before(force: bool, html: Path | None = None, file: Path | None = None) -> N
         prepare_file(file, force=force)
 
 
+def judging() -> None:
+    """Prepare this process, which is the command's own, for judging: not done to a program that calls the library."""
+    from stages.files.memory import reuse_heap
+
+    reuse_heap()
+
+
 def after(document: Any, json: bool, html: Path | None, show: Callable[[Any], None]) -> None:
     """The document with the command that made it: its report where one is asked for, then as JSON or as text."""
     from stages.errors import shown

@@ -22,6 +22,7 @@ from stages.errors import InputError
 from stages.files.checkpoint import check_parameters, held_by
 from stages.files.gguf_config import FREQUENCIES, raw_config
 from stages.files.gguf_file import PLAIN, GgufFile, GgufTensor, least, row_blocks, values
+from stages.files.memory import aligned_empty
 from stages.files.tensorfile import TensorInfo, sha256_by_rows
 from stages.spec.config import ModelConfig
 from stages.spec.dtypes import dtype_name
@@ -95,7 +96,7 @@ class GgufModel:
             whole = values(self.file.raw(info.stored, 0, 1), info.stored.type).reshape(-1)
             return halves(whole, info.pairs)[start:stop].copy()
         each = info.stored.rows // info.shape[0]  # rows of blocks in one index of axis 0
-        out = np.empty(((stop - start) * each, info.stored.columns), info.dtype)
+        out = aligned_empty(((stop - start) * each, info.stored.columns), info.dtype)
         for first, last in row_blocks(info.stored, start * each, stop * each):
             out[first - start * each : last - start * each] = values(self.raw(info, first, last), info.stored.type)
         return out.reshape((stop - start, *info.shape[1:]))

@@ -25,6 +25,7 @@ import numpy as np
 
 from stages.errors import InputError, OutputError, shown
 from stages.files.jsonio import fsync_folder, open_regular, parse_json
+from stages.files.memory import aligned_empty
 from stages.spec.dtypes import DTYPES
 
 _LOG = logging.getLogger("svf")
@@ -132,7 +133,7 @@ class TensorFile:
         return digest.hexdigest()
 
     def _bytes(self, offset: int, count: int, info: TensorInfo) -> np.ndarray:
-        out = np.empty(count, np.uint8)
+        out = aligned_empty((count,), np.dtype(np.uint8))
         view = out.data
         while view.nbytes:
             got = os.preadv(self._fd, [view], offset)

@@ -15,7 +15,7 @@ from stages.errors import SvfError, shown
 from stages.files.cache import cache_folder
 from stages.files.jsonio import version_of
 from stages.run.children import run_child
-from stages.run.memory import available_bytes
+from stages.files.memory import available_bytes
 from stages.spec.environment import VARIABLES, Effect, set_here
 
 SCHEMA = "svf.doctor/1"

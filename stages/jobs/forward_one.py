@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import sys
 from collections.abc import Callable, Iterator
@@ -30,8 +31,8 @@ from stages.progress import Progress
 from stages.run.adapted import ADAPTED_FILE, adapt
 from stages.run.budget import check_memory, forward_bytes, hold_memory
 from stages.run.calibration import facts_of
-from stages.run.forward import Forwarder
-from stages.run.memory import available_bytes
+from stages.run.forward import Forwarder, LoadedWeights
+from stages.files.memory import available_bytes
 from stages.run.precision import NATIVE, precision_fields
 from stages.run.production import compare_production, greedy, with_stored_head
 from stages.spec.backend import BOTH, Backend, Production, Weights
@@ -149,7 +150,7 @@ class _Job:
     def run(self, backend: Backend, reading: Callable[[Weights], Weights]) -> dict[str, Any]:
         command = self.command
         scratch = self.stack.enter_context(scratch_folder("forward"))
-        weights = reading(self._weights(backend, scratch))
+        weights = self._loaded(reading(self._weights(backend, scratch)), command.dtype)
         forwarder = Forwarder(backend, self.config, weights, dtype=command.dtype, fuse_layers=command.jit == "layer")
         self.inputs = self._inputs(forwarder.path) if command.with_inputs else frozenset()
         logits, digest = self._trace(forwarder, backend, scratch)
@@ -201,6 +202,12 @@ class _Job:
         self.adapted, self.adapted_sha256, self.components = found.layouts, found.sha256, found.components
         self.config = with_stored_head(self.config, found.weights)
         return found.weights
+
+    def _loaded(self, weights: Weights, dtype: str) -> Weights:
+        """The weights, kept in memory where production needs all of them anyway, and the very same values."""
+        own = stored_dtype(self.config.dtype)
+        exact = np.can_cast(own, own if dtype == "model" else stored_dtype(dtype))
+        return LoadedWeights(weights, self.config, dtype) if exact and self.why_not is None else weights
 
     def _trace(self, forwarder: Forwarder, backend: Backend, scratch: Path) -> tuple[np.ndarray, str]:
         """Run once, writing what was asked for; the logits and their sha256."""
@@ -309,16 +316,12 @@ class _Job:
     ) -> dict[str, Any]:
         """The comparison with the uninstrumented model, or why there is none."""
         command = self.command
-        why = self._why_not()
-        if why is not None:
-            return {"ran": False, "why": why}
+        if self.why_not is not None:
+            return {"ran": False, "why": self.why_not}
         self.progress(f"{backend.name} production model", 0.0)
         tokens, last = self.tokens.tolist(), command.positions == "last"
 
-        def load(dtype: str) -> Production | None:
-            return backend.production(self.config, weights, dtype=dtype, raw_config=self.checkpoint.raw_config)
-
-        model = load(command.dtype)
+        model = self._model(backend, weights, command.dtype)
         if model is None:
             return {"ran": False, "why": f"{backend.name} is the specification and has no production model"}
         found = compare_production(
@@ -326,20 +329,22 @@ class _Job:
             model(tokens, last_only=last),
             layers=self.config.num_hidden_layers,
             reordered=lambda: model.reordered(tokens, last_only=last),
-            wider=lambda: self._wider(backend, weights, load("float32"), tokens, last),
+            wider=lambda: self._wider(backend, self._loaded(weights, "float32"), tokens, last),
         )
         if generated is not None:
             produced = model.generate(tokens, command.generate)
             found |= {"generated": produced, "generated_agrees": produced == generated}
         return found
 
-    def _wider(
-        self, backend: Backend, weights: Weights, model: Production | None, tokens: list[int], last: bool
-    ) -> dict[str, Any]:
+    def _model(self, backend: Backend, weights: Weights, dtype: str) -> Production | None:
+        return backend.production(self.config, weights, dtype=dtype, raw_config=self.checkpoint.raw_config)
+
+    def _wider(self, backend: Backend, weights: Weights, tokens: list[int], last: bool) -> dict[str, Any]:
         """The same comparison in float32, for a dtype too narrow to decide."""
         forwarder = Forwarder(backend, self.config, weights, dtype="float32")
         run = forwarder.run(tokens, layers=(), stages=("lm_head",), positions=self.command.positions)
         (traced,) = [result.array for result in run]
+        model = self._model(backend, weights, "float32")
         assert model is not None
         return compare_production(
             traced,
@@ -348,7 +353,9 @@ class _Job:
             reordered=lambda: model.reordered(tokens, last_only=last),
         )
 
-    def _why_not(self) -> str | None:
+    @functools.cached_property
+    def why_not(self) -> str | None:
+        """Why there is no production; asked before anything is loaded, whose memory would count as taken."""
         command = self.command
         if command.production is False:
             return "--no-production"

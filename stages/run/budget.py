@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from stages.errors import ResourceError, UsageError, shown
 from stages.run.forward import LM_HEAD_CHUNK
-from stages.run.memory import available_bytes
+from stages.files.memory import available_bytes
 from stages.run.replay import default_chunk_rows
 from stages.spec.config import ModelConfig
 from stages.spec.dtypes import stored_dtype

@@ -13,12 +13,12 @@ from stages.errors import InputError, UsageError, shown
 from stages.oracle.bounds import LAMBDA, Lambdas
 from stages.oracle.verdict import Oracle, consult
 from stages.recipes.side import SideVerdict
-from stages.run.memory import aligned_copy, is_aligned
+from stages.files.memory import aligned_copy, is_aligned
 from stages.run.watch import entering
-from stages.spec.backend import Backend, Weights
+from stages.spec.backend import Backend, Weights, stored_as
 from stages.spec.config import EMBEDDING, LM_HEAD, ModelConfig
 from stages.spec.dtypes import stored_dtype
-from stages.spec.families import layer_param, parameter_shapes
+from stages.spec.families import layer_param
 from stages.spec.forward import (
     RUN_PARAMS,
     forward_pipeline,
@@ -41,17 +41,34 @@ _Loaded = TypeVar("_Loaded")
 
 
 class LoadedWeights:
-    """All weights of a model in memory, in `dtype`: for many runs, or to time one without the reading."""
+    """The weights of a model, each read whole at its first use and kept in `dtype`: what several runs share."""
 
     def __init__(self, weights: Weights, config: ModelConfig, dtype: str = "model"):
-        wanted = stored_dtype(config.dtype if dtype == "model" else dtype)
-        self._arrays = {name: _cast(weights.read(name), wanted) for name in parameter_shapes(config)}
-        head, embedding = self._arrays[LM_HEAD], self._arrays[EMBEDDING]
-        if config.tie_word_embeddings and np.array_equal(head.view(np.uint8), embedding.view(np.uint8)):
-            self._arrays[LM_HEAD] = embedding  # tied, and not adapted apart
+        self._weights, self._tied = weights, config.tie_word_embeddings
+        self._dtype = stored_dtype(config.dtype if dtype == "model" else dtype)
+        self._arrays: dict[str, np.ndarray] = {}
+
+    @property
+    def tensors(self) -> Mapping[str, Any] | None:
+        """Every tensor that can be read, where the reader behind this one lists them."""
+        return getattr(self._weights, "tensors", None)
+
+    def resolve(self, name: str) -> str:
+        """The tensor that has the values of a parameter, as far as the reader behind this one tells."""
+        return stored_as(self._weights, name)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        return self._arrays[name][start:stop]
+        stored = self.resolve(name)
+        if stored not in self._arrays:
+            self._arrays[stored] = self._load(stored)
+        return self._arrays[stored][start:stop]
+
+    def _load(self, name: str) -> np.ndarray:
+        array = _cast(self._weights.read(name), self._dtype)
+        if name == LM_HEAD and self._tied:  # and maybe not adapted apart
+            embedding = self.read(EMBEDDING)
+            return embedding if np.array_equal(array.view(np.uint8), embedding.view(np.uint8)) else array
+        return array
 
 
 def vocabulary_plan(vocab: int, chunk: int | None = None) -> list[tuple[int, int]]:

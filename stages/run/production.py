@@ -15,7 +15,7 @@ import numpy as np
 from stages.errors import InputError, shown
 from stages.oracle.bounds import rounding_unit
 from stages.oracle.verdict import Verdict
-from stages.spec.backend import Weights
+from stages.spec.backend import Weights, stored_as
 from stages.spec.config import EMBEDDING, LM_HEAD, ModelConfig
 from stages.spec.families import parameter_shapes
 
@@ -34,7 +34,7 @@ def with_stored_head(config: ModelConfig, weights: Weights) -> ModelConfig:
 
     Weights adapted tensor by tensor do; copied into a tied model, one of the two would silently win.
     """
-    if not config.tie_word_embeddings:
+    if not config.tie_word_embeddings or stored_as(weights, LM_HEAD) == EMBEDDING:
         return config
     for start in range(0, config.vocab_size, _HEAD_ROWS):
         stop = min(start + _HEAD_ROWS, config.vocab_size)

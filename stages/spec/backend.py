@@ -29,6 +29,12 @@ class Weights(Protocol):
         """Rows `[start:stop]` of parameter `name`; the caller does not change the array."""
 
 
+def stored_as(weights: Weights, name: str) -> str:
+    """The tensor that has the values of parameter `name`: for a tied LM head the embedding, where the reader tells."""
+    resolve = getattr(weights, "resolve", None)
+    return name if resolve is None else str(resolve(name))
+
+
 class Production(Protocol):
     """A loaded, uninstrumented model of one backend."""
 
