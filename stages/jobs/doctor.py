@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 from stages.errors import SvfError, shown
 from stages.files.cache import cache_folder
 from stages.files.jsonio import version_of
-from stages.run.children import run_child
 from stages.files.memory import available_bytes
+from stages.run.children import run_child
 from stages.spec.environment import VARIABLES, Effect, set_here
 
 SCHEMA = "svf.doctor/1"

@@ -19,6 +19,7 @@ from stages.files.bundle import Bundle
 from stages.files.folders import check_folder
 from stages.files.forward_dump import ForwardDump, ForwardSide, Place, forward_key, run_fields
 from stages.files.jsonio import copy_atomic
+from stages.files.memory import available_bytes
 from stages.files.scratch import scratch_folder
 from stages.files.source import ModelSource, open_model
 from stages.files.tokens import token_ids
@@ -32,7 +33,6 @@ from stages.run.adapted import ADAPTED_FILE, adapt
 from stages.run.budget import check_memory, forward_bytes, hold_memory
 from stages.run.calibration import facts_of
 from stages.run.forward import Forwarder, LoadedWeights
-from stages.files.memory import available_bytes
 from stages.run.precision import NATIVE, precision_fields
 from stages.run.production import compare_production, greedy, with_stored_head
 from stages.spec.backend import BOTH, Backend, Production, Weights

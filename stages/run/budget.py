@@ -8,8 +8,8 @@ import resource
 from collections.abc import Sequence
 
 from stages.errors import ResourceError, UsageError, shown
-from stages.run.forward import LM_HEAD_CHUNK
 from stages.files.memory import available_bytes
+from stages.run.forward import LM_HEAD_CHUNK
 from stages.run.replay import default_chunk_rows
 from stages.spec.config import ModelConfig
 from stages.spec.dtypes import stored_dtype

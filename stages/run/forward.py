@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 import numpy as np
 
 from stages.errors import InputError, UsageError, shown
+from stages.files.memory import aligned_copy, is_aligned
 from stages.oracle.bounds import LAMBDA, Lambdas
 from stages.oracle.verdict import Oracle, consult
 from stages.recipes.side import SideVerdict
-from stages.files.memory import aligned_copy, is_aligned
 from stages.run.watch import entering
 from stages.spec.backend import Backend, Weights, stored_as
 from stages.spec.config import EMBEDDING, LM_HEAD, ModelConfig

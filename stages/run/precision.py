@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from stages.errors import UsageError
+from stages.files.memory import aligned_copy, aligned_empty
 from stages.oracle.exact import NOISE, decide
 from stages.oracle.rounding import round_once
-from stages.files.memory import aligned_copy, aligned_empty
 from stages.spec.backend import Backend, Delegate
 from stages.spec.dtypes import stored_dtype
 from stages.spec.forward import DECLARED, ROUNDED_INSIDE

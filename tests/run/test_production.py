@@ -285,9 +285,7 @@ def test_both_generate_the_same_tokens_and_each_is_the_forwards_greedy_one(name:
     assert ours.generate(tokens, 8) == generated
     logits = theirs([*tokens, *generated])
     assert generated == [int(row.argmax()) for row in logits[10:-1]]
-    assert (
-        ours._layer._cache_size() == 2
-    )  # lengths 11 to 18: buckets of 16 and 32, one compilation for all layers
+    assert ours._layer._cache_size() == 2  # lengths 11 to 18: buckets of 16 and 32, one compilation for all layers
     assert ours.generate(tokens, 0) == []
 
 
