@@ -188,7 +188,8 @@ def _row(place: Place, a: ForwardRun, b: ForwardRun, top: int) -> dict[str, Any]
         return row(Verdict.MISSING if at_b is None else Verdict.EXTRA)
     recorded_a, recorded_b = a.side.read(at_a), b.side.read(at_b)
     side_a, side_b = judge_place(at_a, a, recorded_a), judge_place(at_b, b, recorded_b)
-    x, y = _aligned(a.read(at_a), b.read(at_b), flat=a.path is None or b.path is None, logits=name == "lm_head")
+    values = a.values_of(at_a, recorded_a), b.values_of(at_b, recorded_b)
+    x, y = _aligned(*values, flat=a.path is None or b.path is None, logits=name == "lm_head")
     alike = x.shape == y.shape and (x.dtype == y.dtype or _typed(side_a, side_b))
     for run, side, at in ((a, side_a, at_a), (b, side_b, at_b)):
         if (side is None and not alike) or (side is not None and side.verdict is Verdict.SHAPE):
@@ -205,10 +206,12 @@ def _row(place: Place, a: ForwardRun, b: ForwardRun, top: int) -> dict[str, Any]
     stage = a.path.at(place) if a.path and b.path else None
     wide = np.promote_types(x.dtype, y.dtype)
     one, other = (array.astype(wide, copy=False) for array in (x, y))
-    d.add(*((judged_part(stage, one), judged_part(stage, other)) if stage else (one, other)))
+    compared = (judged_part(stage, one), judged_part(stage, other)) if stage else (one, other)
+    d.add(*compared)
+    all_compared = compared[0] is x and compared[1] is y  # as recorded, and nothing masked
     given = name == "inv_freq" or (name == "embedding" and not (a.adapted or b.adapted))
     given = given and side_a is None and a.path is not None and x.dtype == y.dtype
-    equal = same_bits(x, y)
+    equal = d.byte_match if all_compared else same_bits(x, y)
     verdict = row_verdict(d, side_a, side_b, given=given)
     unseen = _UNSEEN if d.byte_match and not equal and x.dtype == y.dtype and verdict.passes else None
     beyond = [n for n in (_beyond(at_a, a, side_a), _beyond(at_b, b, side_b)) if n is not None]
@@ -219,8 +222,8 @@ def _row(place: Place, a: ForwardRun, b: ForwardRun, top: int) -> dict[str, Any]
         **row(verdict, side_a, side_b),
         "sha256_a": a.side.sha256(at_a),
         "sha256_b": b.side.sha256(at_b),
-        "stats_a": stats.population(x),
-        "stats_b": stats.population(y),
+        "stats_a": stats.population(x, d.moments_a if all_compared and d.finite else None),
+        "stats_b": stats.population(y, d.moments_b if all_compared and d.finite else None),
         **d.result(),
         "byte_match": equal,
         "first_difference": None if x.ndim == 1 else _first(stage, len(a.tokens), one != other),

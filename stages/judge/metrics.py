@@ -77,18 +77,21 @@ class Difference:
     def _add_block(self, a: np.ndarray, b: np.ndarray, at: int, shape: tuple[int, ...], start: int, axis: int) -> None:
         self.mismatched += int(np.count_nonzero(_uints(a) != _uints(b)))
         x, y = a.astype(np.float64), b.astype(np.float64)
-        finite = np.isfinite(x) & np.isfinite(y)
-        if not finite.all():
+        aa, bb = float(x @ x), float(y @ y)
+        if not math.isfinite(aa + bb):
+            finite = np.isfinite(x) & np.isfinite(y)
             self.nonfinite_a += int((~np.isfinite(x)).sum())
             self.nonfinite_b += int((~np.isfinite(y)).sum())
             x, y = np.where(finite, x, 0.0), np.where(finite, y, 0.0)
-        self.aa += float(x @ x)
-        self.bb += float(y @ y)
+            aa, bb = float(x @ x), float(y @ y)
+        self.aa += aa
+        self.bb += bb
         self.ab += float(x @ y)
         self.moments_a.add(x)
         self.moments_b.add(y)
-        d = np.abs(x - y)
-        self.sum_abs += float(d.sum())
+        d = np.subtract(x, y)
+        np.abs(d, out=d)
+        self.sum_abs += float(np.add.reduce(d))
         self.sum_sq += float(d @ d)
         self._keep_top(d, x, y, at, shape, start, axis)
 

@@ -124,7 +124,10 @@ class ForwardRun:
 
     def read(self, place: Place) -> np.ndarray:
         """A recorded stage's values."""
-        array = self.side.read(place)
+        return self.values_of(place, self.side.read(place))
+
+    def values_of(self, place: Place, array: np.ndarray) -> np.ndarray:
+        """The values of a stage that `array` was recorded of."""
         return self.turned[place](array) if place in self.turned else array
 
     def of(self, side: Recorded) -> ForwardRun:

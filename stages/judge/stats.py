@@ -26,7 +26,7 @@ class Moments:
     def add(self, x: np.ndarray) -> None:
         """Add one flat piece, finite."""
         if x.size:
-            mean = float(x.mean())
+            mean = float(np.add.reduce(x)) / x.size  # as x.mean(), without what that does around it
             apart = x - mean
             self.merge(Moments(x.size, mean, float(apart @ apart)))
 
@@ -83,8 +83,10 @@ class Population:
         }
 
 
-def population(values: np.ndarray) -> dict[str, Any]:
-    """Mean, standard deviation, min, max and count of a stage's values."""
+def population(values: np.ndarray, moments: Moments | None = None) -> dict[str, Any]:
+    """Mean, standard deviation, min, max and count of a stage's values; `moments` are theirs, if these are known."""
+    if moments is not None and moments.count == values.size > 0:
+        return Population(moments, values.size, 0, float(values.min()), float(values.max())).result()
     found = Population()
     found.add(values)
     return found.result()
@@ -96,32 +98,40 @@ def logits(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
     `kl` is KL(softmax(a) || softmax(b)) in nats, the largest over positions; `margin` is the distance between a's
     two largest logits at the last position: a greedy token that differs within it may be a tie.
     """
-    x, y = a.astype(np.float64), b.astype(np.float64)
-    top_a, top_b = _top(x, 5), _top(y, 5)
-    log_p, log_q = _log_softmax(x), _log_softmax(y)
-    kl = np.sum(np.exp(log_p) * (log_p - log_q), axis=-1)
-    last = np.sort(x[-1])[::-1]
-    overlap = [len(set(p) & set(q)) / len(p) for p, q in zip(top_a.tolist(), top_b.tolist(), strict=True)]
+    rows = [(x.astype(np.float64), y.astype(np.float64)) for x, y in zip(a, b, strict=True)]
+    tops = [(_top(x, 5), _top(y, 5)) for x, y in rows]
+    last = np.sort(np.partition(rows[-1][0], -2)[-2:]) if a.shape[-1] > 1 else None
     return {
-        "top1_agreement": float(np.mean(top_a[:, 0] == top_b[:, 0])),
-        "top5_agreement": float(np.mean(overlap)),
-        "next_token_a": int(top_a[-1, 0]),
-        "next_token_b": int(top_b[-1, 0]),
-        "margin": float(last[0] - last[1]) if last.size > 1 else None,
-        "kl": float(max(kl.max(), 0.0)),
+        "top1_agreement": float(np.mean([p[0] == q[0] for p, q in tops])),
+        "top5_agreement": float(np.mean([len(set(p) & set(q)) / len(p) for p, q in tops])),
+        "next_token_a": tops[-1][0][0],
+        "next_token_b": tops[-1][1][0],
+        "margin": None if last is None else float(last[1] - last[0]),
+        "kl": float(max(np.max([_kl(x, y) for x, y in rows]), 0.0)),
     }
 
 
 def top_tokens(row: np.ndarray, count: int = 5) -> list[dict[str, Any]]:
     """The `count` largest logits of one position, largest first; ties by the lower id, as argmax has them."""
-    return [{"token": int(i), "logit": float(row[i])} for i in _top(row.astype(np.float64)[None], count)[0]]
+    return [{"token": i, "logit": float(row[i])} for i in _top(row.astype(np.float64), count)]
 
 
-def _top(x: np.ndarray, count: int) -> np.ndarray:
-    return np.argsort(-x, axis=-1, kind="stable")[:, :count]
+def _top(x: np.ndarray, count: int) -> list[int]:
+    """The places of a row's `count` largest values, falling; of equal ones the first, and a NaN after all others."""
+    places = np.arange(x.size)
+    if count < x.size:  # a row of a vocabulary is not sorted for a few of it
+        least = np.partition(-x, count - 1)[count - 1]
+        places = places if np.isnan(least) else np.flatnonzero(-x <= least)
+    found: list[int] = places[np.argsort(-x[places], kind="stable")[:count]].tolist()
+    return found
+
+
+def _kl(x: np.ndarray, y: np.ndarray) -> float:
+    log_p, log_q = _log_softmax(x), _log_softmax(y)
+    return float(np.sum(np.exp(log_p) * (log_p - log_q)))
 
 
 def _log_softmax(x: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore"):  # an infinity gives a NaN, which the verdict on the logits has already named
-        shifted = x - x.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.sum(np.exp(shifted), axis=-1, keepdims=True))
+        shifted = x - x.max()
+    return shifted - np.log(np.sum(np.exp(shifted)))
