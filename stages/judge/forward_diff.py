@@ -15,6 +15,7 @@ from stages.judge import document as diff
 from stages.judge import stats
 from stages.judge.adapted import STAGE as ADAPTED
 from stages.judge.adapted import AdaptedPair, adaptation
+from stages.judge.both import Judging, judging, share_weights
 from stages.judge.culprit import ORACLE, Piece, against_oracle, chosen_row, culprit_data
 from stages.judge.forward import (
     explain_place,
@@ -76,13 +77,15 @@ def diff_forward(
             "a": [forward_key(p) for p in places if _lacks(a, p)],
             "b": [forward_key(p) for p in places if _lacks(b, p)],
         }
+        share_weights(a, b)
+        judge = stack.enter_context(judging(a, b))
         adapted = AdaptedPair(adaptation("a", a), adaptation("b", b), components, stack, top)
         rows: list[dict[str, Any]] = []
         logits: dict[str, Any] | None = None
         compared = [place for place in places if forward_key(place) not in (*lacks["a"], *lacks["b"])]
         for number, place in enumerate(compared):
             progress(f"comparing {forward_key(place)}", number / len(compared))
-            rows.append(_row(place, a, b, top))
+            rows.append(_row(place, a, b, top, judge))
             if place[1] == "lm_head" and rows[-1]["verdict"] not in (Verdict.MISSING, Verdict.EXTRA, Verdict.SHAPE):
                 x, y = (np.atleast_2d(run.read(place)) for run in (a, b))
                 logits = stats.logits(x[-len(y) :], y[-len(x) :])
@@ -91,7 +94,7 @@ def diff_forward(
             judged = {row["key"] for row in rows}
             lacks = {letter: [key for key in keys if key not in judged] for letter, keys in lacks.items()}
             rows.sort(key=lambda row: places.index((row["layer"], row["stage"])))
-        _blame_recordings(rows, a, b, top)
+        _blame_recordings(rows, a, b, top, judge)
         for letter, run in (("a", a), ("b", b)):
             infer_activations(rows, run, f"_{letter}")
             explain_suspects(rows, run, f"_{letter}")
@@ -122,7 +125,7 @@ def diff_forward(
         return {**document, "culprit_data": _culprit_data(document, a, b, adapted)}
 
 
-def _blame_recordings(rows: list[dict[str, Any]], a: ForwardRun, b: ForwardRun, top: int) -> None:
+def _blame_recordings(rows: list[dict[str, Any]], a: ForwardRun, b: ForwardRun, top: int, judge: Judging) -> None:
     """Say which stages were recorded wrongly, and judge the others again as if these had not been recorded."""
     runs = {"a": a, "b": b}
     found = {
@@ -141,7 +144,7 @@ def _blame_recordings(rows: list[dict[str, Any]], a: ForwardRun, b: ForwardRun, 
                 if words is not None:
                     row |= {f"verdict_{letter}": row["verdict"], f"hint_{letter}": in_words(row["key"], words)}
         elif row["verdict_a"] is not None and row["verdict_b"] is not None:
-            rows[number] = _row(place, right_a, right_b, top)
+            rows[number] = _row(place, right_a, right_b, top, judge)
 
 
 def _about(a: ForwardRun, b: ForwardRun, model: str | None) -> dict[str, Any]:
@@ -180,14 +183,14 @@ def _lacks(run: ForwardRun, place: Place) -> bool:
 _UNSEEN = "only scores of keys after their query differ; the causal mask removes them, so they are not compared"
 
 
-def _row(place: Place, a: ForwardRun, b: ForwardRun, top: int) -> dict[str, Any]:
+def _row(place: Place, a: ForwardRun, b: ForwardRun, top: int, judge: Judging) -> dict[str, Any]:
     name = place[1]
     row = functools.partial(pair_row, in_forward(place))
     at_a, at_b = _at(a, place), _at(b, place)
     if at_a is None or at_b is None:
         return row(Verdict.MISSING if at_b is None else Verdict.EXTRA)
     recorded_a, recorded_b = a.side.read(at_a), b.side.read(at_b)
-    side_a, side_b = judge_place(at_a, a, recorded_a), judge_place(at_b, b, recorded_b)
+    side_a, side_b = judge([(at_a, a, recorded_a), (at_b, b, recorded_b)])
     values = a.values_of(at_a, recorded_a), b.values_of(at_b, recorded_b)
     x, y = _aligned(*values, flat=a.path is None or b.path is None, logits=name == "lm_head")
     alike = x.shape == y.shape and (x.dtype == y.dtype or _typed(side_a, side_b))
