@@ -431,6 +431,13 @@ def diff(
     ] = None,
     accept: Accepted = None,
     rerun: Rerun = True,
+    verdicts: Annotated[
+        bool,
+        comparing(
+            "--verdicts/--no-verdicts",
+            help="--no-verdicts: the metrics of two forwards alone, at the speed of reading; nothing is judged.",
+        ),
+    ] = True,
     html: Html = None,
     force: Force = False,
     json: Json = False,
@@ -462,6 +469,7 @@ def diff(
             ),
             explain_order=explain_order,
             rerun=rerun,
+            verdicts=verdicts,
             html=html is not None,
         )
     )

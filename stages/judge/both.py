@@ -15,6 +15,7 @@ import numpy as np
 from stages.files.forward_dump import Place
 from stages.judge.forward import is_small, judge_place
 from stages.judge.recorded_run import ForwardRun
+from stages.judge.rows import Row
 from stages.oracle.svd import single_threaded_blas
 from stages.recipes.side import SideVerdict
 from stages.spec.backend import Weights
@@ -51,6 +52,15 @@ def share_weights(a: ForwardRun, b: ForwardRun) -> None:
         return
     if a.checkpoint.path.resolve() == b.checkpoint.path.resolve():
         a.weights = b.weights = RecentWeights(a.checkpoint)
+
+
+def each(row: Callable[[Place], Row], places: Sequence[Place], in_turn: bool) -> Iterator[Row]:
+    """The row of each place: one after the other, or on two threads where nothing but their arrays is looked at."""
+    if in_turn:
+        yield from map(row, places)
+        return
+    with ThreadPoolExecutor(2, thread_name_prefix="compare") as pool:
+        yield from pool.map(row, places)
 
 
 @contextmanager

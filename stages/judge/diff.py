@@ -121,6 +121,7 @@ class DiffCommand:
     gates: diff.Gates = field(default_factory=diff.Gates)
     explain_order: bool = False
     rerun: bool = True
+    verdicts: bool = True
     html: bool = False
 
     @property
@@ -143,6 +144,7 @@ class DiffCommand:
             "--std-ratio": gates.std_ratio is not None,
             "--accept": gates.accept is not None,
             "--no-rerun": not self.rerun,
+            "--no-verdicts": not self.verdicts,
             "--html": self.html,
         }
 
@@ -153,8 +155,8 @@ _ROWS = ("--components", "--layers", "--stages", "--precision", "--std-ratio", "
 # Kinds that go together, how one of them is called, and the options that say something to them.
 _GROUPS: tuple[tuple[frozenset[Recording], tuple[str, ...]], ...] = (
     (frozenset({Recording.REPLAY}), (*_ROWS, *_STRICT, "--explain-order")),
-    (frozenset({Recording.FORWARD}), (*_ROWS, *_TOKENS, "--explain-order")),
-    (frozenset({Recording.FORWARD, Recording.FOREIGN, Recording.APRT_TREE}), (*_ROWS, *_TOKENS)),
+    (frozenset({Recording.FORWARD}), (*_ROWS, *_TOKENS, "--no-verdicts", "--explain-order")),
+    (frozenset({Recording.FORWARD, Recording.FOREIGN, Recording.APRT_TREE}), (*_ROWS, *_TOKENS, "--no-verdicts")),
     (frozenset({Recording.APRT}), ("--std-ratio", "--html", *_TOKENS)),
     (frozenset({Recording.CHECKPOINT}), ()),
     (frozenset({Recording.REPORT}), (*_STRICT, "--html")),
@@ -198,6 +200,7 @@ def diff_any(command: DiffCommand, progress: Report) -> dict[str, Any]:
         components=command.components,
         top=top,
         rerun=command.rerun,
+        verdicts=command.verdicts,
         gates=command.gates,
         progress=progress,
     )

@@ -15,7 +15,7 @@ from stages.judge import document as diff
 from stages.judge import stats
 from stages.judge.adapted import STAGE as ADAPTED
 from stages.judge.adapted import AdaptedPair, adaptation
-from stages.judge.both import Judging, judging, share_weights
+from stages.judge.both import Judging, each, judging, share_weights
 from stages.judge.culprit import ORACLE, Piece, against_oracle, chosen_row, culprit_data
 from stages.judge.forward import (
     explain_place,
@@ -43,6 +43,8 @@ from stages.spec.dtypes import stored_dtype
 from stages.spec.forward import ALIASES
 from stages.spec.stage import Stage
 
+# Why nothing was judged where metrics alone were asked for.
+NOT_ASKED = "verdicts were not asked for (--no-verdicts)"
 # The chain along which two engines' activations drift apart fastest, in the order of computation.
 AMPLIFICATION = ("ffn_gate", "ffn_silu", "ffn_swigl")
 
@@ -59,6 +61,7 @@ def diff_forward(
     runs: tuple[Any, Any] = (None, None),
     rerun: bool = True,
     gates: diff.Gates | None = None,
+    verdicts: bool = True,
     progress: Report = lambda _label, _done: None,
 ) -> dict[str, Any]:
     """The `svf.diff/1` document of two recorded forwards: dumps, another program's, APRT trees.
@@ -67,6 +70,7 @@ def diff_forward(
     where the weights, and what they were adapted with, are looked for (otherwise where each dump says). `wanted` are
     the rows asked for. `InputError` when the two ran another model, other tokens or positions: a ratio of statistics
     over different samples means nothing. With `rerun`, suspect stages of our own dumps are run again on their backend.
+    Without `verdicts` stages are compared alone: the metrics, and nothing of which side is wrong.
     """
     named, wanted = named or Named(model), wanted or Wanted()
     with ExitStack() as stack:
@@ -78,30 +82,32 @@ def diff_forward(
             "b": [forward_key(p) for p in places if _lacks(b, p)],
         }
         share_weights(a, b)
-        judge = stack.enter_context(judging(a, b))
+        judge = stack.enter_context(judging(a, b)) if verdicts else None
         adapted = AdaptedPair(adaptation("a", a), adaptation("b", b), components, stack, top)
         rows: list[dict[str, Any]] = []
         logits: dict[str, Any] | None = None
         compared = [place for place in places if forward_key(place) not in (*lacks["a"], *lacks["b"])]
-        for number, place in enumerate(compared):
+        row_of = functools.partial(_row, a=a, b=b, top=top, judge=judge)
+        for number, (place, row) in enumerate(zip(compared, each(row_of, compared, verdicts), strict=True)):
             progress(f"comparing {forward_key(place)}", number / len(compared))
-            rows.append(_row(place, a, b, top, judge))
-            if place[1] == "lm_head" and rows[-1]["verdict"] not in (Verdict.MISSING, Verdict.EXTRA, Verdict.SHAPE):
+            rows.append(row)
+            if place[1] == "lm_head" and row["verdict"] not in (Verdict.MISSING, Verdict.EXTRA, Verdict.SHAPE):
                 x, y = (np.atleast_2d(run.read(place)) for run in (a, b))
                 logits = stats.logits(x[-len(y) :], y[-len(x) :])
-        if compared:
+        if compared and verdicts:
             rows += [row for row in (_alone(place, a, b) for place in places if place not in compared) if row]
             judged = {row["key"] for row in rows}
             lacks = {letter: [key for key in keys if key not in judged] for letter, keys in lacks.items()}
             rows.sort(key=lambda row: places.index((row["layer"], row["stage"])))
-        _blame_recordings(rows, a, b, top, judge)
-        for letter, run in (("a", a), ("b", b)):
-            infer_activations(rows, run, f"_{letter}")
-            explain_suspects(rows, run, f"_{letter}")
-        for letter, run in (("a", a), ("b", b)) if rerun else ():
-            resolve_suspects(rows, recorded_of(run, named.model), letter)
+        if judge is not None:
+            _blame_recordings(rows, a, b, top, judge)
+            for letter, run in (("a", a), ("b", b)):
+                infer_activations(rows, run, f"_{letter}")
+                explain_suspects(rows, run, f"_{letter}")
+            for letter, run in (("a", a), ("b", b)) if rerun else ():
+                resolve_suspects(rows, recorded_of(run, named.model), letter)
         progress("comparing adapted weights", 1.0)
-        weights = adapted.rows() if adapted.comparable else ()
+        weights = adapted.rows() if adapted.comparable and verdicts else ()
         rows = [*(row for row in weights if wanted.has(row["layer"], row["stage"], ALIASES)), *rows]
         document = diff.finish(
             rows,
@@ -183,17 +189,17 @@ def _lacks(run: ForwardRun, place: Place) -> bool:
 _UNSEEN = "only scores of keys after their query differ; the causal mask removes them, so they are not compared"
 
 
-def _row(place: Place, a: ForwardRun, b: ForwardRun, top: int, judge: Judging) -> dict[str, Any]:
+def _row(place: Place, a: ForwardRun, b: ForwardRun, top: int, judge: Judging | None) -> dict[str, Any]:
     name = place[1]
     row = functools.partial(pair_row, in_forward(place))
     at_a, at_b = _at(a, place), _at(b, place)
     if at_a is None or at_b is None:
         return row(Verdict.MISSING if at_b is None else Verdict.EXTRA)
     recorded_a, recorded_b = a.side.read(at_a), b.side.read(at_b)
-    side_a, side_b = judge([(at_a, a, recorded_a), (at_b, b, recorded_b)])
+    side_a, side_b = judge([(at_a, a, recorded_a), (at_b, b, recorded_b)]) if judge else (None, None)
     values = a.values_of(at_a, recorded_a), b.values_of(at_b, recorded_b)
     x, y = _aligned(*values, flat=a.path is None or b.path is None, logits=name == "lm_head")
-    alike = x.shape == y.shape and (x.dtype == y.dtype or _typed(side_a, side_b))
+    alike = x.shape == y.shape and (x.dtype == y.dtype or judge is None or _typed(side_a, side_b))
     for run, side, at in ((a, side_a, at_a), (b, side_b, at_b)):
         if (side is None and not alike) or (side is not None and side.verdict is Verdict.SHAPE):
             run.misshapen.add(at)
@@ -213,7 +219,7 @@ def _row(place: Place, a: ForwardRun, b: ForwardRun, top: int, judge: Judging) -
     d.add(*compared)
     all_compared = compared[0] is x and compared[1] is y  # as recorded, and nothing masked
     given = name == "inv_freq" or (name == "embedding" and not (a.adapted or b.adapted))
-    given = given and side_a is None and a.path is not None and x.dtype == y.dtype
+    given = given and judge is not None and side_a is None and a.path is not None and x.dtype == y.dtype
     equal = d.byte_match if all_compared else same_bits(x, y)
     verdict = row_verdict(d, side_a, side_b, given=given)
     unseen = _UNSEEN if d.byte_match and not equal and x.dtype == y.dtype and verdict.passes else None
@@ -232,8 +238,8 @@ def _row(place: Place, a: ForwardRun, b: ForwardRun, top: int, judge: Judging) -
         "first_difference": None if x.ndim == 1 else _first(stage, len(a.tokens), one != other),
         "first_position": min(beyond, default=None),
         "note": "; ".join(dict.fromkeys(note for note in notes if note)) or None,
-        "unjudged_a": None if side_a else why_unjudged(at_a, a),
-        "unjudged_b": None if side_b else why_unjudged(at_b, b),
+        "unjudged_a": None if side_a else why_unjudged(at_a, a) if judge else NOT_ASKED,
+        "unjudged_b": None if side_b else why_unjudged(at_b, b) if judge else NOT_ASKED,
         **({"dtypes": split(x, y)} if x.dtype != y.dtype else {}),
     }
 
