@@ -16,7 +16,7 @@ from stages.progress import Progress
 from stages.run import calibration
 from stages.run.calibration import Calibration
 from stages.run.children import run_sides
-from stages.run.forward import Forwarder, oracles, recorded_inputs
+from stages.run.forward import Forwarder, oracles, part, recorded_inputs
 from stages.run.replay import Replayer
 from stages.spec.backend import BOTH, SIDES, Backend, Loader
 from stages.spec.config import ModelConfig
@@ -131,7 +131,7 @@ def measure_forward(backend: Backend, preset: str, tokens: int, seed: int, measu
         inputs = recorded_inputs(forwarder.path, stage, recorded, ids, layer, config.num_hidden_layers)
         assert inputs is not None
         parts = oracles(forwarder.path, config, stage, inputs, weights, layer, _ONE)
-        measured.add((oracle, observed[..., columns]) for columns, oracle in parts)
+        measured.add((oracle, part(observed, where)) for where, oracle in parts)
 
 
 def measure_replay(replayer: Replayer, shape: tuple[int, int], seed: int, measured: Measured) -> None:

@@ -30,7 +30,6 @@ from stages.judge.forward import (
     floor_of,
     given_places,
     oracles_of,
-    part,
     pieces_of,
     reread,
     rope_cause,
@@ -63,6 +62,7 @@ from stages.progress import Progress as Reporter
 from stages.progress import Report
 from stages.recipes.side import SideVerdict
 from stages.run.calibration import lambdas_of
+from stages.run.forward import begin, part
 from stages.run.replay import chunk_plan, default_chunk_rows
 from stages.spec.noise import Noise
 from stages.spec.replay import REPLAY
@@ -285,7 +285,7 @@ def _forward_judged(place: Place, run: ForwardRun, observed: np.ndarray, top: in
     assert run.path is not None
     judged = _Judged(run.path.at(place), top, run.side.facts.get("precision"))
     for columns, oracle in oracles_of(place, run, observed):
-        judged.add(oracle, part(observed, columns), columns.start or 0, observed.ndim - 1)
+        judged.add(oracle, part(observed, columns), *begin(columns, observed.ndim))
     return judged
 
 

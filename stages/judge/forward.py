@@ -42,7 +42,7 @@ from stages.oracle.verdict import Oracle, Verdict, consult, judge, judged_part, 
 from stages.recipes.elements import explain_rows
 from stages.recipes.recipe import Class
 from stages.recipes.side import SideVerdict
-from stages.run.forward import oracles, parameters, vocabulary_plan
+from stages.run.forward import Where, begin, oracles, parameters, part, vocabulary_plan
 from stages.spec.backend import Weights
 from stages.spec.config import EMBEDDING, LM_HEAD, ModelConfig
 from stages.spec.dtypes import stored_dtype
@@ -110,8 +110,8 @@ def given_places(run: ForwardRun) -> set[Place]:
     return {place for place in read if place not in judged and span_of(place, run).from_start}
 
 
-def oracles_of(place: Place, run: ForwardRun, observed: np.ndarray) -> Iterator[tuple[slice, Oracle]]:
-    """The oracle of a recorded stage from its own recorded inputs, by columns; `ValueError` if these do not fit."""
+def oracles_of(place: Place, run: ForwardRun, observed: np.ndarray) -> Iterator[tuple[Where, Oracle]]:
+    """The oracle of a recorded stage from its own recorded inputs, part by part; `ValueError` if these do not fit."""
     assert run.path is not None
     assert run.config is not None
     span = span_of(place, run)
@@ -140,7 +140,7 @@ def _oracle_of_rope(place: Place, run: ForwardRun, stage: Stage, observed: np.nd
 
 def _oracles_of_recorded(
     place: Place, run: ForwardRun, stage: Stage, observed: np.ndarray, reading: int
-) -> Iterator[tuple[slice, Oracle]]:
+) -> Iterator[tuple[Where, Oracle]]:
     """As `oracles_of`, where all inputs were recorded, by one of the `_readings` of them."""
     assert run.path is not None
     assert run.config is not None
@@ -155,8 +155,12 @@ def _oracles_of_recorded(
     before = inputs[stage.inputs[0]] if taken is not None else None
     if taken is not None and before is not None:
         inputs = {**inputs, stage.inputs[0]: taken.cell(before)[1].astype(np.float32)}
-    for columns, oracle in oracles(run.path, run.config, stage, inputs, weights_of(run), place[0], run.lambdas):
-        oracle = dataclasses.replace(oracle, made=made, sizes=_sizes(run.config), least=least_of(run, acting, columns))
+    asked = (run.path, run.config, stage, inputs, weights_of(run), place[0], run.lambdas)
+    for columns, oracle in oracles(*asked, by_heads=taken is None):
+        # What makes an input makes all of it: of some heads there is none to be made.
+        whole = stage.by_vocab or columns == slice(None)
+        least = least_of(run, acting, columns) if isinstance(columns, slice) else None
+        oracle = dataclasses.replace(oracle, made=made if whole else {}, sizes=_sizes(run.config), least=least)
         if taken is not None and before is not None:
             oracle = settled(oracle, taken, before, part(observed, columns))
         yield columns, oracle
@@ -341,7 +345,7 @@ def pieces_of(place: Place, run: ForwardRun, observed: np.ndarray) -> Iterator[P
     """A recorded stage against what is correctly rounded from its own recorded inputs."""
     for columns, oracle in oracles_of(place, run, observed):
         shown = judged_part(oracle.stage, part(observed, columns))
-        yield Piece(oracle.rounded, shown, columns.start or 0, observed.ndim - 1)
+        yield Piece(oracle.rounded, shown, *begin(columns, observed.ndim))
 
 
 def judge_place(place: Place, run: ForwardRun, observed: np.ndarray, *, why: bool = True) -> SideVerdict | None:
@@ -420,11 +424,6 @@ def _judged(place: Place, run: ForwardRun, observed: np.ndarray) -> SideVerdict:
     return verdict
 
 
-def part(observed: np.ndarray, columns: slice) -> np.ndarray:
-    """The columns of a result that an oracle speaks of."""
-    return observed if columns == slice(None) else observed[..., columns]
-
-
 def explain_place(place: Place, run: ForwardRun, observed: np.ndarray) -> str | None:
     """A hint at why a recorded stage failed; None when its error has no shape that is known."""
     if place in run.instead:
@@ -479,9 +478,11 @@ def _explained(place: Place, run: ForwardRun, observed: np.ndarray) -> str | Non
             cause = _rope_cause(place, run, observed)
             if cause is not None:
                 return cause
-            others = functools.partial(of_what_it_does_not_read, place, run, oracle, columns)
-            case = Case(oracle, shown, others, columns.start or 0)
-            named = _wrong_rows(run, oracle, shown) or _in_hidden(place, run, oracle, shown, columns.start or 0)
+            rows = columns if isinstance(columns, slice) else slice(None)
+            others = functools.partial(of_what_it_does_not_read, place, run, oracle, rows)
+            start, _ = begin(columns, observed.ndim)
+            case = Case(oracle, shown, others, start)
+            named = _wrong_rows(run, oracle, shown) or _in_hidden(place, run, oracle, shown, start)
             return named or explain(case)
     return None
 

@@ -22,7 +22,6 @@ from stages.judge.forward import (
     explain_suspects,
     judge_place,
     oracles_of,
-    part,
     pieces_of,
     through_words,
     why_unjudged,
@@ -39,6 +38,7 @@ from stages.judge.wanted import Wanted
 from stages.oracle.verdict import Verdict, judged_part
 from stages.progress import Report
 from stages.recipes.side import SideVerdict
+from stages.run.forward import part
 from stages.spec.dtypes import stored_dtype
 from stages.spec.forward import ALIASES
 from stages.spec.stage import Stage

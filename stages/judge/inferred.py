@@ -18,12 +18,13 @@ import numpy as np
 
 from stages.files.forward_dump import Place
 from stages.judge.activations import FLOAT32, KERNELS, inferable, taken_at
-from stages.judge.forward import judge_place, oracles_of, part, why_unjudged
+from stages.judge.forward import judge_place, oracles_of, why_unjudged
 from stages.judge.recorded_run import ForwardRun
 from stages.judge.rows import Row
 from stages.judge.spans import computed_between, span_of
 from stages.oracle.verdict import Verdict, worst
 from stages.recipes.recipe import NARROW
+from stages.run.forward import part
 from stages.spec.forward import forward_pipeline
 from stages.spec.noise import Noise
 

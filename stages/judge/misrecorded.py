@@ -16,10 +16,11 @@ import numpy as np
 
 from stages.files.forward_dump import ForwardSide, Place, forward_key
 from stages.files.tensorfile import sha256
-from stages.judge.forward import judge_place, oracles_of, part
+from stages.judge.forward import judge_place, oracles_of
 from stages.judge.recorded_run import ForwardRun, Recorded, sources_of
 from stages.judge.spans import span_of, value_of
 from stages.oracle.verdict import Oracle, Verdict
+from stages.run.forward import Where, part
 from stages.spec.forward import recorded_shape
 
 # What another value under a stage's name is called before it is known.
@@ -274,7 +275,7 @@ def _rows_of_others(place: Place, asked: _Suspicion) -> str | None:
     return _order_said(order)
 
 
-def _fits(oracles: Iterable[tuple[slice, Oracle]], nearest: np.ndarray, array: np.ndarray) -> np.ndarray:
+def _fits(oracles: Iterable[tuple[Where, Oracle]], nearest: np.ndarray, array: np.ndarray) -> np.ndarray:
     """Which rows are, within rounding, those that stand at `nearest` in the right value."""
     fits = np.ones(len(nearest), bool)
     for columns, oracle in oracles:

@@ -26,7 +26,7 @@ from stages.files.kinds import Recording, one_recording
 from stages.files.replay_recorded import open_side
 from stages.files.scratch import scratch_folder
 from stages.judge.arithmetic import Arithmetic, Step, arithmetics, edited, program
-from stages.judge.forward import is_small, oracles_of, part, threads
+from stages.judge.forward import is_small, oracles_of, threads
 from stages.judge.forward_pair import Named
 from stages.judge.opened import open_forward
 from stages.judge.recorded_run import ForwardRun, inputs_of
@@ -39,7 +39,7 @@ from stages.recipes.orders import Asked
 from stages.recipes.recipe import Class
 from stages.run.calibration import facts_of
 from stages.run.children import document_of, run_child
-from stages.run.forward import Forwarder
+from stages.run.forward import Forwarder, part
 from stages.run.replay import Replayer, chunk_plan, default_chunk_rows
 from stages.spec.backend import SIDES, Backend, Loader
 from stages.spec.dtypes import stored_dtype
@@ -213,7 +213,7 @@ def _places(request: NativesRequest, stack: ExitStack, progress: Progress) -> It
 def _forward_oracles(request: NativesRequest, stack: ExitStack, progress: Progress) -> Iterator[tuple[str, Parts]]:
     for key, place, run in _places(request, stack, progress):
         observed = run.read(place)
-        yield key, ((oracle, observed[..., columns]) for columns, oracle in oracles_of(place, run, observed))
+        yield key, ((oracle, part(observed, columns)) for columns, oracle in oracles_of(place, run, observed))
 
 
 def _forward(

@@ -18,7 +18,7 @@ import numpy as np
 from stages.errors import InputError
 from stages.files.forward_dump import ForwardSide, parse_key
 from stages.files.replay_recorded import open_side
-from stages.judge.forward import oracles_of, part
+from stages.judge.forward import oracles_of
 from stages.judge.metrics import same_bits
 from stages.judge.recorded_run import ForwardRun, inputs_of
 from stages.judge.recorded_run import open_run as open_forward_run
@@ -28,7 +28,7 @@ from stages.progress import Progress
 from stages.recipes.side import SideVerdict
 from stages.run.calibration import FACT, facts_of
 from stages.run.children import ChildResult, run_child
-from stages.run.forward import Forwarder
+from stages.run.forward import Forwarder, part
 from stages.run.replay import Replayer, chunk_plan, default_chunk_rows
 from stages.spec.backend import Backend, Loader
 from stages.spec.environment import AUTOTUNE, xla_flag, xla_flags

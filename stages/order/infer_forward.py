@@ -16,6 +16,7 @@ from stages.judge.recorded_run import ForwardRun, fits, open_run, order_of
 from stages.judge.spans import span_of
 from stages.order.findings import Found, known_first
 from stages.recipes.orders import sums_of
+from stages.run.forward import part
 from stages.spec.noise import Noise
 from stages.spec.stage import Stage
 from stages.sums.candidates import family
@@ -66,7 +67,7 @@ def _infer_place(place: Place, run: ForwardRun, before: list[Found], columns: in
 def _evidence(place: Place, run: ForwardRun, recorded: np.ndarray) -> Iterator[ProductEvidence]:
     """The products that a recorded stage is made of: one a weight, or all heads' in one."""
     for chosen, oracle in oracles_of(place, run, recorded):
-        for sums in sums_of(oracle, recorded[..., chosen]):
+        for sums in sums_of(oracle, part(recorded, chosen)):
             first = next(iter(sums.ways.values()))
             assert isinstance(first, ProductEvidence)
             yield first

@@ -40,6 +40,22 @@ _Item = TypeVar("_Item")
 _Loaded = TypeVar("_Loaded")
 
 
+# What of a result an oracle speaks of: columns, all of them or some; or an index of the first axis.
+Where = slice | tuple[Any, ...]
+
+
+def part(observed: np.ndarray, where: Where) -> np.ndarray:
+    """What of a result an oracle speaks of."""
+    if isinstance(where, tuple):
+        return observed[where]
+    return observed if where == slice(None) else observed[..., where]
+
+
+def begin(where: Where, axes: int) -> tuple[int, int]:
+    """At which index of which axis a part of a result of so many axes begins."""
+    return (where[0].start, 0) if isinstance(where, tuple) else (where.start or 0, axes - 1)
+
+
 class LoadedWeights:
     """The weights of a model, each read whole at its first use and kept in `dtype`: what several runs share."""
 
@@ -333,20 +349,63 @@ def oracles(
     weights: Weights,
     layer: int | None = None,
     lambdas: Lambdas = LAMBDA,
-) -> Iterator[tuple[slice, Oracle]]:
-    """The oracle of a stage for recorded inputs, and the columns of the result that it speaks of.
+    *,
+    by_heads: bool = True,
+) -> Iterator[tuple[Where, Oracle]]:
+    """The oracle of a stage for recorded inputs, and what of the result it speaks of.
 
-    One for the whole result; one per chunk of the vocabulary for the LM head, whose float64 weight is 1.2 GB.
+    One for the whole result; one per chunk of the vocabulary for the LM head, whose float64 weight is 1.2 GB; some
+    heads at a time for attention over so many keys that all scores would be more, unless not `by_heads`.
     """
     given, dtype = [inputs[name] for name in stage.inputs], stored_dtype(path.activations)
     options = stage_options(config, stage)
     if not stage.by_vocab:
         params = parameters(stage, inputs, weights, layer, dtype)
-        yield slice(None), consult(stage, (*given, *params), options, lambdas)
+        arguments = (*given, *params)
+        parts = _by_heads(stage, arguments, options) if by_heads else [(slice(None), arguments, options)]
+        for where, arguments, own in parts:
+            yield where, consult(stage, arguments, own, lambdas)
         return
     for start, stop in vocabulary_plan(config.vocab_size):
         weight = _cast(weights.read(LM_HEAD, start, stop), dtype)
         yield slice(start, stop), consult(stage, (*given, weight), options, lambdas)
+
+
+# Scores judged at a time, 128 MB in float64; a dozen such arrays are there at once.
+_SCORES = 1 << 24
+
+
+def _by_heads(
+    stage: Stage, arguments: tuple[np.ndarray, ...], options: Mapping[str, Any]
+) -> Iterator[tuple[Where, tuple[np.ndarray, ...], Mapping[str, Any]]]:
+    """A stage's arguments and options, whole; those of attention over many keys by heads, and where each part is."""
+    first, *rest = arguments
+    if stage.function not in ("attn_scores", "attn_softmax", "attention") or any(x.ndim < 2 for x in arguments):
+        yield slice(None), arguments, options
+        return
+    heads, size = (first.shape[1], len(first) * len(rest[0])) if stage.function == "attn_scores" else (
+        len(first), first[0].size
+    )  # fmt: skip
+    kv_heads = options.get("kv_heads", rest[0].shape[1] if stage.function == "attn_scores" else heads)
+    group = heads // kv_heads
+    many = _SCORES // max(size, 1)
+    step = max(1, many // group * group if many >= group else 1)  # within a group, one head: it has one head of keys
+    if step >= heads:
+        yield slice(None), arguments, options
+        return
+    for start in range(0, heads, step):
+        stop = min(start + step, heads)
+        own, keys = slice(start, stop), slice(start // group, (stop - 1) // group + 1)
+        if stage.function == "attn_scores":
+            yield (own, ...), (first[:, own], rest[0][:, keys]), options
+        elif stage.function == "attn_softmax":
+            yield (own, ...), (first[own],), options
+        else:
+            size, count = options["head_dim"], keys.stop - keys.start
+            parts = ((0, own), (heads, keys), (heads + kv_heads, keys))  # of q, k and v
+            columns = [rest[0][:, (at + x.start) * size : (at + x.stop) * size] for at, x in parts]
+            of_part = {**options, "heads": stop - start, "kv_heads": count}
+            yield slice(start * size, stop * size), (first[own], np.concatenate(columns, axis=1)), of_part
 
 
 def judge_stage(
@@ -362,7 +421,7 @@ def judge_stage(
     """The verdict on a recorded stage, from its own recorded inputs by declared name."""
     verdict = SideVerdict()
     for columns, oracle in oracles(path, config, stage, inputs, weights, layer, lambdas):
-        verdict.add(oracle, observed if columns == slice(None) else observed[..., columns])
+        verdict.add(oracle, part(observed, columns))
     return verdict
 
 
