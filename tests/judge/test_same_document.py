@@ -14,6 +14,7 @@ from forward_models import MODELS, trace, write_model
 from stages.judge import both, stats
 from stages.judge.forward_diff import NOT_ASKED, diff_forward
 from stages.oracle.components import ReferenceBackend
+from stages.run import forward
 from stages.spec.backend import Delegate
 
 RECORDED = Path(__file__).with_name("same_document.json")
@@ -85,6 +86,14 @@ def test_two_threads_say_what_one_says(
 ) -> None:
     monkeypatch.setattr(both, "small", lambda _run: False)
     assert diff_forward(*pair, rerun=False) == document
+
+
+@pytest.mark.parametrize("scores", [1, 60])  # one head at a time: within a group of keys, and two that share one
+def test_attention_by_heads_is_judged_as_whole(
+    pair: tuple[Path, Path], document: dict[str, Any], monkeypatch: pytest.MonkeyPatch, scores: int
+) -> None:
+    monkeypatch.setattr(forward, "_SCORES", scores)
+    assert printed(diff_forward(*pair, rerun=False)) == printed(document)
 
 
 def test_without_verdicts_the_metrics_are_the_same_and_nothing_is_judged(
