@@ -159,7 +159,7 @@ def _oracles_of_recorded(
     for columns, oracle in oracles(*asked, by_heads=taken is None):
         # What makes an input makes all of it: of some heads there is none to be made.
         whole = stage.by_vocab or columns == slice(None)
-        least = least_of(run, acting, columns) if isinstance(columns, slice) else None
+        least = least_of(run, acting, columns) if isinstance(columns, slice) else {}
         oracle = dataclasses.replace(oracle, made=made if whole else {}, sizes=_sizes(run.config), least=least)
         if taken is not None and before is not None:
             oracle = settled(oracle, taken, before, part(observed, columns))
