@@ -16,13 +16,14 @@ import numpy as np
 from stages.files.forward_dump import ForwardSide, Place, forward_key
 from stages.files.tensorfile import sha256
 from stages.judge.activations import FLOAT32
-from stages.judge.forward import oracles_of, part
+from stages.judge.forward import oracles_of
 from stages.judge.recorded_run import ForwardRun, Recorded, as_stored, fits, weights_of
 from stages.judge.spans import span_of
 from stages.oracle.bounds import exact_bound
 from stages.oracle.span import Value, Way, value_through
 from stages.oracle.spread import Spread
 from stages.oracle.verdict import consult
+from stages.run.forward import part
 from stages.spec.config import LM_HEAD
 from stages.spec.dtypes import stored_dtype
 
