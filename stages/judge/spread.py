@@ -34,7 +34,9 @@ class Spread:
         """Add a piece: what was recorded, its unrounded float64 value, and the bound, all of one shape."""
         at = self._row_axis(observed.ndim)
         planes = [_plane(x, at) for x in (observed, value, np.broadcast_to(bound, value.shape))]
-        first = (start, 0) if axis == at else (0, start)
+        shape = observed.shape if at is None else (*observed.shape[:at], *observed.shape[at + 1 :])
+        each = math.prod(shape[1:])  # columns of one head, where a piece is of some heads
+        first = (start, 0) if axis == at else (0, start * each)
         errors, columns = np.zeros(len(planes[0])), np.zeros(planes[0].shape[1])
         step = max(1, _BLOCK // max(len(columns), 1))
         for row in range(0, len(errors), step):
@@ -48,8 +50,7 @@ class Spread:
             columns += error.sum(axis=0)
         self.by_row, self.by_column = _added(self.by_row, errors, first[0]), _added(self.by_column, columns, first[1])
         self.count += observed.size
-        shape = observed.shape if at is None else (*observed.shape[:at], *observed.shape[at + 1 :])
-        self.columns = (len(self.by_column),) if len(shape) == 1 else shape
+        self.columns = (len(self.by_column) // each, *shape[1:])
 
     def _row_axis(self, ndim: int) -> int | None:
         names = self.axes.split()

@@ -12,6 +12,7 @@ import pytest
 from forward_models import MODELS, trace, write_model
 
 from stages.judge import both, stats
+from stages.judge.audit import audit
 from stages.judge.forward_diff import NOT_ASKED, diff_forward
 from stages.oracle.components import ReferenceBackend
 from stages.run import forward
@@ -84,7 +85,7 @@ def test_verdicts_and_numbers_are_those_that_were_recorded(document: dict[str, A
 def test_two_threads_say_what_one_says(
     pair: tuple[Path, Path], document: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(both, "small", lambda _run: False)
+    monkeypatch.setattr(both, "is_small", lambda _run: False)
     assert diff_forward(*pair, rerun=False) == document
 
 
@@ -94,6 +95,10 @@ def test_attention_by_heads_is_judged_as_whole(
 ) -> None:
     monkeypatch.setattr(forward, "_SCORES", scores)
     assert printed(diff_forward(*pair, rerun=False)) == printed(document)
+    by_heads = audit(pair[1], rerun=False)
+    monkeypatch.undo()
+    for found, whole in zip(by_heads["rows"], audit(pair[1], rerun=False)["rows"], strict=True):
+        assert [_short(found[x]) for x in found] == [_short(whole[x]) for x in found]
 
 
 def test_without_verdicts_the_metrics_are_the_same_and_nothing_is_judged(
