@@ -191,9 +191,11 @@ def attn_scores(
 
 
 @FORWARD_STAGES
-def attn_softmax(attn_scores: Float[Array, "heads queries keys"]) -> Float[Array, "heads queries keys"]:
-    """Softmax over the keys up to each query, in float32 and cast."""
-    return jax.nn.softmax(_masked(attn_scores).astype(jnp.float32), axis=-1).astype(attn_scores.dtype)
+def attn_softmax(
+    attn_scores: Float[Array, "heads queries keys"], *, window: int | None = None
+) -> Float[Array, "heads queries keys"]:
+    """Softmax over the keys up to each query, of a `window` the last so many alone, in float32 and cast."""
+    return jax.nn.softmax(_masked(attn_scores, window).astype(jnp.float32), axis=-1).astype(attn_scores.dtype)
 
 
 @FORWARD_STAGES
@@ -382,10 +384,15 @@ def _reduced(x: Array, dtype: jnp.dtype) -> Array:
     return jnp.where(jnp.abs(x) < 2.0**-14, jnp.round(x * 2.0**24) * 2.0**-24, normal)
 
 
-def _masked(scores: Array) -> Array:
-    queries, keys = scores.shape[-2:]
+def seen(queries: int, keys: int, window: int | None) -> Array:
+    """Which keys each query sees, `[queries, keys]`: those up to it, of a `window` the last so many alone."""
     # The queries are the last of the keys' positions.
-    return jnp.where(jnp.tri(queries, keys, keys - queries, dtype=bool), scores, jnp.finfo(scores.dtype).min)
+    causal = jnp.tri(queries, keys, keys - queries, dtype=bool)
+    return causal if window is None else causal & ~jnp.tri(queries, keys, keys - queries - window, dtype=bool)
+
+
+def _masked(scores: Array, window: int | None) -> Array:
+    return jnp.where(seen(scores.shape[-2], scores.shape[-1], window), scores, jnp.finfo(scores.dtype).min)
 
 
 def _queries(qkv: Array, heads: int, head_dim: int) -> Array:

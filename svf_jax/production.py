@@ -1,7 +1,7 @@
 """A decoder in `flax.nnx`, of every family here: the production model of the JAX side. Twin of svf_torch/production.py.
 
-Written for itself, from `transformers` 5's eager modules (models/{qwen2,qwen3,llama}/modeling_*.py), and not from the
-traced stages in svf_jax/decoder.py: agreeing with them shows something. Module and parameter names are the
+Written for itself, from `transformers` 5's eager modules (models/{qwen2,qwen3,llama,mistral}/modeling_*.py), and not
+from the traced stages in svf_jax/decoder.py: agreeing with them shows something. Module and parameter names are the
 checkpoint's, so the paths of the nnx state are its tensor names. The only function shared is `inv_freq`, see
 `RotaryEmbedding`.
 """
@@ -19,7 +19,7 @@ from jax import Array, lax
 
 from stages.run.production import bucket, check_names, checked_tokens, greedy, parameters_of, with_stored_head
 from stages.spec.backend import Weights
-from stages.spec.config import ModelConfig
+from stages.spec.config import SLIDING, ModelConfig
 from svf_jax.decoder import inv_freq
 
 
@@ -83,9 +83,9 @@ class RotaryEmbedding(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Causal self-attention with grouped key and value heads, and head norms where the family has them."""
+    """Causal self-attention, in a window or not, with grouped key and value heads and, in some families, head norms."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype: str):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype: str, window: int | None):
         c = config
         queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
         self.q_proj = Linear(c.hidden_size, queries, rngs, dtype, bias=c.qkv_bias)
@@ -96,6 +96,7 @@ class Attention(nnx.Module):
         self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps, dtype) if c.qk_norm else None
         self.head_dim = c.head_dim
         self.scaling = c.head_dim**-0.5
+        self.window = window
 
     def __call__(self, x: Array, cos: Array, sin: Array) -> Array:
         q, k, v = (self._heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
@@ -108,8 +109,9 @@ class Attention(nnx.Module):
         scores = jnp.einsum("qngd,knd->ngqk", q, k, preferred_element_type=jnp.float32).astype(x.dtype)
         # float32: the scale is no number of bfloat16
         scores = (scores.astype(jnp.float32) * self.scaling).astype(x.dtype)
-        causal = jnp.tri(tokens, dtype=bool)
-        scores = jnp.where(causal, scores, jnp.finfo(x.dtype).min)
+        back = jnp.arange(tokens)[:, None] - jnp.arange(tokens)
+        seen = (back >= 0) & (back < (self.window or tokens))
+        scores = jnp.where(seen, scores, jnp.finfo(x.dtype).min)
         weights = jax.nn.softmax(scores.astype(jnp.float32), axis=-1).astype(x.dtype)
         mixed = jnp.einsum("ngqk,knd->qngd", weights, v, preferred_element_type=jnp.float32).astype(x.dtype)
         return self.o_proj(mixed.reshape(tokens, heads * self.head_dim))
@@ -135,8 +137,9 @@ class MLP(nnx.Module):
 class DecoderLayer(nnx.Module):
     """Attention and MLP, each behind a norm and added to what came in."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype: str):
-        self.self_attn = Attention(config, rngs, dtype)
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype: str, kind: str):
+        window = config.sliding_window if kind == SLIDING else None
+        self.self_attn = Attention(config, rngs, dtype, window)
         self.mlp = MLP(config, rngs, dtype)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
@@ -151,7 +154,7 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype: str):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, rngs, dtype)
-        self.layers = nnx.List([DecoderLayer(config, rngs, dtype) for _ in range(config.num_hidden_layers)])
+        self.layers = nnx.List([DecoderLayer(config, rngs, dtype, kind) for kind in config.layer_types])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.rotary_emb = RotaryEmbedding(config, dtype)
 

@@ -1,7 +1,7 @@
 """The forward's stages in PyTorch. Twin of svf_jax/decoder.py and stages/oracle/decoder.py.
 
 Operation by operation what the eager modules of `transformers` 5 do, in the same memory layout, so that every
-stage has the same bits: models/{qwen2,qwen3,llama}/modeling_*.py and modeling_rope_utils.py.
+stage has the same bits: models/{qwen2,qwen3,llama,mistral}/modeling_*.py and modeling_rope_utils.py.
 """
 
 from __future__ import annotations
@@ -189,9 +189,11 @@ def attn_scores(
 
 
 @FORWARD_STAGES
-def attn_softmax(attn_scores: Float[Tensor, "heads queries keys"]) -> Float[Tensor, "heads queries keys"]:
-    """Softmax over the keys up to each query, in float32 and cast."""
-    return F.softmax(attn_scores + _mask(attn_scores), dim=-1, dtype=torch.float32).to(attn_scores.dtype)
+def attn_softmax(
+    attn_scores: Float[Tensor, "heads queries keys"], *, window: int | None = None
+) -> Float[Tensor, "heads queries keys"]:
+    """Softmax over the keys up to each query, of a `window` the last so many alone, in float32 and cast."""
+    return F.softmax(attn_scores + _mask(attn_scores, window), dim=-1, dtype=torch.float32).to(attn_scores.dtype)
 
 
 @FORWARD_STAGES
@@ -360,11 +362,12 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos[:, None] + rotated * sin[:, None]
 
 
-def _mask(scores: Tensor) -> Tensor:
+def _mask(scores: Tensor, window: int | None) -> Tensor:
     queries, keys = scores.shape[-2:]
     # The dtype's least number, not -inf, as transformers adds it; the queries are the last of the keys' positions.
     least = torch.full((queries, keys), torch.finfo(scores.dtype).min, dtype=scores.dtype, device=scores.device)
-    return least.triu(keys - queries + 1)
+    later = least.triu(keys - queries + 1)
+    return later if window is None else later + least.tril(keys - queries - window)
 
 
 def _queries(qkv: Tensor, heads: int, head_dim: int) -> Tensor:

@@ -17,6 +17,8 @@ from torch import Tensor
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -29,14 +31,21 @@ from stages.run.production import check_names, checked_tokens, greedy, parameter
 from stages.spec.backend import Weights
 from stages.spec.config import ModelConfig
 
-# Sequences that a window could cut are refused, so full attention is the same and always right.
-_NO_WINDOW = {"use_sliding_window": False}
+
+def _windows(config: ModelConfig) -> dict[str, Any]:
+    """The sliding window as the Qwens' configs have it."""
+    use = config.sliding_window is not None
+    types = list(config.layer_types)
+    return {"use_sliding_window": use, "sliding_window": config.sliding_window, "layer_types": types}
+
+
 # A family's config, its model, and what its config has beside the fields of all.
 CLASSES: Mapping[str, tuple[Any, Any, Callable[[ModelConfig], dict[str, Any]]]] = MappingProxyType(
     {
-        "qwen3": (Qwen3Config, Qwen3ForCausalLM, lambda c: {"attention_bias": c.qkv_bias, **_NO_WINDOW}),
-        "qwen2": (Qwen2Config, Qwen2ForCausalLM, lambda _: _NO_WINDOW),
+        "qwen3": (Qwen3Config, Qwen3ForCausalLM, lambda c: {"attention_bias": c.qkv_bias, **_windows(c)}),
+        "qwen2": (Qwen2Config, Qwen2ForCausalLM, _windows),
         "llama": (LlamaConfig, LlamaForCausalLM, lambda c: {"attention_bias": c.qkv_bias}),
+        "mistral": (MistralConfig, MistralForCausalLM, lambda c: {"sliding_window": c.sliding_window}),
     }
 )
 

@@ -50,7 +50,7 @@ def synth(
     layers: SelectedLayers = None,
     json: Json = False,
 ) -> None:
-    """Write a random Qwen or Llama checkpoint from a seed.
+    """Write a random Qwen, Llama or Mistral checkpoint from a seed.
 
     The same seed gives the same bytes. It has a byte-level tokenizer.
     """

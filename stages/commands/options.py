@@ -42,7 +42,10 @@ TakenTo = StrEnum("TakenTo", "float32 float16 bfloat16 q8_0 q8_1 q8_k q8_1_ds4 q
 OneLayout = StrEnum("OneLayout", ["declared", "torch_v", "nx", "vh"])
 LayoutName = StrEnum("LayoutName", ["declared", "torch_v", "nx", "vh", "all"])
 DumpMode = StrEnum("DumpMode", ["full", "hash", "none"])
-Preset = StrEnum("Preset", {"tiny": "tiny", "llama": "llama", "qwen3_06b": "qwen3-0.6b", "qwen25_05b": "qwen2.5-0.5b"})
+Preset = StrEnum(
+    "Preset",
+    {"tiny": "tiny", "llama": "llama", "mistral": "mistral", "qwen3_06b": "qwen3-0.6b", "qwen25_05b": "qwen2.5-0.5b"},
+)
 Dtype = StrEnum("Dtype", ["bfloat16", "float32", "float16"])
 Positions = StrEnum("Positions", ["all", "last"])
 RunDtype = StrEnum("RunDtype", ["model", "float32", "bfloat16", "float16"])

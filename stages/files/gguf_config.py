@@ -14,7 +14,6 @@ import numpy as np
 
 from stages.errors import InputError, shown
 from stages.files.gguf_file import GgufArray, GgufFile, GgufTensor, values
-from stages.spec.families import FAMILIES
 from stages.spec.fields import choice, got, number, size, value_of
 
 EMBEDDING, OUTPUT, FREQUENCIES = "token_embd.weight", "output.weight", "rope_freqs.weight"
@@ -55,6 +54,8 @@ _ONLY: Mapping[str, Any] = {
     "tensor_data_layout": "Meta AI original pth",  # rows of q and k in pairs, as every Llama has them in GGUF
     "use_parallel_residual": False,
 }
+# What llama.cpp calls the families; a Mistral is a llama there, without its window.
+_ARCHITECTURES = ("qwen3", "qwen2", "llama")
 _SCALINGS = ("none", "linear", "yarn")
 # Llama 3.1 and later are stored as divisors of their frequencies alone; these settings are all that were published.
 _LOW, _HIGH, _ORIGINAL_LENGTHS = 1.0, 4.0, tuple(2**k for k in range(4, 21))
@@ -67,7 +68,7 @@ def raw_config(file: GgufFile) -> dict[str, Any]:
         raise InputError(f"{where}: general.type: is {got(kind)}, expected model")
     if (count := meta.get("split.count", 1)) not in (0, 1):
         raise InputError(f"{where}: split.count: this is one of {got(count)} files; join them with llama-gguf-split")
-    arch = choice(meta, "general.architecture", tuple(FAMILIES), where)
+    arch = choice(meta, "general.architecture", _ARCHITECTURES, where)
     _refuse_unknown(meta, arch, where)
 
     def of(key: str) -> int:

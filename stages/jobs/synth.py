@@ -25,7 +25,7 @@ from stages.files.folders import ensure_space, prepare_folder
 from stages.files.jsonio import write_all, write_atomic, write_json
 from stages.files.tensorfile import TensorWriter
 from stages.spec.config import DTYPES as DTYPE_NAMES
-from stages.spec.config import EMBEDDING, ModelConfig
+from stages.spec.config import EMBEDDING, FULL, ModelConfig
 from stages.spec.families import parameter_shapes, parse_config
 
 DTYPES: dict[str, np.dtype] = {
@@ -43,7 +43,7 @@ _OTHER_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Preset:
-    """The shape of a model; tied embeddings, no sliding window, rope_theta 1e6 and eps 1e-6 in every preset."""
+    """The shape of a model; tied embeddings, rope_theta 1e6 and eps 1e-6 in every preset."""
 
     family: str
     hidden: int
@@ -54,6 +54,7 @@ class Preset:
     intermediate: int
     vocab: int
     positions: int
+    window: int | None = None
 
 
 # fmt: off
@@ -61,6 +62,7 @@ PRESETS: dict[str, Preset] = {
     #                       family  hidden layers heads kv  dim  inter. vocab  positions
     "tiny":         Preset("qwen3",    64,     4,   4,  2,  32,  192,    512,   512),
     "llama":        Preset("llama",    64,     4,   4,  2,  32,  192,    512,   512),
+    "mistral":      Preset("mistral",  64,     4,   4,  2,  32,  192,    512,   512, window=16),
     "qwen3-0.6b":   Preset("qwen3",  1024,    28,  16,  8, 128, 3072, 151936, 40960),
     "qwen2.5-0.5b": Preset("qwen2",   896,    24,  14,  2,  64, 4864, 151936, 32768),
 }
@@ -120,11 +122,14 @@ def synthesize(
 def config_json(preset: str, dtype: str = "bfloat16") -> dict[str, Any]:
     """The `config.json` of a preset, in the style of transformers 5."""
     p = PRESETS[preset]
-    layers = {"layer_types": ["full_attention"] * p.layers, "max_window_layers": p.layers}
-    window = (
-        {"sliding_window": None, "use_sliding_window": False, **layers} if p.family != "llama" else {"mlp_bias": False}
-    )
-    biases = {"attention_bias": False, "head_dim": p.head_dim} if p.family != "qwen2" else {}
+    windows: dict[str, dict[str, Any]] = {
+        "llama": {"mlp_bias": False},
+        "mistral": {"sliding_window": p.window},
+    }
+    layers = {"layer_types": [FULL] * p.layers, "max_window_layers": p.layers}
+    window = windows.get(p.family, {"sliding_window": None, "use_sliding_window": False, **layers})
+    head_dim = {"head_dim": p.head_dim} if p.family != "qwen2" else {}
+    biases = {"attention_bias": False} if p.family not in ("qwen2", "mistral") else {}
     return dict(
         sorted(
             {
@@ -150,6 +155,7 @@ def config_json(preset: str, dtype: str = "bfloat16") -> dict[str, Any]:
                 "use_cache": True,
                 "vocab_size": p.vocab,
                 **window,
+                **head_dim,
                 **biases,
             }.items()
         )

@@ -92,7 +92,7 @@ def _fused(steps: Sequence[Step], backend: Backend) -> list[Step] | None:
             found.append(step)
             continue
         gone |= {softmax.at, scores.at}
-        options = {**step.options, "scaling": scores.options["scaling"]}
+        options = {**step.options, **scores.options, **softmax.options}
         found.append(replace(step, options=options, inputs=(*scores.inputs, step.inputs[1]), fused=True))
     return [step for step in found if step.at not in gone] if gone else None
 

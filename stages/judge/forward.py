@@ -188,7 +188,7 @@ def _hidden_maker(source: Place, run: ForwardRun) -> Oracle | None:
     """A stage that was not recorded, from its inputs as far as these were."""
     assert run.path is not None
     assert run.config is not None
-    stage = run.path[source[1]]
+    stage = run.path.at(source)
     arrays = [value_of(run, at).array for at in sources_of(source, run).values()]
     params = parameters(stage, given(run), weights_of(run), source[0], stored_dtype(run.path["embedding"].dtype))
     oracle = consult(stage, (*arrays, *params), stage_options(run.config, stage), run.lambdas)

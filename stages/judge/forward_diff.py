@@ -186,7 +186,9 @@ def _lacks(run: ForwardRun, place: Place) -> bool:
     return _at(run, place) is None and place not in promised(run)
 
 
-_UNSEEN = "only scores of keys after their query differ; the causal mask removes them, so they are not compared"
+_UNSEEN = (
+    "only scores of keys that their query does not see differ; the causal mask removes them, so they are not compared"
+)
 
 
 def _row(place: Place, a: ForwardRun, b: ForwardRun, top: int, judge: Judging | None) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from stages.recipes.attention import SOFTMAX
 from stages.recipes.elements import CLEAR, EVIDENT, interval, shortest
 from stages.recipes.match import explain as ask
 from stages.recipes.recipe import Class
+from stages.spec.causal import up_to_query
 from stages.spec.noise import Noise
 
 # What is wrong, the value that gives, and where that function cancels how far a right one may err beside the bound.
@@ -162,8 +163,8 @@ def masked_otherwise(case: Case) -> str | None:
     """A softmax that is right but for which keys it hides: those are read off what is 0."""
     if case.oracle.stage.noise is not Noise.SOFTMAX:
         return None
-    rows, keys = case.got.shape[-2:]
-    causal = np.tri(rows, keys, keys - rows, dtype=bool)
+    window = case.oracle.stage.window
+    causal = up_to_query(case.got, window)
     unknown = np.isnan(case.got).any(axis=-1) | (np.ptp(case.got, axis=-1) == 0)  # a query without keys: 0/0, or even
     small = case.value <= 2 * case.bound  # 0 for being small, not for being hidden
     shown = np.where(causal & small, causal, case.got != 0)
@@ -174,18 +175,24 @@ def masked_otherwise(case: Case) -> str | None:
         p = np.exp(scores - scores.max(axis=-1, keepdims=True))
     known = dataclasses.replace(case, observed=np.where(unknown[..., None], case.oracle.rounded, case.observed))
     value = np.where(unknown[..., None], case.value, p / p.sum(axis=-1, keepdims=True))
-    return _mask_said(shown, causal, ~small, unknown) if known.explained_by(value) else None
+    return _mask_said(shown, causal, ~small, unknown, window) if known.explained_by(value) else None
 
 
-def _mask_said(shown: np.ndarray, causal: np.ndarray, seen: np.ndarray, unknown: np.ndarray) -> str:
-    """In which way a mask `[heads, queries, keys]` differs from the causal one, where that can be `seen`."""
+def _mask_said(shown: np.ndarray, causal: np.ndarray, seen: np.ndarray, unknown: np.ndarray, right: int | None) -> str:
+    """In which way a mask `[heads, queries, keys]` differs from the causal one, where that can be `seen`.
+
+    `right`: of a layer that slides, its window.
+    """
     queries, keys = causal.shape
     at = np.arange(queries)[:, None] + keys - queries - np.arange(keys)  # how far back each key is
     known = ~unknown[..., None] & (seen | ~causal) & np.ones_like(shown)
     window, first = int(np.where(known & shown, at, 0).max()) + 1, int(np.argmax((known & shown).any(axis=(0, 1))))
+    other = f", where the model's is {right}" if right is not None else ""
+    missing = {"the sliding window is missing: every key up to the query is seen": at >= 0}
     masks = {
+        **(missing if right is not None else {}),
         **{text: np.ones(at.shape, bool) if ahead is None else at >= -ahead for text, ahead in MASKS.items()},
-        f"the mask shows the last {window} keys alone: a window": (at >= 0) & (at < window),
+        f"the mask shows the last {window} keys alone: a window{other}": (at >= 0) & (at < window),
         f"the first {first} keys are hidden from all queries": (at >= 0) & (np.arange(keys) >= first),
     }
     found = next((text for text, mask in masks.items() if (shown == mask)[known].all()), None)

@@ -159,7 +159,11 @@ class ForwardRun:
         """What a reader of the verdict should know of how the run was judged."""
         of_rope = [] if self.path is None or self.config is None else self.rope.notes
         declared = self.activations and f"inputs of products as {self.activations}, declared"
-        return [*of_rope, *([declared] if declared else [])]
+        window = None if self.config is None else self.config.sliding_window
+        untested = (
+            window and len(self.tokens) <= window and f"{len(self.tokens)} tokens fit the sliding window of {window}"
+        )
+        return [*of_rope, *([declared] if declared else []), *([f"{untested}: it was not tested"] if untested else [])]
 
 
 def chosen(run: ForwardRun) -> slice:

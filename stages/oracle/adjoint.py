@@ -89,8 +89,8 @@ def _scores(x: Arrays, _p: Arrays, options: Mapping[str, Any], g: np.ndarray) ->
     return [of_q.swapaxes(1, 2), _grouped(of_k, kv_heads).swapaxes(1, 2)]
 
 
-def _softmax(x: Arrays, _p: Arrays, _o: Mapping[str, Any], g: np.ndarray) -> list[np.ndarray | None]:
-    p = attn_softmax(x[0]).astype(g.dtype)
+def _softmax(x: Arrays, _p: Arrays, options: Mapping[str, Any], g: np.ndarray) -> list[np.ndarray | None]:
+    p = attn_softmax(x[0], window=options["window"]).astype(g.dtype)
     return [p * (g - np.sum(p * g, axis=-1, keepdims=True))]
 
 

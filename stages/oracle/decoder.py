@@ -189,9 +189,11 @@ def attn_scores(
 
 
 @FORWARD_STAGES
-def attn_softmax(attn_scores: Float[np.ndarray, "heads queries keys"]) -> Float[np.ndarray, "heads queries keys"]:
-    """Softmax over the keys up to each query, in float32 and cast."""
-    scores = _masked(attn_scores)
+def attn_softmax(
+    attn_scores: Float[np.ndarray, "heads queries keys"], *, window: int | None = None
+) -> Float[np.ndarray, "heads queries keys"]:
+    """Softmax over the keys up to each query, of a `window` the last so many alone, in float32 and cast."""
+    scores = _masked(attn_scores, window)
     exponentials = np.exp(scores - scores.max(axis=-1, keepdims=True))
     return exponentials / exponentials.sum(axis=-1, keepdims=True)
 
@@ -390,8 +392,8 @@ def _rope_products(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> tuple[np.
     return wide * cos.astype(np.float64)[:, None], rotated * sin.astype(np.float64)[:, None]
 
 
-def _masked(scores: np.ndarray) -> np.ndarray:
-    return np.where(up_to_query(scores), scores.astype(np.float64), -np.inf)
+def _masked(scores: np.ndarray, window: int | None) -> np.ndarray:
+    return np.where(up_to_query(scores, window), scores.astype(np.float64), -np.inf)
 
 
 def _queries(qkv: np.ndarray, heads: int, head_dim: int) -> np.ndarray:
@@ -503,7 +505,7 @@ OPERANDS: Mapping[str, Callable[..., Operands]] = MappingProxyType(
             _keys(k, heads, kv_heads, head_dim), cos, sin
         ),
         "attn_scores": lambda q, k, *, scaling: (*map(_f32, _score_factors(q, k)), scaling, q.dtype),
-        "attn_softmax": lambda scores: (_masked(scores),),
+        "attn_softmax": lambda scores, *, window: (_masked(scores, window),),
         "attention": _attention_operands,
         "attn_out": _linear_operands,
         "ffn_norm": _norm_operands,

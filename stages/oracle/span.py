@@ -344,10 +344,12 @@ def _scores(
     return float(options["scaling"]) * (moved + unit * (product + moved))
 
 
-def _softmax(x: Sequence[np.ndarray], errors: Errors, *_: Any) -> np.ndarray:
+def _softmax(
+    x: Sequence[np.ndarray], errors: Errors, _p: Sequence[np.ndarray], options: Options, _unit: float
+) -> np.ndarray:
     """log p moves by the score's error and by the log of the sum's, which is the mean of exp(error) over p."""
-    kept = up_to_query(x[0])
-    p, e = attn_softmax(x[0]), np.where(kept, errors[0], 0.0)
+    kept = up_to_query(x[0], options["window"])
+    p, e = attn_softmax(x[0], **options), np.where(kept, errors[0], 0.0)
     widest = e.max(axis=-1, keepdims=True)
     mean = widest + np.log(np.sum(p * np.exp(e - widest), axis=-1, keepdims=True))
     return np.minimum(p * np.expm1(e + mean), 1.0) * kept

@@ -71,7 +71,7 @@ def judged_part(stage: Stage, array: np.ndarray) -> np.ndarray:
     """`array` with 0 where the causal mask throws it away; that is not judged."""
     if not stage.causal or array.ndim < 2:
         return array
-    return np.where(up_to_query(array), array, np.zeros((), array.dtype))
+    return np.where(up_to_query(array, stage.window), array, np.zeros((), array.dtype))
 
 
 # What a stage's arguments may be off by themselves adds this to its calibrated and to its rigorous bound.

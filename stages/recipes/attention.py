@@ -10,7 +10,7 @@ import numpy as np
 
 from stages.oracle import decoder as forward
 from stages.oracle.bounds import U32
-from stages.recipes.at import At
+from stages.recipes.at import At, Unknown
 from stages.recipes.product import IN_PIECES, summed
 from stages.recipes.recipe import FIT, NARROW, Form, Kind, Mod, equivalent, narrower, prescribed
 from stages.recipes.value import Pieces, Value, any_of, nearest, point, total
@@ -175,6 +175,7 @@ def softmax(
     chain: str = "float32",
     mask: int | None = 0,
     window: int | None = None,
+    wider: int | None = 0,
     temperature: float = 1.0,
     stored: bool = False,
     sink: float | None = None,
@@ -186,17 +187,22 @@ def softmax(
 ) -> Value | None:
     """Over the keys up to each query; `chain` says what of difference, exponential, sum and quotient is rounded.
 
-    `mask`: how many keys more or fewer are seen. `stored`: what `temperature` divided is rounded first. `fast`: the
+    `mask`: how many keys more or fewer are seen. `window`: the last so many alone; of a sliding layer its own, `wider`
+    by so many, or not there. `stored`: what `temperature` divided is rounded first. `fast`: the
     exponential's relative error, `per`: and in u of its argument. `cuda`: on GPUs alone.
     """
     if cuda:
         at.on_gpu()
+    if wider != 0 and at.stage.window is None:
+        raise Unknown("a sliding window")
     x = at.input(0)
     if temperature != 1.0:
         x = (x * (1 / temperature)).soft(1)
         x = at.stored(x) if stored else x
     if axis != "keys":
         x = x.map(lambda a: a.swapaxes(-1, -2))
+    if window is None and at.stage.window is not None and wider is not None:
+        window = at.stage.window + wider
     seen = _seen(x.mid, mask, window, turned=axis != "keys")
     e = exponentials(at, x, seen, chain, fast)
     if per:
@@ -294,6 +300,8 @@ _SOFTMAX_MODS = (
     Mod("the mask hides a query's own position", {"mask": -1}),
     Mod("the mask shows one position too many", {"mask": 1}),
     *(Mod(f"the mask shows the last {n} keys alone: a window", {"window": n}) for n in (2, 4, 8, 16, 32, 64, 128)),
+    Mod("the sliding window is missing: every key up to the query is seen", {"wider": None}),
+    *(Mod(f"the sliding window is one key too {words}", {"wider": n}) for words, n in (("wide", 1), ("narrow", -1))),
     Mod("softmax runs over the queries, not over the keys", {"axis": "queries"}),
     Mod("not divided by its sum: numerators alone", {"divided": False}),
     Mod("a sink: one more key, of score 0, in the sum", {"sink": 0.0}),
@@ -356,7 +364,7 @@ def weighted(
         v = v.once("float16")
     t: Value | None
     if p == "key by key":
-        y, t = _key_by_key(_scores_of_cache(of, o["heads"], queries, narrow=True), v, queries)
+        y, t = _key_by_key(_scores_of_cache(of, o["heads"], queries, narrow=True), v, queries, at.stage.window)
     else:
         a, t = (of.input(0), None) if p == "recorded" else _numerators(of, p, fast, queries)
         if p == "float16 products" and t is not None:  # the probabilities, by the sum's inverse, are an operand too
@@ -387,16 +395,16 @@ def _numerators(at: At, p: str, fast: float, queries: np.ndarray | None) -> tupl
     else:
         scores = at.maker(at.stage.inputs[0]).raw("attn_scores", 1)
         scores = scores if queries is None else scores.map(lambda x: x[:, queries])
-    e = exponentials(at, scores, _up_to(scores, queries), fast=fast).soft(4)
+    e = exponentials(at, scores, _up_to(scores, queries, at.stage.window), fast=fast).soft(4)
     return (at.stored(e) if p == "cast numerators" else e), total(e)
 
 
-def _up_to(scores: Value, queries: np.ndarray | None) -> np.ndarray:
+def _up_to(scores: Value, queries: np.ndarray | None, window: int | None) -> np.ndarray:
     """Which keys each query sees, of all or of some `queries` of as many as there are keys."""
     if queries is None:
-        return up_to_query(scores.mid)
+        return up_to_query(scores.mid, window)
     count = scores.mid.shape[-1]
-    return np.tri(count, count, dtype=bool)[queries]
+    return up_to_query(np.broadcast_to(0.0, (count, count)), window)[queries]
 
 
 def _scores_of_cache(at: At, heads: int, queries: np.ndarray | None, *, narrow: bool) -> Value:
@@ -409,13 +417,13 @@ def _scores_of_cache(at: At, heads: int, queries: np.ndarray | None, *, narrow: 
     return (summed(of, q, k, of.lam(Noise.SCORES)) * scale).soft(1)
 
 
-def _key_by_key(scores: Value, v: Value, queries: np.ndarray | None) -> tuple[Value, Value]:
+def _key_by_key(scores: Value, v: Value, queries: np.ndarray | None, window: int | None) -> tuple[Value, Value]:
     """Values `[heads, keys, head_dim]` times exp(score - largest so far), and the sum of these `[heads, queries, 1]`.
 
     As ggml-cpu/ops.cpp has it: at each key the accumulators are scaled where a new largest score came, and the value
     is added in float32; both times they are rounded to float16.
     """
-    seen, least = _up_to(scores, queries), np.full((*scores.mid.shape[:2], 1), -np.inf)
+    seen, least = _up_to(scores, queries, window), np.full((*scores.mid.shape[:2], 1), -np.inf)
     doubt = ((scores.hi - scores.lo) / 2)[..., None]
     y, t, top = point(np.zeros((*scores.mid.shape[:2], v.mid.shape[-1]))), point(np.zeros_like(least)), least
     unsure = np.zeros_like(least)

@@ -48,7 +48,7 @@ def places_beyond(value: Value, observed: np.ndarray, stage: Stage | None = None
     with np.errstate(all="ignore"):
         differs = canonical(round_once(value.mid, dtype)) != canonical(observed)
         if stage is not None and stage.causal:
-            differs &= up_to_query(observed)
+            differs &= up_to_query(observed, stage.window)
         differs = differs.reshape(-1)
         at = np.flatnonzero(differs)
         lo, hi = (np.broadcast_to(end, observed.shape).reshape(-1)[at] for end in (value.lo, value.hi))

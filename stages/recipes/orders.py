@@ -83,7 +83,7 @@ def _plus(bias: np.ndarray) -> Finish:
 def _scores(oracle: Oracle, observed: np.ndarray, open_: np.ndarray) -> Iterator[Sums]:
     q, k = (x.swapaxes(0, 1) for x in oracle.arguments)
     rows, keys = q.shape[0] * q.shape[1], np.repeat(k, len(q) // len(k), axis=0).swapaxes(1, 2)
-    recorded, masked = observed.reshape(rows, -1), np.tile(~up_to_query(observed), (len(q), 1))
+    recorded, masked = observed.reshape(rows, -1), np.tile(~up_to_query(observed, oracle.stage.window), (len(q), 1))
     scale = np.float32(oracle.options["scaling"])
 
     def finish(times: np.float32) -> Finish:

@@ -34,6 +34,8 @@ class Shape:
     attention_bias: bool = False
     eps: float = 1e-6
     positions: int = 1024
+    window: int | None = None  # of the layers from `sliding` on; of all in families where all slide
+    sliding: int = 0
     rope: Mapping[str, Any] | tuple[tuple[str, Any], ...] = ()  # beside or in the place of the defaults
 
     def raw(self) -> dict[str, Any]:
@@ -46,15 +48,15 @@ class Shape:
             "hidden_size": self.hidden,
             "intermediate_size": self.intermediate,
             "max_position_embeddings": self.positions,
-            "max_window_layers": self.layers,
+            "max_window_layers": self.sliding,
             "num_attention_heads": self.heads,
             "num_hidden_layers": self.layers,
             "num_key_value_heads": self.kv_heads,
             "rms_norm_eps": self.eps,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, **self._rope()},
-            "sliding_window": None,
+            "sliding_window": self.window,
             "tie_word_embeddings": self.tied,
-            "use_sliding_window": False,
+            "use_sliding_window": self.window is not None,
             "vocab_size": self.vocab,
             **({"attention_bias": self.attention_bias} if self.family != "qwen2" else {}),
         }

@@ -1,8 +1,9 @@
 """Blocks that families are built of: stages with the parameters that they read, each declared once.
 
 Stage names are those of `apr trace --save-tensor`, and the ones it lacked. One sequence, token axis first.
-Semantics as the eager modules of `transformers` 5 have them: models/{qwen2,qwen3,llama}/modeling_*.py. Float32 whatever
-the model's dtype: the inverse frequencies and the angles. All else is stored in the activations' dtype, `model`.
+Semantics as the eager modules of `transformers` 5 have them: models/{qwen2,qwen3,llama,mistral}/modeling_*.py. Float32
+whatever the model's dtype: the inverse frequencies and the angles. All else is stored in the activations' dtype,
+`model`.
 """
 
 from __future__ import annotations
@@ -28,8 +29,13 @@ def decoder_layer(attention: Block, feed_forward: Block) -> Block:
     return Block((*attention.stages, *feed_forward.stages), {**attention.params, **feed_forward.params, **norms})
 
 
-def attention(*, qk_norm: bool = False, qkv_bias: bool = False, o_bias: bool = False) -> Block:
-    """Full causal attention, from the layer's norm to its residual; what a family lacks is absent or an identity."""
+def attention(
+    *, qk_norm: bool = False, qkv_bias: bool = False, o_bias: bool = False, window: int | None = None
+) -> Block:
+    """Causal attention, from the layer's norm to its residual; what a family lacks is absent or an identity.
+
+    `window`: how many keys a query sees, None for all up to its own token.
+    """
     rows = ("heads*head_dim", "kv_heads*head_dim", "kv_heads*head_dim")
     params: dict[str, str] = {}
     for weight, bias, size in zip(_QKV_WEIGHTS, _QKV_BIASES, rows, strict=True):
@@ -37,7 +43,7 @@ def attention(*, qk_norm: bool = False, qkv_bias: bool = False, o_bias: bool = F
     params |= {_O_WEIGHT: "hidden heads*head_dim", **({_O_BIAS: "hidden"} if o_bias else {})}
     if qk_norm:
         params |= dict.fromkeys(("self_attn.q_norm.weight", "self_attn.k_norm.weight"), "head_dim")
-    return Block(tuple(_attention(qk_norm=qk_norm, qkv_bias=qkv_bias, o_bias=o_bias)), params)
+    return Block(tuple(_attention(qk_norm=qk_norm, qkv_bias=qkv_bias, o_bias=o_bias, window=window)), params)
 
 
 def swiglu() -> Block:
@@ -74,7 +80,7 @@ def _before() -> Iterator[Stage]:
     yield _model("embedding", "", "tokens hidden", _EXACT, doc, params=("tokens", EMBEDDING))
 
 
-def _attention(*, qk_norm: bool, qkv_bias: bool, o_bias: bool) -> Iterator[Stage]:
+def _attention(*, qk_norm: bool, qkv_bias: bool, o_bias: bool, window: int | None) -> Iterator[Stage]:
     doc = "RMSNorm of the layer's input: float32, cast, then times the weight"
     weight = ("input_layernorm.weight",)
     yield _stage("attn_norm", "layer_input", "tokens hidden", _RMS_NORM, doc, params=weight, options=("eps",))
@@ -98,13 +104,14 @@ def _attention(*, qk_norm: bool, qkv_bias: bool, o_bias: bool) -> Iterator[Stage
     yield _stage(
         "attn_scores", "q_post_rope k_post_rope", "heads queries keys", Noise.SCORES,
         "q k^T / sqrt(head_dim), not yet masked; each key head serves consecutive query heads",
-        options=("scaling",), causal=True,
+        options=("scaling",), causal=True, window=window,
     )  # fmt: skip
-    doc = "Causal mask, softmax in float32, cast to the activations' dtype"
-    yield _stage("attn_softmax", "attn_scores", "heads queries keys", Noise.SOFTMAX, doc)
+    doc = "Causal mask, of a sliding layer its window's; softmax in float32, cast to the activations' dtype"
+    fields = {"options": ("window",), "window": window}
+    yield _stage("attn_softmax", "attn_scores", "heads queries keys", Noise.SOFTMAX, doc, **fields)
     doc = "attn_softmax @ v (v from qkv_bias), heads joined, before o_proj"
     shape = "tokens heads*head_dim"
-    yield _stage("attention", "attn_softmax qkv_bias", shape, Noise.WEIGHTED, doc, options=_HEADS)
+    yield _stage("attention", "attn_softmax qkv_bias", shape, Noise.WEIGHTED, doc, options=_HEADS, window=window)
     params, doc = (
         (_O_WEIGHT, *((_O_BIAS,) if o_bias else ())),
         "o_proj of attention" + (", with bias" if o_bias else ""),

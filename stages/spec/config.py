@@ -4,12 +4,12 @@ Every setting that changes the computation is honoured as `transformers` 5 honou
 `transformers` accepts with a warning, or fills in silently, is refused: two programs that fill a gap in two ways
 differ, and the difference looks like a numeric one. Settings that change nothing in inference (dropout,
 initializer, cache, token ids) are ignored. Fields that a family reads in its own way: stages/spec/families/.
-Source: `transformers` 5.23, `models/{qwen2,qwen3,llama}/modeling_*.py`, `configuration_utils.py`.
+Source: `transformers` 5.23, `models/{qwen2,qwen3,llama,mistral}/modeling_*.py`, `configuration_utils.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ from stages.spec.rope import RopeParameters, RopeValue, parse_rope
 # The object in a `config.json`.
 RawConfig = Mapping[str, Any]
 DTYPES = ("bfloat16", "float16", "float32")
+# Kinds of layers as `layer_types` names them: every query sees all keys before it, or a window of the last ones.
+FULL, SLIDING = "full_attention", "sliding_attention"
 # The default of transformers' Qwen2Config and Qwen3Config: layers from this one on slide.
 MAX_WINDOW_LAYERS = 28
 # Positions are float32 when they meet inv_freq, and float32 counts no further than this.
@@ -51,8 +53,8 @@ class ModelConfig:
     a frequency each, `original_max_position_embeddings` and `attention_factor`; for `llama3` `factor`,
     `low_freq_factor`, `high_freq_factor` and `original_max_position_embeddings`.
 
-    `sliding_window` is the window that some layer really applies, in tokens, or None; while it is set, only
-    sequences that fit are computed, see `check_length`. `dtype` is the activations' and weights' dtype by name.
+    `layer_types` is each layer's kind; `sliding_window` the window of those that slide, in tokens, None where none
+    does. `dtype` is the activations' and weights' dtype by name.
     """
 
     family: str
@@ -73,8 +75,8 @@ class ModelConfig:
     qk_norm: bool
     max_position_embeddings: int
     dtype: str
-    use_sliding_window: bool
     sliding_window: int | None
+    layer_types: tuple[str, ...]
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -121,17 +123,11 @@ class ModelConfig:
     def check_length(self, tokens: int) -> None:
         """`InputError` for a sequence that cannot be computed faithfully.
 
-        That is one without tokens, one longer than a sliding window that some layer applies, or one whose last
-        position float32 cannot hold. More tokens than `max_position_embeddings` are computed, as `transformers`
-        does: no formula of RoPE has an end.
+        That is one without tokens, or one whose last position float32 cannot hold. More tokens than
+        `max_position_embeddings` are computed, as `transformers` does: no formula of RoPE has an end.
         """
         if tokens < 1:
             raise InputError(f"expected at least one token, got {tokens}")
-        if self.sliding_window is not None and tokens > self.sliding_window:
-            raise InputError(
-                f"{tokens} tokens do not fit the sliding window of {self.sliding_window} (use_sliding_window is true), "
-                "and windowed attention is not supported; use fewer tokens"
-            )
         if tokens > MAX_TOKENS:
             raise InputError(f"{tokens} tokens: float32 positions are exact only up to {MAX_TOKENS}; use fewer tokens")
 
@@ -153,13 +149,15 @@ def parse_decoder(
     qk_norm: bool = False,
     qkv_bias: bool = False,
     o_bias: bool = False,
-    window: tuple[bool, int | None] = (False, None),
+    window: int | None = None,
+    slides: Sequence[bool] | None = None,
 ) -> ModelConfig:
     """The fields that all decoders share, and what the family says of its own.
 
-    `head_dim`: what it is where the file does not say; None for hidden_size / num_attention_heads. `window`: what
-    `parse_window` found. `InputError`, naming `where` and the field, for a field that is missing, of another type, out
-    of range, in conflict with another, or that asks for something this tool does not compute.
+    `head_dim`: what it is where the file does not say; None for hidden_size / num_attention_heads. `window`: of the
+    layers that slide, by `slides`; None for all of them. `InputError`, naming `where` and the field, for a field that
+    is missing, of another type, out of range, in conflict with another, or that asks for something this tool
+    does not compute.
     """
     choice(raw, "hidden_act", ("silu",), where)
     hidden, heads = size(raw, "hidden_size", where), size(raw, "num_attention_heads", where)
@@ -169,10 +167,12 @@ def parse_decoder(
     positions = size(raw, "max_position_embeddings", where)
     head_dim = _head_dim(raw, head_dim, hidden, heads, where)
     theta, rope_type, parameters = parse_rope(raw, positions, head_dim, where)
+    layers = layer_count(raw, where)
+    slides = [window is not None] * layers if slides is None else slides
     return ModelConfig(
         family=str(raw["model_type"]),
         hidden_size=hidden,
-        num_hidden_layers=layer_count(raw, where),
+        num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=key_value_heads,
         head_dim=head_dim,
@@ -188,8 +188,8 @@ def parse_decoder(
         qk_norm=qk_norm,
         max_position_embeddings=positions,
         dtype=_dtype(raw, where),
-        use_sliding_window=window[0],
-        sliding_window=window[1],
+        sliding_window=window,
+        layer_types=tuple(SLIDING if one else FULL for one in slides),
     )
 
 
@@ -220,32 +220,31 @@ def _dtype(raw: RawConfig, where: str) -> str:
     return names[0]
 
 
-def parse_window(raw: RawConfig, where: str) -> tuple[bool, int | None]:
-    """`use_sliding_window`, and the window that some layer applies (None when none does)."""
+def parse_window(raw: RawConfig, where: str) -> dict[str, Any]:
+    """`window` and `slides` for `parse_decoder` as a Qwen's config has them."""
     use = flag(raw, "use_sliding_window", where, default=False)
     window = None
     if use:
         if "sliding_window" not in raw:
             raise InputError(f"{where}: sliding_window: absent, though use_sliding_window is true; state it, or null")
         window = None if raw["sliding_window"] is None else size(raw, "sliding_window", where)
-    slides = _some_layer_slides(raw, layer_count(raw, where), where)
-    if window is None and slides and raw.get("layer_types") is not None:
-        raise InputError(f"{where}: layer_types: has 'sliding_attention', but no sliding window is in use")
-    return use, window if slides else None
+    slides = _slides(raw, layer_count(raw, where), where)
+    if window is None and any(slides) and raw.get("layer_types") is not None:
+        raise InputError(f"{where}: layer_types: has '{SLIDING}', but no sliding window is in use")
+    return {"window": window, "slides": slides} if window is not None and any(slides) else {}
 
 
-def _some_layer_slides(raw: RawConfig, layers: int, where: str) -> bool:
+def _slides(raw: RawConfig, layers: int, where: str) -> list[bool]:
+    """Which layers slide, where there is a window."""
     types = raw.get("layer_types")
     if types is None:
         first = raw.get("max_window_layers", MAX_WINDOW_LAYERS)
         if not isinstance(first, int) or isinstance(first, bool) or first < 0:
             raise InputError(f"{where}: max_window_layers: expected a number of layers, got {got(first)}")
-        return first < layers
+        return [layer >= first for layer in range(layers)]
     if not isinstance(types, list) or len(types) != layers:
         raise InputError(f"{where}: layer_types: expected a list of {layers} names, got {got(types)}")
     for name in types:
-        if name not in ("full_attention", "sliding_attention"):
-            raise InputError(
-                f"{where}: layer_types: expected full_attention or sliding_attention in each place, got {got(name)}"
-            )
-    return "sliding_attention" in types
+        if name not in (FULL, SLIDING):
+            raise InputError(f"{where}: layer_types: expected {FULL} or {SLIDING} in each place, got {got(name)}")
+    return [name == SLIDING for name in types]

@@ -6,11 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from stages.spec.blocks import EMBED, HEAD
-from stages.spec.config import ModelConfig, RawConfig
+from stages.spec.config import FULL, SLIDING, ModelConfig, RawConfig
 from stages.spec.stage import Block
-
-# The kind of a layer whose every query sees all keys before it, as `layer_types` in a config names it.
-FULL = "full_attention"
 
 
 @dataclass(frozen=True)
@@ -27,6 +24,16 @@ class Family:
     parse: Callable[[RawConfig, str], ModelConfig]
     kinds: Callable[[ModelConfig], Mapping[str, Block]]
     widest: tuple[Block, ...]
-    kind_of: Callable[[ModelConfig, int], str] = lambda _config, _layer: FULL
+    kind_of: Callable[[ModelConfig, int], str] = lambda config, layer: config.layer_types[layer]
     before: Block = EMBED
     after: Block = HEAD
+
+
+def windowed(layer: Callable[[int | None], Block]) -> Callable[[ModelConfig], dict[str, Block]]:
+    """The kinds of a family whose layers may slide: `layer` of no window, and of the config's."""
+
+    def kinds(config: ModelConfig) -> dict[str, Block]:
+        made = {FULL: layer(None), SLIDING: layer(config.sliding_window)}
+        return {kind: block for kind, block in made.items() if kind in config.layer_types}
+
+    return kinds

@@ -71,7 +71,7 @@ def forward_pipeline(config: ModelConfig, dtype: str = "model") -> Pipeline:
 
 def stage_options(config: ModelConfig, stage: Stage) -> dict[str, Any]:
     """The static keyword arguments of one stage of a pipeline of `config`."""
-    values = {**config.options, "dtype": stage.dtype}
+    values = {**config.options, "dtype": stage.dtype, "window": stage.window}
     return {name: values[name] for name in stage.options}
 
 

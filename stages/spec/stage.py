@@ -34,7 +34,8 @@ class Stage:
     the last parameter's rows. `options` are static keyword arguments (a layout, a target shape). `dtype` is what
     the stage stores, `model` meaning that of the activations. An `identity` stage is a copy of its one input, not
     computed; an `absent` one is a step that this family lacks. Of a `causal` stage, `.. queries keys`, the causal mask
-    throws away what belongs to keys after their query: any value may stand there, and a decode computes none.
+    throws away what belongs to keys after their query: any value may stand there, and a decode computes none. In a
+    layer with a sliding `window` each query sees that many keys, its own token's the last, and the rest is thrown away.
     `function` names what computes it, in every backend and in the oracle, where that is not the stage's own name.
     """
 
@@ -50,6 +51,7 @@ class Stage:
     identity: bool = False
     absent: bool = False
     causal: bool = False
+    window: int | None = None
     tolerance: Tolerance = Tolerance(0.0, 0.0)
     function: str = ""
     doc: str = ""

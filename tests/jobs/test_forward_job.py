@@ -727,14 +727,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "code": ({"auto_map": {"AutoModel": "x.Y"}}, "auto_map"),
     "quantised": ({"quantization_config": {"bits": 4}}, "quantization_config"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act"),
-    "family": ({"model_type": "mistral"}, "model_type"),
+    "family": ({"model_type": "gemma3"}, "model_type"),
     "no theta": ({"rope_parameters": {"rope_type": "default"}}, "rope_theta"),
     "rope_type": ({"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e6}}, "rope_type"),
     "old rope type": ({"rope_parameters": None, "rope_theta": 1e6, "rope_scaling": {"type": "su"}}, "type"),
     "kv heads that do not divide": ({"num_key_value_heads": 3}, "num_key_value_heads"),
     "kv heads not stated": ({"num_key_value_heads": None}, "num_key_value_heads"),
-    "a window that applies": ({"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0},
-                              "sliding window of 4"),
     "partial rotary": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
 }
 # fmt: on
@@ -750,12 +748,13 @@ def test_what_is_not_computed_is_exit_3_naming_the_field(case: str, tmp_path: Pa
     assert not list(tmp_path.glob("out/*"))
 
 
-def test_a_sequence_that_fits_the_window_runs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tokens", ["1,2,3,4,5", "1,2,3,4,5,6,7,8,9"])
+def test_a_window_is_production_s_whether_it_cuts_or_not(tokens: str, tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model", Model(), "float32")
     with_json(
         folder / "config.json", lambda c: c.update(use_sliding_window=True, sliding_window=5, max_window_layers=0)
     )
-    done = svf("forward", folder, "--backend", "torch", "--tokens", "1,2,3,4,5", "--production", "--json")
+    done = svf("forward", folder, "--backend", "torch", "--tokens", tokens, "--production", "--json")
     assert (done.code, done.json["production"]["verdict"]) == (0, "exact")
 
 

@@ -83,7 +83,7 @@ def verdicts(runner: Forwarder, recorded: Recorded, tokens: list[int]) -> dict[t
     """The isolated verdict on every recorded stage."""
     found = {}
     for (layer, name), observed in recorded.items():
-        stage = runner.path[name]
+        stage = runner.path.at((layer, name))
         inputs = recorded_inputs(runner.path, stage, recorded, tokens, layer, runner.config.num_hidden_layers)
         assert inputs is not None
         side = judge_stage(runner.path, runner.config, stage, inputs, runner.weights, observed, layer)

@@ -12,7 +12,7 @@ import torch
 from helpers import ROOT
 
 from stages.errors import InputError
-from stages.spec.config import MAX_TOKENS, ModelConfig
+from stages.spec.config import FULL, MAX_TOKENS, SLIDING, ModelConfig
 from stages.spec.families import parameter_shapes, parse_config
 
 QWEN3: dict[str, Any] = {
@@ -93,8 +93,8 @@ def test_qwen3_is_read_field_by_field() -> None:
         qk_norm=True,
         max_position_embeddings=512,
         dtype="bfloat16",
-        use_sliding_window=False,
         sliding_window=None,
+        layer_types=(FULL,) * 2,
     )
 
 
@@ -414,17 +414,11 @@ def test_a_window_counts_when_some_layer_applies_it(changes: dict[str, Any], win
     assert config.sliding_window == window
     raw = changed(QWEN3, **changes)
     layers = transformers_model(raw).model.layers
-    used = {layer.self_attn.sliding_window for layer in layers} - {None}
-    assert used == ({window} if window else set())
+    used = [layer.self_attn.sliding_window for layer in layers]
+    assert used == [window if kind == SLIDING else None for kind in config.layer_types]
 
 
-def test_a_sequence_must_fit_the_window() -> None:
-    parse(**WINDOWED).check_length(16)
-    with pytest.raises(InputError, match=r"17 tokens .* window of 16"):
-        parse(**WINDOWED).check_length(17)
-
-
-def test_a_sequence_that_fits_the_window_is_computed_as_without_it() -> None:
+def test_a_window_that_cuts_nothing_changes_nothing() -> None:
     import torch
 
     raw = changed(QWEN3, dtype="float32")

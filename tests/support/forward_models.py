@@ -67,7 +67,7 @@ class Model(Shape):
 
 
 # Every shape that the forward must handle: all families, GQA ratios 1, 2, 4 and 7, head_dim unlike hidden / heads,
-# tied and untied, with and without each bias, and the six RoPE types.
+# tied and untied, with and without each bias, the six RoPE types, and windows in all layers and in some.
 MODELS = {
     "qwen3": Model(),
     "qwen3-untied": Model(tied=False),
@@ -94,6 +94,10 @@ MODELS = {
     "llama-tied": Model("llama", rope=LLAMA3),
     "llama-gqa4": Model("llama", tied=False, heads=8, kv_heads=2, head_dim=24),
     "llama-bias": Model("llama", attention_bias=True, eps=1e-5),
+    "mistral": Model("mistral", tied=False, eps=1e-5, window=5),
+    "mistral-gqa4": Model("mistral", heads=8, kv_heads=2, head_dim=24),
+    "qwen2-window": Model("qwen2", window=6, sliding=1),
+    "qwen3-window": Model(window=64),
 }
 
 

@@ -1,4 +1,4 @@
-"""Somebody's plain numpy forward of Qwen2 and Qwen3, which records every stage and can be given a mistake.
+"""Somebody's plain numpy forward of dense decoders, which records every stage and can be given a mistake.
 
 Imports nothing of this project. A `Plain` computes in float32 and stores each stage in `dtype`; a mistake replaces one
 of its steps, or changes the weights it reads. `block` sums products in blocks of that many terms, backwards.
@@ -75,7 +75,21 @@ class Plain:
         return self.r(self.r(self.dot(q.swapaxes(0, 1), k.transpose(1, 2, 0))) * np.float32(self.dim**-0.5))
 
     def masked(self, s: Array) -> Array:
-        return np.where(np.tri(s.shape[-1], dtype=bool), s, np.float32(-np.inf))
+        return self.cut(s, self.window)
+
+    def cut(self, s: Array, window: int | None) -> Array:
+        """Scores of the keys up to each query, of a window its last so many alone."""
+        n = s.shape[-1]
+        seen = np.tri(n, dtype=bool) & ~np.tri(n, k=-(window or n), dtype=bool)
+        return np.where(seen, s, np.float32(-np.inf))
+
+    @property
+    def window(self) -> int | None:
+        """Of the layer at hand."""
+        config = self.config
+        first = 0 if config["model_type"] == "mistral" else config["max_window_layers"]
+        assert self.layer is not None
+        return config["sliding_window"] if self.layer >= first else None
 
     def softmax(self, s: Array) -> Array:
         e = np.exp(s - s.max(axis=-1, keepdims=True))
@@ -201,9 +215,9 @@ def _strict(fill: float) -> Callable[..., Array]:
     return wrong
 
 
-def _window(plain: Plain, _right: Step, s: Array) -> Array:
-    n = s.shape[-1]
-    return np.where(np.tri(n, dtype=bool) & ~np.tri(n, k=-6, dtype=bool), s, np.float32(-np.inf))
+def window(size: Callable[[Plain], int | None]) -> Mistake:
+    """Another window than the layer's."""
+    return step("masked", lambda plain, _right, s: plain.cut(s, size(plain)))
 
 
 def _fused(plain: Plain) -> None:
@@ -277,7 +291,7 @@ MISTAKES: dict[str, Mistake] = {
     "strict mask, lowest": step("masked", _strict(float(np.finfo(np.float32).min))),
     "strict mask, infinite": step("masked", _strict(-np.inf)),
     "mask one too many": step("masked", lambda p, right, s: np.where(np.tri(s.shape[-1], k=1), s, np.float32(-np.inf))),
-    "window": step("masked", _window),
+    "window": window(lambda _: 6),
     "fused rows": _fused,
     "low rank": _low_rank(8),
     "gelu tanh": step("silu", lambda p, right, gate, up: p.r(gelu_tanh(gate))),

@@ -6,12 +6,12 @@ import math
 from collections.abc import Mapping
 
 from stages.spec.config import ModelConfig, RawConfig, refuse_unsupported
-from stages.spec.families import llama, qwen2, qwen3
+from stages.spec.families import llama, mistral, qwen2, qwen3
 from stages.spec.family import Family
 from stages.spec.fields import choice
 from stages.spec.stage import Block
 
-FAMILIES: dict[str, Family] = {f.name: f for f in (qwen3.FAMILY, qwen2.FAMILY, llama.FAMILY)}
+FAMILIES: dict[str, Family] = {f.name: f for f in (qwen3.FAMILY, qwen2.FAMILY, llama.FAMILY, mistral.FAMILY)}
 
 
 def parse_config(raw: RawConfig, where: str) -> ModelConfig:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from stages.errors import InputError
 from stages.spec.blocks import attention, decoder_layer, swiglu
-from stages.spec.config import ModelConfig, RawConfig, parse_decoder
-from stages.spec.family import FULL, Family
+from stages.spec.config import FULL, ModelConfig, RawConfig, parse_decoder
+from stages.spec.family import Family
 from stages.spec.fields import flag, size
 from stages.spec.stage import Block
 

@@ -1,4 +1,4 @@
-"""A Llama that `transformers` made: forward, audit and diff are sound, and a mistake is named."""
+"""A Llama and a Mistral that `transformers` made: forward, audit and diff are sound, and a mistake is named."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from forward_models import LLAMA3, MODELS, random_weights, tokens_of
 from helpers import svf
-from plain_forward import MISTAKES, Mistake, Plain, step
+from plain_forward import MISTAKES, Mistake, Plain, step, window
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from stages.files.tensorfile import write_tensors
@@ -22,14 +22,20 @@ TOKENS = tokens_of(24)
 WORDS = ",".join(map(str, TOKENS))
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+# A Llama with biases, GQA and Llama 3's RoPE; a Mistral whose window is shorter than the prompt.
+MADE = {"llama": dataclasses.replace(MODELS["llama-bias"], rope=LLAMA3), "mistral": MODELS["mistral"]}
+
+
+@pytest.fixture(
+    scope="module", params=[(name, dtype) for name in MADE for dtype in ("float32", "bfloat16")], ids="-".join
+)
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LlamaForCausalLM with biases, GQA and Llama 3's RoPE, saved by transformers, and its forward on both sides."""
-    folder = tmp_path_factory.mktemp("llama")
-    model = dataclasses.replace(MODELS["llama-bias"], rope=LLAMA3)
+    """A model saved by transformers, and its forward on both sides."""
+    name, dtype = request.param
+    folder = tmp_path_factory.mktemp(name)
     torch.manual_seed(0)
-    config = AutoConfig.for_model(**model.raw(request.param))
-    made = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, request.param))
+    config = AutoConfig.for_model(**MADE[name].raw(dtype))
+    made = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -63,6 +69,22 @@ def _theta(plain: Plain) -> None:
     plain.config = {**plain.config, "rope_parameters": {"rope_theta": 1e4}}
 
 
+def _in_layer(layer: int, mistake: Mistake) -> Mistake:
+    """A mistake of one layer."""
+
+    def change(plain: Plain) -> None:
+        right = dict(plain.steps)
+        mistake(plain)
+        for name, wrong in plain.steps.items():
+            plain.steps[name] = _either(plain, layer, wrong, right[name])
+
+    return change
+
+
+def _either(plain: Plain, layer: int, wrong: Any, right: Any) -> Any:
+    return lambda *args, **kwargs: (wrong if plain.layer == layer else right)(*args, **kwargs)
+
+
 # A mistake -> the stage that is wrong first, and words of the cause.
 NAMED: dict[str, tuple[Mistake | None, str, str]] = {
     "right": (None, "", ""),
@@ -74,12 +96,30 @@ NAMED: dict[str, tuple[Mistake | None, str, str]] = {
 }
 
 
+# The same of windows, in a Mistral of 5 keys and a Qwen2 whose second layer sees 6.
+WINDOWED: dict[str, tuple[Mistake | None, str, str]] = {
+    "right": (None, "", ""),
+    "no window": (window(lambda _: None), "attn_softmax", "the sliding window is missing"),
+    "one too narrow": (window(lambda p: p.window and p.window - 1), "attn_softmax", "one key too narrow"),
+    "one too wide": (window(lambda p: p.window and p.window + 1), "attn_softmax", "one key too wide"),
+    "half": (window(lambda p: p.window and 3), "attn_softmax", "the last 3 keys alone"),
+    "no window in one layer": (_in_layer(1, window(lambda _: None)), "attn_softmax", "the sliding window is missing"),
+    "no mask": (MISTAKES["no mask"], "attn_softmax", "the causal mask is missing"),
+}
+CASES = [
+    *(("llama-gqa4", name, NAMED[name]) for name in NAMED),
+    *((model, name, WINDOWED[name]) for model in ("mistral", "qwen2-window") for name in WINDOWED),
+]
+
+
 @pytest.mark.cover(1)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", NAMED)
-def test_a_mistake_in_another_program_s_llama_is_named(name: str, dtype: str, tmp_path: Path) -> None:
-    mistake, stage, words = NAMED[name]
-    model = MODELS["llama-gqa4"]
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}, {case[1]}")
+def test_a_mistake_in_another_program_is_named(
+    case: tuple[str, str, tuple[Mistake | None, str, str]], dtype: str, tmp_path: Path
+) -> None:
+    name, _, (mistake, stage, words) = case
+    model = MODELS[name]
     raw: dict[str, Any] = model.raw(dtype)
     weights = random_weights(model.config(dtype))
     (tmp_path / "config.json").write_text(json.dumps(raw))
