@@ -93,7 +93,9 @@ class Search(Tried):
 
     def named(self) -> Named | None:
         """What explains the tensor best, with all that explain it as well; the likelier kinds are asked first."""
-        first = _FIRST if self.layers > 1 and len(self.run.tokens) == len(self.case.got) else None
+        wrong = self._wrong_rows()
+        seen_early = len(self.run.tokens) == len(self.case.got) and len(wrong) and wrong[0] < _FIRST // 2
+        first = _FIRST if self.layers > 1 and seen_early else None
         groups: list[Callable[[], Iterator[Fit]]] = [
             lambda: self._fitted(number for number in self.numbers() if number.of_config),
             self._likeliest,
@@ -292,7 +294,7 @@ class Search(Tried):
         changed: dict[Place, Value] = {}
 
         def value(at: Place) -> Value:
-            return changed[at] if at in changed else self.known(at)
+            return changed[at] if at in changed else self._unmasked(at, self.known(at))
 
         for at in self.span.hidden:
             sources = self.sources(at)
@@ -300,6 +302,8 @@ class Search(Tried):
                 continue
             inputs = [value(source) for source in sources]
             changed[at] = self.computed(at, inputs)
+            if self.stage(at).causal:
+                changed[at] = replace(changed[at], array=self.right(at, [one.array for one in inputs]))
             if at in tried.instead:
                 array = tried.instead[at]([one.array.astype(np.float64) for one in inputs])
                 if array is None:
@@ -310,6 +314,11 @@ class Search(Tried):
             inputs = [one.last(len(self.oracle.value)) for one in inputs]
         params = self.params(self.span.acting)
         return oracle_through(self.oracle.stage, inputs, params, self.oracle.options, self.way())
+
+    def _unmasked(self, at: Place, value: Value) -> Value:
+        """With what a right mask hides, and another may not."""
+        hidden = at in self.span.hidden and self.stage(at).causal
+        return replace(value, array=self.values(at)) if hidden else value
 
 
 def _is_constant(number: Number) -> bool:
@@ -336,6 +345,8 @@ def _with_array(right: Value, array: np.ndarray) -> Value:
     more = max(1.0, sizes[0] / sizes[1]) ** 2 if sizes[1] else 1.0
     s = right.spread
     of_log = None if s.of_log is None else s.of_log * more
+    if of_log is not None and array.shape == of_log.shape:  # keys that a right mask hides err as the most that is seen
+        of_log = np.where((right.array == 0) & (array > 0), of_log.max(axis=-1, keepdims=True), of_log)
     return replace(right, array=array, spread=replace(s, own=s.own * more, of_log=of_log, added=s.added * more))
 
 

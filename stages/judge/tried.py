@@ -273,12 +273,8 @@ class Tried:
 
     def functions(self, *classes: Class) -> Iterator[Hypothesis]:
         """Each other function of the catalogue: in all layers at once, then in each stage alone, the last one first."""
-        everywhere: dict[str, list[Place]] = {}
-        for at in (*self.places, self.span.acting):
-            everywhere.setdefault(self.stage(at).name, []).append(at)
-        for name, alike in everywhere.items():
-            if len(alike) > 1:
-                yield from self._functions(alike, f"{name} of every layer", classes)
+        for where, alike in self._everywhere():
+            yield from self._functions(alike, where, classes)
         for at in (self.span.acting, *reversed(self.places)):
             yield from self._functions([at], self._where(at), classes)
         if Class.OTHER in classes:
@@ -286,6 +282,18 @@ class Tried:
             yield from self._masks()
             yield from self._moved_on()
             yield from self._dealt()
+
+    def _everywhere(self) -> Iterator[tuple[str, list[Place]]]:
+        """The stages of one name in all layers, or in all that slide and in all that do not."""
+        everywhere: dict[str, dict[int | None, list[Place]]] = {}
+        for at in (*self.places, self.span.acting):
+            stage = self.stage(at)
+            everywhere.setdefault(stage.name, {}).setdefault(stage.window, []).append(at)
+        for name, kinds in everywhere.items():
+            for window, alike in kinds.items():
+                which = "" if len(kinds) == 1 else " that slides" if window else " that does not slide"
+                if len(alike) > 1:
+                    yield f"{name} of every layer{which}", alike
 
     def _dealt(self) -> Iterator[Hypothesis]:
         """Heads of keys and values dealt out in turn, in one layer and in all."""
@@ -317,9 +325,11 @@ class Tried:
             f"the mask shows the last {first} keys alone: a window": functools.partial(_in_window, first),
             f"the mask hides the key of token {first}, as if it were padding": functools.partial(_without_key, first),
         }
-        every = [("attn_softmax of every layer", places)] if len(places) > 1 else []
+        every = [(where, alike) for where, alike in self._everywhere() if alike[0] in places]
         for where, alike in (*every, *((self._where(at), [at]) for at in places)):
-            for said, function in list(tried.items())[0 if first else 1 :]:
+            own = self.stage(alike[0]).window
+            told = own is not None and abs(first - own) <= 1  # by the catalogue
+            for said, function in list(tried.items())[1 if told or not first else 0 :]:
                 yield Hypothesis(where, said, Class.OTHER, dict.fromkeys(alike, function))
 
     def _moved_on(self) -> Iterator[Hypothesis]:

@@ -201,8 +201,11 @@ def softmax(
         x = at.stored(x) if stored else x
     if axis != "keys":
         x = x.map(lambda a: a.swapaxes(-1, -2))
-    if window is None and at.stage.window is not None and wider is not None:
-        window = at.stage.window + wider
+    own = at.stage.window
+    if window is not None and own is not None and (window >= x.mid.shape[-1] or abs(window - own) <= 1):
+        raise Unknown("another window")  # its own, or what other rows say
+    if window is None and own is not None and wider is not None:
+        window = own + wider
     seen = _seen(x.mid, mask, window, turned=axis != "keys")
     e = exponentials(at, x, seen, chain, fast)
     if per:

@@ -17,8 +17,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from stages.files.tensorfile import write_tensors
 from stages.judge.audit import audit
+from svf_torch.backend import TorchBackend
 
 TOKENS = tokens_of(24)
+BACKEND = TorchBackend()
 WORDS = ",".join(map(str, TOKENS))
 
 
@@ -135,3 +137,33 @@ def test_a_mistake_in_another_program_is_named(
         return
     assert (found["outcome"], found["culprit"]["stage"]) == ("faulty", stage)
     assert words in (found["culprit"]["hint"] or "")
+
+
+# What the engine's window is of a config's 9 -> words.
+OTHER_WINDOWS = {9: "", 0: "the sliding window is missing", 8: "one key too narrow", 10: "one key too wide"}
+
+
+@pytest.mark.cover(2)
+@pytest.mark.parametrize("recorded", ["layers' outputs", "logits"])
+@pytest.mark.parametrize("window", OTHER_WINDOWS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["mistral", "qwen2-window"])
+def test_another_window_shows_in_little(name: str, dtype: str, window: int, recorded: str, tmp_path: Path) -> None:
+    """transformers' own forward, of which next to nothing was recorded."""
+    model = dataclasses.replace(MODELS[name], layers=4, hidden=128, window=9)
+    other = dataclasses.replace(model, window=window or None)
+    torch.manual_seed(1)
+    engine = AutoModelForCausalLM.from_config(AutoConfig.for_model(**other.raw(dtype)), dtype=getattr(torch, dtype))
+    with torch.no_grad():
+        for parameter in engine.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        out = engine(torch.tensor([tokens_of(40)]), output_hidden_states=True, use_cache=False)
+    engine.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(model.raw(dtype)))
+    states = {f"layers.{n}.post_ffn_residual": x[0] for n, x in enumerate(out.hidden_states[1:-1])}
+    kept = {"lm_head": out.logits[0]} if recorded == "logits" else {"embedding": out.hidden_states[0][0], **states}
+    write_tensors(tmp_path / "recorded.safetensors", {key: BACKEND.get(x) for key, x in kept.items()})
+    found = audit(tmp_path / "recorded.safetensors", model=str(tmp_path), tokens=",".join(map(str, tokens_of(40))))
+    words = OTHER_WINDOWS[window]
+    assert found["outcome"] == ("faulty" if words else "sound")
+    assert words in ((found["culprit"] or {}).get("hint") or "")
