@@ -53,6 +53,7 @@ class Fault:
     stage: str
     words: str
     made: Callable[[At, float], dict[str, Any]] | None = None
+    model: str = MODEL
 
 
 # The first of a kind is the one that docs/recipes.md shows beside each row.
@@ -72,6 +73,16 @@ FAULTS = (
     Fault("ffn_silu", "silu x (1 + s)"),
     Fault("ffn_swigl", "product x (1 + s)"),
     Fault("post_attn_residual", "block x (1 + s)", lambda _, s: {"b": 1 + s}),
+    *(
+        Fault(stage, f"{words} x (1 + s)", model="qwen2-moe")
+        for stage, words in (
+            ("router_probs", "probabilities"),
+            ("router_weights", "weights"),
+            ("expert_out", "product"),
+            ("moe_out", "sum"),
+            ("shared_weight", "gate"),
+        )
+    ),
 )
 REPLAYED = (
     Fault("scaled_s", "values x (1 + s)"),
@@ -201,8 +212,8 @@ def worst(found: list[Floors]) -> Floors:
 def cases(dtypes: Sequence[str] = EVERY) -> Iterator[tuple[str, Fault, list[Oracle]]]:
     """Dtype, fault, and the oracles of the places where it is planted; last the replay's."""
     for dtype in dtypes:
-        source = recorded(MODEL, dtype, TOKENS)
         for fault in FAULTS:
+            source = recorded(fault.model, dtype, TOKENS)
             stage = source.path[fault.stage]
             if stage.dtype == dtype:
                 layers = (0, 1) if stage.scope is Scope.LAYER else (None,)

@@ -18,6 +18,7 @@ from stages.spec.backend import Production, Weights
 from stages.spec.config import ModelConfig, RawConfig
 from svf_jax.components import REPLAY_STAGES
 from svf_jax.decoder import FORWARD_STAGES
+from svf_jax.experts import EXPERT_STAGES
 from svf_jax.fused import FUSED
 from svf_jax.order import ORDERED
 from svf_jax.probe import flags
@@ -56,7 +57,7 @@ class JaxBackend:
 
     @property
     def forward(self) -> Mapping[str, Callable[..., Array]]:
-        return FORWARD_STAGES
+        return {**FORWARD_STAGES, **EXPERT_STAGES}
 
     @property
     def router(self) -> Mapping[str, Callable[..., Array]]:

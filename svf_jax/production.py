@@ -17,9 +17,18 @@ import numpy as np
 from flax import nnx
 from jax import Array, lax
 
-from stages.run.production import bucket, check_names, checked_tokens, greedy, parameters_of, with_stored_head
+from stages.run.production import (
+    bucket,
+    check_names,
+    checked_tokens,
+    greedy,
+    parameters_of,
+    stacked_experts,
+    with_stored_head,
+)
 from stages.spec.backend import Weights
 from stages.spec.config import SLIDING, ModelConfig
+from stages.spec.experts import MoeConfig
 from svf_jax.decoder import inv_freq
 
 
@@ -123,10 +132,10 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """SwiGLU: `down(silu(gate(x)) * up(x))`."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype: str):
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, rngs, dtype)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size, rngs, dtype)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, rngs, dtype)
+    def __init__(self, hidden: int, intermediate: int, rngs: nnx.Rngs, dtype: str):
+        self.gate_proj = Linear(hidden, intermediate, rngs, dtype)
+        self.up_proj = Linear(hidden, intermediate, rngs, dtype)
+        self.down_proj = Linear(intermediate, hidden, rngs, dtype)
 
     def __call__(self, x: Array) -> Array:
         gate = self.gate_proj(x)
@@ -134,13 +143,70 @@ class MLP(nnx.Module):
         return self.down_proj(jax.nn.silu(gate.astype(jnp.float32)).astype(x.dtype) * self.up_proj(x))
 
 
+class Experts(nnx.Module):
+    """The matrices of all experts, `[experts, out, in]`."""
+
+    def __init__(self, config: MoeConfig, rngs: nnx.Rngs, dtype: str):
+        c, wide = config, config.moe_intermediate_size
+        self.gate_proj = Stack(c.num_experts, c.hidden_size, wide, rngs, dtype)
+        self.up_proj = Stack(c.num_experts, c.hidden_size, wide, rngs, dtype)
+        self.down_proj = Stack(c.num_experts, wide, c.hidden_size, rngs, dtype)
+
+    def __call__(self, x: Array, shares: Array) -> Array:
+        """The sum of what each expert makes of x, times its share `[tokens, experts]`, float32, rounded once."""
+
+        def one(total: Array, of: tuple[Array, ...]) -> tuple[Array, None]:
+            gate, up, down, share = of
+            act = jax.nn.silu(_linear(x, gate).astype(jnp.float32)).astype(x.dtype)
+            y = _linear(act * _linear(x, up), down)
+            return total + jnp.where(share[:, None] > 0, y.astype(jnp.float32) * share[:, None], 0), None
+
+        weights = tuple(stack.weight[...] for stack in (self.gate_proj, self.up_proj, self.down_proj))
+        total, _ = lax.scan(one, jnp.zeros(x.shape, jnp.float32), (*weights, shares.T.astype(jnp.float32)))
+        return total.astype(x.dtype)
+
+
+class Stack(nnx.Module):
+    """A linear layer's weight for each expert."""
+
+    def __init__(self, experts: int, features_in: int, features_out: int, rngs: nnx.Rngs, dtype: str):
+        init = nnx.initializers.normal(features_in**-0.5)
+        self.weight = nnx.Param(init(rngs.params(), (experts, features_out, features_in), dtype))
+
+
+class MoE(nnx.Module):
+    """Experts that a router chooses for each token, and one that all share where the family has it."""
+
+    def __init__(self, config: MoeConfig, rngs: nnx.Rngs, dtype: str):
+        c, wide = config, config.shared_intermediate_size
+        self.gate = Linear(c.hidden_size, c.num_experts, rngs, dtype)
+        self.experts = Experts(c, rngs, dtype)
+        self.shared_expert = MLP(c.hidden_size, wide, rngs, dtype) if wide else None
+        self.shared_expert_gate = Linear(c.hidden_size, 1, rngs, dtype) if wide else None
+        self.top_k, self.renormalised = c.num_experts_per_tok, c.norm_topk_prob
+
+    def __call__(self, x: Array) -> Array:
+        probs = jax.nn.softmax(self.gate(x).astype(jnp.float32), axis=-1)
+        top, index = lax.top_k(probs, self.top_k)
+        top = (top / top.sum(axis=-1, keepdims=True) if self.renormalised else top).astype(x.dtype)
+        shares = jnp.zeros_like(probs, x.dtype).at[jnp.arange(len(x))[:, None], index].set(top)
+        y = self.experts(x, shares)
+        if self.shared_expert is None or self.shared_expert_gate is None:
+            return y
+        weight = jax.nn.sigmoid(self.shared_expert_gate(x).astype(jnp.float32)).astype(x.dtype)
+        return y + weight * self.shared_expert(x)
+
+
 class DecoderLayer(nnx.Module):
     """Attention and MLP, each behind a norm and added to what came in."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype: str, kind: str):
-        window = config.sliding_window if kind == SLIDING else None
+    def __init__(self, config: ModelConfig, layer: int, rngs: nnx.Rngs, dtype: str):
+        window = config.sliding_window if config.layer_types[layer] == SLIDING else None
         self.self_attn = Attention(config, rngs, dtype, window)
-        self.mlp = MLP(config, rngs, dtype)
+        if isinstance(config, MoeConfig) and config.sparse[layer]:
+            self.mlp: MLP | MoE = MoE(config, rngs, dtype)
+        else:
+            self.mlp = MLP(config.hidden_size, config.intermediate_size, rngs, dtype)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
 
@@ -154,7 +220,7 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype: str):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, rngs, dtype)
-        self.layers = nnx.List([DecoderLayer(config, rngs, dtype, kind) for kind in config.layer_types])
+        self.layers = nnx.List([DecoderLayer(config, n, rngs, dtype) for n in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.rotary_emb = RotaryEmbedding(config, dtype)
 
@@ -211,7 +277,7 @@ def load_model(config: ModelConfig, weights: Weights, dtype: str = "model", devi
         model.model.rotary_emb = RotaryEmbedding(config, dtype)
     parameters = {".".join(map(str, path)): v for path, v in nnx.iter_graph(model) if isinstance(v, nnx.Param)}
     check_names(config, list(parameters))
-    for name, array in parameters_of(config, weights):
+    for name, array in stacked_experts(parameters_of(config, weights)):
         # Read, cast on the device and let go one by one, so that no second copy of the model exists.
         parameters[name].set_raw_value(jax.device_put(np.ascontiguousarray(array), place).astype(dtype))
     return model

@@ -17,11 +17,11 @@ from jax import Array
 
 from stages.spec.rope import RopeParameters
 from stages.spec.stage import Functions
-from svf_jax import components, decoder, router
+from svf_jax import components, decoder, experts, router
 
 # What differs in float64 takes the place of the native function.
 WIDE_STAGES: Functions[Callable[..., Array]] = Functions(
-    {**components.REPLAY_STAGES, **decoder.FORWARD_STAGES, **router.ROUTER_STAGES}
+    {**components.REPLAY_STAGES, **decoder.FORWARD_STAGES, **experts.EXPERT_STAGES, **router.ROUTER_STAGES}
 )
 
 
@@ -163,6 +163,19 @@ def ffn_norm(post_attn_residual: Array, weight: Array, *, eps: float, dtype: str
 def final_norm(post_ffn_residual: Array, weight: Array, *, eps: float, dtype: str) -> Array:
     """RMSNorm of the last layer's output."""
     return _rms_norm(post_ffn_residual, weight, eps, dtype)
+
+
+@WIDE_STAGES
+def router_probs(router_logits: Array) -> Array:
+    """Softmax over all experts."""
+    return jax.nn.softmax(router_logits, axis=-1)
+
+
+@WIDE_STAGES
+def router_weights(router_probs: Array, router_topk: Array, *, renormalised: bool, dtype: str) -> Array:
+    """The chosen experts' probabilities, over their sum where `renormalised`."""
+    weights = jnp.take_along_axis(router_probs, router_topk, axis=-1)
+    return weights / weights.sum(axis=-1, keepdims=True) if renormalised else weights
 
 
 def _stretch(positions: Array, rope: Mapping[str, Any]) -> Array:

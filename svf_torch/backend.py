@@ -19,6 +19,7 @@ from stages.spec.backend import Production, Weights
 from stages.spec.config import ModelConfig, RawConfig
 from svf_torch.components import REPLAY_STAGES
 from svf_torch.decoder import FORWARD_STAGES
+from svf_torch.experts import EXPERT_STAGES
 from svf_torch.fused import FUSED
 from svf_torch.order import ORDERED
 from svf_torch.probe import flags, set_flag
@@ -50,7 +51,7 @@ class TorchBackend:
 
     @property
     def forward(self) -> Mapping[str, Callable[..., Tensor]]:
-        return FORWARD_STAGES
+        return {**FORWARD_STAGES, **EXPERT_STAGES}
 
     @property
     def router(self) -> Mapping[str, Callable[..., Tensor]]:

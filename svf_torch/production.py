@@ -6,7 +6,7 @@ Weights come through the same reader as the traced path's, so adapted ones work 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -22,14 +22,26 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from stages.files.memory import ALIGNMENT, aligned_copy
-from stages.run.production import check_names, checked_tokens, greedy, parameters_of, with_stored_head
+from stages.run.production import (
+    check_names,
+    checked_tokens,
+    greedy,
+    parameters_of,
+    stacked_experts,
+    with_stored_head,
+)
 from stages.spec.backend import Weights
 from stages.spec.config import ModelConfig
+from stages.spec.experts import MoeConfig
 
 
 def _windows(config: ModelConfig) -> dict[str, Any]:
@@ -39,12 +51,32 @@ def _windows(config: ModelConfig) -> dict[str, Any]:
     return {"use_sliding_window": use, "sliding_window": config.sliding_window, "layer_types": types}
 
 
+def _experts(config: ModelConfig) -> dict[str, Any]:
+    """The experts as the Qwens' configs have them."""
+    assert isinstance(config, MoeConfig)
+    return {
+        "num_experts": config.num_experts,
+        "num_experts_per_tok": config.num_experts_per_tok,
+        "moe_intermediate_size": config.moe_intermediate_size,
+        "shared_expert_intermediate_size": config.shared_intermediate_size,
+        "norm_topk_prob": config.norm_topk_prob,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [layer for layer, sparse in enumerate(config.sparse) if not sparse],
+        **_windows(config),
+    }
+
+
+# Experts one after the other: a grouped product sums in another order.
+_EAGER = {"experts_implementation": "eager"}
+_GATE_UP = ".gate_up_proj"
 # A family's config, its model, and what its config has beside the fields of all.
 CLASSES: Mapping[str, tuple[Any, Any, Callable[[ModelConfig], dict[str, Any]]]] = MappingProxyType(
     {
         "qwen3": (Qwen3Config, Qwen3ForCausalLM, lambda c: {"attention_bias": c.qkv_bias, **_windows(c)}),
         "qwen2": (Qwen2Config, Qwen2ForCausalLM, _windows),
         "llama": (LlamaConfig, LlamaForCausalLM, lambda c: {"attention_bias": c.qkv_bias}),
+        "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM, lambda c: {"attention_bias": c.qkv_bias, **_experts(c)}),
+        "qwen2_moe": (Qwen2MoeConfig, Qwen2MoeForCausalLM, lambda c: {"qkv_bias": c.qkv_bias, **_experts(c)}),
         "mistral": (MistralConfig, MistralForCausalLM, lambda c: {"sliding_window": c.sliding_window}),
     }
 )
@@ -68,14 +100,34 @@ def load_model(
     made, kind = getattr(torch, config.dtype if dtype == "model" else dtype), CLASSES[config.family][1]
     settings = transformers_config(config, raw_config)
     with torch.device("meta"):
-        model = kind._from_config(settings, dtype=made, attn_implementation="eager")
+        model = kind._from_config(settings, dtype=made, attn_implementation="eager", **_EAGER)
     # Not in any checkpoint, so not on the meta device: the inverse frequencies, float32 in every model.
     model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
-    check_names(config, [name for name, _ in model.named_parameters()])
-    state = {name: _put(array).to(device, made) for name, array in parameters_of(config, weights)}
+    check_names(config, [part for name, _ in model.named_parameters() for part in _unpacked(name)])
+    state = dict(_packed((n, _put(a).to(device, made)) for n, a in stacked_experts(parameters_of(config, weights))))
     model.load_state_dict(state, strict=not config.tie_word_embeddings, assign=True)
     model.tie_weights()
     return model.to(device).eval().requires_grad_(False)
+
+
+def _unpacked(name: str) -> list[str]:
+    """A parameter of `transformers`' model by the names of `stacked_experts`."""
+    if name.endswith(_GATE_UP):
+        return [name.replace(_GATE_UP, f".{part}_proj.weight") for part in ("gate", "up")]
+    return [f"{name}.weight"] if name.endswith(".experts.down_proj") else [name]
+
+
+def _packed(parameters: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Stacked experts as `transformers` packs them: rows of the gate, then of up."""
+    gate: Tensor | None = None
+    for name, tensor in parameters:
+        if ".experts.gate_proj" in name:
+            gate = tensor
+        elif ".experts.up_proj" in name:
+            assert gate is not None
+            yield name.replace(".up_proj.weight", _GATE_UP), torch.cat((gate, tensor), dim=1)
+        else:
+            yield name.removesuffix(".weight") if ".experts." in name else name, tensor
 
 
 def transformers_config(config: ModelConfig, raw_config: Mapping[str, Any] | None = None) -> Any:

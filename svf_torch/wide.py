@@ -17,11 +17,11 @@ from torch.nn import functional as F
 
 from stages.spec.rope import RopeParameters
 from stages.spec.stage import Functions
-from svf_torch import components, decoder, router
+from svf_torch import components, decoder, experts, router
 
 # What differs in float64 takes the place of the native function.
 WIDE_STAGES: Functions[Callable[..., Tensor]] = Functions(
-    {**components.REPLAY_STAGES, **decoder.FORWARD_STAGES, **router.ROUTER_STAGES}
+    {**components.REPLAY_STAGES, **decoder.FORWARD_STAGES, **experts.EXPERT_STAGES, **router.ROUTER_STAGES}
 )
 
 
@@ -162,6 +162,19 @@ def ffn_norm(post_attn_residual: Tensor, weight: Tensor, *, eps: float, dtype: s
 def final_norm(post_ffn_residual: Tensor, weight: Tensor, *, eps: float, dtype: str) -> Tensor:
     """RMSNorm of the last layer's output."""
     return _rms_norm(post_ffn_residual, weight, eps, dtype)
+
+
+@WIDE_STAGES
+def router_probs(router_logits: Tensor) -> Tensor:
+    """Softmax over all experts."""
+    return F.softmax(router_logits, dim=-1)
+
+
+@WIDE_STAGES
+def router_weights(router_probs: Tensor, router_topk: Tensor, *, renormalised: bool, dtype: str) -> Tensor:
+    """The chosen experts' probabilities, over their sum where `renormalised`."""
+    weights = router_probs.gather(-1, router_topk.long())
+    return weights / weights.sum(dim=-1, keepdim=True) if renormalised else weights
 
 
 def _stretch(positions: Tensor, rope: Mapping[str, Any]) -> Tensor:

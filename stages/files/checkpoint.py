@@ -11,7 +11,7 @@ import functools
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -43,6 +43,7 @@ HUB_PATTERNS = (
     "merges.txt",
 )
 _HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>\w[\w./-]*))?", re.ASCII)
+_PACKED = re.compile(r"(?P<before>.*\.mlp\.experts)\.(?P<which>gate_up|down)_proj", re.ASCII)
 _NO_FOLDER = f"a file; name the folder that holds it and {CONFIG}"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -184,6 +185,7 @@ class Checkpoint:
 
     def _open(self, path: Path) -> TensorFile:
         self._files.append(file := TensorFile(path))
+        file.tensors = {part.name: part for info in file.tensors.values() for part in _experts_of(info)}
         return file
 
     def _open_shards(self, index: Path) -> dict[str, TensorFile]:
@@ -282,6 +284,24 @@ def check_parameters(path: Path, config: ModelConfig, tensors: Mapping[str, Tens
     ]
     if wrong:
         raise InputError(f"{path}: wrong shapes: {_listed(wrong)}")
+
+
+def _experts_of(info: TensorInfo) -> Iterator[TensorInfo]:
+    """Experts packed in one tensor as the tensors of each, by their published names; any other as it is.
+
+    `gate_up_proj` is `[experts, gate rows then up rows, hidden]`, `down_proj` `[experts, hidden, intermediate]`.
+    """
+    match = _PACKED.fullmatch(info.name)
+    parts = {"gate_up": ("gate", "up"), "down": ("down",)}[match["which"]] if match else ()
+    if match is None or len(info.shape) != 3 or info.shape[1] % len(parts) or 0 in info.shape:
+        yield info
+        return
+    experts, rows, columns = info.shape[0], info.shape[1] // len(parts), info.shape[2]
+    size = rows * columns * info.dtype.itemsize
+    for number in range(experts * len(parts)):
+        expert, part = divmod(number, len(parts))
+        name = f"{match['before']}.{expert}.{parts[part]}_proj.weight"
+        yield TensorInfo(name, info.dtype, (rows, columns), info.offset + number * size)
 
 
 def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from stages.files.forward_dump import Place
-from stages.judge.recorded_run import ForwardRun, find, given, sources_of, weights_of
-from stages.judge.spans import span_of
+from stages.judge.recorded_run import ForwardRun, find, sources_of, weights_of
+from stages.judge.spans import given_at, span_of
 from stages.judge.tried import Edits
 from stages.run.forward import parameters
 from stages.spec.backend import Backend
@@ -61,7 +61,7 @@ def program(place: Place, run: ForwardRun) -> list[Step]:
         if stage.identity:
             steps.append(Step(at, "", {}, sources, ()))
             continue
-        params = tuple(parameters(stage, given(run), weights_of(run), at[0], dtype))
+        params = tuple(parameters(stage, given_at(run, at), weights_of(run), at[0], dtype))
         steps.append(Step(at, stage.function, stage_options(run.config, stage), sources, params))
     return steps
 

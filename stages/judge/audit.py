@@ -23,7 +23,7 @@ from stages.judge.adapted import AdaptedPair, adaptation
 from stages.judge.arrangements import fitting_layouts
 from stages.judge.culprit import ORACLE, chosen_row, culprit_data, oracle_pieces
 from stages.judge.decomposition import SHOWN_BY, fault_of, in_words, not_known, parts_of, with_faults
-from stages.judge.explained import Explained, accept, accepted_words
+from stages.judge.explained import Explained, accept, accepted_words, tie_words
 from stages.judge.forward import (
     explain_place,
     explain_suspects,
@@ -557,7 +557,7 @@ def document(
         "verdict": " ".join(
             (
                 in_words(decomposition, "") or _sentence(rows, culprits, miss, coverage),
-                *filter(None, (None if culprits else explained.words, accepted_words(rows))),
+                *filter(None, (None if culprits else explained.words, accepted_words(rows), tie_words(rows))),
                 *(f"{n[0].upper()}{n[1:]}." for n in notes),
             )
         ),

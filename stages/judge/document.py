@@ -12,7 +12,7 @@ from stages.errors import InputError, UsageError, shown
 from stages.files.selection import layer_of
 from stages.judge.basis import of_basis, unexplained
 from stages.judge.decomposition import in_words, with_faults
-from stages.judge.explained import Explained, accept, accepted_words
+from stages.judge.explained import Explained, accept, accepted_words, tie_words
 from stages.judge.guarantees import RULES
 from stages.judge.metrics import walk
 from stages.judge.next_steps import Step
@@ -206,6 +206,7 @@ def finish(
                     verdict,
                     None if culprits else explained.words,
                     accepted_words(rows),
+                    tie_words(rows),
                     how_far(rows, culprits[0] if culprits else None, (extra or {}).get("logits")),
                     f"Gate --std-ratio: {std_ratio_words(spread)}." if gate_results.get(STD_RATIO) is False else None,
                     about_precision(a, b),

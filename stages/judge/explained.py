@@ -66,6 +66,15 @@ def _accepted(row: Row) -> Row:
     return {**row, **found}
 
 
+def tie_words(rows: Iterable[Row]) -> str | None:
+    """A sentence on choices that rounding decided; None where there were none."""
+    tied = [row["key"] for row in rows if Verdict.TIE in [row.get(f"verdict{end}") for end in _ENDS]]
+    if not tied:
+        return None
+    layers = f"{len(tied)} layers" if len(tied) > 1 else f"one layer ({tied[0]})"
+    return f"A tie in {layers}: rounding decided which experts some token goes to, and any that it can choose is right."
+
+
 def accepted_words(rows: Iterable[Row]) -> str | None:
     """A sentence on what was accepted; None where nothing was."""
     found: dict[str, list[Any]] = {}

@@ -26,6 +26,7 @@ from stages.judge.recorded_run import ForwardRun, Turn, order_of
 from stages.spec.backend import Weights
 from stages.spec.config import ModelConfig
 from stages.spec.dtypes import stored_dtype
+from stages.spec.experts import CHOSEN
 from stages.spec.forward import DECLARED, forward_pipeline, recorded_shape
 from stages.spec.stage import Pipeline, Stage
 
@@ -248,7 +249,9 @@ def _reader(file: TensorFile, key: str) -> Reader:
 
 
 def _check_dtype(file: TensorFile, key: str) -> None:
-    dtype, wanted = file.info(key).dtype, (*_WIDE, *_NARROW)
+    place = parse_key(key)
+    counts = (np.dtype(np.int32), np.dtype(np.int64)) if place is not None and place[1] == CHOSEN else ()
+    dtype, wanted = file.info(key).dtype, (*_WIDE, *_NARROW, *counts)
     if dtype not in wanted:
         names = " or ".join(d.name for d in wanted)
         raise InputError(f"{file.path}: '{shown(key)}' is {dtype.name}, expected {names}")

@@ -25,14 +25,13 @@ from stages.judge.recorded_run import (
     find,
     fits,
     flows,
-    given,
     inputs_of,
     sources_of,
     weights_of,
 )
 from stages.judge.rows import Row
 from stages.judge.slight import slight
-from stages.judge.spans import computed_between, mixes_positions, span_of, value_of, values_of, way_of
+from stages.judge.spans import computed_between, given_at, mixes_positions, span_of, value_of, values_of, way_of
 from stages.judge.through import Search
 from stages.oracle import rope
 from stages.oracle.bounds import RMS_THROUGH
@@ -46,6 +45,7 @@ from stages.run.forward import Where, begin, oracles, parameters, part, vocabula
 from stages.spec.backend import Weights
 from stages.spec.config import EMBEDDING, LM_HEAD, ModelConfig
 from stages.spec.dtypes import stored_dtype
+from stages.spec.experts import CHOSEN
 from stages.spec.forward import (
     ROUNDED_INSIDE,
     RUN_PARAMS,
@@ -71,6 +71,10 @@ def why_unjudged(place: Place, run: ForwardRun) -> str | None:
     missing = f"not recorded: {', '.join(map(forward_key, span.missing))}"
     if span.from_start and not run.tokens:
         return missing
+    if span.hidden and np.isinf(floor_of(place, run)) and any(name == CHOSEN for _, name in span.hidden):
+        return (
+            f"{missing}; rounding decides which experts some token goes to: record {CHOSEN}, which says what it chose"
+        )
     if span.hidden and floor_of(place, run) > LEAST_SEEN:
         return (
             f"{missing}; too long to tell: through {len(span.hidden)} hidden stages right programs may differ by "
@@ -190,7 +194,8 @@ def _hidden_maker(source: Place, run: ForwardRun) -> Oracle | None:
     assert run.config is not None
     stage = run.path.at(source)
     arrays = [value_of(run, at).array for at in sources_of(source, run).values()]
-    params = parameters(stage, given(run), weights_of(run), source[0], stored_dtype(run.path["embedding"].dtype))
+    dtype = stored_dtype(run.path["embedding"].dtype)
+    params = parameters(stage, given_at(run, source), weights_of(run), source[0], dtype)
     oracle = consult(stage, (*arrays, *params), stage_options(run.config, stage), run.lambdas)
     return dataclasses.replace(oracle, made=_made(source, run))
 
@@ -318,7 +323,7 @@ def _oracles_through(
     if stage.by_vocab and observed.ndim == 2:
         values = [value.last(len(observed)) for value in values]
     options, dtype = stage_options(run.config, stage), stored_dtype(run.path.activations)
-    weights, own = weights_of(run), given(run)
+    weights, own = weights_of(run), given_at(run, place)
     plan = vocabulary_plan(run.config.vocab_size) if stage.by_vocab else [(0, None)]
     with np.errstate(all="ignore"):
         for start, stop in plan:

@@ -40,6 +40,7 @@ from stages.progress import Report
 from stages.recipes.side import SideVerdict
 from stages.run.forward import part
 from stages.spec.dtypes import stored_dtype
+from stages.spec.experts import CHOSEN
 from stages.spec.forward import ALIASES
 from stages.spec.stage import Stage
 
@@ -215,6 +216,8 @@ def _row(place: Place, a: ForwardRun, b: ForwardRun, top: int, judge: Judging | 
         return {**row(Verdict.SHAPE, side_a, side_b), "note": note}
     d = Difference(top)
     stage = a.path.at(place) if a.path and b.path else None
+    if stage is not None and "topk" in stage.shape.split():
+        y = _by_expert(y, place, a, b)
     wide = np.promote_types(x.dtype, y.dtype)
     one, other = (array.astype(wide, copy=False) for array in (x, y))
     compared = (judged_part(stage, one), judged_part(stage, other)) if stage else (one, other)
@@ -305,6 +308,22 @@ def _aligned(x: np.ndarray, y: np.ndarray, *, flat: bool, logits: bool = False) 
     if x.ndim == y.ndim == 2 and x.shape[1:] == y.shape[1:] and (logits or 1 in (len(x), len(y))):
         return x[-len(y) :], y[-len(x) :]
     return x, y
+
+
+def _by_expert(y: np.ndarray, place: Place, a: ForwardRun, b: ForwardRun) -> np.ndarray:
+    """b's places of each token in the order in which a has the same experts; those that a has not come as they are."""
+    at_a, at_b = (_at(run, (place[0], CHOSEN)) for run in (a, b))
+    if at_a is None or at_b is None:
+        return y
+    wanted, there = a.read(at_a), b.read(at_b)
+    if wanted.shape != there.shape or wanted.shape != y.shape[:2]:
+        return y
+    same = wanted[:, :, None] == there[:, None, :]
+    order = np.where(same.any(axis=-1), same.argmax(axis=-1), -1)
+    for row, token in zip(order, same, strict=True):
+        left = [n for n in range(len(row)) if not token[:, n].any()]
+        row[row < 0] = left[: int((row < 0).sum())]
+    return np.take_along_axis(y, order.reshape(*order.shape, *[1] * (y.ndim - 2)), axis=1)
 
 
 def split(x: np.ndarray, y: np.ndarray) -> dict[str, Any]:

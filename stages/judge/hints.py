@@ -17,8 +17,11 @@ import numpy as np
 
 from stages.judge.low_rank import explain_low_rank
 from stages.oracle import bounds as noise
+from stages.oracle.experts import admissible
 from stages.oracle.verdict import STAGES, Oracle, judged_part
+from stages.recipes.at import At
 from stages.recipes.attention import SOFTMAX
+from stages.recipes.catalogue import ways_of
 from stages.recipes.elements import CLEAR, EVIDENT, interval, shortest
 from stages.recipes.match import explain as ask
 from stages.recipes.recipe import Class
@@ -148,9 +151,28 @@ def explain(case: Case) -> str | None:
     """The first hint that fits; None when none does."""
     if not case.got.size or case.got.shape != case.value.shape:
         return None
+    if case.oracle.stage.noise is Noise.CHOICE:
+        return chosen_otherwise(case)
     hints = HINTS if np.isfinite(case.got).all() else NONFINITE_HINTS
     with np.errstate(all="ignore"):
         return next((text for hint in hints for text in [hint(case)] if text is not None), None)
+
+
+def chosen_otherwise(case: Case) -> str | None:
+    """Another choice of experts: by a row of the catalogue, or the first token whose choice no rounding makes."""
+    at = At(case.oracle)
+    for way in ways_of(at, Class.OTHER):
+        if np.array_equal(np.sort(way.value, axis=-1), np.sort(case.got, axis=-1)):
+            return way.words
+    probs, got = case.oracle.arguments[0], case.observed
+    wrong = np.flatnonzero(~admissible(probs, got))
+    if not len(wrong):
+        return None
+    token = int(wrong[0])
+    odd, right = (sorted(set(x.tolist())) for x in (got[token], case.oracle.value[token].astype(int)))
+    share = ", ".join(f"{probs[token, e]:.3g}" if 0 <= e < probs.shape[1] else "none" for e in odd)
+    some = f"{len(wrong)} of {len(got)} tokens" if len(wrong) > 1 else "one token"
+    return f"{some}, first token {token}: experts {odd} with probabilities {share}, where {right} are the likeliest"
 
 
 def by_recipe(case: Case) -> str | None:

@@ -100,6 +100,6 @@ def _of_other_weights(place: Place, run: ForwardRun, oracle: Oracle, columns: sl
         return
     for step in (-1, 1):
         if 0 <= layer + step < run.config.num_hidden_layers:
-            others = parameters(stage, {}, weights, layer + step, dtype)
+            others = parameters(stage, dict(zip(stage.inputs, inputs, strict=True)), weights, layer + step, dtype)
             value = STAGES[stage.function](*inputs, *others, **oracle.options)
             yield f"the weights of layer {layer + step} in the place of layer {layer}'s", value

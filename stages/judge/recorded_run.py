@@ -29,6 +29,7 @@ from stages.run.forward import POSITIONS
 from stages.spec.backend import Weights
 from stages.spec.config import ModelConfig
 from stages.spec.dtypes import stored_dtype
+from stages.spec.experts import CHOSEN
 from stages.spec.families import parse_config
 from stages.spec.forward import (
     ANY_MODEL,
@@ -128,6 +129,8 @@ class ForwardRun:
 
     def values_of(self, place: Place, array: np.ndarray) -> np.ndarray:
         """The values of a stage that `array` was recorded of."""
+        if place[1] == CHOSEN:  # numbers of experts, whatever holds them
+            array = array.astype(np.int32)
         return self.turned[place](array) if place in self.turned else array
 
     def of(self, side: Recorded) -> ForwardRun:

@@ -28,6 +28,7 @@ from stages.oracle.span import BEYOND_LAYER, WITHIN_LAYER, Value, Way, oracle_th
 from stages.oracle.spread import Spread
 from stages.run.forward import parameters
 from stages.spec.dtypes import stored_dtype
+from stages.spec.experts import CHOSEN, is_each
 from stages.spec.forward import (
     stage_options,
 )
@@ -106,6 +107,13 @@ def way_of(place: Place, run: ForwardRun) -> Way:
     )
 
 
+def given_at(run: ForwardRun, place: Place) -> dict[str, np.ndarray]:
+    """What a stage's parameters go by: the run's tokens and positions, and which experts this layer's tokens chose."""
+    assert run.path is not None
+    of_experts = any(is_each(name) for name in run.path.at(place).params)
+    return {**given(run), **({CHOSEN: value_of(run, (place[0], CHOSEN)).array} if of_experts else {})}
+
+
 def value_of(run: ForwardRun, source: Place) -> Value:
     """A stage as recorded, or computed from what is."""
     return values_of(run, [source])[0]
@@ -174,9 +182,10 @@ def computed(run: ForwardRun, place: Place, inputs: Sequence[Value]) -> Value:
     stage, dtype, way = run.path.at(place), stored_dtype(run.path.activations), way_of(place, run)
     if stage.identity:
         return inputs[0]
-    params = parameters(stage, given(run), weights_of(run), place[0], dtype)
+    own = {**given(run), **{name: value.array for name, value in zip(stage.inputs, inputs, strict=True)}}
+    params = parameters(stage, own, weights_of(run), place[0], dtype)
     wide = np.dtype(np.float64)
-    doubts = tuple(parameters(stage, given(run), doubt, place[0], wide) for doubt in run.doubts) or None
+    doubts = tuple(parameters(stage, own, doubt, place[0], wide) for doubt in run.doubts) or None
     if way.taken is not None:
         way = replace(way, least=partial(joined, least_of(run, place)))
     oracle = oracle_through(stage, inputs, params, stage_options(run.config, stage), way, doubts)

@@ -18,8 +18,8 @@ from stages.files.forward_dump import Place, forward_key
 from stages.judge.activations import joined, least_of, taken_at
 from stages.judge.hints import Case
 from stages.judge.mix_ups import ALIKE
-from stages.judge.recorded_run import ForwardRun, Span, given, sources_of, weights_of
-from stages.judge.spans import computed, span_of, value_of, way_of
+from stages.judge.recorded_run import ForwardRun, Span, sources_of, weights_of
+from stages.judge.spans import computed, given_at, span_of, value_of, way_of
 from stages.judge.wrong_weights import Element, Line, beside
 from stages.oracle.bounds import U32
 from stages.oracle.decoder import attn_softmax
@@ -250,7 +250,7 @@ class Tried:
             found = self.oracle.arguments[len(stage.inputs) :]
         else:
             dtype = stored_dtype(self.path.activations)
-            found = tuple(parameters(stage, given(self.run), weights_of(self.run), at[0], dtype))
+            found = tuple(parameters(stage, given_at(self.run, at), weights_of(self.run), at[0], dtype))
         of_run = [name in RUN_PARAMS for name in stage.params]
         wide = sum(array.nbytes for array in found) < _MOST_WIDE
         return [
@@ -418,7 +418,7 @@ class Tried:
             for layer in (at[0] - 1, at[0] + 1):
                 if 0 <= layer < self.config.num_hidden_layers:
                     said = f"the weights of layer {layer} in the place of layer {at[0]}'s"
-                    params = parameters(stage, given(self.run), weights, layer, dtype)
+                    params = parameters(stage, given_at(self.run, at), weights, layer, dtype)
                     yield self._with_params(at, where, said, params)
                     yield from self._each_alone(at, layer, params)
             if stage.noise is Noise.PRODUCT:

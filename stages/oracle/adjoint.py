@@ -37,11 +37,16 @@ def _summed(_x: Arrays, _p: Arrays, _o: Mapping[str, Any], g: np.ndarray) -> lis
 
 
 def _multiplied(x: Arrays, _p: Arrays, _o: Mapping[str, Any], g: np.ndarray) -> list[np.ndarray | None]:
-    """One of the factors may be a single number."""
-    backs = (g * x[1], g * x[0])
-    return [
-        b if b.shape[1:] == a.shape else b.sum(axis=(1, 2)).reshape(-1, *a.shape) for b, a in zip(backs, x, strict=True)
-    ]
+    """One of the factors may be a single number, or one of each row."""
+    return [_as_far(back, a) for back, a in zip((g * x[1], g * x[0]), x, strict=True)]
+
+
+def _as_far(back: np.ndarray, a: np.ndarray) -> np.ndarray:
+    """The adjoint of what was spread over more axes, or along one."""
+    if back.ndim - 1 != a.ndim:
+        return back.sum(axis=(1, 2)).reshape(-1, *a.shape)
+    spread = tuple(n + 1 for n, (of, to) in enumerate(zip(a.shape, back.shape[1:], strict=True)) if of != to)
+    return back.sum(axis=spread, keepdims=True) if spread else back
 
 
 def _product(_x: Arrays, params: Arrays, _o: Mapping[str, Any], g: np.ndarray) -> list[np.ndarray | None]:

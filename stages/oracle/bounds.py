@@ -62,6 +62,12 @@ LAMBDA = Lambdas(
         Noise.ROPE: 1.5,
         Noise.COS_SIN: 2.0,
         Noise.INV_FREQ: 1.0,
+        Noise.SIGMOID: 1.5,
+        Noise.DISTRIBUTION: 1.2,
+        Noise.CHOICE: 1.0,
+        Noise.SHARES: 2.0,
+        Noise.EXPERTS: 4.0,
+        Noise.COMBINED: 1.5,
     }
 )
 
@@ -80,6 +86,11 @@ RMS: Mapping[Noise, float] = MappingProxyType(
         Noise.ROPE: 0.22,
         Noise.COS_SIN: 0.30,
         Noise.INV_FREQ: 0.25,
+        Noise.SIGMOID: 0.16,
+        Noise.DISTRIBUTION: 0.20,
+        Noise.SHARES: 0.28,
+        Noise.EXPERTS: 0.25,
+        Noise.COMBINED: 0.25,
     }
 )
 RMS_FACTOR = 3.0
@@ -352,6 +363,71 @@ def inv_freq_rigorous(logarithm: np.ndarray, number: np.ndarray, extra: np.ndarr
     return U32 * ((16 + 10 * logarithm + 10 * number) * np.abs(result) + 2 * extra)
 
 
+def sigmoid_bound(result: np.ndarray) -> np.ndarray:
+    """6 u |r|, as silu's; where exp(-x) overflows float32 the result may be 0."""
+    return 6 * U32 * np.abs(result) + TINY
+
+
+def sigmoid_rigorous(result: np.ndarray) -> np.ndarray:
+    """exp within 8 u, a sum, a quotient; by tanh, (1 + tanh(x/2)) / 2, it cancels: 8 u."""
+    return 12 * U32 * np.abs(result) + 8 * U32
+
+
+def shares_bound(below: np.ndarray, renormalised: bool, result: np.ndarray) -> np.ndarray:
+    """u r (b + mean b + sqrt(k) + 5), b how far below the largest each logit is; without a sum, u r (b + 5).
+
+    They may be made of the recorded probabilities, or again from the logits, whose difference an exponential takes.
+    """
+    mean = np.sum(result * below, axis=-1, keepdims=True) + np.sqrt(below.shape[-1]) if renormalised else 0.0
+    return U32 * result * (below + mean + 5)
+
+
+def shares_rigorous(below: np.ndarray, renormalised: bool, result: np.ndarray) -> np.ndarray:
+    """As `softmax_rigorous`: 4 u b + 8 u each, their mean for the sum, gamma_k and the division."""
+    each = U32 * (4 * below + 8)
+    mean = np.sum(result * each, axis=-1, keepdims=True) + _gamma(below.shape[-1]) if renormalised else 0.0
+    relative = 2 * (each + mean) + 2 * U32
+    return result * relative / (1 - np.minimum(relative, 0.5))
+
+
+# An expert's product: where its rows stand, and its factors.
+ExpertFactors = list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]
+
+
+def experts_bound(lam: float, factors: ExpertFactors, result: np.ndarray) -> np.ndarray:
+    """`product_bound` of each expert's rows; result `[tokens, topk, out]`."""
+    return _of_experts(factors, result, lambda x, w, y: lam * product_bound(x, w, y))
+
+
+def experts_rigorous(factors: ExpertFactors, result: np.ndarray, core: Core | None = None) -> np.ndarray:
+    """`product_rigorous` of each expert's rows."""
+    return _of_experts(factors, result, lambda x, w, y: product_rigorous(x, w, y, core))
+
+
+def _of_experts(factors: ExpertFactors, result: np.ndarray, bound: Callable[..., np.ndarray]) -> np.ndarray:
+    out = np.zeros(result.shape)
+    for token, place, x, w in factors:
+        out[token, place] = bound(x, w, result[token, place])
+    return out
+
+
+def combined_bound(terms: np.ndarray, dtype: np.dtype, result: np.ndarray) -> np.ndarray:
+    """v (sqrt(k) sqrt(q + r^2) + |r| + sqrt(q)), q the sum of the squares of the k terms, v the unit of `dtype`.
+
+    Each term is rounded and each sum of them, to `dtype` where experts are added one after the other; `terms` is
+    `[tokens, k, hidden]`.
+    """
+    squares = np.sum(terms * terms, axis=1)
+    spread = np.sqrt(terms.shape[1]) * np.sqrt(squares + result * result)
+    return rounding_unit(dtype) * (spread + np.abs(result) + np.sqrt(squares))
+
+
+def combined_rigorous(terms: np.ndarray, dtype: np.dtype, result: np.ndarray) -> np.ndarray:
+    """k + 1 roundings of each term at most."""
+    unit = rounding_unit(dtype) * (terms.shape[1] + 1)
+    return unit / (1 - unit) * np.sum(np.abs(terms), axis=1)
+
+
 def _scaled(scale: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
     return lambda lam, *operands: lam * scale(*operands)
 
@@ -371,12 +447,17 @@ BOUNDS: Mapping[Noise, tuple[Callable[..., np.ndarray], Callable[..., np.ndarray
         Noise.ROPE: (rope_bound, rope_rigorous),
         Noise.COS_SIN: (cos_sin_bound, cos_sin_rigorous),
         Noise.INV_FREQ: (inv_freq_bound, inv_freq_rigorous),
+        Noise.SIGMOID: (_scaled(sigmoid_bound), sigmoid_rigorous),
+        Noise.DISTRIBUTION: (softmax_bound, softmax_rigorous),
+        Noise.SHARES: (_scaled(shares_bound), shares_rigorous),
+        Noise.EXPERTS: (experts_bound, experts_rigorous),
+        Noise.COMBINED: (_scaled(combined_bound), combined_rigorous),
     }
 )
 
 
 # Kinds that a tensor core may sum.
-PRODUCTS = (Noise.PRODUCT, Noise.SCORES, Noise.WEIGHTED)
+PRODUCTS = (Noise.PRODUCT, Noise.SCORES, Noise.WEIGHTED, Noise.EXPERTS)
 
 
 def calibrated(
@@ -391,6 +472,8 @@ def calibrated(
 
     `more` is what the value may be off beside it, before that rounding.
     """
+    if kind is Noise.CHOICE:
+        return np.zeros(result.shape)  # judged by what is admissible
     noise = 0.0 if kind is Noise.EXACT else BOUNDS[kind][0](lambdas[kind], *operands, result)
     return _stored(kind, noise, more, result, dtype)
 
@@ -404,6 +487,8 @@ def rigorous(
     core: Core | None = None,
 ) -> np.ndarray:
     """The bound of `kind` that no order of summation exceeds, nor a tensor `core`, stored in `dtype`."""
+    if kind is Noise.CHOICE:
+        return np.zeros(result.shape)
     summed = {"core": core} if kind in PRODUCTS else {}
     noise = 0.0 if kind is Noise.EXACT else BOUNDS[kind][1](*operands, result, **summed)
     return _stored(kind, noise, more, result, dtype)

@@ -16,6 +16,7 @@ import numpy as np
 
 from stages.oracle import svd
 from stages.oracle.decoder import FORWARD_STAGES
+from stages.oracle.experts import EXPERT_STAGES
 from stages.oracle.rounding import round_once
 from stages.oracle.router import ROUTER_STAGES
 from stages.spec import environment
@@ -162,7 +163,8 @@ class ReferenceBackend:
 
     @property
     def forward(self) -> Mapping[str, Callable[..., np.ndarray]]:
-        return {name: _rounded_forward(fn, DECLARED[name].dtype) for name, fn in FORWARD_STAGES.items()}
+        native = {**FORWARD_STAGES, **EXPERT_STAGES}
+        return {name: _rounded_forward(fn, DECLARED[name].dtype) for name, fn in native.items()}
 
     @property
     def router(self) -> Mapping[str, Callable[..., np.ndarray]]:
@@ -172,7 +174,7 @@ class ReferenceBackend:
     def wide(self) -> Mapping[str, Callable[..., np.ndarray]]:
         replay = {name: _of_wide(fn) for name, fn in REPLAY_STAGES.items()}
         inside = {name: _of_wide(fn) for name, fn in FORWARD_STAGES.items() if name in ROUNDED_INSIDE}
-        return {**FORWARD_STAGES, **ROUTER_STAGES, **replay, **inside}
+        return {**FORWARD_STAGES, **EXPERT_STAGES, **ROUTER_STAGES, **replay, **inside}
 
     @property
     def ordered(self) -> Mapping[str, Callable[..., np.ndarray]]:

@@ -257,9 +257,7 @@ def ffn_up(
 @FORWARD_STAGES
 def ffn_silu(ffn_gate: Float[np.ndarray, "tokens intermediate"]) -> Float[np.ndarray, "tokens intermediate"]:
     """ffn_gate * sigmoid(ffn_gate)."""
-    gate = ffn_gate.astype(np.float64)
-    with np.errstate(over="ignore"):  # exp(-x) = inf gives 0, which is right
-        return gate / (1 + np.exp(-gate))
+    return _silu(ffn_gate)
 
 
 @FORWARD_STAGES
@@ -379,6 +377,12 @@ def _linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) -
 
 def _widened(x: np.ndarray) -> np.ndarray:
     return x.astype(np.float64, copy=False)
+
+
+def _silu(x: np.ndarray) -> np.ndarray:
+    x = x.astype(np.float64)
+    with np.errstate(over="ignore"):  # exp(-x) = inf gives 0, which is right
+        return x / (1 + np.exp(-x))
 
 
 def _turned(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:

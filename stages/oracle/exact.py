@@ -23,7 +23,7 @@ import numpy as np
 
 from stages.oracle import bounds as noise
 from stages.oracle import components as reference
-from stages.oracle import decoder
+from stages.oracle import decoder, experts
 from stages.oracle import router as reference_router
 from stages.oracle.bounds import TINY
 from stages.oracle.rounding import round_once
@@ -116,7 +116,7 @@ def plain(array: np.ndarray) -> np.ndarray:
 
 def _operands(name: str, arguments: Sequence[np.ndarray], options: Mapping[str, Any]) -> tuple[Any, ...]:
     """What the bound and the exact result of a stage are computed from."""
-    tables = (OPERANDS, reference.OPERANDS, decoder.OPERANDS, reference_router.OPERANDS)
+    tables = (OPERANDS, reference.OPERANDS, decoder.OPERANDS, experts.OPERANDS, reference_router.OPERANDS)
     table = next((found[name] for found in tables if name in found), None)
     return tuple(arguments) if table is None else table(*arguments, **options)
 
@@ -139,6 +139,11 @@ OPERANDS: Mapping[str, Callable[..., tuple[Any, ...]]] = MappingProxyType(
             weight,
             eps,
         ),
+        "router_weights": lambda probs, topk, *, renormalised, dtype: (
+            np.take_along_axis(probs, topk.astype(np.int64), axis=-1),
+            renormalised,
+        ),
+        "shared_weight": lambda score: (score,),
     }
 )
 
@@ -368,6 +373,67 @@ def _silu(x: float) -> Any:
     return mpmath.mpf(x) / (1 + mpmath.exp(-mpmath.mpf(x)))
 
 
+def sigmoid_error(value: np.ndarray, dtype: np.dtype, x: np.ndarray) -> np.ndarray:
+    """32 u |r|: exp within 8 u, 1 + exp, the quotient."""
+    return 32 * U64 * np.abs(value)
+
+
+def sigmoid_exact(places: Places, dtype: np.dtype, x: np.ndarray) -> np.ndarray:
+    """Elements of `1 / (1 + exp(-x))`."""
+    return np.array([_settled(partial(_sigmoid, number), dtype) for number in x[places].tolist()], dtype)
+
+
+def _sigmoid(x: float) -> Any:
+    return 1 / (1 + mpmath.exp(-mpmath.mpf(x)))
+
+
+def shares_error(value: np.ndarray, dtype: np.dtype, probs: np.ndarray, renormalised: bool) -> np.ndarray:
+    """(k + 4) u |r| for the sum of k positive numbers and the quotient; without them it is a copy."""
+    return (probs.shape[-1] + 4) * U64 * np.abs(value) if renormalised else np.zeros(value.shape)
+
+
+def shares_exact(places: Places, dtype: np.dtype, probs: np.ndarray, renormalised: bool) -> np.ndarray:
+    """Elements of the probabilities over their sum."""
+    found = []
+    for token, place in zip(*(axis.tolist() for axis in places), strict=True):
+        row = [Fraction(float(p)) for p in probs[token]]
+        total = sum(row) if renormalised else Fraction(1)
+        found.append(_to_odd(row[place] / total) if total else np.nan)
+    return round_once(np.array(found), dtype)
+
+
+def experts_error(value: np.ndarray, dtype: np.dtype, factors: noise.ExpertFactors) -> np.ndarray:
+    """`product_error` of each expert's rows."""
+    out = np.zeros(value.shape)
+    for token, place, x, w in factors:
+        out[token, place] = product_error(value[token, place], dtype, x, w)
+    return out
+
+
+def experts_exact(places: Places, dtype: np.dtype, factors: noise.ExpertFactors) -> np.ndarray:
+    """Elements of each expert's product."""
+    at: dict[tuple[int, int], tuple[int, int]] = {}
+    for number, (token, place, _, _) in enumerate(factors):
+        at |= {pair: (number, row) for row, pair in enumerate(zip(token.tolist(), place.tolist(), strict=True))}
+    out = np.empty(places[0].size, dtype)
+    for index, (token, place, column) in enumerate(zip(*(axis.tolist() for axis in places), strict=True)):
+        number, row = at[token, place]
+        _, _, x, w = factors[number]
+        out[index] = product_exact((np.array([row]), np.array([column])), dtype, x, w)[0]
+    return out
+
+
+def combined_error(value: np.ndarray, dtype: np.dtype, terms: np.ndarray, _: np.dtype) -> np.ndarray:
+    """(k + 1) u sum |terms|: products of two numbers of 24 bits are exact."""
+    return (terms.shape[1] + 1) * U64 * np.abs(terms).sum(axis=1)
+
+
+def combined_exact(places: Places, dtype: np.dtype, terms: np.ndarray, _: np.dtype) -> np.ndarray:
+    """Elements of the sum over the terms."""
+    token, column = places
+    return _rounded_sum(terms[token, :, column], dtype)
+
+
 def cos_sin_error(value: np.ndarray, dtype: np.dtype, angle: np.ndarray, scale: float, which: str) -> np.ndarray:
     """16 u |r| where the angle needs no reduction, below 3/4; else 16 u of the largest value, and 2 u for the scale.
 
@@ -488,5 +554,10 @@ KINDS: Mapping[Noise, Kind] = MappingProxyType(
         Noise.ROPE: Kind(rope_error, rope_exact),
         Noise.COS_SIN: Kind(cos_sin_error, cos_sin_exact),
         Noise.INV_FREQ: Kind(inv_freq_error, inv_freq_exact),
+        Noise.SIGMOID: Kind(sigmoid_error, sigmoid_exact),
+        Noise.DISTRIBUTION: Kind(softmax_error, softmax_exact),
+        Noise.SHARES: Kind(shares_error, shares_exact),
+        Noise.EXPERTS: Kind(experts_error, experts_exact),
+        Noise.COMBINED: Kind(combined_error, combined_exact),
     }
 )

@@ -21,6 +21,7 @@ from stages.oracle.activations import Cell, Sums, Taken
 from stages.oracle.bounds import RMS_THROUGH, U32, Lambdas, exact_bound, half_unit, rounding_unit
 from stages.oracle.components import _v_transposed
 from stages.oracle.decoder import _repeated, attn_softmax
+from stages.oracle.experts import by_expert, router_probs
 from stages.oracle.spread import RECORDED, STEPS, Setting, Spread, by_heads
 from stages.oracle.verdict import OPERANDS, Oracle, consult
 from stages.spec.causal import up_to_query
@@ -115,6 +116,10 @@ def oracle_through(
         return unsure_of(arguments)
 
     def unsure_of(given: tuple[np.ndarray, ...]) -> tuple[np.ndarray, np.ndarray]:
+        if stage.noise is Noise.CHOICE:  # what it is made of: a choice itself is sure, or open
+            probs = inputs[0]
+            room = np.fmin(way.deviations * np.sqrt(probs.spread.variance(probs.array)), probs.far)
+            return room, room
         same = given is arguments
         value = oracle.value if same else consult(stage, given, options, way.lambdas, sums=sums).value
         variance = (of_inputs() if same else moved(given)).variance(value)
@@ -134,6 +139,8 @@ def oracle_through(
 
     @functools.cache
     def typical() -> np.ndarray:
+        if stage.noise is Noise.CHOICE:
+            return np.zeros(oracle.value.shape)
         own = _own(oracle, stored_dtype(stage.dtype))
         variance = of_inputs().variance(oracle.value) + own.variance(oracle.value)
         return np.sqrt(variance + _of_cell(way, oracle.value))
@@ -166,6 +173,11 @@ def _of_blocks(value: Value, sums: Sums) -> np.ndarray:
 
 def value_through(oracle: Oracle, inputs: Sequence[Value], way: Way) -> Value:
     """A hidden stage's value, with what it errs itself."""
+    if oracle.stage.noise is Noise.CHOICE:
+        open_ = RECORDED if oracle.carried is None else oracle.carried()
+        return Value(
+            oracle.value, open_, np.where(np.isinf(np.broadcast_to(open_.own, oracle.value.shape)), np.inf, 0.0)
+        )
     own = _own(oracle, way.dtype if oracle.stage.dtype != "float32" else np.dtype(np.float32))
     before = RECORDED if oracle.carried is None else oracle.carried()
     absolute = way.absolute and all(np.ndim(value.far) or value.far < np.inf for value in inputs)
@@ -373,6 +385,65 @@ def _silu(x: Sequence[np.ndarray], errors: Errors, *_: Any) -> np.ndarray:
     return np.abs(sigmoid * (1 + gate * (1 - sigmoid))) * e + e * e / 4
 
 
+def _distribution(x: Sequence[np.ndarray], errors: Errors, *_: Any) -> np.ndarray:
+    """As `_softmax`, of which nothing is masked."""
+    p, e = router_probs(x[0]), errors[0]
+    widest = e.max(axis=-1, keepdims=True)
+    mean = widest + np.log(np.sum(p * np.exp(e - widest), axis=-1, keepdims=True))
+    return np.minimum(p * np.expm1(e + mean), 1.0)
+
+
+def _choice(
+    x: Sequence[np.ndarray], errors: Errors, _p: Sequence[np.ndarray], options: Options, _unit: float
+) -> np.ndarray:
+    """0 of a token whose choice no such error changes, else without limit."""
+    k, order = options["top_k"], np.argsort(-x[0], axis=-1, kind="stable")
+    low, high = (np.take_along_axis(a, order, axis=-1) for a in (x[0] - errors[0], x[0] + errors[0]))
+    open_ = low[:, :k].min(axis=-1) <= high[:, k:].max(axis=-1, initial=-np.inf)
+    return np.where(open_, np.inf, 0.0)[:, None] * np.ones(k)
+
+
+def _unless_open(moved: np.ndarray, choice: np.ndarray) -> np.ndarray:
+    open_ = np.isinf(choice).any(axis=-1)
+    return np.where(open_.reshape(-1, *[1] * (moved.ndim - 1)), np.inf, moved)
+
+
+def _shares(
+    x: Sequence[np.ndarray], errors: Errors, _p: Sequence[np.ndarray], options: Options, _unit: float
+) -> np.ndarray:
+    number = x[1].astype(np.int64)
+    p, e = (np.take_along_axis(a, number, axis=-1) for a in (x[0], errors[0]))
+    if not options["renormalised"]:
+        return _unless_open(e, errors[1])
+    total, moved = p.sum(axis=-1, keepdims=True), e.sum(axis=-1, keepdims=True)
+    below = np.where(moved < total, total - moved, 0.0)
+    return _unless_open((e + p / total * moved) / below, errors[1])
+
+
+def _experts(weight: int) -> Carried:
+    def moved(x: Sequence[np.ndarray], errors: Errors, params: Sequence[np.ndarray], *_: Any) -> np.ndarray:
+        found = by_expert(
+            errors[0], x[1].astype(np.int64), params[weight], lambda e, w: e @ np.abs(w.astype(np.float64)).T
+        )
+        return _unless_open(found, errors[1])
+
+    return moved
+
+
+def _combined(
+    x: Sequence[np.ndarray], errors: Errors, _p: Sequence[np.ndarray], _options: Options, unit: float
+) -> np.ndarray:
+    (y, _, w), (ey, open_, ew) = x, errors
+    moved = np.sum(_multiplied([w[..., None], y], [ew[..., None], ey]), axis=1)
+    size = np.sum(np.abs(w[..., None] * y), axis=1) + moved
+    return _unless_open(moved + unit * (y.shape[1] + 1) * size, open_)
+
+
+def _sigmoid(x: Sequence[np.ndarray], errors: Errors, *_: Any) -> np.ndarray:
+    """Its slope is a quarter at most."""
+    return np.minimum(errors[0] / 4, 1.0)
+
+
 def _scaled_s(x: Sequence[np.ndarray], errors: Errors, params: Sequence[np.ndarray], *_: Any) -> np.ndarray:
     """S (1 + z), 1 + z rounded to float32 or not."""
     return np.abs(params[0].astype(np.float64)) * (errors[0] + U32 * (np.abs(1 + x[0]) + errors[0]))
@@ -416,6 +487,13 @@ _RULES: Mapping[str, Carried] = {
     "sum": _summed,
     "silu": _silu,
     "elementwise product": _multiplied,
+    "distribution": _distribution,
+    "choice": _choice,
+    "shares": _shares,
+    "experts": _experts(0),
+    "experts by the second weight": _experts(1),
+    "combined": _combined,
+    "sigmoid": _sigmoid,
     "singular values": _scaled_s,
     "ratio": _ratio,
     "columns": _columns,

@@ -18,10 +18,13 @@ import numpy as np
 from stages.oracle.bounds import BOUNDS, LAMBDA, RMS, U32, half_unit, rounding_unit
 from stages.oracle.components import _v_transposed
 from stages.oracle.decoder import _repeated, attn_softmax
+from stages.oracle.experts import by_expert, router_probs
 from stages.spec.noise import Noise
 from stages.spec.stage import Stage
 
 Array = np.ndarray | float
+# A choice is sure if so many standard deviations do not change it.
+SURE_CHOICE = 20.0
 # A rounding to a format of unit roundoff u errs by 0.43 u in RMS, relative to the value.
 _TYPICAL = 0.43
 
@@ -96,6 +99,8 @@ def own(
     kind: Noise, operands: tuple[Any, ...], value: np.ndarray, dtype: np.dtype, lambdas: Mapping[Noise, float] = LAMBDA
 ) -> Spread:
     """What a stage of that kind errs by itself, stored in `dtype`; `operands` are those of its bound."""
+    if kind is Noise.CHOICE:
+        return RECORDED
     stored = half_unit(value, dtype) ** 2 / 3
     if kind is Noise.EXACT:
         return Spread(stored)
@@ -297,6 +302,79 @@ def _silu(x: Sequence[np.ndarray], s: Sequence[Spread], _p: Sequence[np.ndarray]
     return Spread(slope * slope * s[0].own + (slope * gate - value) ** 2 * s[0].row, s[0].row)
 
 
+def _distribution(x: Sequence[np.ndarray], s: Sequence[Spread], _p: Sequence[np.ndarray], _setting: Setting) -> Spread:
+    """Softmax over the whole row: as `_softmax`, of which nothing is masked."""
+    p, of_log = router_probs(x[0]), s[0].variance(x[0])
+    mean = np.sum(p * p * of_log, axis=-1, keepdims=True)
+    return Spread(p * p * (of_log * np.maximum(1 - 2 * p, 0) + mean))
+
+
+def _choice(x: Sequence[np.ndarray], s: Sequence[Spread], _p: Sequence[np.ndarray], setting: Setting) -> Spread:
+    """Sure, or not at all: of a token whose last chosen expert another one may displace nothing is known."""
+    k, variance = setting.options["top_k"], s[0].variance(x[0])
+    order = np.argsort(-x[0], axis=-1, kind="stable")
+    (most, room), (least, more) = (
+        (np.take_along_axis(a, order, axis=-1)[:, :k], np.take_along_axis(a, order, axis=-1)[:, k:])
+        for a in (x[0], np.sqrt(variance))
+    )
+    # of which both ends are compared: the lowest that is chosen, the highest that is not
+    low = (most - SURE_CHOICE * least).min(axis=-1)
+    high = (room + SURE_CHOICE * more).max(axis=-1, initial=-np.inf)
+    return Spread(np.where(low > high, 0.0, np.inf)[:, None] * np.ones(k))
+
+
+def _unless_open(own: Array, choice: Spread, value: np.ndarray) -> Array:
+    """Nothing is known of what follows an open choice."""
+    if choice.none or np.ndim(choice.own) == 0:
+        return own
+    open_ = np.isinf(choice.own).any(axis=-1)
+    return np.where(open_.reshape(-1, *[1] * (value.ndim - 1)), np.inf, np.broadcast_to(own, value.shape))
+
+
+def _shares(x: Sequence[np.ndarray], s: Sequence[Spread], _p: Sequence[np.ndarray], setting: Setting) -> Spread:
+    """w = p / sum p: a probability moves its own share, less what it moves the sum by."""
+    number = x[1].astype(np.int64)
+    p, of = (np.take_along_axis(a, number, axis=-1) for a in (x[0], s[0].variance(x[0])))
+    if not setting.options["renormalised"]:
+        return Spread(_unless_open(of, s[1], p))
+    w, of_log = p / p.sum(axis=-1, keepdims=True), of / np.maximum(p * p, 1e-300)
+    mean = np.sum(w * w * of_log, axis=-1, keepdims=True)
+    return Spread(_unless_open(w * w * (of_log * np.maximum(1 - 2 * w, 0) + mean), s[1], w))
+
+
+def _experts(weight: int) -> Rule:
+    """(W * W) times the variances, of each expert's rows."""
+
+    def rule(x: Sequence[np.ndarray], s: Sequence[Spread], params: Sequence[np.ndarray], _: Setting) -> Spread:
+        row = s[0].row[:, None] if isinstance(s[0].row, np.ndarray) and x[0].ndim == 2 else s[0].row
+        topk, weights = x[1].astype(np.int64), params[weight]
+        value = np.zeros((*topk.shape, weights.shape[1]))
+        if np.ndim(s[0].own):
+            own = np.broadcast_to(s[0].own, x[0].shape)
+            value = by_expert(own, topk, weights, lambda v, w: v @ np.square(w.astype(np.float64)).T)
+        return Spread(_unless_open(value if np.ndim(s[0].own) else 0.0, s[1], value), row)
+
+    return rule
+
+
+def _combined(x: Sequence[np.ndarray], s: Sequence[Spread], _p: Sequence[np.ndarray], setting: Setting) -> Spread:
+    """Each term moves by what its factors do; in 16 bits each term and each sum of them may be rounded."""
+    y, w = x[0], x[2][..., None]
+    of_y, of_w = s[0].variance(y), s[2].variance(x[2])[..., None]
+    terms = w * y
+    own = np.sum(w * w * of_y + y * y * of_w + of_y * of_w, axis=1)
+    if setting.narrow:
+        result, squares = terms.sum(axis=1), np.sum(terms * terms, axis=1)
+        unit = (_TYPICAL * rounding_unit(setting.dtype)) ** 2
+        own = own + unit * (squares + y.shape[1] * (squares + result * result))
+    return Spread(_unless_open(own, s[1], own))
+
+
+def _sigmoid(x: Sequence[np.ndarray], s: Sequence[Spread], _p: Sequence[np.ndarray], _setting: Setting) -> Spread:
+    value = 1 / (1 + np.exp(-x[0]))
+    return Spread(np.square(value * (1 - value)) * s[0].variance(x[0]))
+
+
 def _scaled_s(x: Sequence[np.ndarray], s: Sequence[Spread], params: Sequence[np.ndarray], _: Setting) -> Spread:
     """S (1 + z): 1 + z may be rounded to float32 before the product."""
     (z,), singular = x, params[0].astype(np.float64)
@@ -366,6 +444,25 @@ STEPS: Mapping[str, str] = MappingProxyType(
         "post_ffn_residual": "sum",
         "final_norm": "norm",
         "lm_head": "product",
+        "moe_logits": "product",
+        "router_probs": "distribution",
+        "router_topk": "choice",
+        "router_weights": "shares",
+        "expert_gate": "experts",
+        "expert_up": "experts by the second weight",
+        "expert_silu": "silu",
+        "expert_swigl": "elementwise product",
+        "expert_out": "experts",
+        "moe_out": "combined",
+        "shared_gate": "product",
+        "shared_up": "product",
+        "shared_silu": "silu",
+        "shared_swigl": "elementwise product",
+        "shared_out": "product",
+        "shared_score": "product",
+        "shared_weight": "sigmoid",
+        "shared_gated": "elementwise product",
+        "moe_and_shared": "sum",
         "scaled_s": "singular values",
         "normalization": "ratio",
         "u_scaled": "columns",
@@ -390,6 +487,13 @@ _RULES: Mapping[str, Rule] = {
     "sum": _summed,
     "silu": _silu,
     "elementwise product": _multiplied,
+    "distribution": _distribution,
+    "choice": _choice,
+    "shares": _shares,
+    "experts": _experts(0),
+    "experts by the second weight": _experts(1),
+    "combined": _combined,
+    "sigmoid": _sigmoid,
     "singular values": _scaled_s,
     "ratio": _ratio,
     "columns": _columns,

@@ -15,7 +15,7 @@ import numpy as np
 
 from stages.oracle import bounds as noise
 from stages.oracle import components as reference
-from stages.oracle import decoder
+from stages.oracle import decoder, experts
 from stages.oracle import router as reference_router
 from stages.oracle.activations import Sums
 from stages.oracle.cores import Core
@@ -26,8 +26,13 @@ from stages.spec.noise import Noise
 from stages.spec.stage import Stage
 
 # Every path's stages: the float64 value of each, and what its noise bound is computed from.
-STAGES = {**reference.REPLAY_STAGES, **decoder.FORWARD_STAGES, **reference_router.ROUTER_STAGES}
-OPERANDS = {**reference.OPERANDS, **decoder.OPERANDS, **reference_router.OPERANDS}
+STAGES = {
+    **reference.REPLAY_STAGES,
+    **decoder.FORWARD_STAGES,
+    **experts.EXPERT_STAGES,
+    **reference_router.ROUTER_STAGES,
+}
+OPERANDS = {**reference.OPERANDS, **decoder.OPERANDS, **experts.OPERANDS, **reference_router.OPERANDS}
 
 
 # Elements judged at a time: their float64 copies stay in the cache, and a dot product of fewer than 10,000 wakes no
@@ -43,6 +48,7 @@ class Verdict(StrEnum):
     ACCEPTED = "accepted"  # fewer bits, as a library computes by itself: `precision` that the user lets pass
     GIVEN = "given"  # an input, which nothing recorded gives: not judged, and nothing to judge
     UNJUDGED = "unjudged"
+    TIE = "tie"  # another choice of experts than exact arithmetic makes, which rounding could have made
     MISRECORDED = "misrecorded"  # not what the model went on with: the recording is to blame, not the model
     SUSPECT = "suspect"
     PRECISION = "precision"
@@ -54,7 +60,7 @@ class Verdict(StrEnum):
 
     @property
     def passes(self) -> bool:
-        return self in (Verdict.EXACT, Verdict.ROUNDING, Verdict.ACCEPTED)
+        return self in (Verdict.EXACT, Verdict.ROUNDING, Verdict.ACCEPTED, Verdict.TIE)
 
     @property
     def fails(self) -> bool:
@@ -202,8 +208,12 @@ def judge(oracle: Oracle, observed: np.ndarray) -> tuple[Verdict, float]:
 
 def measure(oracle: Oracle, observed: np.ndarray) -> Judged:
     """An output against its oracle, element by element; all of it 0 where it is correctly rounded."""
-    if observed.shape != oracle.value.shape or observed.dtype != stored_dtype(oracle.stage.dtype):
+    choice = oracle.stage.noise is Noise.CHOICE
+    stored = observed.dtype.kind in "iuf" if choice else observed.dtype == stored_dtype(oracle.stage.dtype)
+    if observed.shape != oracle.value.shape or not stored:
         return Judged(Verdict.SHAPE, np.inf)
+    if choice:
+        return _chosen(oracle, observed)
     observed = judged_part(oracle.stage, observed)
     expected, count = oracle.rounded, int(np.count_nonzero(oracle.value))
     if np.array_equal(expected, observed):  # as numbers: +0 and -0 are one value
@@ -220,6 +230,16 @@ def measure(oracle: Oracle, observed: np.ndarray) -> Judged:
     if oracle.typical is not None:
         _, squares = _ratios(got, oracle.value, oracle.typical())
     return Judged(_by_element(oracle, got, ratio), ratio, squares, count, bits)
+
+
+def _chosen(oracle: Oracle, observed: np.ndarray) -> Judged:
+    """A choice of experts, in whatever order: by whether rounding could have made it."""
+    same = (np.sort(observed, axis=-1) == np.sort(oracle.value, axis=-1)).all(axis=-1)
+    bits = int(same.sum()) * observed.shape[-1]
+    room = 0.0 if oracle.unsure is None else oracle.unsure(oracle.arguments)[0]
+    if not experts.admissible(oracle.arguments[0], observed, room).all():
+        return Judged(Verdict.BUG, np.inf, count=observed.size, bits=bits)
+    return Judged(Verdict.EXACT if same.all() else Verdict.TIE, count=observed.size, bits=bits)
 
 
 def _by_element(oracle: Oracle, got: np.ndarray, ratio: float) -> Verdict:

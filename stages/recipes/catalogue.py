@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from stages.recipes import attention, elementwise, norm, product, replay, rope
+from stages.recipes import attention, elementwise, experts, norm, product, replay, rope
 from stages.recipes.at import At, Unknown
 from stages.recipes.fewer_bits import NARROW, Lost, ways
 from stages.recipes.recipe import EVERY, FIT, Class, Form, Kind, Mod
@@ -32,13 +32,21 @@ BY_NOISE: Mapping[Noise, Kind] = MappingProxyType(
         Noise.COS_SIN: rope.TABLE,
         Noise.SUM_RATIO: replay.RATIO,
         Noise.INV_FREQ: rope.INV_FREQ,
+        Noise.SIGMOID: experts.SIGMOID,
+        Noise.DISTRIBUTION: experts.DISTRIBUTION,
+        Noise.CHOICE: experts.CHOICE,
+        Noise.SHARES: experts.SHARES,
+        Noise.EXPERTS: experts.EXPERTS,
+        Noise.COMBINED: experts.COMBINED,
     }
 )
 BY_NAME: Mapping[str, Kind] = MappingProxyType(
     {
         "rope_angle": rope.ANGLE,
         "embedding": elementwise.EMBEDDING,
-        "ffn_swigl": elementwise.SWIGL,
+        **dict.fromkeys(("ffn_swigl", "expert_swigl", "shared_swigl"), elementwise.SWIGL),
+        "shared_gated": elementwise.GATED,
+        "moe_and_shared": elementwise.WITH_SHARED,
         "post_attn_residual": elementwise.RESIDUAL,
         "post_ffn_residual": elementwise.RESIDUAL,
         "source_f32": elementwise.COPY,

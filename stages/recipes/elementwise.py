@@ -177,12 +177,41 @@ SWIGL = Kind(
         ),
     ),
     (
-        Mod("the product with ffn_up is missing", {"right": None}),
-        Mod("the product with ffn_silu is missing", {"left": None}),
-        Mod("ffn_silu and ffn_up are added, not multiplied", {"plus": True}),
+        Mod("the product with up is missing", {"right": None}),
+        Mod("the product with silu is missing", {"left": None}),
+        Mod("silu and up are added, not multiplied", {"plus": True}),
     ),
     by_rows=True,
     doc="silu(gate) * up: one product.",
+)
+GATED = Kind(
+    "gated",
+    multiply,
+    (prescribed("the recorded gate times the shared expert's output, rounded once", who="transformers (ran)"),),
+    (Mod("the gate is missing", {"left": None}), Mod("added, not multiplied", {"plus": True})),
+    by_rows=True,
+    doc="A gate of each token times the shared expert's output: one product.",
+)
+
+
+def with_shared(at: At, *, a: float = 1.0, b: float = 1.0) -> Value | None:
+    """The chosen experts' sum and the shared expert's output."""
+    x, y = at.input(0), at.input(1)
+    total = x * a + y * b
+    return total if x.sure and y.sure else total.soft(1)
+
+
+WITH_SHARED = Kind(
+    "with the shared expert",
+    with_shared,
+    (prescribed("the recorded operands, rounded once", who="transformers (ran)"),),
+    (
+        Mod("the shared expert is missing", {"b": 0.0}),
+        Mod("only the shared expert is there", {"a": 0.0}),
+        Mod("the shared expert is added twice", {"b": 2.0}),
+    ),
+    by_rows=True,
+    doc="What the chosen experts give plus what the shared one gives: one sum.",
 )
 
 

@@ -12,6 +12,7 @@ from stages.oracle.verdict import Judged, Oracle, Verdict, judged_part, measure,
 from stages.recipes.catalogue import forms_of, kind_of
 from stages.recipes.match import Found, explain
 from stages.recipes.recipe import Class
+from stages.spec.noise import Noise
 
 
 @dataclass
@@ -75,7 +76,7 @@ class SideVerdict:
         """Judge one chunk, and return its verdict; where the prescribed recipe does not give it, ask which one does."""
         observed = judged_part(oracle.stage, observed)
         judged = measure(oracle, observed)
-        ask = judged.verdict in (Verdict.SUSPECT, Verdict.BUG)
+        ask = judged.verdict in (Verdict.SUSPECT, Verdict.BUG) and oracle.stage.noise is not Noise.CHOICE
         # Through inputs that were not recorded what is within bounds that were carried is named too.
         ask |= bool(oracle.hidden) and judged.verdict is Verdict.ROUNDING
         found = explain(oracle, observed) if ask else None

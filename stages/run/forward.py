@@ -18,6 +18,7 @@ from stages.run.watch import entering
 from stages.spec.backend import Backend, Weights, stored_as
 from stages.spec.config import EMBEDDING, LM_HEAD, ModelConfig
 from stages.spec.dtypes import stored_dtype
+from stages.spec.experts import CHOSEN, chosen_experts, is_each, of_expert
 from stages.spec.families import layer_param
 from stages.spec.forward import (
     RUN_PARAMS,
@@ -124,6 +125,7 @@ class Forwarder:
         self._compiled: dict[Any, Callable[..., Any]] = {}
         self._needed: dict[int, frozenset[str]] = {}  # by the identity of a layer's pipeline
         self._where = ""  # layers.<n>. within a layer
+        self._stacks: dict[str, Any] = {}  # this layer's experts, by the name of a weight
 
     def run(
         self,
@@ -160,6 +162,7 @@ class Forwarder:
         output: Any = None
         for layer, params in _ahead(self._layer_params, range(count)):
             self._where = f"layers.{layer}."
+            self._stacks.clear()
             values = self._layer(layer, output, model, params)
             output = values[self.path.carried["layer_input"][1]]
             for stage in self.path.of_layer(layer):
@@ -230,8 +233,17 @@ class Forwarder:
     ) -> dict[str, Any]:
         values, call = dict(values), call or self._call
         for stage in stages:
-            values[stage.name] = call(stage, values, [params[name] for name in stage.params])
+            own = [self._of_experts(name, values) if is_each(name) else params[name] for name in stage.params]
+            values[stage.name] = call(stage, values, own)
         return values
+
+    def _of_experts(self, name: str, values: Mapping[str, Any]) -> Any:
+        """The weights of the experts that this layer's router has chosen: read no earlier, and no others."""
+        full = f"model.{self._where}{name}"
+        if full not in self._stacks:
+            topk = self.backend.get(values[CHOSEN])
+            self._stacks[full] = self.backend.put(_stacked(full, topk, self.weights, self.dtype))
+        return self._stacks[full]
 
     def _fused_layer(
         self, stages: tuple[Stage, ...], values: Mapping[str, Any], params: Mapping[str, Any]
@@ -265,7 +277,7 @@ class Forwarder:
         return [self.backend.put(array) for array in parameters(stage, given, self.weights, None, self.dtype)]
 
     def _layer_params(self, layer: int) -> dict[str, np.ndarray]:
-        names = dict.fromkeys(name for stage in self._stages(layer) for name in stage.params)
+        names = dict.fromkeys(name for stage in self._stages(layer) for name in stage.params if not is_each(name))
         return {name: _cast(self.weights.read(layer_param(layer, name)), self.dtype) for name in names}
 
     def _by_vocab(self, stage: Stage, rows: Any, chunk: int | None) -> np.ndarray:
@@ -336,9 +348,23 @@ def parameters(
         rows = np.concatenate([weights.read(EMBEDDING, int(token), int(token) + 1) for token in ids])
         return [places.reshape(-1).astype(np.int32), _cast(rows, dtype)]
     return [
-        given[name] if name in RUN_PARAMS else _cast(weights.read(parameter_name(stage, name, layer)), dtype)
+        given[name] if name in RUN_PARAMS else _parameter(stage, name, given, weights, layer, dtype)
         for name in stage.params
     ]
+
+
+def _parameter(
+    stage: Stage, name: str, given: Mapping[str, np.ndarray], weights: Weights, layer: int | None, dtype: np.dtype
+) -> np.ndarray:
+    """A weight, or those of the experts that were chosen, ascending, stacked."""
+    full = parameter_name(stage, name, layer)
+    if not is_each(name):
+        return _cast(weights.read(full), dtype)
+    return _stacked(full, given[CHOSEN], weights, dtype)
+
+
+def _stacked(name: str, topk: np.ndarray, weights: Weights, dtype: np.dtype) -> np.ndarray:
+    return np.stack([_cast(weights.read(of_expert(name, expert)), dtype) for expert in chosen_experts(topk)])
 
 
 def oracles(

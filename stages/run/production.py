@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,8 @@ ALL_LIMIT = 8.0
 ROW_LIMIT = 24.0
 # Rows of the embedding that are compared with the LM head's at a time: 8 to 64 MB in a real model.
 _HEAD_ROWS = 4096
+# An expert's matrix by its published name.
+_EXPERT = re.compile(r"(?P<before>.*\.experts)\.\d+\.(?P<after>\w+\.weight)", re.ASCII)
 # Padded lengths of a generation: a power of two, this at least.
 _SHORTEST_BUCKET = 16
 
@@ -69,9 +72,36 @@ def parameters_of(config: ModelConfig, weights: Weights) -> Iterator[tuple[str, 
         yield name, array
 
 
+def stacked_experts(parameters: Iterable[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
+    """The parameters, those of a layer's experts as one, `mlp.experts.gate_proj.weight`, `[experts, out, in]`."""
+    held: dict[str, list[np.ndarray]] = {}
+    for name, array in parameters:
+        match = _EXPERT.fullmatch(name)
+        if match is None:
+            yield from _stacks(held)
+            yield name, array
+        else:
+            held.setdefault(f"{match['before']}.{match['after']}", []).append(array)
+    yield from _stacks(held)
+
+
+def _stacks(held: dict[str, list[np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
+    """What is held, which is all of a layer's, and no longer."""
+    for name in list(held):
+        yield name, np.stack(held.pop(name))
+
+
+def stacked_names(names: Iterable[str]) -> list[str]:
+    """Names of parameters as `stacked_experts` has them."""
+    return list(dict.fromkeys(_EXPERT.sub(r"\g<before>.\g<after>", name) for name in names))
+
+
 def check_names(config: ModelConfig, names: Sequence[str]) -> None:
-    """`InputError` unless a model's own parameter names are the checkpoint's, so that none keeps an initial value."""
-    wanted = set(parameter_shapes(config)) - ({LM_HEAD} if config.tie_word_embeddings else set())
+    """`InputError` unless a model's own parameter names are the checkpoint's, those of experts stacked: none keeps an
+    initial value.
+    """
+    tied = {LM_HEAD} if config.tie_word_embeddings else set()
+    wanted = set(stacked_names(parameter_shapes(config))) - tied
     odd = sorted(wanted ^ set(names))
     if odd:
         near = difflib.get_close_matches(odd[0], [*names, *wanted], n=2)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from stages.selftest.apart import APART
+from stages.selftest.expert_faults import EXPERT_FAULTS
 from stages.selftest.fault import Fault
 from stages.selftest.sized import SIZED
 from stages.selftest.weight_faults import WEIGHT_FAULTS
@@ -15,6 +16,7 @@ GROUPS: Mapping[str, tuple[Fault, ...]] = MappingProxyType(
     {
         "of a size, and single elements": SIZED,
         "reading weights": WEIGHT_FAULTS,
+        "mixtures of experts": EXPERT_FAULTS,
         "described by a row, written apart": tuple(fault for fault in APART if fault.must),
         "described by no row": tuple(fault for fault in APART if not fault.must),
     }

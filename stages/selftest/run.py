@@ -130,7 +130,13 @@ def _out(work: Path, trial: Trial, number: int) -> Path:
 
 
 def _planted_run(trial: Trial, number: int, work: Path) -> dict[str, Any]:
-    fault = {"fault": trial.fault.name, "at": trial.at, "call": trial.call, "size": trial.size, "seed": trial.seed}
+    fault = {
+        "fault": trial.fault.name,
+        "at": trial.function,
+        "call": trial.call,
+        "size": trial.size,
+        "seed": trial.seed,
+    }
     return {**_run(work, trial.specimen, _out(work, trial, number)), **fault}
 
 

@@ -36,6 +36,10 @@ class Shape:
     positions: int = 1024
     window: int | None = None  # of the layers from `sliding` on; of all in families where all slide
     sliding: int = 0
+    experts: int = 0
+    topk: int = 2
+    renormalised: bool = True
+    dense: tuple[int, ...] = ()  # layers without experts
     rope: Mapping[str, Any] | tuple[tuple[str, Any], ...] = ()  # beside or in the place of the defaults
 
     def raw(self) -> dict[str, Any]:
@@ -58,7 +62,19 @@ class Shape:
             "tie_word_embeddings": self.tied,
             "use_sliding_window": self.window is not None,
             "vocab_size": self.vocab,
-            **({"attention_bias": self.attention_bias} if self.family != "qwen2" else {}),
+            **({"attention_bias": self.attention_bias} if not self.family.startswith("qwen2") else {}),
+            **(self._experts() if self.experts else {}),
+        }
+
+    def _experts(self) -> dict[str, Any]:
+        return {
+            "num_experts": self.experts,
+            "num_experts_per_tok": self.topk,
+            "norm_topk_prob": self.renormalised,
+            "moe_intermediate_size": self.intermediate // 4,
+            "shared_expert_intermediate_size": self.intermediate // 2,
+            "mlp_only_layers": list(self.dense),
+            "decoder_sparse_step": 1,
         }
 
     def _rope(self) -> dict[str, Any]:
@@ -144,6 +160,9 @@ MANNERS: Mapping[str, Callable[[str, np.ndarray, np.random.Generator], np.ndarra
 }
 
 _SMALL = Specimen()
+# Square experts, all of which some token is sent to.
+_EXPERTS = Specimen(family="qwen3_moe", intermediate=256, experts=6, topk=3, layers=2)
+_SHARED = dataclasses.replace(_EXPERTS, family="qwen2_moe", head_dim=16, renormalised=False)
 # The specimens that faults are planted in. `eps` faults show by mean x^2, which a weak block keeps the same in all
 # layers: 4e-4, 0.6 and 4.4 (numerics.md).
 SPECIMENS: Mapping[str, Specimen] = {
@@ -157,6 +176,10 @@ SPECIMENS: Mapping[str, Specimen] = {
     "plain": dataclasses.replace(_SMALL, embedding=0.775, block=0.1, seed=5),
     "loud": dataclasses.replace(_SMALL, embedding=2.1, block=0.1, seed=6),
     "sharp": dataclasses.replace(_SMALL, sharpness=10.0, seed=7),
+    "qwen3-moe": dataclasses.replace(_EXPERTS, seed=10),
+    "qwen3-moe-bf16": dataclasses.replace(_EXPERTS, dtype="bfloat16", seed=11),
+    "qwen2-moe": dataclasses.replace(_SHARED, seed=12),
+    "qwen2-moe-bf16": dataclasses.replace(_SHARED, dtype="bfloat16", seed=13),
     # Its decomposed layer is 1; the bundle has nine tensors: tall, wide and square ones.
     "bundle": dataclasses.replace(_SMALL, seed=8),
     "square": dataclasses.replace(_SMALL, seed=8),

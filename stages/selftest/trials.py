@@ -13,6 +13,7 @@ import numpy as np
 from stages.selftest.fault import REPLAY as REPLAYED
 from stages.selftest.fault import Fault
 from stages.selftest.specimens import SPECIMENS
+from stages.spec.experts import reads
 from stages.spec.forward import forward_pipeline
 from stages.spec.replay import REPLAY
 from stages.spec.stage import Pipeline, Scope
@@ -52,7 +53,14 @@ class Trial:
         """The stage that is to be named: the one changed, or the first that reads the tensor changed."""
         if self.fault.load is None:
             return self.at
-        return next(s.name for s in path_of(self.specimen).values() if self.at in s.params)
+        return next(s.name for s in path_of(self.specimen).values() if reads(s, self.at))
+
+    @property
+    def function(self) -> str:
+        """What computes the stage that is changed, by a backend's name of it; or the tensor."""
+        if self.fault.load is not None or self.fault.path == REPLAYED:
+            return self.at
+        return path_of(self.specimen)[self.at].function
 
     @property
     def layer(self) -> int | None:
@@ -127,7 +135,7 @@ def _places(fault: Fault, specimen: str) -> list[tuple[str, bool]]:
         return [
             (name, path[name].scope is Scope.LAYER) for name in fault.at if name in path and not path[name].identity
         ]
-    readers = {param: stage for stage in reversed(tuple(path.values())) for param in stage.params}
+    readers = {name: stage for stage in reversed(tuple(path.values())) for name in fault.at if reads(stage, name)}
     return [(name, readers[name].scope is Scope.LAYER) for name in fault.at if name in readers]
 
 

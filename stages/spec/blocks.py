@@ -53,13 +53,13 @@ def swiglu() -> Block:
     return Block(tuple(_feed_forward()), params)
 
 
-def _stage(name: str, inputs: str, shape: str, noise: Noise, doc: str, **fields: Any) -> Stage:
-    """A stage; its inputs as words."""
+def layer_stage(name: str, inputs: str, shape: str, noise: Noise, doc: str, **fields: Any) -> Stage:
+    """A stage of a layer; its inputs as words."""
     fields = {"dtype": "model", "scope": Scope.LAYER, **fields}
     return Stage(name, inputs=tuple(inputs.split()), shape=shape, noise=noise, doc=doc, **fields)
 
 
-_model = functools.partial(_stage, scope=Scope.MODEL)
+_model = functools.partial(layer_stage, scope=Scope.MODEL)
 _EXACT, _PRODUCT, _RMS_NORM = Noise.EXACT, Noise.PRODUCT, Noise.RMS_NORM
 
 
@@ -83,57 +83,57 @@ def _before() -> Iterator[Stage]:
 def _attention(*, qk_norm: bool, qkv_bias: bool, o_bias: bool, window: int | None) -> Iterator[Stage]:
     doc = "RMSNorm of the layer's input: float32, cast, then times the weight"
     weight = ("input_layernorm.weight",)
-    yield _stage("attn_norm", "layer_input", "tokens hidden", _RMS_NORM, doc, params=weight, options=("eps",))
+    yield layer_stage("attn_norm", "layer_input", "tokens hidden", _RMS_NORM, doc, params=weight, options=("eps",))
     doc = "q, k and v without bias, joined on the last axis"
     doc += ": a side branch, production adds the bias inside the product" if qkv_bias else ""
-    yield _stage("qkv_matmul", "attn_norm", "tokens qkv", _PRODUCT, doc, params=_QKV_WEIGHTS)
+    yield layer_stage("qkv_matmul", "attn_norm", "tokens qkv", _PRODUCT, doc, params=_QKV_WEIGHTS)
     if qkv_bias:
         doc = "q, k and v with bias, product and bias in one call as production has it"
-        yield _stage("qkv_bias", "attn_norm", "tokens qkv", _PRODUCT, doc, params=(*_QKV_WEIGHTS, *_QKV_BIASES))
+        yield layer_stage("qkv_bias", "attn_norm", "tokens qkv", _PRODUCT, doc, params=(*_QKV_WEIGHTS, *_QKV_BIASES))
     else:
         doc = "qkv_matmul: there is no bias"
-        yield _stage("qkv_bias", "qkv_matmul", "tokens qkv", _EXACT, doc, identity=True)
+        yield layer_stage("qkv_bias", "qkv_matmul", "tokens qkv", _EXACT, doc, identity=True)
     for name, heads, of in (("q_norm", "heads", "queries"), ("k_norm", "kv_heads", "keys")):
         doc = f"RMSNorm of the {of}, head by head" if qk_norm else f"No norm of the {of} in this family"
         fields = {"params": (f"self_attn.{name}.weight",), "options": (*_HEADS, "eps"), "absent": not qk_norm}
-        yield _stage(name, "qkv_bias", f"tokens {heads} head_dim", _RMS_NORM, doc, **fields)
+        yield layer_stage(name, "qkv_bias", f"tokens {heads} head_dim", _RMS_NORM, doc, **fields)
     for name, heads, of in (("q", "heads", "Queries"), ("k", "kv_heads", "Keys")):
         inputs = f"{name}_norm rope_cos rope_sin" if qk_norm else "qkv_bias rope_cos rope_sin"
         doc = f"{of} turned by RoPE, halves paired"
-        yield _stage(f"{name}_post_rope", inputs, f"tokens {heads} head_dim", Noise.ROPE, doc, options=_HEADS)
-    yield _stage(
+        yield layer_stage(f"{name}_post_rope", inputs, f"tokens {heads} head_dim", Noise.ROPE, doc, options=_HEADS)
+    yield layer_stage(
         "attn_scores", "q_post_rope k_post_rope", "heads queries keys", Noise.SCORES,
         "q k^T / sqrt(head_dim), not yet masked; each key head serves consecutive query heads",
         options=("scaling",), causal=True, window=window,
     )  # fmt: skip
     doc = "Causal mask, of a sliding layer its window's; softmax in float32, cast to the activations' dtype"
     fields = {"options": ("window",), "window": window}
-    yield _stage("attn_softmax", "attn_scores", "heads queries keys", Noise.SOFTMAX, doc, **fields)
+    yield layer_stage("attn_softmax", "attn_scores", "heads queries keys", Noise.SOFTMAX, doc, **fields)
     doc = "attn_softmax @ v (v from qkv_bias), heads joined, before o_proj"
     shape = "tokens heads*head_dim"
-    yield _stage("attention", "attn_softmax qkv_bias", shape, Noise.WEIGHTED, doc, options=_HEADS, window=window)
+    yield layer_stage("attention", "attn_softmax qkv_bias", shape, Noise.WEIGHTED, doc, options=_HEADS, window=window)
     params, doc = (
         (_O_WEIGHT, *((_O_BIAS,) if o_bias else ())),
         "o_proj of attention" + (", with bias" if o_bias else ""),
     )
-    yield _stage("attn_out", "attention", "tokens hidden", _PRODUCT, doc, params=params)
+    yield layer_stage("attn_out", "attention", "tokens hidden", _PRODUCT, doc, params=params)
     doc = "The layer's input + attn_out"
-    yield _stage("post_attn_residual", "layer_input attn_out", "tokens hidden", _EXACT, doc)
+    yield layer_stage("post_attn_residual", "layer_input attn_out", "tokens hidden", _EXACT, doc)
 
 
 def _feed_forward() -> Iterator[Stage]:
     wide, hidden, weight = "tokens intermediate", "tokens hidden", ("post_attention_layernorm.weight",)
     doc = "RMSNorm of post_attn_residual"
-    yield _stage("ffn_norm", "post_attn_residual", hidden, _RMS_NORM, doc, params=weight, options=("eps",))
+    yield layer_stage("ffn_norm", "post_attn_residual", hidden, _RMS_NORM, doc, params=weight, options=("eps",))
     for name in ("gate", "up"):
         doc, weight = f"{name}_proj of ffn_norm", (f"mlp.{name}_proj.weight",)
-        yield _stage(f"ffn_{name}", "ffn_norm", wide, _PRODUCT, doc, params=weight)
-    yield _stage("ffn_silu", "ffn_gate", wide, Noise.SILU, "ffn_gate * sigmoid(ffn_gate)")
-    yield _stage("ffn_swigl", "ffn_silu ffn_up", wide, _EXACT, "ffn_silu * ffn_up")
+        yield layer_stage(f"ffn_{name}", "ffn_norm", wide, _PRODUCT, doc, params=weight)
+    yield layer_stage("ffn_silu", "ffn_gate", wide, Noise.SILU, "ffn_gate * sigmoid(ffn_gate)")
+    yield layer_stage("ffn_swigl", "ffn_silu ffn_up", wide, _EXACT, "ffn_silu * ffn_up")
     doc, weight = "down_proj of ffn_swigl", ("mlp.down_proj.weight",)
-    yield _stage("ffn_out", "ffn_swigl", hidden, _PRODUCT, doc, params=weight)
+    yield layer_stage("ffn_out", "ffn_swigl", hidden, _PRODUCT, doc, params=weight)
     doc = "post_attn_residual + ffn_out: the layer's output"
-    yield _stage("post_ffn_residual", "post_attn_residual ffn_out", hidden, _EXACT, doc)
+    yield layer_stage("post_ffn_residual", "post_attn_residual ffn_out", hidden, _EXACT, doc)
 
 
 def _after() -> Iterator[Stage]:

@@ -9,7 +9,7 @@ Source: `transformers` 5.23, `models/{qwen2,qwen3,llama,mistral}/modeling_*.py`,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -220,28 +220,33 @@ def _dtype(raw: RawConfig, where: str) -> str:
     return names[0]
 
 
-def parse_window(raw: RawConfig, where: str) -> dict[str, Any]:
-    """`window` and `slides` for `parse_decoder` as a Qwen's config has them."""
+def parse_window(
+    raw: RawConfig, where: str, unstated: Callable[[int, int], bool] = lambda layer, first: layer >= first
+) -> dict[str, Any]:
+    """`window` and `slides` for `parse_decoder` as a Qwen's config has them.
+
+    `unstated(layer, max_window_layers)`: whether a layer slides where there are no `layer_types`.
+    """
     use = flag(raw, "use_sliding_window", where, default=False)
     window = None
     if use:
         if "sliding_window" not in raw:
             raise InputError(f"{where}: sliding_window: absent, though use_sliding_window is true; state it, or null")
         window = None if raw["sliding_window"] is None else size(raw, "sliding_window", where)
-    slides = _slides(raw, layer_count(raw, where), where)
+    slides = _slides(raw, layer_count(raw, where), where, unstated)
     if window is None and any(slides) and raw.get("layer_types") is not None:
         raise InputError(f"{where}: layer_types: has '{SLIDING}', but no sliding window is in use")
     return {"window": window, "slides": slides} if window is not None and any(slides) else {}
 
 
-def _slides(raw: RawConfig, layers: int, where: str) -> list[bool]:
+def _slides(raw: RawConfig, layers: int, where: str, unstated: Callable[[int, int], bool]) -> list[bool]:
     """Which layers slide, where there is a window."""
     types = raw.get("layer_types")
     if types is None:
         first = raw.get("max_window_layers", MAX_WINDOW_LAYERS)
         if not isinstance(first, int) or isinstance(first, bool) or first < 0:
             raise InputError(f"{where}: max_window_layers: expected a number of layers, got {got(first)}")
-        return [layer >= first for layer in range(layers)]
+        return [unstated(layer, first) for layer in range(layers)]
     if not isinstance(types, list) or len(types) != layers:
         raise InputError(f"{where}: layer_types: expected a list of {layers} names, got {got(types)}")
     for name in types:

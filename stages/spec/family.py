@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from stages.spec.blocks import EMBED, HEAD
-from stages.spec.config import FULL, SLIDING, ModelConfig, RawConfig
+from stages.spec.config import SLIDING, ModelConfig, RawConfig
 from stages.spec.stage import Block
 
 
@@ -33,7 +33,11 @@ def windowed(layer: Callable[[int | None], Block]) -> Callable[[ModelConfig], di
     """The kinds of a family whose layers may slide: `layer` of no window, and of the config's."""
 
     def kinds(config: ModelConfig) -> dict[str, Block]:
-        made = {FULL: layer(None), SLIDING: layer(config.sliding_window)}
-        return {kind: block for kind, block in made.items() if kind in config.layer_types}
+        return {kind: layer(window_of(config, kind)) for kind in dict.fromkeys(config.layer_types)}
 
     return kinds
+
+
+def window_of(config: ModelConfig, kind: str) -> int | None:
+    """The window of a kind of layer, as `layer_types` names it."""
+    return config.sliding_window if kind == SLIDING else None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+import operator
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -19,32 +20,37 @@ CARRIED = MappingProxyType({"layer_input": ("embedding", "post_ffn_residual")})
 ALIASES = MappingProxyType({"layer_output": "post_ffn_residual"})
 
 
-def merged(sequences: Iterable[Iterable[Stage]]) -> tuple[Stage, ...]:
-    """Stages of several sequences in one order; of a name, the first declaration that is computed."""
+def merged(sequences: Iterable[Iterable[Stage]], by: Callable[[Stage], str]) -> tuple[Stage, ...]:
+    """Stages of several sequences in one order; of those that are one `by` that name, the first that is computed."""
     order: list[str] = []
     found: dict[str, Stage] = {}
     for sequence in sequences:
         place = 0
         for stage in sequence:
-            if stage.name not in found:
-                order.insert(place, stage.name)
-            place = order.index(stage.name) + 1
-            held = found.get(stage.name, stage)
-            found[stage.name] = stage if held.absent or (held.identity and not stage.absent) else held
+            name = by(stage)
+            if name not in found:
+                order.insert(place, name)
+            place = order.index(name) + 1
+            held = found.get(name, stage)
+            found[name] = stage if held.absent or (held.identity and not stage.absent) else held
     return tuple(found[name] for name in order)
 
 
-# Every stage that some model may have, for what is recorded of a model that nobody knows.
-EVERY_STAGE: tuple[Stage, ...] = merged(
+_BY_NAME, _BY_FUNCTION = operator.attrgetter("name"), operator.attrgetter("function")
+
+
+_WIDEST = [
     (*family.before.stages, *layer.stages, *family.after.stages)
     for family in FAMILIES.values()
     for layer in family.widest
-)
+]
+# Every stage that some model may have, for what is recorded of a model that nobody knows.
+EVERY_STAGE: tuple[Stage, ...] = merged(_WIDEST, _BY_NAME)
 ANY_MODEL = Pipeline(
     "any model", tuple({name: None for stage in EVERY_STAGE for name in stage.params}), EVERY_STAGE, CARRIED, ALIASES
 )
 # The declaration of every function that computes one.
-DECLARED: Mapping[str, Stage] = MappingProxyType({stage.function: stage for stage in EVERY_STAGE})
+DECLARED: Mapping[str, Stage] = MappingProxyType({s.function: s for s in merged(_WIDEST, _BY_FUNCTION)})
 # Functions with a rounding to the activations' dtype inside: the cast before a norm's weight, the scores' before the
 # scale, the two products of RoPE.
 ROUNDED_INSIDE: frozenset[str] = frozenset(
@@ -66,7 +72,7 @@ def forward_pipeline(config: ModelConfig, dtype: str = "model") -> Pipeline:
         for kind, block in family.kinds(config).items()
     }
     layers = tuple(kinds[family.kind_of(config, layer)] for layer in range(config.num_hidden_layers))
-    return dataclasses.replace(resolved(merged(kind.stages for kind in kinds.values())), layers=layers)
+    return dataclasses.replace(resolved(merged((kind.stages for kind in kinds.values()), _BY_NAME)), layers=layers)
 
 
 def stage_options(config: ModelConfig, stage: Stage) -> dict[str, Any]:

@@ -19,3 +19,9 @@ class Noise(StrEnum):
     ROPE = "rope"  # a sum of two products
     COS_SIN = "cos sin"
     INV_FREQ = "inv freq"  # a power and a reciprocal
+    SIGMOID = "sigmoid"
+    DISTRIBUTION = "distribution"  # softmax over all of the last axis
+    CHOICE = "choice"  # indices of the largest: any that rounding of what they were chosen by can make so
+    SHARES = "shares"  # probabilities over the sum of some of them
+    EXPERTS = "experts"  # sums of K products, with the weights of each chosen expert
+    COMBINED = "combined"  # the sum of a few vectors times their shares

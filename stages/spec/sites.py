@@ -13,12 +13,20 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from stages.errors import InputError, shown
+from stages.spec.experts import is_each
 from stages.spec.stage import Pipeline, Scope
 
 # Modules without parameters of their own, by their names in a layer ("" is the layer itself) or in the model -> the
 # stages that their outputs are.
 _PLAIN: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {"rotary_emb": ("rope_cos", "rope_sin"), "mlp.act_fn": ("ffn_silu",), "": ("post_ffn_residual",)}
+    {
+        "rotary_emb": ("rope_cos", "rope_sin"),
+        "mlp.act_fn": ("ffn_silu",),
+        "mlp.gate": ("router_logits", "router_weights", "router_topk"),
+        "mlp.experts": ("moe_out",),
+        "mlp.shared_expert.act_fn": ("shared_silu",),
+        "": ("post_ffn_residual",),
+    }
 )
 # What holds the module that gives a stage, and gives it too: for a model that has fused what is inside.
 _WHOLE: Mapping[str, str] = MappingProxyType({"self_attn": "attn_out", "mlp": "ffn_out"})
@@ -56,13 +64,15 @@ def sites(path: Pipeline) -> tuple[Site, ...]:
     """What hooks may reach of the stages of a path: outputs of modules, then inputs of stages that are no output."""
     outputs: dict[tuple[str, int], Site] = {}
     for stage in path.values():
-        modules = [name for param in stage.params if (name := module_of(param)) is not None]
+        own = [param for param in stage.params if not is_each(param)]
+        modules = [name for param in own if (name := module_of(param)) is not None]
         for part, module in enumerate(modules):  # of two stages with one module the later is what it really gives
             outputs[module, 0] = Site(module, stage.name, stage.scope is Scope.LAYER, part=part)
     plain = [
         Site(module, name, path[name].scope is Scope.LAYER, member)
         for module, names in _PLAIN.items()
         for member, name in enumerate(names)
+        if name in path
     ]
     found = {site.stage for site in (*outputs.values(), *plain)}
     inputs = [

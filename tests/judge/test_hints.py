@@ -205,7 +205,7 @@ FAULTS: dict[str, tuple[str, Change, str, str]] = {
     "no residual": ("post_attn_residual", lambda o, _: o.arguments[1], "by_recipe", "the residual is missing"),
     "residual only": ("post_ffn_residual", lambda o, _: o.arguments[0], "by_recipe", "only the residual"),
     "relu": ("ffn_silu", lambda o, _: np.maximum(o.arguments[0], 0), "by_recipe", "relu"),
-    "no up": ("ffn_swigl", lambda o, _: o.arguments[0], "by_recipe", "product with ffn_up"),
+    "no up": ("ffn_swigl", lambda o, _: o.arguments[0], "by_recipe", "product with up"),
     "no qkv bias": ("qkv_bias", of("qkv_bias", no_bias), "by_recipe", "the bias is missing"),
     "pairs interleaved": ("q_post_rope", interleaved, "by_recipe", "interleaved (2i, 2i + 1)"),
     "turned back": ("k_post_rope", of("k_post_rope", lambda x, c, s: (x, c, -s)), "by_recipe", "other sign"),

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import shapes
-from forward_models import MODELS
+from forward_models import MODELS, stages_of
 from helpers import fresh
 from jaxtyping import Float, TypeCheckError
 
@@ -18,12 +18,15 @@ import stages.oracle.decoder
 import stages.oracle.router
 import svf_jax.components
 import svf_jax.decoder
+import svf_jax.experts
 import svf_jax.router
 import svf_jax.wide
 import svf_torch.components
 import svf_torch.decoder
+import svf_torch.experts
 import svf_torch.router
 import svf_torch.wide
+from stages.spec.experts import is_each, of_expert
 from stages.spec.families import FAMILIES
 from stages.spec.forward import DECLARED, forward_pipeline, producers
 from stages.spec.layouts import LAYOUTS
@@ -32,7 +35,11 @@ from stages.spec.router import ROUTER
 from stages.spec.stage import Stage
 
 SIDES: dict[str, tuple[Mapping[str, Callable[..., Any]], ...]] = {
-    room.__name__: (room.components.REPLAY_STAGES, room.decoder.FORWARD_STAGES, room.router.ROUTER_STAGES)
+    room.__name__: (
+        room.components.REPLAY_STAGES,
+        {**room.decoder.FORWARD_STAGES, **room.experts.EXPERT_STAGES},
+        room.router.ROUTER_STAGES,
+    )
     for room in (stages.oracle, svf_torch, svf_jax)
 } | {f"{room.__name__}.wide": (room.wide.WIDE_STAGES,) * 3 for room in (svf_torch, svf_jax)}
 # Axes of what comes with a run, and of the bundle's parts; V's are its layout's, n the columns and k the rank.
@@ -79,11 +86,11 @@ def forward_cases() -> Iterator[tuple[Stage, Expected]]:
         params = {**family.before.params, **family.after.params, **RUN}
         for block in family.kinds(config).values():
             params |= block.params
-        for stage in path.values():
+        for layer, stage in stages_of(config):
             if not stage.identity:
-                layer = None if stage in path.of_model()[0] + path.of_model()[1] else 1
                 sources = producers(path, stage, layer, 2).values()
-                given = [*(path.at(place).shape for place in sources), *(params[name] for name in stage.params)]
+                own = [f"chosen {params[of_expert(n, 0)]}" if is_each(n) else params[n] for n in stage.params]
+                given = [*(path.at(place).shape for place in sources), *own]
                 yield stage, [*({shape} for shape in given), {stage.shape}]
 
 

@@ -83,7 +83,7 @@ WRONG: dict[str, tuple[str, Callable[..., Any], str]] = {
     "eps": ("attn_norm", lambda a, w: mx.fast.rms_norm(a, w, 1e-3), "as if eps were 0.001, not 1e-06"),
     "no weight": ("attn_norm", lambda a, w: mx.fast.rms_norm(a, None, 1e-6), "the norm's weight is missing"),
     "gelu": ("ffn_silu", nn.gelu_approx, "gelu (by tanh) instead of silu"),
-    "sum": ("ffn_swigl", lambda a, b: a + b, "ffn_silu and ffn_up are added"),
+    "sum": ("ffn_swigl", lambda a, b: a + b, "silu and up are added"),
     "no mask": ("attn_softmax", lambda a: mx.softmax(mx.where(a == -mx.inf, 0, a), axis=-1), ""),
 }
 

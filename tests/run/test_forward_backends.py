@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from forward_models import MODELS, MemoryWeights, Model, random_weights, tokens_of, write_model
+from forward_models import MODELS, MemoryWeights, Model, random_weights, stages_of, tokens_of, write_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,6 +23,7 @@ from stages.errors import InputError, UsageError
 from stages.files.checkpoint import open_checkpoint
 from stages.oracle import bounds as noise
 from stages.oracle import decoder as reference_decoder
+from stages.oracle import experts as reference_experts
 from stages.oracle.components import ReferenceBackend
 from stages.oracle.rounding import round_once
 from stages.oracle.verdict import Verdict
@@ -35,17 +36,24 @@ from stages.run.forward import (
     run_forward,
     vocabulary_plan,
 )
-from stages.spec.forward import DECLARED, forward_pipeline, producers, stage_options
+from stages.spec.experts import is_each, of_expert
+from stages.spec.forward import DECLARED, RUN_PARAMS, forward_pipeline, producers, stage_options
 from stages.spec.noise import Noise
 from stages.spec.selectors import resolve_layers, resolve_stages
 from stages.spec.stage import Pipeline, Scope, Stage
 from svf_jax import decoder as jax_decoder
+from svf_jax import experts as jax_experts
 from svf_jax.backend import JaxBackend
 from svf_torch import decoder as torch_decoder
+from svf_torch import experts as torch_experts
 from svf_torch.backend import TorchBackend
 
 BACKENDS = {"torch": TorchBackend, "jax": JaxBackend, "reference": ReferenceBackend}
-TWINS = {"torch": torch_decoder, "jax": jax_decoder, "reference": reference_decoder}
+TWINS = {
+    "torch": (torch_decoder, torch_experts),
+    "jax": (jax_decoder, jax_experts),
+    "reference": (reference_decoder, reference_experts),
+}
 # fmt: off
 ORIGINAL = [
     "embedding", "attn_norm", "qkv_matmul", "qkv_bias", "q_post_rope", "k_post_rope", "attention", "attn_out",
@@ -53,6 +61,12 @@ ORIGINAL = [
     "layer_output", "final_norm", "lm_head",
 ]
 ADDED = ["inv_freq", "rope_angle", "rope_cos", "rope_sin", "q_norm", "k_norm", "attn_scores", "attn_softmax"]
+OF_EXPERTS = [
+    "router_logits", "router_probs", "router_topk", "router_weights", "expert_gate", "expert_up", "expert_silu",
+    "expert_swigl", "expert_out", "moe_out", "shared_gate", "shared_up", "shared_silu", "shared_swigl", "shared_out",
+    "shared_score",
+    "shared_weight", "shared_gated",
+]
 # fmt: on
 Recorded = dict[tuple[int | None, str], np.ndarray]
 
@@ -104,13 +118,15 @@ def failing(runner: Forwarder, recorded: Recorded, tokens: list[int]) -> dict[st
 
 def test_there_are_nineteen_original_stages() -> None:
     assert len(set(ORIGINAL)) == 19
-    assert {*ORIGINAL, *ADDED} == {*DECLARED, "layer_output"}
+    assert {*ORIGINAL, *ADDED, *OF_EXPERTS} == {*(stage.name for stage in DECLARED.values()), "layer_output"}
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_original_and_added_stage_can_be_asked_for_by_name(name: str) -> None:
     path = forward_pipeline(MODELS[name].config("float32"))
-    present = [stage for stage in ORIGINAL + ADDED if stage not in path.absent]
+    of_experts = OF_EXPERTS if "moe" in name else []
+    names = [stage for stage in ORIGINAL + ADDED + of_experts if stage not in path.absent]
+    present = [stage for stage in names if stage in path or stage == "layer_output"]
     assert set(resolve_stages(",".join(present), path)) == set(path)
     assert resolve_stages("layer_output", path) == ("post_ffn_residual",)
     assert list(path)[:5] == ["inv_freq", "rope_angle", "rope_cos", "rope_sin", "embedding"]
@@ -135,16 +151,18 @@ def test_stages_follow_their_inputs_and_parameters_exist(name: str) -> None:
     config = MODELS[name].config("float32")
     path = forward_pipeline(config)
     weights = random_weights(config) | {"lm_head.weight": np.empty(0)}
-    for stage in path.values():
-        layer = 1 if stage.scope is Scope.LAYER else None
-        for param in stage.params:
-            full = f"model.layers.1.{param}" if layer else param
-            assert param in ("tokens", "positions") or full in weights, param
+    read: set[str] = set()
+    for layer, stage in stages_of(config):
+        experts = range(getattr(config, "num_experts", 0))
+        every = [e for p in stage.params for e in ([of_expert(p, n) for n in experts] if is_each(p) else [p])]
+        names = {param if layer is None else f"model.layers.{layer}.{param}" for param in every} - {*RUN_PARAMS}
+        assert names <= set(weights)
+        read |= names
         for source, (at, producer) in producers(path, stage, layer, 2).items():
             assert producer in path, source
-            assert (at is None) == (path[producer].scope is Scope.MODEL)
-    read = {param for stage in path.values() for param in stage.params if stage.scope is Scope.LAYER}
-    assert read == {name.removeprefix("model.layers.1.") for name in weights if name.startswith("model.layers.1.")}
+            assert (at is None) == (path.at((at, producer)).scope is Scope.MODEL)
+    kinds = {f"model.layers.{layer}." for layer, _ in stages_of(config) if layer is not None}
+    assert read == {name for name in weights if "layers" not in name or name.startswith(tuple(kinds))}
 
 
 def test_only_the_frequencies_and_angles_are_always_float32() -> None:
@@ -192,17 +210,18 @@ def functions(module: Any) -> list[tuple[str, list[str], str]]:
 
 
 def test_twins_have_the_same_functions_in_the_same_order_with_the_same_first_lines() -> None:
-    expected = functions(torch_decoder)
-    assert [name for name, _, _ in expected] == list(DECLARED)
-    for module in TWINS.values():
-        assert functions(module) == expected
-        assert list(module.FORWARD_STAGES) == list(DECLARED)
+    public = {side: [[one for one in functions(m) if one[0] in DECLARED] for m in TWINS[side]] for side in TWINS}
+    assert {name for module in public["torch"] for name, _, _ in module} == set(DECLARED)
+    assert public["torch"] == public["jax"] == public["reference"]
+    for side, (decoder, experts) in TWINS.items():
+        names = [[name for name, _, _ in module] for module in public[side]]
+        assert [list(decoder.FORWARD_STAGES), list(experts.EXPERT_STAGES)] == names
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_functions_take_what_the_declaration_says(name: str) -> None:
     for stage in forward_pipeline(MODELS[name].config("float32")).stages:
-        signature = inspect.signature(torch_decoder.FORWARD_STAGES[stage.name]).parameters.values()
+        signature = inspect.signature(TorchBackend().forward[stage.function]).parameters.values()
         options = [p.name for p in signature if p.kind is p.KEYWORD_ONLY]
         positional = [p for p in signature if p.kind is not p.KEYWORD_ONLY]
         assert options == list(stage.options)
@@ -305,7 +324,7 @@ MUTANTS: dict[str, tuple[str, Callable[..., Any]]] = {
     "k not turned": ("k_post_rope", lambda k, c, s, **_: k.clone()),
     "no 1/sqrt(d)": ("attn_scores", lambda q, k, *, scaling: STAGES["attn_scores"](q, k, scaling=1.0)),
     "wrong GQA map": ("attn_scores", wrong_groups),
-    "no mask": ("attn_softmax", lambda s: torch.softmax(s, dim=-1)),
+    "no mask": ("attn_softmax", lambda s, *, window: torch.softmax(s, dim=-1)),
     "heads of v swapped": ("attention", lambda p, x, **o: STAGES["attention"](p.flip(0), x, **o)),
     "o_proj transposed": ("attn_out", lambda x, w: x[:, : len(w)] @ w[:, : len(w)]),
     "residual twice": ("post_attn_residual", lambda x, y: x + y + x),
@@ -550,7 +569,7 @@ def test_no_order_of_summation_exceeds_the_rigorous_bounds(seed: int, k: int, or
     scores = np.clip(x, -80, 80)[None, None]
     p = reference_decoder.attn_softmax(scores)
     e = np.exp(scores - scores.max())
-    operands = reference_decoder.OPERANDS["attn_softmax"](scores)
+    operands = reference_decoder.OPERANDS["attn_softmax"](scores, window=None)
     assert (abs(e / total(e[0, 0]) - p) <= noise.rigorous(Noise.SOFTMAX, operands, p, np.dtype("f4"))).all()
 
 

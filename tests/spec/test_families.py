@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from forward_models import MODELS, change_dump, dumped, trace, write_model
+from forward_models import MODELS, change_dump, dumped, stages_of, trace, write_model
 from helpers import svf
 
 from stages.errors import InputError
 from stages.oracle.components import ReferenceBackend
 from stages.run.budget import forward_bytes
 from stages.spec.blocks import attention, decoder_layer, swiglu
-from stages.spec.config import ModelConfig
+from stages.spec.config import FULL, ModelConfig
 from stages.spec.families import FAMILIES, parameter_shapes, parse_config
-from stages.spec.family import FULL, Family
+from stages.spec.family import Family
 from stages.spec.forward import DECLARED, forward_pipeline
 
 RAW = MODELS["llama-tied"].raw("float32")
@@ -30,7 +30,7 @@ def test_a_model_has_no_stage_that_its_family_did_not_announce(name: str) -> Non
     announced = {stage.name for block in (family.before, *family.widest, family.after) for stage in block.stages}
     path = forward_pipeline(config)
     assert set(path) <= announced
-    for stage in path.values():
+    for _, stage in stages_of(config):
         if not stage.identity:
             declared = DECLARED[stage.function]
             assert (declared.noise, declared.shape, declared.options) == (stage.noise, stage.shape, stage.options)

@@ -21,6 +21,8 @@ from stages.selftest.specimens import Shape
 from stages.spec.backend import Backend
 from stages.spec.config import EMBEDDING, LM_HEAD, ModelConfig
 from stages.spec.families import parameter_shapes, parse_config
+from stages.spec.forward import forward_pipeline
+from stages.spec.stage import Stage
 
 YARN = {
     "rope_type": "yarn",
@@ -96,9 +98,21 @@ MODELS = {
     "llama-bias": Model("llama", attention_bias=True, eps=1e-5),
     "mistral": Model("mistral", tied=False, eps=1e-5, window=5),
     "mistral-gqa4": Model("mistral", heads=8, kv_heads=2, head_dim=24),
+    "qwen3-moe": Model("qwen3_moe", experts=8),
+    "qwen3-moe-many": Model("qwen3_moe", experts=40, topk=6, renormalised=False, tied=False, dense=(0,)),
+    "qwen2-moe": Model("qwen2_moe", experts=10, topk=3, renormalised=False),
+    "qwen2-moe-dense": Model("qwen2_moe", experts=6, dense=(0,), tied=False),
     "qwen2-window": Model("qwen2", window=6, sliding=1),
     "qwen3-window": Model(window=64),
 }
+
+
+def stages_of(config: ModelConfig) -> list[tuple[int | None, Stage]]:
+    """The stages of the whole model, and those of one layer of each kind, with that layer."""
+    path = forward_pipeline(config)
+    layers = {id(kind): layer for layer, kind in enumerate(path.layers)}
+    before, after = path.of_model()
+    return [(layer, s) for layer in layers.values() for s in path.of_layer(layer)] + [(None, s) for s in before + after]
 
 
 def tokens_of(count: int, vocab: int = 300) -> list[int]:

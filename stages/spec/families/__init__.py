@@ -6,12 +6,13 @@ import math
 from collections.abc import Mapping
 
 from stages.spec.config import ModelConfig, RawConfig, refuse_unsupported
-from stages.spec.families import llama, mistral, qwen2, qwen3
+from stages.spec.families import llama, mistral, qwen2, qwen2_moe, qwen3, qwen3_moe
 from stages.spec.family import Family
 from stages.spec.fields import choice
 from stages.spec.stage import Block
 
-FAMILIES: dict[str, Family] = {f.name: f for f in (qwen3.FAMILY, qwen2.FAMILY, llama.FAMILY, mistral.FAMILY)}
+_MODULES = (qwen3, qwen2, llama, mistral, qwen3_moe, qwen2_moe)
+FAMILIES: dict[str, Family] = {module.FAMILY.name: module.FAMILY for module in _MODULES}
 
 
 def parse_config(raw: RawConfig, where: str) -> ModelConfig:
