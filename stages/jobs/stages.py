@@ -24,9 +24,18 @@ from stages.spec.stage import Stage
 SCHEMA = "svf.stages/1"
 
 
+# Sizes that families with experts read, and others do not.
+_EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "shared_expert_intermediate_size": 64,
+}
+
+
 def plain(family: Family) -> tuple[Stage, ...]:
     """The stages of a family's plain model, of which nothing optional is asked."""
-    config = family.parse({**config_json("tiny"), "model_type": family.name}, family.name)
+    config = family.parse({**config_json("tiny"), **_EXPERTS, "model_type": family.name}, family.name)
     (layer,) = family.kinds(config).values()
     return (*family.before.stages, *layer.stages, *family.after.stages)
 

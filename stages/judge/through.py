@@ -21,6 +21,7 @@ from stages.judge.tried import Function, Hypothesis, Number, Tried, in_words
 from stages.judge.wrong_weights import Element, Line, Share, beside
 from stages.oracle.bounds import RMS_THROUGH, U32
 from stages.oracle.rope import TABLES
+from stages.oracle.rounding import widened
 from stages.oracle.span import Value, oracle_through
 from stages.oracle.verdict import Oracle, judged_part, measure
 from stages.recipes.elements import shortest, stored_as, usual
@@ -305,7 +306,7 @@ class Search(Tried):
             if self.stage(at).causal:
                 changed[at] = replace(changed[at], array=self.right(at, [one.array for one in inputs]))
             if at in tried.instead:
-                array = tried.instead[at]([one.array.astype(np.float64) for one in inputs])
+                array = tried.instead[at]([widened(one.array) for one in inputs])
                 if array is None:
                     return None
                 changed[at] = _with_array(changed[at], array)

@@ -24,7 +24,7 @@ from stages.judge.wrong_weights import Element, Line, beside
 from stages.oracle.bounds import U32
 from stages.oracle.decoder import attn_softmax
 from stages.oracle.rope import TABLES
-from stages.oracle.rounding import round_once
+from stages.oracle.rounding import round_once, widened
 from stages.oracle.span import Value, Way
 from stages.oracle.verdict import STAGES, Oracle, consult, judged_part
 from stages.recipes.at import At
@@ -186,7 +186,7 @@ class Tried:
         """As recorded or computed; of scores also those that a right mask hides, and a wrong one may not."""
         if at in self.span.hidden and self.stage_of(at).causal:
             return self.right(at, [self.values(source) for source in self.inputs_of(at)])
-        return self.first(self.known(at).array, self.stage_of(at).shape).astype(np.float64, copy=False)
+        return widened(self.first(self.known(at).array, self.stage_of(at).shape))
 
     @property
     def layers(self) -> int:
@@ -230,7 +230,7 @@ class Tried:
     def of_taken(self, at: Place, inputs: Arrays, params: Arrays, options: Mapping[str, Any]) -> np.ndarray:
         """What a stage gives of inputs, once its kernel has taken them to what it computes with."""
         stage, taken = self.stage_of(at), self.taken(at, inputs)
-        value = np.asarray(STAGES[stage.function](*taken, *params, **options), np.float64)
+        value = widened(np.asarray(STAGES[stage.function](*taken, *params, **options)))
         kernel = taken_at(self.run, at)
         rows = slice(self.start, self.start + value.shape[-1]) if stage.by_vocab else slice(None)
         if kernel is None:
@@ -507,7 +507,7 @@ class Tried:
 
         def function(at: Place, number: float, inputs: Arrays) -> np.ndarray:
             options = {**self.options(at), name: number}
-            return np.asarray(STAGES[self.stage(at).function](*inputs, *self.params(at), **options), np.float64)
+            return widened(np.asarray(STAGES[self.stage(at).function](*inputs, *self.params(at), **options)))
 
         def of(number: float) -> Mapping[Place, Function]:
             return {at: functools.partial(function, at, number) for at in places}

@@ -19,3 +19,8 @@ def round_once(value: np.ndarray, dtype: np.dtype) -> np.ndarray:
     inexact = single != value
     bits = single.view(np.uint32) - (np.abs(single) > np.abs(value))
     return (bits | inexact).view(np.float32).astype(dtype)
+
+
+def widened(x: np.ndarray) -> np.ndarray:
+    """`x` in float64; counts, numbers of experts, as they are."""
+    return x if x.dtype.kind in "iu" else x.astype(np.float64, copy=False)

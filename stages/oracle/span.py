@@ -22,6 +22,7 @@ from stages.oracle.bounds import RMS_THROUGH, U32, Lambdas, exact_bound, half_un
 from stages.oracle.components import _v_transposed
 from stages.oracle.decoder import _repeated, attn_softmax
 from stages.oracle.experts import by_expert, router_probs
+from stages.oracle.rounding import widened
 from stages.oracle.spread import RECORDED, STEPS, Setting, Spread, by_heads
 from stages.oracle.verdict import OPERANDS, Oracle, consult
 from stages.spec.causal import up_to_query
@@ -104,7 +105,7 @@ def oracle_through(
         inputs = [_as_taken(inputs[0], way.taken, cell), *inputs[1:]]
         ends = cell[::2] if inputs[0].spread.none else ()
         sums = way.taken.sums(before, inputs[0].array, way.least(), *ends)
-    arguments = (*(value.array.astype(np.float64) for value in inputs), *params)
+    arguments = (*(widened(value.array) for value in inputs), *params)
     if not inputs and doubts is None:
         return consult(stage, arguments, options, way.lambdas)
 
@@ -175,9 +176,8 @@ def value_through(oracle: Oracle, inputs: Sequence[Value], way: Way) -> Value:
     """A hidden stage's value, with what it errs itself."""
     if oracle.stage.noise is Noise.CHOICE:
         open_ = RECORDED if oracle.carried is None else oracle.carried()
-        return Value(
-            oracle.value, open_, np.where(np.isinf(np.broadcast_to(open_.own, oracle.value.shape)), np.inf, 0.0)
-        )
+        far = np.where(np.isinf(np.broadcast_to(open_.own, oracle.value.shape)), np.inf, 0.0)
+        return Value(oracle.value.astype(np.int32), open_, far)
     own = _own(oracle, way.dtype if oracle.stage.dtype != "float32" else np.dtype(np.float32))
     before = RECORDED if oracle.carried is None else oracle.carried()
     absolute = way.absolute and all(np.ndim(value.far) or value.far < np.inf for value in inputs)
