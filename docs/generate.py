@@ -9,6 +9,7 @@ import ast
 import contextlib
 import io
 import json
+import operator
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from stages.jobs.stages import plain
 from stages.oracle.bounds import LAMBDA
 from stages.selftest import tables
 from stages.spec.families import FAMILIES
+from stages.spec.forward import merged
 from stages.spec.layouts import LAYOUTS
 from stages.spec.noise import Noise
 from stages.spec.replay import REPLAY
@@ -132,19 +134,18 @@ def stages_page() -> str:
 
 def foreign_page() -> str:
     """docs/foreign-dumps.md: how another program records a forward that `svf audit` judges."""
-    first, *others = FAMILIES.values()
-    stages = [(family.title, {stage.name: stage for stage in plain(family)}) for family in others]
+    stages = [(f.title, {s.name: s for s in plain(f) if not s.absent}) for f in FAMILIES.values()]
     lines = [
         "| key | shape | dtype | judged from | absent in | what it is |",
         "|---|---|---|---|---|---|",
     ]
-    for stage in plain(first):
+    for stage in merged((plain(family) for family in FAMILIES.values()), operator.attrgetter("name")):
         key = f"layers.<n>.{stage.name}" if stage.scope is Scope.LAYER else stage.name
-        there = [(title, of[stage.name]) for title, of in stages if not of[stage.name].absent]
+        there = [(title, of[stage.name]) for title, of in stages if stage.name in of]
         inputs = "; ".join([_inputs(stage), *(f"{t}: {_inputs(s)}" for t, s in there if s.inputs != stage.inputs)])
         doc = ". ".join([stage.doc, *(f"{title}: {s.doc}" for title, s in there if s.doc != stage.doc)])
         dtype = "activations" if stage.dtype == "model" else stage.dtype
-        absent = ", ".join(title for title, of in stages if of[stage.name].absent)
+        absent = ", ".join(title for title, of in stages if stage.name not in of)
         lines.append(f"| `{key}` | {stage.shape} | {dtype} | {inputs} | {absent} | {doc} |")
     tools = "\n".join(line for table in tool_tables() for line in _tool(table))
     return FOREIGN.replace("TABLE", "\n".join(lines)) + tools
