@@ -146,7 +146,7 @@ class _Taking:
                 self._hand_out(functools.partial(self._keep, (layer, site)), _first(args, kwargs))
         out = own(module, *args, **kwargs)
         for layer, site in self.places.get(name, ()):
-            if not site.given:
+            if not site.given and (isinstance(out, tuple) or site.member == 0):
                 given = out[site.member] if isinstance(out, tuple) else out
                 self._hand_out(functools.partial(self._keep, (layer, site)), given)
         if not name:

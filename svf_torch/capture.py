@@ -123,7 +123,8 @@ class _Taking:
 
         def after(_module: nn.Module, _args: Any, out: Any) -> None:
             for number, member in gives:
-                seen[number] = _copied(out[member] if isinstance(out, tuple) else out)
+                if isinstance(out, tuple) or member == 0:
+                    seen[number] = _copied(out[member] if isinstance(out, tuple) else out)
 
         if given:
             stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
@@ -178,7 +179,7 @@ class _Taking:
         n = self._tokens.shape[1]
         own = slice(self._before, self._before + n)  # keys of a cache: those before, these, and room for more
         arrays = {
-            self.places[number]: to_numpy(tensor[:, own] if tensor.shape[1] > n else tensor)
+            self.places[number]: to_numpy(tensor[:, own] if tensor.ndim > 2 and tensor.shape[1] > n else tensor)
             for number, tensor in self.seen.items()
             if not (chosen and self.places[number][1].stage == LM_HEAD.removesuffix(".weight"))
         }

@@ -270,6 +270,8 @@ def _rows_of_others(place: Place, asked: _Suspicion) -> str | None:
         return None
     right = np.concatenate([oracle.value.reshape(n, -1) for _, oracle in oracles], axis=1)
     got = array.reshape(n, -1).astype(np.float64)
+    if got.shape != right.shape:
+        return None
     nearest = np.argmax(got @ right.T - np.sum(right * right, axis=1) / 2, axis=1)
     order = np.where(_fits(oracles, nearest, array), nearest, -1)
     return _order_said(order)

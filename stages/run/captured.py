@@ -218,6 +218,8 @@ def _rows(calls: list[Call], row: int, at: Reached) -> np.ndarray | None:
         if batch is None:
             kept = []
             continue
+        if batch.ndim == 2 and len(batch) == call.tokens.size:  # experts see the tokens of all rows in one
+            batch = batch.reshape(*call.tokens.shape, -1)
         array, n = batch[row if len(batch) > 1 else 0], call.tokens.shape[1]
         if len(array) > n:
             return None

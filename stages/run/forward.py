@@ -18,7 +18,7 @@ from stages.run.watch import entering
 from stages.spec.backend import Backend, Weights, stored_as
 from stages.spec.config import EMBEDDING, LM_HEAD, ModelConfig
 from stages.spec.dtypes import stored_dtype
-from stages.spec.experts import CHOSEN, chosen_experts, is_each, of_expert
+from stages.spec.experts import CHOSEN, MoeConfig, chosen_experts, is_each, of_expert
 from stages.spec.families import layer_param
 from stages.spec.forward import (
     RUN_PARAMS,
@@ -118,6 +118,8 @@ class Forwarder:
         dtype: str = "model",
         fuse_layers: bool = False,
     ):
+        if fuse_layers and isinstance(config, MoeConfig):
+            raise UsageError("--jit layer: a layer's experts are read once its router has run; leave it out")
         self.fuse_layers = fuse_layers
         self.backend, self.config, self.weights = backend, config, weights
         self.path = forward_pipeline(config, dtype)

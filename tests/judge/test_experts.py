@@ -177,3 +177,23 @@ def test_packed_experts_are_read_as_those_of_each(name: str, tmp_path: Path) -> 
         checkpoint.check()
         for key, array in weights.items():
             assert checkpoint.read(key).tobytes() == array.tobytes(), key
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "engine"), [("qwen2-moe", "bfloat16", "transformers"), ("qwen3-moe", "float32", "nnx")]
+)
+def test_a_captured_mixture_is_sound(name: str, dtype: str, engine: str, tmp_path: Path) -> None:
+    """Its modules see tokens without a batch axis, and a router gives three things."""
+    model = write_model(tmp_path / "model", MODELS[name], dtype)
+    done = svf("capture", model, "--engine", engine, "--tokens", WORDS, "--out", tmp_path / "captured")
+    assert done.code == 0, done.out + done.err
+    found = audit(tmp_path / "captured")
+    assert (found["outcome"], found["culprit"]) == ("sound", None)
+    assert {"layers.1.moe_out", "layers.1.router_logits"} <= {row["key"] for row in found["rows"]}
+
+
+def test_layers_of_experts_are_not_compiled_as_one(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", MODELS["qwen3-moe"], "float32")
+    done = svf("forward", model, "--backend", "jax", "--jit", "layer", "--tokens", WORDS, "--out", tmp_path / "out")
+    assert done.code == 2
+    assert "--jit layer: a layer's experts are read once its router has run" in done.err
