@@ -283,8 +283,8 @@ def _stage(name: str, arguments: Sequence[Any], options: Mapping[str, Any]) -> S
     optional = sum(param.endswith(".bias") for param in stage.params)
     if not len(names) - optional <= len(arguments) <= len(names):
         raise TypeError(f"{name}: expected {len(names)} arrays ({', '.join(names)}), got {len(arguments)}")
-    wanted = {option for option in stage.options if option != "dtype"}
-    if wanted != set(options):
+    wanted = {option for option in stage.options if option not in ("dtype", "window")}  # a window is not needed
+    if wanted != set(options) - {"window"} or not set(options) <= set(stage.options):
         raise TypeError(f"{name}: expected the options {', '.join(sorted(wanted)) or 'none'}, got {sorted(options)}")
     return stage
 

@@ -141,7 +141,7 @@ def attn_scores(q_post_rope: Array, k_post_rope: Array, *, scaling: float, dtype
 
 
 @WIDE_STAGES
-def attn_softmax(attn_scores: Array, *, window: int | None) -> Array:
+def attn_softmax(attn_scores: Array, *, window: int | None = None) -> Array:
     """Softmax over the keys up to each query, of a `window` the last so many alone."""
     return jax.nn.softmax(decoder._masked(attn_scores, window), axis=-1)
 

@@ -141,7 +141,7 @@ def attn_scores(q_post_rope: Tensor, k_post_rope: Tensor, *, scaling: float, dty
 
 
 @WIDE_STAGES
-def attn_softmax(attn_scores: Tensor, *, window: int | None) -> Tensor:
+def attn_softmax(attn_scores: Tensor, *, window: int | None = None) -> Tensor:
     """Softmax over the keys up to each query, of a `window` the last so many alone."""
     return F.softmax(attn_scores + decoder._mask(attn_scores, window), dim=-1)
 

@@ -94,9 +94,7 @@ class Search(Tried):
 
     def named(self) -> Named | None:
         """What explains the tensor best, with all that explain it as well; the likelier kinds are asked first."""
-        wrong = self._wrong_rows()
-        seen_early = len(self.run.tokens) == len(self.case.got) and len(wrong) and wrong[0] < _FIRST // 2
-        first = _FIRST if self.layers > 1 and seen_early else None
+        first = _FIRST if self.layers > 1 and self._seen_early() else None
         groups: list[Callable[[], Iterator[Fit]]] = [
             lambda: self._fitted(number for number in self.numbers() if number.of_config),
             self._likeliest,
@@ -117,6 +115,11 @@ class Search(Tried):
             if found:
                 return told([fit for fit in found if fit.error <= _AS_GOOD * found[0].error])
         return None
+
+    def _seen_early(self) -> bool:
+        """Whether the first tokens alone show what is wrong: of all tokens, one of the first ones is."""
+        wrong = self._wrong_rows()
+        return len(self.run.tokens) == len(self.case.got) and len(wrong) > 0 and bool(wrong[0] < _FIRST // 2)
 
     def _likeliest(self) -> Iterator[Fit]:
         """What explains most of the error as far as this is carried back to where it may begin."""

@@ -21,6 +21,7 @@ from stages.judge.mix_ups import ALIKE
 from stages.judge.recorded_run import ForwardRun, Span, sources_of, weights_of
 from stages.judge.spans import computed, given_at, span_of, value_of, way_of
 from stages.judge.wrong_weights import Element, Line, beside
+from stages.oracle.activations import Taken
 from stages.oracle.bounds import U32
 from stages.oracle.decoder import attn_softmax
 from stages.oracle.rope import TABLES
@@ -156,7 +157,7 @@ class Tried:
 
     def taken(self, at: Place, inputs: Arrays) -> Arrays:
         """What a stage's kernel takes its inputs to before it computes."""
-        taken = taken_at(self.run, at)
+        taken = self.kernel(at)
         return inputs if taken is None else [taken.cell(inputs[0])[1], *inputs[1:]]
 
     # -- values of wrong programs ---------------------------------------------------------------------------------
@@ -227,11 +228,15 @@ class Tried:
             return inputs[0]
         return self.of_taken(at, inputs, self.params(at), self.options_of(at))
 
+    def kernel(self, at: Place) -> Taken | None:
+        """What a stage's kernel takes its first input to; None where it computes with that."""
+        return taken_at(self.run, at)
+
     def of_taken(self, at: Place, inputs: Arrays, params: Arrays, options: Mapping[str, Any]) -> np.ndarray:
         """What a stage gives of inputs, once its kernel has taken them to what it computes with."""
         stage, taken = self.stage_of(at), self.taken(at, inputs)
         value = widened(np.asarray(STAGES[stage.function](*taken, *params, **options)))
-        kernel = taken_at(self.run, at)
+        kernel = self.kernel(at)
         rows = slice(self.start, self.start + value.shape[-1]) if stage.by_vocab else slice(None)
         if kernel is None:
             return value

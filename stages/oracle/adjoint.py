@@ -95,7 +95,7 @@ def _scores(x: Arrays, _p: Arrays, options: Mapping[str, Any], g: np.ndarray) ->
 
 
 def _softmax(x: Arrays, _p: Arrays, options: Mapping[str, Any], g: np.ndarray) -> list[np.ndarray | None]:
-    p = attn_softmax(x[0], window=options["window"]).astype(g.dtype)
+    p = attn_softmax(x[0], window=options.get("window")).astype(g.dtype)
     return [p * (g - np.sum(p * g, axis=-1, keepdims=True))]
 
 

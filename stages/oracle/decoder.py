@@ -509,7 +509,7 @@ OPERANDS: Mapping[str, Callable[..., Operands]] = MappingProxyType(
             _keys(k, heads, kv_heads, head_dim), cos, sin
         ),
         "attn_scores": lambda q, k, *, scaling: (*map(_f32, _score_factors(q, k)), scaling, q.dtype),
-        "attn_softmax": lambda scores, *, window: (_masked(scores, window),),
+        "attn_softmax": lambda scores, *, window=None: (_masked(scores, window),),
         "attention": _attention_operands,
         "attn_out": _linear_operands,
         "ffn_norm": _norm_operands,

@@ -360,7 +360,7 @@ def _softmax(
     x: Sequence[np.ndarray], errors: Errors, _p: Sequence[np.ndarray], options: Options, _unit: float
 ) -> np.ndarray:
     """log p moves by the score's error and by the log of the sum's, which is the mean of exp(error) over p."""
-    kept = up_to_query(x[0], options["window"])
+    kept = up_to_query(x[0], options.get("window"))
     p, e = attn_softmax(x[0], **options), np.where(kept, errors[0], 0.0)
     widest = e.max(axis=-1, keepdims=True)
     mean = widest + np.log(np.sum(p * np.exp(e - widest), axis=-1, keepdims=True))

@@ -240,7 +240,7 @@ def _softmax(x: Sequence[np.ndarray], s: Sequence[Spread], _p: Sequence[np.ndarr
 
     Where a score errs by more than a little, p moves by exp of it, whose second moment is larger; by 1 at most.
     """
-    p = attn_softmax(x[0], window=setting.options["window"])
+    p = attn_softmax(x[0], window=setting.options.get("window"))
     of_log = s[0].of_log + s[0].added if s[0].of_log is not None else s[0].variance(x[0])
     far = np.minimum(of_log, 30.0)
     of_log = np.maximum(of_log, np.expm1(2 * far) - 2 * np.expm1(far / 2))

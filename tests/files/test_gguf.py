@@ -26,8 +26,14 @@ from stages.files.source import ModelSource, open_model
 from stages.files.tensorfile import write_tensors
 from stages.spec.backend import Backend
 
-# What the converter can say: it has no words for these two RoPEs.
-SAID = {name: model for name, model in MODELS.items() if not name.endswith(("dynamic", "longrope"))}
+# What the converter can say: it has no words for these two RoPEs, nor for windows; mixtures of experts are not read.
+SAID = {
+    name: model
+    for name, model in MODELS.items()
+    if not name.endswith(("dynamic", "longrope"))
+    and model.window is None
+    and model.family in ("qwen3", "qwen2", "llama")
+}
 # Rows of 64: whole blocks of every type of 32 and 64.
 SMALL = Model("llama", tied=False, heads=4, kv_heads=2, head_dim=16, hidden=64, intermediate=128)
 WIDE = dataclasses.replace(SMALL, hidden=256, head_dim=64, intermediate=256, vocab=40, layers=1)

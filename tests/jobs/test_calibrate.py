@@ -172,11 +172,15 @@ def test_calibrate_measures_every_kind_and_finds_rounding(name: str, cache: Path
     result = svf("calibrate", "--backend", name, "--json")
     assert result.code == 0, result.err
     (found,) = result.json["backends"]
-    assert {row["kind"] for row in found["kinds"]} == {kind.value for kind in LAMBDA}
+    assert {row["kind"] for row in found["kinds"]} == {kind.value for kind in LAMBDA} - _OF_EXPERTS
     for row in found["kinds"]:
         assert row["seen"] <= row["shipped"], row
         assert row["rms"] is None or row["rms"] <= row["rms_shipped"], row
     assert json.loads(Path(found["file"]).read_text())["facts"]["backend"] == name
+
+
+# No preset has experts: their shipped lambdas hold on every device.
+_OF_EXPERTS = {"sigmoid", "distribution", "choice", "shares", "experts", "combined"}
 
 
 def _tf32(stage: Callable[..., Any], *arguments: Any, **options: Any) -> Any:

@@ -63,10 +63,10 @@ def test_a_model_that_is_not_computed_is_listed_with_the_reason(model: Path, tmp
     for path in model.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     config = json.loads((model / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "mistral"}))
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "gemma3"}))
     found = inspected(tmp_path)
     assert found["about"]["config"] is None
-    assert "mistral" in found["notes"][0]
+    assert "gemma3" in found["notes"][0]
     assert found["count"]
 
 

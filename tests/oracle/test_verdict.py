@@ -239,7 +239,7 @@ def test_the_worst_of_a_sides_chunks_counts_and_stays() -> None:
 
 def test_the_order_of_verdicts_and_which_of_them_pass() -> None:
     assert worst(Verdict.EXACT, Verdict.SHAPE, Verdict.ROUNDING) is Verdict.SHAPE
-    assert [v for v in Verdict if v.passes] == [Verdict.EXACT, Verdict.ROUNDING, Verdict.ACCEPTED]
+    assert [v for v in Verdict if v.passes] == [Verdict.EXACT, Verdict.ROUNDING, Verdict.ACCEPTED, Verdict.TIE]
     assert {v for v in Verdict if not v.passes and not v.fails} == {Verdict.GIVEN, Verdict.UNJUDGED}
 
 
@@ -288,7 +288,7 @@ def test_a_worse_verdict_on_an_element_is_not_softened_by_the_rms() -> None:
 
 
 def test_every_kind_of_sums_and_functions_has_an_rms() -> None:
-    assert set(noise.RMS) == set(Noise) - {Noise.EXACT, Noise.SUM_RATIO}
+    assert set(noise.RMS) == set(Noise) - {Noise.EXACT, Noise.SUM_RATIO, Noise.CHOICE}
     for kind, rms in noise.RMS.items():
         assert 0 < rms < noise.rms_limit(kind, np.dtype("f4")) * noise.LAMBDA[kind]
         assert noise.rms_limit(kind, np.dtype("f4")) < 1  # else it would never say anything
