@@ -138,6 +138,9 @@ def _shared() -> Iterator[Row]:
     yield "the shared gate by silu", weight, another(lambda s: s * _sigmoid(s)), "silu instead of sigmoid", SHARED
     yield "the shared expert missing", whole, another(lambda x, y: x), "the shared expert is missing", SHARED
     yield "the shared expert twice", whole, another(lambda x, y: x + 2 * y), "added twice", SHARED
+    narrow = narrow_first(bfloat16)
+    yield "the shared expert in bfloat16", ("shared_gate", "shared_up"), narrow, "bfloat16", SHARED[:1]
+    yield "the shared output in bfloat16", ("shared_out", "shared_score"), narrow, "bfloat16", SHARED[:1]
     yield "the shared expert alone", whole, another(lambda x, y: y), "only the shared expert", SHARED
 
 

@@ -224,12 +224,13 @@ def test_every_kind_is_planted_at_a_stage_that_exists_and_there_are_many() -> No
 def test_faults_are_planted_in_all_layers_families_backends_and_stages() -> None:
     trials = plan(FAULTS.values(), BACKENDS, quick=False, seed=0)
     of_layers = [t for t in trials if t.fault.path == FORWARD and t.layer is not None]
+    layers = {"qwen3": 3, "qwen2": 3, "qwen3_moe": 2, "qwen2_moe": 2}
     assert {(t.backend, t.layer, SPECIMENS[t.specimen].family) for t in of_layers} == {
-        (backend, layer, family) for backend in BACKENDS for layer in (0, 1, 2) for family in ("qwen3", "qwen2")
+        (backend, layer, family) for family, count in layers.items() for backend in BACKENDS for layer in range(count)
     }
-    path = path_of("qwen3")
     stages = {t.stage for t in trials} | {stage for rows in ROWS.values() for stage in rows.at}
-    assert stages >= {name for name in path if not path[name].identity}
+    for path in (path_of("qwen3"), path_of("qwen2-moe")):
+        assert stages >= {name for name in path if not path[name].identity}
     assert stages >= set(REPLAY) - {"source_f32", "offsets_f32"}
 
 
