@@ -25,7 +25,7 @@ _STYLES = {
     "exact": "green",
     "rounding": "green",
     "given": "default",
-    **dict.fromkeys(("accepted", "unjudged", "suspect"), "yellow"),
+    **dict.fromkeys(("accepted", "tie", "unjudged", "suspect"), "yellow"),
 }
 
 

@@ -21,6 +21,7 @@ MARKS = {
     Verdict.EXTRA: "extra",
     Verdict.UNJUDGED: "?",
     Verdict.GIVEN: "given",
+    Verdict.TIE: "tie",
     Verdict.EXACT: "=",
 }
 # Largest error / bound of each shade: blue up to the bound, orange beyond it, and nothing in between.
