@@ -325,7 +325,7 @@ _LITTLE_HEAD = """## Next to nothing recorded
 What `benchmarks/little.py` printed: dumps of layers' outputs alone, or of logits alone, of a Qwen3 of 6 layers, hidden
 256. The bits of the installed engines this machine can give, those of the strangers it cannot. *named*: sound if right,
 else what was planted is in the hint; *found*: wrong, and where, but not why; *missed*: called sound, for rounding hides
-it; *seconds* of one `svf audit`, the median and the most, on two cores that did nothing else.
+it; *seconds* of one `svf audit`, the median and the most, on two cores without other work of ours.
 
 | engines | recorded | dtype | dumps | named | found | too long | missed | other name | alarms | seconds |
 |---|---|---|---|---|---|---|---|---|---|---|"""
