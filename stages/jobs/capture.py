@@ -91,9 +91,9 @@ def rows_of(command: CaptureCommand, checkpoint: ModelSource) -> list[list[int]]
 def captured(command: CaptureCommand, engine: Engine) -> dict[str, Any]:
     """Run an engine here and write what was captured; the `svf.capture/1` document."""
     with ExitStack() as stack:
-        checkpoint = stack.enter_context(open_model(_checkpoint(command)))
-        rows = rows_of(command, checkpoint)
         source = _checkpoint(command)
+        checkpoint = stack.enter_context(open_model(source))
+        rows = rows_of(command, checkpoint)
         file = command.model if source != command.model else None
         chosen = {"attention": command.attention, "cache": command.kv_cache, "file": file}
         record, generated = engine(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from stages.oracle.bounds import U32, by_columns, prescribed
+from stages.oracle.rounding import widened
 from stages.spec.causal import up_to_query
 from stages.spec.rope import RopeParameters
 from stages.spec.stage import Functions
@@ -371,12 +372,8 @@ def _normed(x: np.ndarray, eps: float) -> np.ndarray:
 
 
 def _linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
-    product = by_columns(x.astype(np.float64, copy=False), weight.T, _widened)
+    product = by_columns(x.astype(np.float64, copy=False), weight.T, widened)
     return product if bias is None else product + bias.astype(np.float64)
-
-
-def _widened(x: np.ndarray) -> np.ndarray:
-    return x.astype(np.float64, copy=False)
 
 
 def _silu(x: np.ndarray) -> np.ndarray:

@@ -313,13 +313,10 @@ def _choice(x: Sequence[np.ndarray], s: Sequence[Spread], _p: Sequence[np.ndarra
     """Sure, or not at all: of a token whose last chosen expert another one may displace nothing is known."""
     k, variance = setting.options["top_k"], s[0].variance(x[0])
     order = np.argsort(-x[0], axis=-1, kind="stable")
-    (most, room), (least, more) = (
-        (np.take_along_axis(a, order, axis=-1)[:, :k], np.take_along_axis(a, order, axis=-1)[:, k:])
-        for a in (x[0], np.sqrt(variance))
-    )
-    # of which both ends are compared: the lowest that is chosen, the highest that is not
-    low = (most - SURE_CHOICE * least).min(axis=-1)
-    high = (room + SURE_CHOICE * more).max(axis=-1, initial=-np.inf)
+    p, deviation = (np.take_along_axis(a, order, axis=-1) for a in (x[0], np.sqrt(variance)))
+    # the lowest that a chosen one may be, the highest that another may
+    low = (p - SURE_CHOICE * deviation)[:, :k].min(axis=-1)
+    high = (p + SURE_CHOICE * deviation)[:, k:].max(axis=-1, initial=-np.inf)
     return Spread(np.where(low > high, 0.0, np.inf)[:, None] * np.ones(k))
 
 

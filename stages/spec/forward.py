@@ -38,7 +38,6 @@ def merged(sequences: Iterable[Iterable[Stage]], by: Callable[[Stage], str]) -> 
 
 _BY_NAME, _BY_FUNCTION = operator.attrgetter("name"), operator.attrgetter("function")
 
-
 _WIDEST = [
     (*family.before.stages, *layer.stages, *family.after.stages)
     for family in FAMILIES.values()
